@@ -1,0 +1,54 @@
+# Each command does its own set-up: a virtual environment in .venv, by uv when present, else venv + pip.
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-short test test-slow lint format types bench clean
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+UV := $(shell command -v uv 2>/dev/null)
+
+# Busy OpenMP threads that spin-wait cost up to 10x on a shared machine.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.created:
+	$(if $(UV),$(UV) venv $(VENV),$(PYTHON) -m venv $(VENV))
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.created
+	$(if $(UV),VIRTUAL_ENV=$(VENV) $(UV) pip install,$(BIN)/python -m pip install --progress-bar on) -c constraints.txt -e ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.installed-demo  ## tokenizer, training, a sample and the estimate, on real text (under 5 minutes)
+	$(BIN)/rooflight demo
+
+demo-short: $(VENV)/.installed-demo  ## the same with 30 seconds of training
+	$(BIN)/rooflight demo --seconds 30 --fresh --out runs/demo-short
+
+test: $(VENV)/.installed-test  ## the whole test suite but the slow tail
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-test  ## the slow tail
+	$(BIN)/pytest -m slow
+
+lint: $(VENV)/.installed-dev  ## ruff, lint and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed-dev  ## rewrite the sources in ruff's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ROOMS := kernels model tokenizer training bench
+types: $(VENV)/.installed-dev  ## mypy, over the import name that the folders install under
+	@rm -rf .types && mkdir -p .types/rooflight
+	@for room in $(ROOMS); do ln -s ../../$$room .types/rooflight/$$room; done
+	cd .types && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml -p rooflight
+
+bench: $(VENV)/.installed-test  ## benchmarks through pytest-benchmark
+	$(BIN)/pytest --benchmark
+
+clean:  ## remove the environment, caches and runs
+	rm -rf $(VENV) .cache .types build *.egg-info runs

@@ -1,0 +1,1 @@
+"""Benchmarks, ceilings, estimates against measurement, the demo, and the command line."""

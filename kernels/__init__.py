@@ -1,0 +1,1 @@
+"""Eager PyTorch oracles and Triton kernels: RMSNorm, attention and their companions."""

@@ -1,0 +1,1 @@
+"""Attention: the public functions and the Triton kernels behind them."""
