@@ -1,0 +1,232 @@
+"""Eager PyTorch oracles: the public functions' names and signatures, with no Triton.
+
+Each oracle is what a careful eager model would write: products in the inputs' dtype, statistics in fp32. Given fp64
+inputs everything runs in fp64, so `op(*doubled)` is the truth and `op(*inputs)` shows eager PyTorch's own error. They
+differentiate through autograd, materialise what the kernels do not, and check nothing: the public functions do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "cross_entropy",
+    "flash_attention",
+    "flash_attention_varlen",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "visible_mask",
+]
+
+
+def _statistics(x: Tensor) -> Tensor:
+    """x in the precision that statistics are kept in: fp32, or fp64 for fp64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float = 1e-6,
+    *,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y = x / sqrt(mean(x^2) + eps) * (weight + weight_offset)  (Zhang & Sennrich 2019, eq. 4).
+
+    x: (..., N).  weight: (N,) or None.  Returns y in x's dtype; with residual (..., N), returns (y, x + residual),
+    where the sum is what is normalised.
+    """
+    stream = x if residual is None else x + residual
+    h = _statistics(stream)
+    y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * (weight.to(y.dtype) + weight_offset)
+    y = y.to(x.dtype)
+    return y if residual is None else (y, stream)
+
+
+def visible_mask(
+    n_query: int,
+    n_key: int,
+    causal: bool,
+    window: int | tuple[int, int] | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Boolean (T, S): key j is visible to query i, which stands at p = i + S - T (bottom-right alignment)."""
+    position = torch.arange(n_query, device=device)[:, None] + (n_key - n_query)
+    key = torch.arange(n_key, device=device)[None, :]
+    mask = torch.ones(n_query, n_key, dtype=torch.bool, device=device)
+    if causal:
+        mask &= key <= position
+    if window is not None:
+        left, right = window if isinstance(window, Sequence) else (window, 0 if causal else window)
+        mask &= (key >= position - left) & (key <= position + right)
+    return mask
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale q k^T + mask) v, with the score matrix in memory (Vaswani et al. 2017, eq. 1).
+
+    q: (B, H, T, D).  k, v: (B, K, S, D), H a multiple of K.  Returns (B, H, T, D), and with return_lse the natural
+    log-sum-exp (B, H, T) in fp32 (fp64 for fp64), sinks included.
+    """
+    n_query, n_key = q.shape[2], k.shape[2]
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = _statistics(q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    mask = visible_mask(n_query, n_key, causal, window, q.device)
+    # A row with no visible key must give 0 and zero gradients, not NaN: keep every -inf out of the arithmetic.
+    floor = torch.finfo(scores.dtype).min
+    top = (
+        scores.masked_fill(~mask, floor).amax(-1, keepdim=True) if n_key else scores.new_full((*q.shape[:3], 1), floor)
+    )
+    if sinks is not None:
+        sink = _statistics(sinks)[:, None, None]
+        top = torch.maximum(top, sink)
+    top = top.detach()
+    p = torch.exp(torch.where(mask, scores - top, 0)) * mask
+    total = p.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sink - top)
+    empty = total == 0
+    total = total.masked_fill(empty, 1)
+    out = (p / total).to(v.dtype) @ v
+    if not return_lse:
+        return out
+    return out, (top + total.log()).masked_fill(empty, float("-inf")).squeeze(-1)
+
+
+def flash_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """flash_attention over packed sequences, one at a time.
+
+    q: (total_q, H, D).  k, v: (total_k, K, D).  cu_seqlens: (sequences + 1,), int32, from 0 to the total.
+    Returns (total_q, H, D), and with return_lse the log-sum-exp (H, total_q).
+    """
+    outs, lses = [q[:0]], [q.new_empty(q.shape[1], 0, dtype=_statistics(q[:0]).dtype)]
+    ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for q0, q1, k0, k1 in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
+        qi, ki, vi = (x.transpose(0, 1)[None] for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
+        out, lse = flash_attention(
+            qi, ki, vi, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=True
+        )
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    out, lse = torch.cat(outs), torch.cat(lses, dim=1)
+    return (out, lse) if return_lse else out
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool = False,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rotate pairs of features by a position-dependent angle (Su et al. 2021, eq. 34).
+
+    q: (B, H, T, D).  k: (B, K, T, D).  cos, sin: (positions, R / 2), R <= D even; features past R pass unchanged.
+    positions: (T,) or (B, T), rows of cos and sin; None is 0 .. T-1.  Pairs are (i, i + R/2), or (2i, 2i + 1) when
+    interleaved.
+    """
+    n_token, half = q.shape[2], cos.shape[-1]
+    index = torch.arange(n_token, device=q.device) if positions is None else positions
+    c, s = cos[index], sin[index]
+    if index.dim() == 2:  # (B, T, R/2): the same angles for every head
+        c, s = c[:, None], s[:, None]
+
+    def rotate(x: Tensor) -> Tensor:
+        turned, rest = _statistics(x[..., : 2 * half]), x[..., 2 * half :]
+        pairs = turned.unflatten(-1, (half, 2) if interleaved else (2, half))
+        dim = -1 if interleaved else -2
+        a, b = pairs.unbind(dim)
+        cc, ss = c.to(a.dtype), s.to(a.dtype)
+        turned = torch.stack((a * cc - b * ss, b * cc + a * ss), dim).flatten(-2)
+        return torch.cat((turned.to(x.dtype), rest), -1)
+
+    return rotate(q), rotate(k)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up  (Shazeer 2020, eq. 5).  gate, up: (..., F), any shape alike.  Returns gate's dtype."""
+    return (F.silu(_statistics(gate)) * _statistics(up)).to(gate.dtype)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """-log softmax(logits)[target] + z_loss * logsumexp(logits)^2 per row  (z-loss: Chowdhery et al. 2022, section 5).
+
+    logits: (..., V).  target: (...), int64.  Rows whose target is ignore_index count neither in the loss nor in the
+    mean; a batch with no other row gives 0.  Returns fp32 (fp64 for fp64): a scalar for "mean" and "sum", (...) for
+    "none".
+    """
+    x = _statistics(logits)
+    lse = torch.logsumexp(x, -1)
+    kept = target != ignore_index
+    picked = x.gather(-1, target.masked_fill(~kept, 0)[..., None]).squeeze(-1)
+    loss = (lse - picked + z_loss * lse.square()).masked_fill(~kept, 0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / kept.sum().clamp(min=1)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """cross_entropy of x weight^T, with the logits in memory.
+
+    x: (..., N).  weight: (V, N).  target: (...).  softcap c > 0 replaces a logit z by c tanh(z / c).
+    """
+    logits = _statistics(F.linear(x, weight.to(x.dtype)))
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    return cross_entropy(logits, target, ignore_index=ignore_index, z_loss=z_loss, reduction=reduction)
