@@ -1,0 +1,245 @@
+"""FLOPs and minimum bytes of every operation, in closed form.
+
+FLOPs. A multiply-add is two. An operation that holds matrix products counts those products alone, as every published
+rate does; an elementwise operation counts each arithmetic operation once, an exponential included. Exponentials are
+also counted by themselves (`Cost.exps`), because they run on their own, slower unit.
+
+Bytes. The least that one fused kernel can move: each input read once, each output written once, nothing in between
+leaves the chip. Statistics (rstd, log-sum-exp) and losses are fp32, targets and token ids int64, cos and sin fp32.
+
+Sizes are the public contract's: B batch, H query heads, K key-value heads, T queries, S keys, D head size, M rows,
+N hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+Window = int | tuple[int, int] | None
+DType = str | torch.dtype
+
+STATISTIC = 4  # bytes of an fp32 statistic
+INDEX = 8  # bytes of an int64 token id
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an operation does: floating-point operations, bytes to and from memory, exponentials."""
+
+    flops: int
+    bytes: int
+    exps: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.exps + other.exps)
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(self.flops * times, self.bytes * times, self.exps * times)
+
+    __rmul__ = __mul__
+
+    @property
+    def intensity(self) -> float:
+        """Arithmetic intensity, FLOPs per byte (0 where nothing moves)."""
+        return self.flops / self.bytes if self.bytes else 0.0
+
+
+def itemsize(dtype: DType) -> int:
+    """Bytes of one element of a floating dtype, given as torch.bfloat16 or "bfloat16"; ValueError on another."""
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ValueError(f"dtype: expected a floating-point dtype such as 'bfloat16', got {dtype!r}")
+    return resolved.itemsize
+
+
+def _reach(T: int, S: int, causal: bool, window: Window) -> tuple[int, int]:
+    """How far left and right of its own position a query sees; T + S stands for everything."""
+    everything = T + S
+    if window is None:
+        left, right = everything, everything
+    elif isinstance(window, int):
+        left, right = window, window
+    else:
+        left, right = window
+    if left < 0 or right < 0:
+        raise ValueError(f"window: expected sizes >= 0, got {window!r}")
+    return min(left, everything), 0 if causal else min(right, everything)
+
+
+def _positive_sum(first: int, last: int) -> int:
+    """Sum of max(0, p) for p = first..last."""
+    first = max(first, 1)
+    return (first + last) * (last - first + 1) // 2 if last >= first else 0
+
+
+def visible_pairs(T: int, S: int, causal: bool = True, window: Window = None) -> int:
+    """Number of (query, key) pairs that one head's mask leaves visible.
+
+    Query i stands at p = i + S - T and sees the keys max(0, p - left) .. min(S - 1, p + right), where causal makes
+    right 0; an int window w is (w, 0) when causal and (w, w) otherwise. Causal with T = S gives T (T + 1) / 2.
+    Raises ValueError on a negative window.
+    """
+    left, right = _reach(T, S, causal, window)
+    first, last = max(S - T, -right), S - 1  # the positions that see at least one key
+    if S == 0 or last < first:
+        return 0
+    rows = last - first + 1
+    # sum of min(S - 1, p + right), with min(a, b) = b - max(0, b - a)
+    upper = (first + last) * rows // 2 + right * rows - _positive_sum(first + right - last, right)
+    lower = _positive_sum(first - left, last - left)  # sum of max(0, p - left)
+    return upper - lower + rows
+
+
+def _visible_keys(T: int, S: int, causal: bool, window: Window) -> int:
+    """Keys that at least one query sees, the part of K and V that has to be read."""
+    if T == 0:
+        return 0
+    left, _ = _reach(T, S, causal, window)
+    return S - max(0, S - T - left)
+
+
+def matmul_cost(M: int, N: int, K: int, dtype: DType = "bfloat16", *, backward: bool = False) -> Cost:
+    """(M, K) @ (K, N). Backward: dX = dY Wᵀ and dW = Xᵀ dY, each as large as the forward."""
+    once = Cost(2 * M * N * K, (M * K + K * N + M * N) * itemsize(dtype))
+    return 2 * once if backward else once
+
+
+def flash_attention_cost(
+    B: int,
+    H: int,
+    K: int,
+    T: int,
+    S: int,
+    D: int,
+    causal: bool = True,
+    window: Window = None,
+    dtype: DType = "bfloat16",
+    *,
+    backward: bool = False,
+    recompute: bool = True,
+) -> Cost:
+    """Fused attention: the visible pairs only, scores never in memory.
+
+    Forward: 2 products (scores, weighted sum). Backward: 4 (dV, dP, dQ, dK), and a fifth, the scores once more, when
+    `recompute` (what a flash kernel executes, and what published backward rates count: 2.5x the forward).
+    Bytes: q, k, v, out and the log-sum-exp; backward reads those and dout, and writes dq, dk, dv.
+    """
+    pairs = B * H * visible_pairs(T, S, causal, window)
+    q_size = B * H * T * D
+    kv_size = B * K * _visible_keys(T, S, causal, window) * D
+    lse = B * H * T * STATISTIC
+    size = itemsize(dtype)
+    if not backward:
+        return Cost(4 * pairs * D, (2 * q_size + 2 * kv_size) * size + lse, pairs)
+    products = 5 if recompute else 4
+    # dk and dv are written whole: keys that no query sees get zeros
+    read_write = 4 * q_size + 2 * kv_size + 2 * B * K * S * D
+    return Cost(2 * products * pairs * D, read_write * size + lse, pairs)
+
+
+def flash_attention_varlen_cost(
+    seqlens_q: Sequence[int],
+    seqlens_k: Sequence[int],
+    H: int,
+    K: int,
+    D: int,
+    causal: bool = True,
+    window: Window = None,
+    dtype: DType = "bfloat16",
+    *,
+    backward: bool = False,
+    recompute: bool = True,
+) -> Cost:
+    """Fused attention over packed sequences of the given lengths (the differences of cu_seqlens)."""
+    if len(seqlens_q) != len(seqlens_k):
+        raise ValueError(f"seqlens_k: expected {len(seqlens_q)} lengths as in seqlens_q, got {len(seqlens_k)}")
+    total = Cost(0, 0)
+    for T, S in zip(seqlens_q, seqlens_k, strict=True):
+        total += flash_attention_cost(1, H, K, T, S, D, causal, window, dtype, backward=backward, recompute=recompute)
+    return total
+
+
+def rms_norm_cost(
+    M: int, N: int, dtype: DType = "bfloat16", *, residual: bool = False, weight: bool = True, backward: bool = False
+) -> Cost:
+    """RMSNorm of M rows of N, with its rstd (fp32, one per row); weight and its gradient have x's dtype.
+
+    Forward per element: square, sum, times rstd, times weight, and one sum with a residual, whose x + residual is a
+    second output. Backward per element: xhat, w dy, their product and its sum, xhat c, the difference, times rstd, and
+    two for dw; with a residual the gradient of the second output is read and added.
+    """
+    size = itemsize(dtype)
+    elements = M * N
+    if not backward:
+        flops = (3 + weight + residual) * elements
+        moved = (2 + 2 * residual) * elements + weight * N
+    else:
+        flops = (6 + 3 * weight + residual) * elements
+        moved = (3 + residual) * elements + 2 * weight * N
+    return Cost(flops, moved * size + M * STATISTIC)
+
+
+def rope_cost(B: int, H: int, K: int, T: int, D: int, dtype: DType = "bfloat16", *, backward: bool = False) -> Cost:
+    """Rotation of q and k by cos and sin (T, D / 2): 4 products and 2 sums for each pair of elements.
+
+    Backward is the inverse rotation and costs the same; `backward` is taken so that every op is called alike.
+    """
+    elements = B * T * (H + K) * D
+    return Cost(3 * elements, 2 * elements * itemsize(dtype) + T * D * STATISTIC)
+
+
+def swiglu_cost(M: int, N: int, dtype: DType = "bfloat16", *, backward: bool = False) -> Cost:
+    """silu(gate) * up over M rows of N; backward reads gate, up, dy and writes two gradients."""
+    elements = M * N
+    flops, moved = (11, 5) if backward else (5, 3)
+    return Cost(flops * elements, moved * elements * itemsize(dtype), elements)
+
+
+def gelu_cost(M: int, N: int, dtype: DType = "bfloat16", *, backward: bool = False) -> Cost:
+    """x Phi(x), with the error function counted as one operation and as one exponential."""
+    elements = M * N
+    flops, moved = (8, 3) if backward else (5, 2)
+    return Cost(flops * elements, moved * elements * itemsize(dtype), (1 + backward) * elements)
+
+
+def cross_entropy_cost(M: int, V: int, dtype: DType = "bfloat16", *, backward: bool = False) -> Cost:
+    """Softmax cross-entropy of M rows of V logits; one fp32 log-sum-exp per row, losses fp32.
+
+    Forward per logit: maximum, difference, exponential, sum. Backward: difference, exponential, scale.
+    """
+    logits = M * V * itemsize(dtype)
+    rows = M * (INDEX + STATISTIC)
+    if backward:
+        return Cost(3 * M * V, 2 * logits + rows, M * V)
+    return Cost(4 * M * V, logits + rows + M * STATISTIC, M * V)
+
+
+def linear_cross_entropy_cost(
+    M: int, N: int, V: int, dtype: DType = "bfloat16", *, backward: bool = False, recompute: bool = True
+) -> Cost:
+    """x (M, N) @ weight (V, N)ᵀ and the cross-entropy of the result, whose logits are never in memory.
+
+    Backward: dx and dweight, and the logits once more when `recompute` (they were not kept).
+    """
+    product = 2 * M * N * V
+    operands = (M + V) * N * itemsize(dtype)
+    rows = M * (INDEX + STATISTIC)
+    if backward:
+        return Cost((3 if recompute else 2) * product, 2 * operands + rows, M * V if recompute else 0)
+    return Cost(product, operands + rows + M * STATISTIC, M * V)
+
+
+def embedding_cost(M: int, N: int, V: int, dtype: DType = "bfloat16", *, backward: bool = False) -> Cost:
+    """M rows of N looked up in a table of V rows; backward adds M rows into a dense gradient of the table."""
+    rows = M * N * itemsize(dtype)
+    if backward:
+        return Cost(M * N, rows + M * INDEX + V * N * itemsize(dtype))
+    return Cost(0, 2 * rows + M * INDEX)
+
+
+def adamw_cost(parameters: int, dtype: DType = "float32", *, state_dtype: DType = "float32") -> Cost:
+    """One step of AdamW: reads parameter, gradient and two moments, writes parameter and moments; ~15 FLOPs each."""
+    return Cost(15 * parameters, parameters * (3 * itemsize(dtype) + 4 * itemsize(state_dtype)))
