@@ -1,1 +1,28 @@
-"""Eager PyTorch oracles and Triton kernels: RMSNorm, attention and their companions."""
+"""Eager PyTorch oracles and Triton kernels: RMSNorm, attention and their companions.
+
+Every public function runs its Triton kernels on CUDA tensors, the same kernels interpreted on CPU tensors under
+TRITON_INTERPRET=1, and the eager oracle of `reference` on plain CPU tensors.
+"""
+
+from . import cost, reference
+from .reference import (
+    cross_entropy,
+    flash_attention,
+    flash_attention_varlen,
+    linear_cross_entropy,
+    rms_norm,
+    rope,
+    swiglu,
+)
+
+__all__ = [
+    "cost",
+    "cross_entropy",
+    "flash_attention",
+    "flash_attention_varlen",
+    "linear_cross_entropy",
+    "reference",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]

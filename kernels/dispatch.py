@@ -1,0 +1,70 @@
+"""What every operation shares: where its kernels run, how its launchers become torch operators, its input checks.
+
+CUDA tensors run the Triton kernels. CPU tensors run the same kernels in Triton's interpreter when TRITON_INTERPRET=1
+was set before triton was first imported, and the eager oracle otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+__all__ = ["FLOAT_DTYPES", "INTERPRETED", "check_device", "check_dtype", "define_op", "runs_triton"]
+
+# Decided once, as triton itself does: a kernel decorated under the interpreter stays interpreted.
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_library = torch.library.Library("rooflight", "FRAGMENT")
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether operations on this tensor run Triton kernels: a CUDA tensor, or a CPU tensor under the interpreter."""
+    return tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")
+
+
+def define_op(
+    launcher: Callable[..., Any],
+    fake: Callable[..., Any],
+    flops: Callable[..., int] | None = None,
+) -> torch._ops.OpOverload:
+    """Register `launcher` as the torch operator `rooflight::<its name>` and return the operator.
+
+    launcher: its annotations give the schema; it mutates no argument and returns no view of one.  fake: same
+    signature, allocates the outputs and computes nothing.  flops: same signature with shapes in place of tensors plus
+    `out_shape`, the FLOPs that FlopCounterMode reports.
+
+    Not torch.library.custom_op: its Python layers cost 10 us a call on the host, twice what launching a small kernel
+    does; an operator defined on the library directly costs 2 us and composes with torch.compile alike.
+    """
+    name = launcher.__name__
+    schema = torch.library.infer_schema(launcher, mutates_args=())
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, launcher, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rooflight::{name}", fake, lib=_library)
+    packet = getattr(torch.ops.rooflight, name)
+    if flops is not None:
+        register_flop_formula(packet)(flops)
+    return packet.default
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> None:
+    """Raise ValueError unless `tensor` has one of the allowed dtypes (fp64 too where nothing is compiled)."""
+    if tensor.dtype in allowed or (tensor.dtype == torch.float64 and not tensor.is_cuda):
+        return
+    expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+    raise ValueError(f"{name}: expected dtype {expected}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check_device(first: tuple[str, Tensor], *others: tuple[str, Tensor | None]) -> None:
+    """Raise ValueError unless every tensor given stands on the first one's device."""
+    name, reference = first
+    for other_name, other in others:
+        if other is not None and other.device != reference.device:
+            raise ValueError(f"{other_name}: expected device {reference.device}, as {name}, got {other.device}")
