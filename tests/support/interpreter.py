@@ -1,0 +1,282 @@
+"""Makes Triton's interpreter as strict as a GPU is unforgiving, for triton 3.6 to 3.9.
+
+1. bfloat16 is exact: casts round to nearest even, arithmetic, reductions and dot happen in fp32 and round once. The
+   interpreter itself truncates casts and computes on the raw uint16 bits.
+2. Every active lane of a load, store or atomic must lie inside the extent of the tensor its pointer was derived from;
+   a pointer with no known origin must lie inside one of the launch's tensors.
+3. A masked-off lane loaded without `other` is NaN (a large number for integers): its value is undefined on a GPU.
+4. Memory from torch.empty and its kin is filled with NaN (`poisoned_empty`), so an element never written shows.
+
+`install` is called once per session, and only under the interpreter; `poisoned_empty` also serves on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+# ---------------------------------------------------------------- bfloat16
+
+
+def widen(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 bits (uint16) to the fp32 of the same value."""
+    return (np.asarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def narrow(values: np.ndarray) -> np.ndarray:
+    """fp32 values to bfloat16 bits (uint16), to nearest, ties to even."""
+    values = np.asarray(values).astype(np.float32)
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def _patch_bfloat16(interp: Any, tl: Any) -> None:
+    builder, handle = interp.InterpreterBuilder, interp.TensorHandle
+
+    def is_bf16(x: Any) -> bool:
+        return isinstance(x, handle) and x.dtype.scalar == tl.bfloat16
+
+    def fp32(x: Any) -> Any:
+        return handle(widen(x.data), tl.float32) if is_bf16(x) else x
+
+    def in_fp32(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def wrapped(self: Any, *args: Any) -> Any:
+            if not any(is_bf16(x) for x in args):
+                return method(self, *args)
+            result = method(self, *map(fp32, args))
+            is_value = np.asarray(result.data).dtype == np.float32  # a comparison's result is bool
+            return handle(narrow(result.data), tl.bfloat16) if is_value else result
+
+        return wrapped
+
+    for name in ("binary_op", "unary_op", "ternary_op", "create_fma", "create_clampf", "create_erf", "create_rsqrt"):
+        setattr(builder, name, in_fp32(getattr(builder, name)))
+
+    def cast(method: Callable, position: int) -> Callable:
+        @functools.wraps(method)
+        def wrapped(self: Any, src: Any, dst_type: Any, *args: Any) -> Any:
+            source, target = src.dtype.scalar, dst_type.scalar
+            if source == target or tl.bfloat16 not in (source, target):
+                return method(self, src, dst_type, *args)
+            if position and args[0] == interp._ir.ROUNDING_MODE.RTZ:
+                return method(self, src, dst_type, *args)
+            if target == tl.bfloat16:
+                return handle(narrow(src.data), tl.bfloat16)
+            wide = fp32(src)
+            return wide if target == tl.float32 else method(self, wide, dst_type, *args)
+
+        return wrapped
+
+    builder.cast_impl = cast(builder.cast_impl, 0)
+    builder.create_fp_to_fp = cast(builder.create_fp_to_fp, 1)
+    builder.get_bf16 = lambda self, value: handle(narrow(np.array([value])), tl.bfloat16)
+
+    dot = builder.create_dot
+    builder.create_dot = lambda self, a, b, *args: dot(self, fp32(a), fp32(b), *args)
+
+    reduce = interp.ReduceScanOpInterface.apply
+
+    def apply(self: Any, inputs: Any) -> Any:
+        if not isinstance(inputs, tuple):
+            return apply(self, (inputs,))[0]
+        wide = tuple(self.to_tensor(widen(x.handle.data), tl.float32) if x.dtype == tl.bfloat16 else x for x in inputs)
+        outputs = reduce(self, wide)
+        return tuple(
+            self.to_tensor(narrow(out.handle.data), tl.bfloat16)
+            if x.dtype == tl.bfloat16 and out.dtype == tl.float32
+            else out
+            for out, x in zip(outputs, inputs, strict=False)
+        )
+
+    interp.ReduceScanOpInterface.apply = apply
+
+
+# ---------------------------------------------------------------- bounds
+
+
+def extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """First address of the tensor's elements and the address past the last, whatever its strides."""
+    start = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return start, start
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.element_size()
+
+
+_EXTENT = "rooflight.extent"
+_launched: list[tuple[int, int]] = []  # extents of the running launch's tensors
+
+
+def _check_lanes(ptrs: Any, mask: Any) -> None:
+    addresses = np.asarray(ptrs.data).astype(np.uint64)
+    active = addresses[np.broadcast_to(np.asarray(getattr(mask, "data", mask)).astype(bool), addresses.shape)]
+    known = ptrs.attr.get(_EXTENT)
+    inside = np.zeros(active.shape, bool)
+    for start, end in [known] if known else _launched:
+        inside |= (active >= np.uint64(start)) & (active < np.uint64(end))
+    if not inside.all():
+        stray = int(active[~inside][0])
+        where = f"its tensor's extent [{known[0]:#x}, {known[1]:#x})" if known else "every launched tensor"
+        raise IndexError(f"{int((~inside).sum())} lanes out of bounds: the first, {stray:#x}, is outside {where}")
+
+
+def _patch_bounds(interp: Any, tl: Any) -> None:
+    builder, handle = interp.InterpreterBuilder, interp.TensorHandle
+
+    convert = interp._implicit_cvt
+
+    def implicit_cvt(arg: Any) -> Any:
+        converted = convert(arg)
+        if hasattr(arg, "data_ptr"):
+            bounds = extent(interp._unwrap_tensor(arg))
+            converted.handle.set_attr(_EXTENT, bounds)
+            _launched.append(bounds)
+        return converted
+
+    interp._implicit_cvt = implicit_cvt
+
+    def keeps_extent(method: Callable) -> Callable:
+        # The first argument that carries an extent is the pointer the result derives from.
+        @functools.wraps(method)
+        def wrapped(self: Any, *args: Any) -> Any:
+            result = method(self, *args)
+            for arg in args:
+                if isinstance(arg, handle) and _EXTENT in arg.attr:
+                    result.set_attr(_EXTENT, arg.attr[_EXTENT])
+                    break
+            return result
+
+        return wrapped
+
+    for name in (
+        "create_addptr", "create_splat", "create_unsplat", "create_broadcast", "create_expand_dims", "create_reshape",
+        "create_trans", "create_bitcast", "cast_impl",
+    ):  # fmt: skip
+        setattr(builder, name, keeps_extent(getattr(builder, name)))
+
+    for name in ("TensorDescHandle", "BlockPointerHandle"):  # block pointers are gone from 3.9
+        if kind := getattr(interp, name, None):
+
+            def materialize(self: Any, *args: Any, _original: Callable = kind.materialize_pointers) -> Any:
+                ptrs, mask = _original(self, *args)
+                if _EXTENT in self.base.attr:
+                    ptrs.set_attr(_EXTENT, self.base.attr[_EXTENT])
+                return ptrs, mask
+
+            kind.materialize_pointers = materialize
+
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_lanes(ptrs, mask)
+        if other is None:
+            element = ptrs.get_element_ty()
+            dtype = interp._get_np_dtype(element)
+            if element == tl.bfloat16:
+                undefined: Any = 0x7FC0
+            else:
+                undefined = np.nan if dtype.kind == "f" else np.iinfo(dtype).max if dtype.kind in "iu" else True
+            other = handle(np.full(np.shape(ptrs.data), undefined, dtype), element)
+        return load(self, ptrs, mask, other, *args, **kwargs)
+
+    def masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_lanes(ptrs, mask)
+        return store(self, ptrs, value, mask, *args, **kwargs)
+
+    builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
+
+    atomic_rmw, atomic_cas = builder.create_atomic_rmw, builder.create_atomic_cas
+
+    def checked_rmw(self: Any, op: Any, ptr: Any, value: Any, mask: Any, *args: Any) -> Any:
+        _check_lanes(ptr, mask)
+        return atomic_rmw(self, op, ptr, value, mask, *args)
+
+    def checked_cas(self: Any, ptr: Any, *args: Any) -> Any:
+        _check_lanes(ptr, np.ones(np.shape(ptr.data), bool))
+        return atomic_cas(self, ptr, *args)
+
+    builder.create_atomic_rmw, builder.create_atomic_cas = checked_rmw, checked_cas
+
+
+# ---------------------------------------------------------------- launches
+
+
+def _patch_launch(interp: Any) -> None:
+    call = interp.GridExecutor.__call__
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _launched.clear()
+        with np.errstate(all="ignore"):  # a GPU raises no warning for inf - inf either
+            return call(self, *args, **kwargs)
+
+    interp.GridExecutor.__call__ = launch
+    # CPU tensors were never copied, so there is nothing to copy back: each launch would copy whole storages.
+    interp.GridExecutor._restore_args_dev = lambda self, *args: None
+
+    lang_tensor = interp._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, *args: Any) -> None:
+        lang_tensor(tensor, *args)
+        # triton 3.6 converts a one-element array, which numpy 2.4 refuses: `range(n)` would not run.
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+
+    interp._patch_lang_tensor = patch_lang_tensor
+
+
+@functools.cache
+def install() -> None:
+    """Patch the interpreter of this process, once."""
+    import triton.language as tl
+    from triton.runtime import interpreter as interp
+
+    _patch_bfloat16(interp, tl)
+    _patch_bounds(interp, tl)
+    _patch_launch(interp)
+
+
+# ---------------------------------------------------------------- poison
+
+_ALLOCATORS = (
+    (torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"),
+    (torch.Tensor, "new_empty"), (torch.Tensor, "new_empty_strided"),
+)  # fmt: skip
+
+
+def poison(tensor: torch.Tensor) -> torch.Tensor:
+    """Fill with NaN, or with the largest integer."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor.fill_(float("nan"))
+    return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
+
+
+@contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Within, uninitialised memory that Python code allocates holds NaN."""
+
+    def poisoning(allocate: Callable) -> Callable:
+        @functools.wraps(allocate)
+        def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = allocate(*args, **kwargs)
+            if kwargs.get("out") is not None or tensor.device.type == "meta":
+                return tensor
+            with torch.no_grad():
+                return poison(tensor)
+
+        return wrapped
+
+    patches = [mock.patch.object(owner, name, poisoning(getattr(owner, name))) for owner, name in _ALLOCATORS]
+    for patch in patches:
+        patch.start()
+    try:
+        yield
+    finally:
+        for patch in patches:
+            patch.stop()
