@@ -1,0 +1,85 @@
+"""Files: what is written is read again, and damaged files are refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rooflight.tokenizer import Tokenizer
+from support import bpe_reference
+
+END = "<|endoftext|>"
+CORPUS = "the cat sat on the mat; naïve café, 日本語日本語 aaaaaaaa  \t\n\x00\x7f\xa0\xad" * 3
+VOCAB, MERGES = bpe_reference.train(CORPUS, 40)
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    return Tokenizer(VOCAB, MERGES, [END, "<a token with spaces é>"], pattern=r"\S+|\s+")
+
+
+def test_save_and_load_keep_the_tokenizer(tokenizer: Tokenizer, tmp_path) -> None:
+    tokenizer.save(tmp_path / "new" / "folder")
+    copy = Tokenizer.load(tmp_path / "new" / "folder")
+    assert copy.hash == tokenizer.hash
+    assert (copy.vocab, copy.merges, copy.special_tokens, copy.pattern) == (
+        tokenizer.vocab,
+        tokenizer.merges,
+        tokenizer.special_tokens,
+        tokenizer.pattern,
+    )
+    tokenizer.save(tmp_path / "new" / "folder")  # over itself
+    assert not list((tmp_path / "new" / "folder").glob("*.tmp"))
+
+
+def test_gpt2_files(tokenizer: Tokenizer, tmp_path) -> None:
+    tokenizer.save(tmp_path)
+    vocab = json.loads((tmp_path / "vocab.json").read_text())
+    assert vocab["Ġ"] == 32  # GPT-2's space
+    assert vocab[END] == 256 + 40
+    lines = (tmp_path / "merges.txt").read_text().split("\n")
+    assert lines[0].startswith("#version")
+    assert len(lines) == 1 + 40 + 1
+    copy = Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt", list(tokenizer.special_tokens))
+    assert copy.vocab == tokenizer.vocab
+    assert copy.merges == tokenizer.merges
+    # without the first line, as Stanford CS336 has it
+    (tmp_path / "merges.txt").write_text("\n".join(lines[1:]))
+    copy = Tokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt", list(tokenizer.special_tokens))
+    assert copy.merges == tokenizer.merges
+
+
+def test_a_merge_that_begins_with_the_sign_of_a_comment_is_a_merge(tmp_path) -> None:
+    vocab = {i: bytes([i]) for i in range(256)} | {256: b"##", 257: b"#v"}
+    tokenizer = Tokenizer(vocab, [(b"#", b"#"), (b"#", b"v")])
+    tokenizer.save(tmp_path)
+    assert Tokenizer.load(tmp_path).merges == tokenizer.merges
+
+
+def test_missing_and_damaged_files_are_refused(tokenizer: Tokenizer, tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"tokenizer_config\.json is missing"):
+        Tokenizer.load(tmp_path)
+    tokenizer.save(tmp_path)
+    merges = (tmp_path / "merges.txt").read_text()
+    (tmp_path / "merges.txt").write_text("\n".join(merges.split("\n")[:-2]))
+    with pytest.raises(ValueError, match="changed after saving"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "merges.txt").write_text(merges + "a b c\n")
+    with pytest.raises(ValueError, match=r"line 42 of .* expected two tokens"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "merges.txt").write_text(merges + "\u4e00 b\n")
+    with pytest.raises(ValueError, match="stand-ins for bytes"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "vocab.json").write_text("{")
+    with pytest.raises(ValueError, match="is no JSON"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "vocab.json").write_text('{"a": 1, "b": 1}')
+    with pytest.raises(ValueError, match="one id to two tokens"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "vocab.json").write_text("[]")
+    with pytest.raises(ValueError, match="no JSON object"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no tokenizer of version 1"):
+        Tokenizer.load(tmp_path)
