@@ -1,0 +1,189 @@
+"""Compile what the launchers launch, for any GPU, on a machine without one, and inspect the result.
+
+A case is a module-level function that calls launchers (or kernels) on CPU tensors. A subprocess without
+TRITON_INTERPRET runs it under a stand-in for Triton's driver that names the wanted GPU and compiles instead of
+launching, so tiles, warps, specialisations and options are the ones that ship.
+
+    artifacts = compile_cases([(my_case, {"N": 4096})], "sm_90")      # one list of Artifact per case
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Shared memory one block may use, bytes: CUDA C++ Programming Guide, table "Technical specifications per compute
+# capability"; LDS of one CDNA3 work-group: AMD Instinct MI300 ISA guide.
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One compiled kernel. spills counts instructions that store or load local memory (vector spills on AMD)."""
+
+    kernel: str
+    target: str
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    registers: int
+    spills: int
+    shared: int
+    instructions: dict[str, int] = field(repr=False)  # opcode with its modifiers -> occurrences
+
+    def count(self, pattern: str) -> int:
+        """Instructions whose opcode matches the regular expression from its start, such as "HGMMA"."""
+        return sum(n for opcode, n in self.instructions.items() if re.match(pattern, opcode))
+
+
+def compile_cases(
+    cases: Sequence[tuple[Callable[..., Any], dict[str, Any]]], target: str, timeout: float = 600
+) -> list[list[Artifact]]:
+    """The artifacts that each (function, keyword arguments) compiles for `target`. Arguments must survive JSON."""
+    request = {
+        "target": target,
+        "cases": [[inspect.getfile(function), function.__name__, arguments] for function, arguments in cases],
+        "path": [str(Path(__file__).parents[1])],
+    }
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as cache:
+        env["TRITON_CACHE_DIR"] = cache
+        done = subprocess.run(
+            [sys.executable, __file__],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            env=env,
+            timeout=timeout,
+            check=False,
+        )
+    assert done.returncode == 0, f"compiling for {target} failed:\n{done.stderr[-4000:]}"
+    # The answer is the last line: the compiler may print before it.
+    return [[Artifact(**a) for a in case] for case in json.loads(done.stdout.splitlines()[-1])]
+
+
+# ---------------------------------------------------------------- in the subprocess
+
+
+class _Driver:
+    """As much of a Triton driver as compiling needs, for a GPU that is not there."""
+
+    def __init__(self, target: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        amd = target.startswith("gfx")
+        self.target = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+        self.properties = {"max_shared_mem": SHARED_LIMIT[target], "multiprocessor_count": 132, "warpSize": 32}
+        self.utils = self
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return self.properties
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> Any:
+        import torch
+
+        return torch.device("cpu")
+
+
+def _sass(cubin: bytes) -> tuple[int, Counter[str]]:
+    """Registers and instruction counts, from the cuobjdump that Triton carries."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, listing = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "-sass")
+        )
+    registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+    opcode = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+    return registers, Counter(m[1] for line in listing.splitlines() if (m := opcode.match(line)))
+
+
+def _artifact(name: str, target: str, constexprs: dict[str, Any], kernel: Any) -> Artifact:
+    metadata = kernel.metadata
+    if "cubin" in kernel.asm:
+        registers, instructions = _sass(kernel.asm["cubin"])
+        spills = sum(n for op, n in instructions.items() if op.split(".")[0] in ("STL", "LDL"))
+    else:
+        text = kernel.asm["amdgcn"]
+        registers, spills = (
+            int(re.findall(rf"\.{key}:\s+(\d+)", text)[0]) for key in ("vgpr_count", "vgpr_spill_count")
+        )
+        instructions = Counter(m[1] for m in re.finditer(r"^\t([a-z]\w+)", text, re.MULTILINE))
+    return Artifact(
+        name, target, constexprs, metadata.num_warps, metadata.num_stages, registers, spills, metadata.shared,
+        dict(instructions),
+    )  # fmt: skip
+
+
+def _main() -> None:
+    request = json.load(sys.stdin)
+    sys.path[:0] = request["path"]
+    import triton
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(_Driver(request["target"]))
+    made: list[Artifact] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        names = [p.name for p in self.params]
+        given = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+        fixed = {p.name: given[p.name] for p in self.params if p.is_constexpr and p.name in given}
+        shown = {k: v if isinstance(v, int | float | str | bool | None) else str(v) for k, v in fixed.items()}
+        made.append(_artifact(self.fn.__name__, request["target"], shown, kernel))
+        return kernel
+
+    JITFunction.run = compile_only
+    answer = []
+    for file, name, arguments in request["cases"]:
+        spec = importlib.util.spec_from_file_location(f"aot_{Path(file).stem}", file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules.get(spec.name)
+        if module is None:
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        made.clear()
+        getattr(module, name)(**arguments)
+        answer.append([asdict(artifact) for artifact in made])
+    assert not triton.knobs.runtime.interpret
+    print()
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    _main()
