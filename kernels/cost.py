@@ -93,6 +93,20 @@ def visible_pairs(T: int, S: int, causal: bool = True, window: Window = None) ->
     return upper - lower + rows
 
 
+def tiled_pairs(
+    T: int, S: int, causal: bool = True, window: Window = None, *, block_q: int = 128, block_k: int = 128
+) -> int:
+    """Pairs that a tiled kernel computes for one head: whole block_q x block_k tiles wherever one pair is visible."""
+    left, right = _reach(T, S, causal, window)
+    tiles = 0
+    for start in range(0, T, block_q):
+        first, last = start + S - T, min(start + block_q, T) - 1 + S - T  # positions of the tile's queries
+        low, high = max(0, first - left), min(S - 1, last + right)
+        if low <= high:
+            tiles += high // block_k - low // block_k + 1
+    return tiles * block_q * block_k
+
+
 def _visible_keys(T: int, S: int, causal: bool, window: Window) -> int:
     """Keys that at least one query sees, the part of K and V that has to be read."""
     if T == 0:

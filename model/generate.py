@@ -51,7 +51,7 @@ def sampling_probabilities(
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], float("-inf"))
     probabilities = logits.softmax(-1)
     if top_p is not None and top_p < 1:
-        ordered, index = probabilities.sort(-1, descending=True, stable=True)
+        ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered  # probability of the tokens ahead of each
         ordered = ordered.masked_fill(before >= top_p, 0)
         ordered[..., 0] = ordered[..., 0].clamp(min=torch.finfo(ordered.dtype).tiny)

@@ -17,6 +17,7 @@ norm statistics, attention's softmax and the loss are computed in fp32.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Protocol
 
@@ -159,6 +160,9 @@ class Transformer(nn.Module):
     checkpointing: keep only each block's input, and run the block once more in the backward pass (Chen et al. 2016).
     """
 
+    cos: Tensor  # (context_length, D / 2), fp32
+    sin: Tensor
+
     def __init__(self, config: ModelConfig, ops: ModuleType = kernels, *, checkpointing: bool = False) -> None:
         super().__init__()
         self.config, self.checkpointing = config, checkpointing
@@ -178,7 +182,7 @@ class Transformer(nn.Module):
         self.register_buffer("cos", angle.cos().float(), persistent=False)
         self.register_buffer("sin", angle.sin().float(), persistent=False)
 
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
         """A cast of the model (.bfloat16(), .to_empty()) must neither round nor lose the rotation tables."""
         before = self.cos.device, self.cos.dtype
         super()._apply(fn, recurse)
@@ -189,7 +193,7 @@ class Transformer(nn.Module):
     def reset_parameters(self) -> None:
         """Draw every parameter again, as construction does (after to_empty() of a model built on meta)."""
         for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
+            if isinstance(module, Linear | Embedding | RMSNorm):
                 module.reset_parameters()
 
     @property
@@ -233,7 +237,7 @@ class Transformer(nn.Module):
         shape, limit = tokens.shape, self.config.context_length
         if cu_seqlens is not None:
             tokens = tokens.reshape(1, -1)
-            rows = self._rows_in_documents(tokens.shape[1], cu_seqlens)
+            rows: Tensor | None = self._rows_in_documents(tokens.shape[1], cu_seqlens)
         else:
             start = 0 if cache is None else cache.length
             end = start + tokens.shape[1]

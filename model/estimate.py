@@ -1,0 +1,275 @@
+"""What a training step costs, component by component, from the configuration alone.
+
+FLOPs are those of the matrix products, as the field counts them, in three ledgers that are never mixed:
+
+    full       model FLOPs: every query against every key, T² pairs, whatever the mask (Chowdhery et al. 2022, app. B)
+    exact      only the pairs that the mask leaves visible: T (T + 1) / 2 when causal
+    executed   what the kernels run: whole tiles along the mask's edge, the scores once more in attention's backward
+               pass, the logits once more in the loss's, and with checkpointing every block's forward once more
+
+MFU quotes the full or the exact ledger against the machine's rate, HFU the executed one. Backward is 2x the forward in
+the first two. Bytes are the least that the fused kernels move (kernels/cost.py), the whole step's work in eager order.
+
+Seconds need measured ceilings: each kernel takes the longest of its FLOPs, its bytes and its exponentials at the
+machine's rates (Williams et al. 2009), and the step is their sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from ..kernels.cost import Cost, itemsize
+from .ceilings import Ceilings
+from .config import ModelConfig
+from .memory import Memory, memory, saved_activations
+from .parts import LEDGERS, Work, parts
+
+__all__ = ["Ceilings", "Component", "Estimate", "Pass", "estimate"]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass through a component. FLOPs are matrix products; elementwise_flops everything else's."""
+
+    flops: int = 0  # in the estimate's ledger
+    full_flops: int = 0
+    exact_flops: int = 0
+    executed_flops: int = 0
+    elementwise_flops: int = 0
+    bytes: int = 0
+    exps: int = 0
+    seconds: float | None = None
+    bound_by: str = ""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One row: all of the model's layers together, for one step."""
+
+    name: str
+    parameters: int
+    forward: Pass
+    backward: Pass
+    update: Pass
+    saved_bytes: int  # activations kept from the forward for the backward pass
+
+    @property
+    def passes(self) -> tuple[Pass, Pass, Pass]:
+        return self.forward, self.backward, self.update
+
+    @property
+    def flops(self) -> int:
+        """Matrix-product FLOPs of forward and backward, in the estimate's ledger."""
+        return sum(p.flops for p in self.passes)
+
+    @property
+    def elementwise_flops(self) -> int:
+        return sum(p.elementwise_flops for p in self.passes)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes to and from memory."""
+        return sum(p.bytes for p in self.passes)
+
+    @property
+    def seconds(self) -> float | None:
+        """Predicted time; None without ceilings."""
+        times = [p.seconds for p in self.passes if p.seconds is not None]
+        return sum(times) if times else None
+
+    @property
+    def bound_by(self) -> str:
+        """The limit of the longest pass; "" without ceilings."""
+        return max(self.passes, key=lambda p: p.seconds or 0.0).bound_by
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A training step's cost. Totals are over `components`; flops are matrix products in the ledger `causal` names."""
+
+    config: ModelConfig
+    batch_size: int
+    context_length: int
+    dtype: str
+    causal: str
+    checkpointing: bool
+    gpus: int
+    components: tuple[Component, ...]
+    memory: Memory
+    ceilings: Ceilings | None = None
+
+    @property
+    def parameters(self) -> int:
+        return sum(c.parameters for c in self.components)
+
+    @property
+    def forward_flops(self) -> int:
+        return sum(c.forward.flops for c in self.components)
+
+    @property
+    def backward_flops(self) -> int:
+        return sum(c.backward.flops for c in self.components)
+
+    @property
+    def flops(self) -> int:
+        return self.forward_flops + self.backward_flops
+
+    @property
+    def ledgers(self) -> dict[str, dict[str, int]]:
+        """{"full" | "exact" | "executed": {"forward": FLOPs, "backward": FLOPs}}."""
+        return {
+            ledger: {
+                name: sum(getattr(getattr(c, name), f"{ledger}_flops") for c in self.components)
+                for name in ("forward", "backward")
+            }
+            for ledger in LEDGERS
+        }
+
+    @property
+    def memory_bytes(self) -> int:
+        """Peak memory of the training step, per device."""
+        return self.memory.peak
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per step and device."""
+        return self.batch_size * self.context_length
+
+    @property
+    def seconds(self) -> float | None:
+        """Predicted time of one step, forward, backward and update; None without ceilings."""
+        return sum(c.seconds or 0.0 for c in self.components) if self.ceilings else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Over all devices; None without ceilings."""
+        return self.gpus * self.tokens / self.seconds if self.seconds else None
+
+    @property
+    def utilization(self) -> dict[str, float] | None:
+        """Each ledger's FLOPs over the GEMM rate's in that time: MFU ("full", "exact") and HFU ("executed")."""
+        if self.ceilings is None or not self.seconds:
+            return None
+        possible = self.seconds * self.ceilings.gemm_rate(self.dtype)
+        return {ledger: sum(flops.values()) / possible for ledger, flops in self.ledgers.items()}
+
+    def table(self) -> Table:
+        """Components and totals, for rich.print."""
+        timed = self.ceilings is not None
+        columns = ["component", "parameters", "forward", "backward", "share", "bytes", "FLOP/byte", "saved"]
+        table = Table(title=self._title())
+        for column in columns + (["time", "bound by"] if timed else []):
+            table.add_column(column, justify="left" if column in ("component", "bound by") else "right")
+        for c in self.components:
+            work = c.flops or c.elementwise_flops
+            row = [
+                c.name,
+                f"{c.parameters:,}" if c.parameters else "",
+                _quantity(c.forward.flops),
+                _quantity(c.backward.flops),
+                f"{c.flops / self.flops:.1%}" if c.flops else "",
+                _quantity(c.bytes, "B"),
+                f"{work / c.bytes:.1f}" if c.bytes else "",
+                _quantity(c.saved_bytes, "B"),
+            ]
+            table.add_row(*row, *([_seconds(c.seconds), c.bound_by] if timed else []))
+        total = ["total", f"{self.parameters:,}", _quantity(self.forward_flops), _quantity(self.backward_flops), "100%"]
+        total += [_quantity(sum(c.bytes for c in self.components), "B"), "", _quantity(self.memory.activations, "B")]
+        table.add_section()
+        table.add_row(*total, *([_seconds(self.seconds), ""] if timed else []), style="bold")
+        return table
+
+    def _title(self) -> str:
+        c = self.config
+        return (
+            f"{c.n_layer} layers, d_model {c.d_model}, {c.n_head}/{c.n_kv_head} heads of {c.head_dim}, {c.ffn} "
+            f"{c.d_ff}; batch {self.batch_size} x {self.context_length}, {self.dtype}, {self.causal} ledger"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the inputs, every component's passes, and the totals."""
+        fields = asdict(self)
+        fields["config"] = self.config.to_dict()
+        fields["ceilings"] = self.ceilings.to_dict() if self.ceilings else None
+        totals = ("parameters", "forward_flops", "backward_flops", "ledgers", "memory_bytes", "tokens", "seconds")
+        return fields | {name: getattr(self, name) for name in (*totals, "tokens_per_second", "utilization")}
+
+
+def _quantity(value: float, unit: str = "") -> str:
+    """1_500_000 -> "1.50 M"."""
+    if not value:
+        return ""
+    for scale, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:.2f} {prefix}{unit}"
+    return f"{value:.0f} {unit}".rstrip()
+
+
+def _seconds(value: float | None) -> str:
+    if not value:
+        return ""
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.1f} us"
+
+
+def estimate(
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    context_length: int | None = None,
+    dtype: str = "bfloat16",
+    causal: str = "exact",
+    checkpointing: bool = False,
+    ceilings: Ceilings | None = None,
+    gpus: int = 1,
+) -> Estimate:
+    """What one training step of `config` costs per device.
+
+    batch_size: sequences per device.  context_length: tokens in each; None: the configuration's.  dtype: of
+    products and activations; parameters, gradients and moments are fp32.  causal: the ledger of the totals,
+    "exact" or "full".  checkpointing: blocks keep their input only.  gpus: devices that parameters, gradients and
+    moments are sharded over.  ceilings: measured rates; without them no time is predicted.
+    Raises ValueError naming the argument.
+    """
+    T = config.context_length if context_length is None else context_length
+    for name, value in (("batch_size", batch_size), ("context_length", T), ("gpus", gpus)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
+    if config.context_length < T:
+        raise ValueError(f"context_length: expected at most the model's {config.context_length} positions, got {T}")
+    if causal not in ("exact", "full"):
+        raise ValueError(f"causal: expected 'exact' or 'full', got {causal!r}")
+    itemsize(dtype)
+    rows = parts(config, batch_size, T, dtype, checkpointing=checkpointing, gpus=gpus)
+    parameters = sum(row.parameters for row in rows)
+    saved = saved_activations(config, batch_size * T, dtype)
+
+    def total(works: Sequence[Work]) -> Pass:
+        ledger = {name: sum(work.flops(name) for work in works) for name in LEDGERS}
+        cost = sum((work.cost for work in works), Cost(0, 0))
+        other = sum(work.cost.flops for work in works if work.kind == "elementwise")
+        seconds, bound_by = _roofline(works, ceilings, dtype, T) if ceilings and works else (None, "")
+        ledgers = ledger["full"], ledger["exact"], ledger["executed"]
+        return Pass(ledger[causal], *ledgers, other, cost.bytes, cost.exps, seconds, bound_by)
+
+    components = tuple(
+        Component(r.name, r.parameters, total(r.forward), total(r.backward), total(r.update), saved.get(r.name, 0))
+        for r in rows
+    )
+    held = memory(
+        config, parameters, batch_size=batch_size, context_length=T, dtype=dtype, checkpointing=checkpointing, gpus=gpus
+    )
+    return Estimate(config, batch_size, T, dtype, causal, checkpointing, gpus, components, held, ceilings)
+
+
+def _roofline(works: Sequence[Work], ceilings: Ceilings, dtype: str, T: int) -> tuple[float, str]:
+    """Seconds of the works one after another, and the limit that most of the time goes to."""
+    by_limit: dict[str, float] = {}
+    for work in works:
+        limits = work.seconds(ceilings, dtype, T)
+        limit = max(limits, key=limits.__getitem__)
+        by_limit[limit] = by_limit.get(limit, 0.0) + limits[limit]
+    return sum(by_limit.values()), max(by_limit, key=by_limit.__getitem__)

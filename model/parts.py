@@ -1,0 +1,160 @@
+"""The components of a training step, each as the kernels that a forward and a backward pass launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..kernels.cost import (
+    Cost,
+    adamw_cost,
+    embedding_cost,
+    flash_attention_cost,
+    gelu_cost,
+    itemsize,
+    linear_cross_entropy_cost,
+    matmul_cost,
+    rms_norm_cost,
+    rope_cost,
+    swiglu_cost,
+    tiled_pairs,
+)
+from .ceilings import Ceilings
+from .config import ModelConfig
+
+LEDGERS = ("full", "exact", "executed")
+FP32 = "float32"  # parameters, gradients and both moments; products run in the estimate's dtype
+ATTENTION_TILE = (128, 128)  # queries, keys: what one program of the attention kernel takes at a time
+
+
+@dataclass(frozen=True)
+class Work:
+    """A kernel's work: what it costs, and its matrix products in each ledger (0 when it has none)."""
+
+    kind: str  # "gemm", "attention", "attention_backward" or "elementwise"
+    cost: Cost
+    full: int = 0
+    exact: int = 0
+    executed: int = 0
+
+    def __mul__(self, times: int) -> Work:
+        return Work(self.kind, self.cost * times, self.full * times, self.exact * times, self.executed * times)
+
+    def flops(self, ledger: str) -> int:
+        return {"full": self.full, "exact": self.exact, "executed": self.executed}[ledger]
+
+    def again(self) -> Work:
+        """The same, run a second time by checkpointing: no model needs it."""
+        return replace(self, full=0, exact=0)
+
+    def seconds(self, ceilings: Ceilings, dtype: str, context_length: int) -> dict[str, float]:
+        """The time each of the machine's limits asks for, by its name; the longest is the kernel's."""
+        limits = {"memory": self.cost.bytes / ceilings.copy_bandwidth}
+        attention_rate = None
+        if self.kind.startswith("attention"):
+            backward = self.kind == "attention_backward"
+            attention_rate = ceilings.attention_rate(context_length, backward=backward)
+        if attention_rate is not None:
+            limits["attention"] = self.cost.flops / attention_rate  # measured whole, its exponentials included
+            return limits
+        if self.kind != "elementwise":
+            limits["products"] = self.executed / ceilings.gemm_rate(dtype)
+        if ceilings.exp_rate is not None:
+            limits["exponentials"] = self.cost.exps / ceilings.exp_rate
+        return limits
+
+
+def _gemm(M: int, N: int, K: int, dtype: str, *, backward: bool = False) -> Work:
+    cost = matmul_cost(M, N, K, dtype, backward=backward)
+    return Work("gemm", cost, cost.flops, cost.flops, cost.flops)
+
+
+def _elementwise(cost: Cost) -> Work:
+    return Work("elementwise", cost)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component before its works are added up; `once_more` is what checkpointing runs a second time."""
+
+    name: str
+    parameters: int = 0
+    forward: tuple[Work, ...] = ()
+    backward: tuple[Work, ...] = ()
+    update: tuple[Work, ...] = ()
+
+
+def parts(c: ModelConfig, B: int, T: int, dtype: str, *, checkpointing: bool, gpus: int) -> list[Part]:
+    """The step's components in the model's order, for B sequences of T tokens on each of `gpus` devices."""
+    N, L, d, H, K, D, V = B * T, c.n_layer, c.d_model, c.n_head, c.n_kv_head, c.head_dim, c.vocab_size
+    low = dtype != FP32
+
+    def layers(name: str, parameters: int, *works: tuple[Work, Work], once: int = 0) -> Part:
+        """L layers of (forward, backward) pairs; the last `once` of them are not run again by checkpointing."""
+        forward, backward = [w * L for w, _ in works], [w * L for _, w in works]
+        again = [w.again() for w in forward[: len(forward) - once]] if checkpointing else []
+        return Part(name, L * parameters, tuple(forward), (*again, *backward))
+
+    def gemm(n: int, k: int) -> tuple[Work, Work]:
+        return _gemm(N, n, k, dtype), _gemm(N, n, k, dtype, backward=True)
+
+    def both(cost: Any, *args: Any, **keywords: Any) -> tuple[Work, Work]:
+        return tuple(_elementwise(cost(*args, dtype, **keywords, backward=b)) for b in (False, True))  # type: ignore[return-value]
+
+    def add(times: int) -> Work:
+        return _elementwise(Cost(N * d, 3 * N * d * itemsize(dtype)) * times)
+
+    norms = [both(rms_norm_cost, N, d), both(rms_norm_cost, N, d, residual=True)]
+    if c.qk_norm:
+        norms += [both(rms_norm_cost, N * H, D), both(rms_norm_cost, N * K, D)]
+    block_norms = layers("norms", 2 * d + 2 * D * c.qk_norm, *norms)
+    last_norm = both(rms_norm_cost, N, d)
+    matrices = 3 if c.ffn == "swiglu" else 2
+    activation = both(swiglu_cost if c.ffn == "swiglu" else gelu_cost, N, c.d_ff)
+    sums = 1 + 2 + (matrices - 2)  # where a tensor was read by several, their gradients are added
+
+    loss = [linear_cross_entropy_cost(N, d, V, dtype, backward=b) for b in (False, True)]
+    product = 2 * N * d * V
+    weights = L * (2 * d * (H + K) * D + matrices * d * c.d_ff) + V * d
+
+    cast = Cost(0, weights * (4 + itemsize(dtype)))
+    table = [embedding_cost(N, d, V, FP32, backward=b) for b in (False, True)]
+    if low:  # the embedding is looked up in fp32, then takes the dtype of the residual stream
+        table = [t + Cost(0, N * d * (4 + itemsize(dtype))) for t in table]
+    parts = [
+        Part("embedding", V * d, (_elementwise(table[0]),), (_elementwise(table[1]),)),
+        replace(
+            block_norms,
+            parameters=block_norms.parameters + d,
+            forward=(*block_norms.forward, last_norm[0]),
+            backward=(last_norm[1], *block_norms.backward),
+        ),
+        layers("QKV", d * (H + 2 * K) * D, gemm(H * D, d), gemm(K * D, d), gemm(K * D, d)),
+        layers("RoPE", 0, both(rope_cost, B, H, K, T, D)),
+        layers("scores and weighted sum", 0, _attention(c, B, T, dtype)),
+        layers("output projection", d * H * D, gemm(d, H * D)),
+        layers("FFN", matrices * d * c.d_ff, *[gemm(c.d_ff, d)] * (matrices - 1), activation, gemm(d, c.d_ff), once=1),
+        layers("residual sums", 0, (add(1), add(sums)), once=1),
+        Part(
+            "logits",
+            0 if c.tie_embeddings else V * d,
+            (Work("gemm", loss[0], product, product, loss[0].flops),),
+            (Work("gemm", loss[1], 2 * product, 2 * product, loss[1].flops),),
+        ),
+        *([Part("casts", 0, (_elementwise(cast),), (_elementwise(cast),))] if low else []),
+    ]
+    parameters = sum(part.parameters for part in parts)
+    return [*parts, Part("AdamW", update=(_elementwise(adamw_cost(-(-parameters // gpus))),))]
+
+
+def _attention(c: ModelConfig, B: int, T: int, dtype: str) -> tuple[Work, Work]:
+    """One layer's scores and weighted sum, forward and backward."""
+    args = B, c.n_head, c.n_kv_head, T, T, c.head_dim, True, c.window, dtype
+    forward, backward = flash_attention_cost(*args), flash_attention_cost(*args, backward=True)
+    full = 4 * B * c.n_head * c.head_dim * T * T
+    block_q, block_k = ATTENTION_TILE
+    tiled = 4 * B * c.n_head * c.head_dim * tiled_pairs(T, T, True, c.window, block_q=block_q, block_k=block_k)
+    return (
+        Work("attention", forward, full, forward.flops, tiled),
+        Work("attention_backward", backward, 2 * full, 2 * forward.flops, tiled * 5 // 2),
+    )
