@@ -1,1 +1,186 @@
-"""Attention: the public functions and the Triton kernels behind them."""
+"""FlashAttention: softmax(scale q k^T + mask) v without the score matrix in memory (Dao 2023, FlashAttention-2)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..dispatch import runs_triton
+from .checks import Window, check_inputs, check_sequences, reach, score_scale
+from .launch import bwd_op, fwd_op
+
+__all__ = ["FlashAttentionFunction", "flash_attention", "flash_attention_varlen"]
+
+
+_NO_VMAP = (
+    "flash_attention does not support torch.func.vmap: its first dimension is already a batch, "
+    "so flatten the mapped dimension into it"
+)
+
+
+class FlashAttentionFunction(torch.autograd.Function):
+    """(out, lse) by the kernels, from the arguments of the operator rooflight::flash_attention_fwd.
+
+    Differentiable once: a second derivative raises RuntimeError.
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return fwd_op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *ctx.options = inputs
+        ctx.save_for_backward(q, k, v, *output, sinks, cu_seqlens_q, cu_seqlens_k)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *rest = ctx.saved_tensors
+        if dout is None:
+            if dlse is None:
+                return (None,) * 12
+            dout = out.new_zeros(()).expand_as(out)  # only the log-sum-exp was used
+        # torch.compile refuses second derivatives itself, and does not trace a Function inside a Function's backward
+        gradient = bwd_op if torch.compiler.is_compiling() else _GradientFunction.apply
+        dq, dk, dv, dsinks = gradient(dout, dlse, q, k, v, out, *rest, *ctx.options)
+        return dq, dk, dv, dsinks if ctx.needs_input_grad[3] else None, *(None,) * 8
+
+    @staticmethod
+    def vmap(*args: Any) -> Any:
+        raise NotImplementedError(_NO_VMAP)
+
+
+class _GradientFunction(torch.autograd.Function):
+    """The backward operator, as a node that refuses to be differentiated: without one, autograd would drop the term."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return bwd_op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("flash_attention has no second derivative: its backward cannot itself be differentiated")
+
+    @staticmethod
+    def vmap(*args: Any) -> Any:
+        raise NotImplementedError(_NO_VMAP)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Inside torch.autocast, the tensors in its dtype, as scaled_dot_product_attention takes them."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: Window = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale q k^T + mask) v  (Dao 2023; grouped queries: Ainslie et al. 2023).
+
+    q: (B, H, T, D).  k, v: (B, K, S, D), H a multiple of K, D up to 512; fp32, fp16 or bf16, one dtype and device, any
+    strides. Returns (B, H, T, D) in q's dtype and memory layout.
+
+    Query i stands at key position p = i + S - T.
+    causal: key j is visible when j <= p.
+    scale: multiplies q k^T; 1 / sqrt(D) when None.
+    window: (left, right) keeps p - left <= j <= p + right; an int w is (w, 0) when causal, else (w, w).
+    softcap: c > 0 replaces a score s by c tanh(s / c), before the mask.
+    sinks: (H,), one differentiable logit per head that joins the softmax's denominator (Xiao et al. 2024).
+    return_lse: also return the log-sum-exp (B, H, T), fp32, natural log, sink included, differentiable.
+
+    A row with no visible key gives output 0, log-sum-exp -inf (the sink's value with sinks) and zero gradients.
+    Products accumulate in fp32; fp32 inputs are multiplied in IEEE precision unless
+    torch.backends.cuda.matmul.fp32_precision is "tf32". The backward is bitwise deterministic and can be taken once.
+    Inside torch.autocast q, k and v are cast to its dtype.
+
+    CUDA tensors run the Triton kernels, CPU tensors the same kernels under TRITON_INTERPRET=1 (fp64 too), and else
+    torch's scaled_dot_product_attention where it has the semantics, or rooflight.kernels.reference.
+
+    Raises ValueError on a shape, dtype or device mismatch, on D or H out of range, and on a scale <= 0, a softcap < 0
+    or a window < 0.
+    """
+    check_inputs(q, k, v, sinks, varlen=False)
+    left, right = reach(causal, window)
+    scale = score_scale(scale, softcap, q.shape[-1])
+    q, k, v = _autocast(q, k, v)
+    if runs_triton(q):
+        options = (q.shape[2], k.shape[2], left, right, scale, softcap)
+        out, lse = FlashAttentionFunction.apply(q, k, v, sinks, None, None, *options)
+        return (out, lse) if return_lse else out
+    n_query, n_key = q.shape[2], k.shape[2]
+    plain = window is None and softcap == 0 and sinks is None and not return_lse
+    if plain and n_key > 0 and (not causal or n_query == n_key or n_query == 1):
+        is_causal = causal and n_query > 1
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=gqa)
+    return reference.flash_attention(
+        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=return_lse
+    )
+
+
+def flash_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: Window = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """flash_attention over packed sequences: sequence b is rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1.
+
+    q: (total_q, H, D).  k, v: (total_k, K, D).  cu_seqlens_q, cu_seqlens_k: (sequences + 1,), int32, rising from 0 to
+    the total.  max_seqlen_q, max_seqlen_k: at least the longest length.  Everything else as flash_attention, each
+    sequence by itself. Returns (total_q, H, D), and with return_lse also the log-sum-exp (H, total_q).
+
+    Raises ValueError as flash_attention does, and on cu_seqlens or max_seqlen that do not fit; the values of cu_seqlens
+    are checked on the CPU alone, since reading them from a GPU would stall it in every call.
+    """
+    check_inputs(q, k, v, sinks, varlen=True)
+    check_sequences("q", cu_seqlens_q, max_seqlen_q, q.shape[0], q)
+    check_sequences("k", cu_seqlens_k, max_seqlen_k, k.shape[0], q)
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        raise ValueError(
+            f"cu_seqlens_k: expected cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}, got {tuple(cu_seqlens_k.shape)}"
+        )
+    left, right = reach(causal, window)
+    scale = score_scale(scale, softcap, q.shape[-1])
+    q, k, v = _autocast(q, k, v)
+    if runs_triton(q):
+        options = (max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
+        out, lse = FlashAttentionFunction.apply(
+            q, k, v, sinks, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), *options
+        )
+        return (out, lse) if return_lse else out
+    return reference.flash_attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=return_lse,
+    )  # fmt: skip

@@ -1,0 +1,110 @@
+"""What the attention kernels share: addresses, masked tiles, the visible range of blocks, the score function.
+
+Every tensor is addressed as (b, h, row, d) with four strides. Packed sequences (varlen) have a batch stride of 0 and
+start at row cu_seqlens[b]. Offsets are 64-bit: one head of a long (B, T, H, D) tensor alone can pass 2^31 elements.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sequence(cu_seqlens_ptr, b, length):
+    """First row and length of sequence b; (0, length) when cu_seqlens_ptr is None."""
+    if cu_seqlens_ptr is None:
+        start = 0
+    else:
+        start = tl.load(cu_seqlens_ptr + b)
+        length = tl.load(cu_seqlens_ptr + b + 1) - start
+    return start, length
+
+
+@triton.jit
+def head_pointer(ptr, strides, b, h, start):
+    """Address of row `start` of head (b, h)."""
+    offset = tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
+    return ptr + offset + tl.cast(start, tl.int64) * strides[2]
+
+
+@triton.jit
+def row_offsets(first, rows, stride):
+    """64-bit offsets of rows first + rows: a scalar that moves with the loop plus a vector that does not."""
+    return tl.cast(first, tl.int64) * stride + rows.to(tl.int64) * stride
+
+
+@triton.jit
+def tile_offsets(first, rows, cols, strides):
+    """64-bit offsets of a tile: (len(rows), len(cols))."""
+    return (
+        tl.cast(first, tl.int64) * strides[2]
+        + rows.to(tl.int64)[:, None] * strides[2]
+        + cols.to(tl.int64)[None, :] * strides[3]
+    )
+
+
+@triton.jit
+def load_tile(ptr, strides, first, rows, cols, length, HEAD_DIM: tl.constexpr, CHECK_ROWS: tl.constexpr):
+    """Tile (len(rows), len(cols)) at row `first`; zeros past HEAD_DIM, and past `length` rows when CHECK_ROWS."""
+    ptrs = ptr + tile_offsets(first, rows, cols, strides)
+    if CHECK_ROWS:
+        tile = tl.load(ptrs, mask=(first + rows < length)[:, None] & (cols < HEAD_DIM)[None, :], other=0.0)
+    elif cols.shape[0] == HEAD_DIM:
+        tile = tl.load(ptrs)
+    else:
+        tile = tl.load(ptrs, mask=(cols < HEAD_DIM)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(ptr, strides, first, rows, cols, length, tile, HEAD_DIM: tl.constexpr):
+    """Store the rows below `length` and the columns below HEAD_DIM of a tile."""
+    ptrs = ptr + tile_offsets(first, rows, cols, strides)
+    mask = (first + rows < length)[:, None] & (cols < HEAD_DIM)[None, :]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def visible_blocks(first, last, lower, upper, length, BLOCK: tl.constexpr):
+    """Blocks of the other axis that rows first..last (inclusive) see, where row i sees i + lower <= j <= i + upper.
+
+    Returns (lo, full_lo, full_hi, hi): blocks in [full_lo, full_hi) are visible to every row, those in [lo, full_lo)
+    and [full_hi, hi) in part. lower or upper None is no bound on that side.
+    """
+    lo = 0
+    full_lo = 0
+    hi = length
+    full_hi = length // BLOCK * BLOCK
+    if upper is not None:
+        hi = tl.maximum(tl.minimum(length, last + upper + 1), 0)
+        full_hi = tl.maximum(tl.minimum(length, first + upper + 1), 0) // BLOCK * BLOCK
+    if lower is not None:
+        lo = tl.maximum(first + lower, 0) // BLOCK * BLOCK
+        full_lo = tl.cdiv(tl.maximum(last + lower, 0), BLOCK) * BLOCK
+        full_lo = tl.minimum(full_lo, tl.cdiv(hi, BLOCK) * BLOCK)
+        full_hi = tl.maximum(full_lo, full_hi)
+    return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def is_visible(i, j, lower, upper, n_key):
+    """Mask of query i against key j, broadcast: j < n_key and i + lower <= j <= i + upper."""
+    visible = j < n_key
+    if lower is not None:
+        visible = visible & (j >= i + lower)
+    if upper is not None:
+        visible = visible & (j <= i + upper)
+    return visible
+
+
+@triton.jit
+def tanh(x):
+    """tanh from one exponential (the interpreter has no libdevice), relative error of a few ulps in fp32."""
+    e = tl.math.exp2(tl.abs(x) * -2.8853900817779268)  # exp(-2 |x|), never overflows
+    y = tl.where(x < 0, e - 1.0, 1.0 - e) / (1.0 + e)
+    if x.dtype == tl.float32:
+        # 1 - e cancels for small x: the odd series to x^11 is exact to fp32 below 1/4
+        x2 = x * x
+        series = x2 * (62.0 / 2835.0 + x2 * (-1382.0 / 155925.0))
+        series = x2 * (-1.0 / 3.0 + x2 * (2.0 / 15.0 + x2 * (-17.0 / 315.0) + x2 * series))
+        y = tl.where(tl.abs(x) < 0.25, x + x * series, y)
+    return y

@@ -1,0 +1,92 @@
+"""Input checks of the public functions: each raises ValueError naming the argument, its value and what was expected."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from ..dispatch import check_device, check_dtype
+
+MAX_HEAD_DIM = 512
+
+Window = int | tuple[int, int] | None
+
+
+def _check_rank(name: str, tensor: Tensor, axes: str) -> None:
+    rank = axes.count(",") + 1
+    if tensor.dim() != rank:
+        raise ValueError(f"{name}: expected shape ({axes}), got {tuple(tensor.shape)}")
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *, varlen: bool) -> None:
+    """Ranks, matching sizes, heads, head size, dtypes and devices."""
+    axes_q, axes_kv = ("total_q, H, D", "total_k, K, D") if varlen else ("B, H, T, D", "B, K, S, D")
+    _check_rank("q", q, axes_q)
+    _check_rank("k", k, axes_kv)
+    if v.shape != k.shape:
+        raise ValueError(f"v: expected k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if not varlen and k.shape[0] != q.shape[0]:
+        raise ValueError(f"k: expected batch size {q.shape[0]}, as q, got shape {tuple(k.shape)}")
+    n_head, n_kv_head, head_dim = q.shape[1], k.shape[1], q.shape[-1]
+    if k.shape[-1] != head_dim:
+        raise ValueError(f"k: expected head size {head_dim}, as q, got shape {tuple(k.shape)}")
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"q: expected a head size of 1 to {MAX_HEAD_DIM}, got shape {tuple(q.shape)}")
+    if n_kv_head == 0 or n_head == 0 or n_head % n_kv_head != 0:
+        raise ValueError(f"k: expected a number of heads that divides q's {n_head}, got shape {tuple(k.shape)}")
+    check_dtype("q", q)
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name}: expected dtype {q.dtype}, as q, got {tensor.dtype}")
+    if sinks is not None:
+        if sinks.shape != (n_head,):
+            raise ValueError(f"sinks: expected shape ({n_head},), one per query head, got {tuple(sinks.shape)}")
+        check_dtype("sinks", sinks)
+    check_device(("q", q), ("k", k), ("v", v), ("sinks", sinks))
+
+
+def check_sequences(name: str, cu_seqlens: Tensor, max_seqlen: int, total: int, q: Tensor) -> None:
+    """cu_seqlens_q or cu_seqlens_k (`name` is "q" or "k") and its max_seqlen; values only where reading them is free.
+
+    On a GPU that would stall the stream in every call, and while tracing there are none.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(
+            f"cu_seqlens_{name}: expected shape (sequences + 1,) and dtype int32, "
+            f"got {tuple(cu_seqlens.shape)} and {cu_seqlens.dtype}"
+        )
+    check_device(("q", q), (f"cu_seqlens_{name}", cu_seqlens))
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen_{name}: expected at least 0, got {max_seqlen}")
+    if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu":
+        return
+    ends = cu_seqlens.tolist()
+    lengths = [end - start for start, end in itertools.pairwise(ends)]
+    if ends[0] != 0 or ends[-1] != total or min(lengths, default=0) < 0:
+        raise ValueError(f"cu_seqlens_{name}: expected values that rise from 0 to {total}, got {ends}")
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(f"max_seqlen_{name}: expected at least {max(lengths)}, got {max_seqlen}")
+
+
+def score_scale(scale: float | None, softcap: float, head_dim: int) -> float:
+    """`scale`, or 1 / sqrt(head_dim); checks scale and softcap."""
+    if scale is None:
+        scale = head_dim**-0.5
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale: expected a finite number above 0, got {scale}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap: expected a finite number, at least 0 (0: none), got {softcap}")
+    return scale
+
+
+def reach(causal: bool, window: Window) -> tuple[int | None, int | None]:
+    """How far left and right of its own position a query sees; None is without end."""
+    if window is None:
+        return None, 0 if causal else None
+    left, right = (window, window) if isinstance(window, int) else window
+    if left < 0 or right < 0:
+        raise ValueError(f"window: expected sizes of at least 0, got {window}")
+    return left, 0 if causal else right
