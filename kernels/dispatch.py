@@ -14,7 +14,15 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["FLOAT_DTYPES", "INTERPRETED", "check_device", "check_dtype", "define_op", "runs_triton"]
+__all__ = [
+    "FLOAT_DTYPES",
+    "INTERPRETED",
+    "check_device",
+    "check_dtype",
+    "define_op",
+    "refuse_transforms",
+    "runs_triton",
+]
 
 # Decided once, as triton itself does: a kernel decorated under the interpreter stays interpreted.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
@@ -46,12 +54,33 @@ def define_op(
     name = launcher.__name__
     schema = torch.library.infer_schema(launcher, mutates_args=())
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, launcher, "CompositeExplicitAutograd")
+    _library.impl(name, _on_its_device(launcher), "CompositeExplicitAutograd")
     torch.library.register_fake(f"rooflight::{name}", fake, lib=_library)
     packet = getattr(torch.ops.rooflight, name)
     if flops is not None:
         register_flop_formula(packet)(flops)
     return packet.default
+
+
+def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device: make it the first argument's."""
+
+    def launch(first: Tensor, *args: Any) -> Any:
+        if first.is_cuda and first.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(first.get_device()):
+                return launcher(first, *args)
+        return launcher(first, *args)
+
+    return launch
+
+
+def refuse_transforms(name: str) -> None:
+    """Raise NotImplementedError under torch.func.vmap, grad and their kin, which cannot see into a kernel."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"{name}: its Triton kernels do not run under torch.func transforms (vmap, grad, jvp); leading dimensions"
+            " are batched already, and autograd differentiates it"
+        )
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> None:

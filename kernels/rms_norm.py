@@ -1,0 +1,388 @@
+"""RMSNorm, optionally of a sum: y = h rstd (w + offset), h = x + residual, rstd = 1 / sqrt(mean(h^2) + eps).
+
+Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4. With xhat = h rstd and g = (w + offset) dy:
+dh = rstd (g - xhat mean(xhat g)) + dstream,  dw = sum over rows of dy xhat,  dx = dresidual = dh.
+
+Forward: each program normalises a tile of rows; a row longer than one tile is read twice, the second time from L2.
+Backward: a fixed number of programs stride over the rows. Each keeps its own fp32 sum of dw, a second kernel adds these
+partial sums in a fixed order: no atomics, so the gradients are bitwise reproducible.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import cost, reference
+from .dispatch import check_device, check_dtype, define_op, refuse_transforms, runs_triton
+
+__all__ = ["RMSNormFunction", "rms_norm"]
+
+# Elements of a tile of short rows: 16 a thread over 4 warps, two 16-byte loads of a 2-byte type.
+SHORT_TILE = 2048
+# The longest row that one tile holds, beyond which rows are looped over: the largest that compiles without spills for
+# sm_80 and sm_90 (docs/artifacts.md).
+FORWARD_TILE = 32768
+BACKWARD_TILE = 8192
+# Rows of dw's partial sums that one step of the reduction reads.
+REDUCE_ROWS = 32
+
+# ---------------------------------------------------------------- kernels
+# A row layout is (n1, n2, s0, s1, s2, sn): row r of the flattened leading dimensions starts at
+# (r / n2 / n1) s0 + (r / n2 mod n1) s1 + (r mod n2) s2, and its elements lie sn apart. One merged dimension has
+# n1 = n2 = 1, which Triton compiles as constants, so that the divisions vanish.
+
+
+@triton.jit
+def _tile_offsets(row, layout, cols):
+    """64-bit element offsets (ROWS, BLOCK_N) of the given rows and columns."""
+    i2 = row % layout[1]
+    outer = row // layout[1]
+    start = (outer // layout[0]).to(tl.int64) * layout[2] + (outer % layout[0]).to(tl.int64) * layout[3]
+    start += i2.to(tl.int64) * layout[4]
+    return start[:, None] + cols.to(tl.int64)[None, :] * layout[5]
+
+
+@triton.jit
+def _load_scale(w_ptr, offset, cols, N, DTYPE: tl.constexpr):
+    """w + offset (1, BLOCK_N)."""
+    return (tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(DTYPE) + offset)[None, :]
+
+
+@triton.jit
+def _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, N, DTYPE: tl.constexpr):
+    """h (ROWS, BLOCK_N): x, or x + residual rounded to the stream's dtype and written there."""
+    h = tl.load(x_ptr + _tile_offsets(row, x_layout, cols), mask=mask, other=0.0).to(DTYPE)
+    if residual_ptr is not None:
+        h += tl.load(residual_ptr + _tile_offsets(row, residual_layout, cols), mask=mask, other=0.0).to(DTYPE)
+        rounded = h.to(stream_ptr.dtype.element_ty)
+        tl.store(stream_ptr + row.to(tl.int64)[:, None] * N + cols[None, :], rounded, mask=mask)
+        h = rounded.to(DTYPE)
+    return h
+
+
+@triton.jit
+def _store_normed(y_ptr, w_ptr, offset, h, rstd, row, cols, mask, N, DTYPE: tl.constexpr):
+    y = h * rstd[:, None]
+    if w_ptr is not None:
+        y *= _load_scale(w_ptr, offset, cols, N, DTYPE)
+    tl.store(y_ptr + row.to(tl.int64)[:, None] * N + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _rms_norm_fwd_kernel(
+    x_ptr, x_layout, residual_ptr, residual_layout, w_ptr, y_ptr, stream_ptr, rstd_ptr, M, N, eps, offset,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(M.dtype) * ROWS + tl.arange(0, ROWS)
+    live = (row >= 0) & (row < M)  # row wraps below 0 when M is within a tile of 2^31
+    cols = tl.arange(0, BLOCK_N)
+    if ONE_TILE:
+        mask = live[:, None] & (cols < N)[None, :]
+        h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, N, DTYPE)
+        total = tl.sum(h * h, axis=1)
+    else:
+        squares = tl.zeros((ROWS, BLOCK_N), DTYPE)
+        for start in range(0, N, BLOCK_N):
+            at = start + cols
+            mask = live[:, None] & (at < N)[None, :]
+            h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, N, DTYPE)
+            squares += h * h
+        total = tl.sum(squares, axis=1)
+    rstd = 1.0 / tl.sqrt(total / N + eps)
+    tl.store(rstd_ptr + row, rstd, mask=live)
+    if ONE_TILE:
+        _store_normed(y_ptr, w_ptr, offset, h, rstd, row, cols, mask, N, DTYPE)
+    else:
+        for start in range(0, N, BLOCK_N):
+            at = start + cols
+            mask = live[:, None] & (at < N)[None, :]
+            # the sum again: other threads wrote the stream, so it may not be read back here
+            h = tl.load(x_ptr + _tile_offsets(row, x_layout, at), mask=mask, other=0.0).to(DTYPE)
+            if residual_ptr is not None:
+                h += tl.load(residual_ptr + _tile_offsets(row, residual_layout, at), mask=mask, other=0.0).to(DTYPE)
+                h = h.to(stream_ptr.dtype.element_ty).to(DTYPE)
+            _store_normed(y_ptr, w_ptr, offset, h, rstd, row, at, mask, N, DTYPE)
+
+
+@triton.jit
+def _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, w_ptr, offset, rstd, row, cols, mask, N, DTYPE: tl.constexpr):
+    """xhat, dy and g = (w + offset) dy, each (ROWS, BLOCK_N)."""
+    xhat = tl.load(h_ptr + _tile_offsets(row, h_layout, cols), mask=mask, other=0.0).to(DTYPE) * rstd[:, None]
+    dy = tl.load(dy_ptr + _tile_offsets(row, dy_layout, cols), mask=mask, other=0.0).to(DTYPE)
+    g = dy * _load_scale(w_ptr, offset, cols, N, DTYPE) if w_ptr is not None else dy
+    return xhat, dy, g
+
+
+@triton.jit
+def _store_dh(dh_ptr, dstream_ptr, dstream_layout, xhat, g, mean, rstd, row, cols, mask, N, DTYPE: tl.constexpr):
+    dh = (g - xhat * mean[:, None]) * rstd[:, None]
+    if dstream_ptr is not None:
+        dh += tl.load(dstream_ptr + _tile_offsets(row, dstream_layout, cols), mask=mask, other=0.0).to(DTYPE)
+    tl.store(dh_ptr + row.to(tl.int64)[:, None] * N + cols[None, :], dh.to(dh_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _rms_norm_bwd_kernel(
+    h_ptr, h_layout, dy_ptr, dy_layout, dstream_ptr, dstream_layout, w_ptr, rstd_ptr, dh_ptr, partial_ptr, M, N, offset,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    cols = tl.arange(0, BLOCK_N)
+    if partial_ptr is not None:
+        partial_ptr += program.to(tl.int64) * N  # this program's row of (programs, N)
+    dw = tl.zeros((ROWS, BLOCK_N), DTYPE)
+    for tile in range(program, tl.cdiv(M, ROWS), tl.num_programs(0)):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        live = (row >= 0) & (row < M)
+        rstd = tl.load(rstd_ptr + row, mask=live, other=0.0)
+        if ONE_TILE:
+            mask = live[:, None] & (cols < N)[None, :]
+            xhat, dy, g = _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, w_ptr, offset, rstd, row, cols, mask, N, DTYPE)
+            mean = tl.sum(xhat * g, axis=1) / N
+            _store_dh(dh_ptr, dstream_ptr, dstream_layout, xhat, g, mean, rstd, row, cols, mask, N, DTYPE)
+            dw += dy * xhat
+        else:
+            products = tl.zeros((ROWS, BLOCK_N), DTYPE)
+            for start in range(0, N, BLOCK_N):
+                at = start + cols
+                mask = live[:, None] & (at < N)[None, :]
+                xhat, dy, g = _load_pair(
+                    h_ptr, h_layout, dy_ptr, dy_layout, w_ptr, offset, rstd, row, at, mask, N, DTYPE
+                )
+                products += xhat * g
+            mean = tl.sum(products, axis=1) / N
+            tl.debug_barrier()  # other threads may have written the partial sums read below
+            for start in range(0, N, BLOCK_N):
+                at = start + cols
+                mask = live[:, None] & (at < N)[None, :]
+                xhat, dy, g = _load_pair(
+                    h_ptr, h_layout, dy_ptr, dy_layout, w_ptr, offset, rstd, row, at, mask, N, DTYPE
+                )
+                _store_dh(dh_ptr, dstream_ptr, dstream_layout, xhat, g, mean, rstd, row, at, mask, N, DTYPE)
+                if partial_ptr is not None:
+                    seen = tl.load(partial_ptr + at, mask=at < N, other=0.0)
+                    seen = tl.where(tile == program, 0.0, seen)  # the first row finds the memory uninitialised
+                    tl.store(partial_ptr + at, seen + tl.sum(dy * xhat, axis=0), mask=at < N)
+    if ONE_TILE and partial_ptr is not None:
+        tl.store(partial_ptr + cols, tl.sum(dw, axis=0), mask=cols < N)
+
+
+@triton.jit
+def _rms_norm_dw_kernel(partial_ptr, dw_ptr, PROGRAMS, N, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dw (N,) from its partial sums (PROGRAMS, N), always added in the same order."""
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((ROWS, BLOCK_N), partial_ptr.dtype.element_ty)
+    for start in range(0, PROGRAMS, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < PROGRAMS)[:, None] & (cols < N)[None, :]
+        total += tl.load(partial_ptr + row.to(tl.int64)[:, None] * N + cols[None, :], mask=mask, other=0.0)
+    tl.store(dw_ptr + cols, tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty), mask=cols < N)
+
+
+# ---------------------------------------------------------------- launchers
+
+Layout = tuple[int, int, int, int, int, int]
+
+
+def _row_layout(x: Tensor) -> tuple[Tensor, Layout]:
+    """x and its row layout; leading dimensions that do not merge to three or fewer are copied together."""
+    N = x.shape[-1]
+    if x.is_contiguous():
+        return x, (1, 1, N, 0, 0, 1)
+    groups: list[tuple[int, int]] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if groups and groups[-1][1] == size * stride:
+            groups[-1] = (groups[-1][0] * size, stride)
+        else:
+            groups.append((size, stride))
+    if len(groups) > 3:
+        return x.contiguous(), (1, 1, N, 0, 0, 1)
+    (_, s0), (n1, s1), (n2, s2) = groups + [(1, 0)] * (3 - len(groups))
+    return x, (n1, n2, s0, s1, s2, x.stride(-1))
+
+
+def _tile(N: int, longest: int) -> tuple[int, int, int]:
+    """Rows and columns of a tile, and the warps that work on it."""
+    columns = min(max(triton.next_power_of_2(N), 16), longest)
+    rows = max(1, SHORT_TILE // columns)
+    return rows, columns, min(max(rows * columns // 512, 4), 16 if columns <= BACKWARD_TILE else 32)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 2  # interpreted: few programs, yet more than one partial sum
+
+
+def rms_norm_fwd(
+    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the stream x + residual (empty without a residual) and rstd (rows,)."""
+    N = x.shape[-1]
+    y, stream, rstd = _rms_norm_fwd_fake(x, weight, eps, residual, weight_offset)
+    M = rstd.numel()
+    if M == 0:
+        return y, stream, rstd
+    rows, columns, warps = _tile(N, FORWARD_TILE)
+    x, x_layout = _row_layout(x)
+    residual_layout = None
+    if residual is not None:
+        residual, residual_layout = _row_layout(residual)
+    if weight is not None:
+        weight = weight.contiguous()
+    _rms_norm_fwd_kernel[(triton.cdiv(M, rows),)](
+        x, x_layout, residual, residual_layout, weight, y, stream, rstd, M, N, eps, weight_offset,
+        ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, DTYPE=_statistics(x.dtype)[1], num_warps=warps,
+    )  # fmt: skip
+    return y, stream, rstd
+
+
+def rms_norm_bwd(
+    dy: Tensor, dstream: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, weight_offset: float,
+    needs_dw: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dh, contiguous in h's dtype, and dw (empty unless needed)."""
+    N, M = h.shape[-1], rstd.numel()
+    dh, dw = _rms_norm_bwd_fake(dy, dstream, h, weight, rstd, weight_offset, needs_dw)
+    if M == 0:
+        return dh, dw.zero_()
+    rows, columns, warps = _tile(N, BACKWARD_TILE)
+    # As many programs as stay resident, at 2048 threads a multiprocessor and half of them for registers' sake.
+    programs = min(triton.cdiv(M, rows), _multiprocessors(h.device) * max(1, 32 // warps))
+    h, h_layout = _row_layout(h)
+    dy, dy_layout = _row_layout(dy)
+    dstream_layout = None
+    if dstream is not None:
+        dstream, dstream_layout = _row_layout(dstream)
+    if weight is not None:
+        weight = weight.contiguous()
+    partial = torch.empty(programs, N, dtype=rstd.dtype, device=h.device) if needs_dw else None
+    _rms_norm_bwd_kernel[(programs,)](
+        h, h_layout, dy, dy_layout, dstream, dstream_layout, weight, rstd, dh, partial, M, N, weight_offset,
+        ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, DTYPE=_statistics(h.dtype)[1], num_warps=warps,
+    )  # fmt: skip
+    if partial is not None:
+        _rms_norm_dw_kernel[(triton.cdiv(N, 64),)](partial, dw, programs, N, ROWS=REDUCE_ROWS, BLOCK_N=64)
+    return dh, dw
+
+
+def _statistics(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
+    """fp32, or fp64 for fp64 (interpreted only: it is there for gradcheck)."""
+    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+def _rms_norm_fwd_fake(
+    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if residual is None:
+        stream = x.new_empty(0)
+    else:
+        stream = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    rstd = x.new_empty(x.shape[:-1].numel(), dtype=_statistics(stream.dtype)[0])
+    return x.new_empty(x.shape), stream, rstd
+
+
+def _rms_norm_bwd_fake(
+    dy: Tensor, dstream: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, weight_offset: float,
+    needs_dw: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dw = weight.new_empty(weight.shape) if needs_dw and weight is not None else h.new_empty(0)
+    return h.new_empty(h.shape), dw
+
+
+def _fwd_flops(x: Any, weight: Any, eps: float, residual: Any, *args: Any, **kwargs: Any) -> int:
+    M, N = _matrix(x)
+    return cost.rms_norm_cost(M, N, residual=residual is not None, weight=weight is not None).flops
+
+
+def _bwd_flops(dy: Any, dstream: Any, h: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+    M, N = _matrix(h)
+    return cost.rms_norm_cost(M, N, residual=dstream is not None, weight=weight is not None, backward=True).flops
+
+
+def _matrix(shape: Any) -> tuple[int, int]:
+    return torch.Size(shape[:-1]).numel(), shape[-1]
+
+
+_fwd = define_op(rms_norm_fwd, _rms_norm_fwd_fake, _fwd_flops)
+_bwd = define_op(rms_norm_bwd, _rms_norm_bwd_fake, _bwd_flops)
+
+# ---------------------------------------------------------------- public
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """apply(x, weight, eps, residual, weight_offset): rms_norm without its checks, always in Triton."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float
+    ) -> Any:
+        y, stream, rstd = _fwd(x, weight, eps, residual, weight_offset)
+        ctx.save_for_backward(x if residual is None else stream, weight, rstd)
+        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+        ctx.weight_offset = weight_offset
+        ctx.set_materialize_grads(False)
+        return y if residual is None else (y, stream)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dstream: Tensor | None = None) -> Any:
+        h, weight, rstd = ctx.saved_tensors
+        if dy is None:
+            dh, dw = dstream, None
+        else:
+            dh, dw = _bwd(dy, dstream, h, weight, rstd, ctx.weight_offset, ctx.needs_input_grad[1])
+        x_dtype, residual_dtype = ctx.dtypes
+        dx = dh.to(x_dtype) if dh is not None and ctx.needs_input_grad[0] else None
+        dresidual = dh.to(residual_dtype) if dh is not None and ctx.needs_input_grad[3] else None
+        return dx, dw if ctx.needs_input_grad[1] else None, None, dresidual, None
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float = 1e-6,
+    *,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y = h / sqrt(mean(h^2) + eps) * (weight + weight_offset), h = x or x + residual (Zhang & Sennrich 2019, eq. 4).
+
+    x: (..., N), fp32, fp16 or bf16, any strides (four or more leading dimensions that do not merge are copied).
+    weight: (N,) of any of these dtypes, or None for 1.  residual: x's shape.  weight_offset: 1.0 for Gemma's 1 + w.
+    Returns y, contiguous, of x's shape and dtype; with residual (y, x + residual), the sum in the promoted dtype,
+    rounded before it is normalised.
+    Statistics, dw's sums and every product are fp32; rstd is saved, fp32, one per row. No tensor given is written, and
+    under autocast nothing is cast: y has x's dtype whatever the weight's.
+    Runs Triton on CUDA tensors and, under TRITON_INTERPRET=1, on CPU tensors (fp64 too); on plain CPU tensors the eager
+    oracle. Under the kernels a second derivative raises RuntimeError, and torch.func transforms NotImplementedError.
+    Raises ValueError on a shape, dtype or device mismatch and on eps <= 0.
+    """
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected shape (..., N) with N >= 1, got {tuple(x.shape)}")
+    if not eps > 0:
+        raise ValueError(f"eps: expected > 0, got {eps}")
+    check_dtype("x", x)
+    check_device(("x", x), ("weight", weight), ("residual", residual))
+    if weight is not None:
+        check_dtype("weight", weight)
+        if weight.shape != x.shape[-1:]:
+            raise ValueError(f"weight: expected shape ({x.shape[-1]},), the last of x, got {tuple(weight.shape)}")
+    if residual is not None:
+        check_dtype("residual", residual)
+        if residual.shape != x.shape:
+            raise ValueError(f"residual: expected x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+    if not runs_triton(x):
+        return reference.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)
+    refuse_transforms("rms_norm")
+    return RMSNormFunction.apply(x, weight, eps, residual, weight_offset)
