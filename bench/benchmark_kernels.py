@@ -1,0 +1,37 @@
+"""`pytest --benchmark`: every kernel case, forward and backward, ours beside its peers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rooflight.bench.cases import Case, cases
+from rooflight.bench.harness import check, task
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CASES = cases(DEVICE)
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("case", "provider"),
+    [pytest.param(case, name, id=f"{case.name}-{name}") for case in CASES for name in case.providers],
+)
+def test_kernel(benchmark, case: Case, provider: str, mode: str) -> None:
+    """Fails when the result is wrong, never because a machine is slow."""
+    check(case, DEVICE)
+    call = task(case, case.providers[provider], mode, DEVICE)
+
+    def finished() -> None:
+        call()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = f"{case.name} {mode}"
+    benchmark(finished)
+    cost = case.cost(mode == "backward")
+    benchmark.extra_info |= {"provider": provider, "flops": cost.flops, "bytes": cost.bytes}
+    if benchmark.stats is not None:  # None under --benchmark-disable
+        median = benchmark.stats.stats.median
+        benchmark.extra_info["TFLOP/s"] = cost.flops / median / 1e12
+        benchmark.extra_info["GB/s"] = cost.bytes / median / 1e9

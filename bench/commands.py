@@ -1,0 +1,160 @@
+"""Commands: `rooflight generate`, `estimate`, `demo`, and the `rooflight bench` group.
+
+Only typer and the standard library are imported here; what a command needs, it imports when it runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+bench = typer.Typer(help="Measure this machine and hold the estimates against it.", no_args_is_help=True)
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU when there is one.")]
+
+
+@app.command()
+def demo(
+    text: Annotated[Path | None, typer.Option(help="A file or folder of text; the plays when left out.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder for everything the demo makes.")] = Path("runs/demo"),
+    seconds: Annotated[float, typer.Option(help="Seconds of training, over all resumed runs.")] = 180.0,
+    steps: Annotated[int, typer.Option(help="Training steps at most.")] = 20_000,
+    vocab_size: Annotated[int, typer.Option(help="Tokens in the vocabulary.")] = 1024,
+    device: Device = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew; an earlier run moves to OUT.previous.")] = False,
+) -> None:
+    """Train a tokenizer and a model on real text, print a sample, and compare predictions with measurements."""
+    import shutil
+
+    from rich.console import Console
+
+    from .demo import DemoConfig, run_demo
+
+    if fresh and out.exists():
+        previous = out.with_name(out.name + ".previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        out.rename(previous)
+    config = DemoConfig(text=text, out_dir=out, seconds=seconds, steps=steps, vocab_size=vocab_size, device=device)
+    raise typer.Exit(run_demo(config, Console()))
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's checkpoints folder.")],
+    tokenizer: Annotated[Path, typer.Option(help="The tokenizer's folder.")],
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "\n",
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this total mass.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Device = "auto",
+) -> None:
+    """Print text sampled from a trained model."""
+    import torch
+
+    from ..model import generate as sample
+    from ..tokenizer import Tokenizer
+    from ..training.checkpoint import load_model
+
+    place = torch.device(_resolve(device))
+    words = Tokenizer.load(tokenizer)
+    tokens = torch.tensor([words.encode(prompt)], device=place)
+    generator = torch.Generator(place).manual_seed(seed)
+    model = load_model(checkpoint, device=place)
+    out = sample(model, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    print(words.decode(out[0].tolist()))
+
+
+@app.command()
+def estimate(
+    config: Annotated[str, typer.Argument(help="A preset's name, or a TOML file with a [model] table.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 1,
+    context_length: Annotated[int | None, typer.Option(help="Tokens per sequence; the model's own by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of activations and products.")] = "bfloat16",
+    causal: Annotated[str, typer.Option(help="exact: visible pairs only; full: T^2, the usual convention.")] = "exact",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations per block.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """Parameters, FLOPs, bytes and memory per component, in closed form; times too, once `bench ceilings` has run."""
+    import json
+    import tomllib
+
+    import torch
+    from rich.console import Console
+
+    from ..model import estimate as closed_form
+    from ..training.config import model_config
+    from .ceilings import load_ceilings
+
+    values = tomllib.loads(Path(config).read_text(encoding="utf-8")) if config.endswith(".toml") else {"preset": config}
+    result = closed_form(
+        model_config(values.get("model", values)),
+        batch_size=batch_size,
+        context_length=context_length,
+        dtype=dtype,
+        causal=causal,
+        checkpointing=checkpointing,
+        ceilings=load_ceilings(torch.device(_resolve("auto"))),
+    )
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=1))
+    else:
+        Console().print(result.table())
+
+
+@bench.command()
+def ceilings(device: Device = "auto") -> None:
+    """Measure this machine's rates (products, copies, exponentials, attention) and keep them for the estimates."""
+    import torch
+    from rich.console import Console
+
+    from .ceilings import measure_ceilings, save_ceilings
+
+    place = torch.device(_resolve(device))
+    measured = measure_ceilings(place)
+    path = save_ceilings(measured, place)
+    console = Console()
+    console.print(measured)
+    console.print(f"Kept in {path}")
+
+
+@bench.command()
+def kernels(
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the measurements here.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Check and time every kernel case beside its peers."""
+    import torch
+    from rich.console import Console
+
+    from .cases import cases
+    from .harness import as_records, machine, measure, write_json
+    from .report import table
+
+    place = torch.device(_resolve(device))
+    where = machine(place)
+    console = Console()
+    console.print("  ".join(f"{key} {value}" for key, value in where.items()))
+    done = []
+    for case in console_progress(console, cases(place)):
+        done += measure(case, place)
+    console.print(table(done))
+    if json_path:
+        write_json(json_path, {"machine": where, "measurements": as_records(done)})
+
+
+def console_progress(console, items):
+    """items, with a progress bar on the console."""
+    from rich.progress import track
+
+    return track(items, description="cases", console=console, transient=True)
+
+
+def _resolve(device: str) -> str:
+    import torch
+
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,171 @@
+"""The whole machine on real text: tokenizer, training, a sample, and prediction beside measurement.
+
+Every stage leaves its result in the output folder and is passed over when the result is there, and training resumes
+from its last checkpoint: the same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ..model import ModelConfig, Transformer, generate
+from ..tokenizer import Tokenizer, train_bpe
+from ..training.checkpoint import load_model
+from ..training.config import TrainConfig
+from ..training.loop import TrainResult, train
+from .harness import write_json
+from .text import END_OF_TEXT, find_text, read_documents, split_text
+from .validate import validate_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """What the demo does; text None takes the plays, steps and seconds bound the training."""
+
+    out_dir: Path = Path("runs/demo")
+    text: Path | None = None
+    vocab_size: int = 1024
+    seconds: float = 180.0
+    steps: int = 20_000
+    device: str = "auto"
+    prompt: str = "ROMEO\n"
+    sample_tokens: int = 300
+
+
+def demo_training(config: DemoConfig, device: torch.device) -> TrainConfig:
+    """The run for this machine: about 1 M parameters on a CPU, about 30 M and the Triton kernels on a GPU."""
+    out, on_gpu = config.out_dir, device.type == "cuda"
+    if on_gpu:
+        model = ModelConfig(config.vocab_size, 512, n_layer=8, n_head=8, d_model=512, qk_norm=True)
+    else:
+        model = ModelConfig(config.vocab_size, 256, n_layer=4, n_head=4, d_model=128, qk_norm=True)
+    return TrainConfig(
+        model=model,
+        train_data=out / "train.bin",
+        val_data=out / "val.bin",
+        out_dir=out / "training",
+        batch_size=64 if on_gpu else 16,
+        compile=on_gpu,
+        max_steps=config.steps,
+        max_seconds=config.seconds,
+        device=str(device),
+        resume=True,
+    )
+
+
+def run_demo(config: DemoConfig, console: Console) -> int:
+    """Run every stage; returns the exit status, 1 when the validation loss did not fall."""
+    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    out = config.out_dir
+    out.mkdir(parents=True, exist_ok=True)
+    _remember(config)
+
+    console.rule("1. Text and tokenizer")
+    tokenizer = prepare_data(config, console)
+
+    console.rule("2. Training")
+    run = demo_training(config, device)
+    result = train(run, console=console)
+    if result.stopped == "interrupted":
+        console.print(f"Interrupted and saved. The same command goes on from step {result.step}.")
+        return 130
+
+    console.rule("3. A sample")
+    print_sample(config, run, tokenizer, device, console)
+
+    console.rule("4. Predicted and measured")
+    validation = validate_step(run, device, measured=result)
+    console.print(validation.table())
+    write_json(out / "validation.json", validation.to_dict())
+
+    picture = out / "loss.png"
+    plot_loss(run.out_dir / "log.jsonl", picture)
+    return conclude(result, picture, console)
+
+
+def _remember(config: DemoConfig) -> None:
+    """Refuse to mix two demos in one folder: what is kept there depends on the text and the vocabulary."""
+    settings = {"text": str(config.text) if config.text else None, "vocab_size": config.vocab_size}
+    path = config.out_dir / "demo.json"
+    if not path.exists():
+        write_json(path, settings)
+    earlier = json.loads(path.read_text())
+    for name, value in settings.items():
+        if earlier.get(name) != value:
+            raise ValueError(
+                f"{config.out_dir} holds a demo with {name} {earlier.get(name)!r}, not {value!r}; "
+                "--fresh starts anew, --out takes another folder"
+            )
+
+
+def prepare_data(config: DemoConfig, console: Console) -> Tokenizer:
+    """Text to token files, and the tokenizer that made them."""
+    out = config.out_dir
+    if not (out / "tokenizer").exists():
+        name, files = find_text(config.text, out.parent / "text")
+        train_bytes, held_out = split_text(read_documents(files), out / "train.txt", out / "val.txt")
+        console.print(f"Text: {name}; {train_bytes:,} bytes to train on, {held_out:,} held out.")
+        vocab, merges = train_bpe(out / "train.txt", config.vocab_size, [END_OF_TEXT], progress=True)
+        Tokenizer(vocab, merges, [END_OF_TEXT]).save(out / "tokenizer")
+    tokenizer = Tokenizer.load(out / "tokenizer")
+    for split in ("train", "val"):
+        binary = out / f"{split}.bin"
+        if not binary.exists():
+            text = out / f"{split}.txt"
+            n_tokens = tokenizer.encode_file(text, binary)
+            console.print(f"{split}: {n_tokens:,} tokens, {text.stat().st_size / n_tokens:.2f} bytes each.")
+    return tokenizer
+
+
+def print_sample(
+    config: DemoConfig, run: TrainConfig, tokenizer: Tokenizer, device: torch.device, console: Console
+) -> None:
+    """Text out: the trained model goes on from the prompt."""
+    model: Transformer = load_model(run.out_dir / "checkpoints", device=device)
+    prompt = torch.tensor([tokenizer.encode(config.prompt)], device=device)
+    generator = torch.Generator(device).manual_seed(run.seed)
+    n_new = min(config.sample_tokens, run.model.context_length - prompt.shape[1])
+    tokens = generate(model, prompt, n_new, temperature=0.8, top_p=0.95, generator=generator)
+    console.print(tokenizer.decode(tokens[0].tolist()), markup=False, highlight=False)
+
+
+def plot_loss(log: Path, picture: Path) -> None:
+    """Training and validation loss against step, from the run's JSONL log."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+        axes.plot(*itertools.zip_longest(*points), style, label=label, linewidth=1, markersize=3)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="rooflight demo")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    scratch = picture.with_name(f".{picture.name}")
+    figure.savefig(scratch, dpi=150, format="png")
+    plt.close(figure)
+    os.replace(scratch, picture)
+
+
+def conclude(result: TrainResult, picture: Path, console: Console) -> int:
+    """The last line, and whether the loss fell."""
+    console.print(f"Loss curve: {picture}")
+    fell = result.val_loss < result.first_val_loss
+    console.print(
+        f"Validation loss {result.first_val_loss:.3f} -> {result.val_loss:.3f} nats per token, "
+        f"[bold]{result.val_bits_per_byte:.3f} bits per byte[/bold], after {result.step:,} steps "
+        f"({result.tokens:,} tokens) in {result.seconds:.0f} s."
+    )
+    if not fell:
+        console.print("[red]The validation loss did not fall.[/red]")
+    return 0 if fell else 1

@@ -1,0 +1,56 @@
+"""The command line: light to start, one sentence on bad input."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def rooflight(*arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from rooflight.bench.cli import main; sys.exit(main())"
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_help_lists_every_command_and_imports_no_torch():
+    code = (
+        "import sys\nfrom rooflight.bench.cli import app\n"
+        "from typer.testing import CliRunner\n"
+        "result = CliRunner().invoke(app, ['--help'])\n"
+        "print(result.output)\n"
+        "assert result.exit_code == 0\n"
+        "heavy = {'torch', 'triton', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    for command in ("tokenizer", "train", "generate", "estimate", "bench", "demo"):
+        assert command in result.stdout
+
+
+def test_version():
+    assert rooflight("--version").stdout.startswith("rooflight 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("estimate", "gpt2-xxl"), "did you mean 'gpt2-xl'"),
+        (("estimate", "nowhere.toml"), "nowhere.toml"),
+        (("estimate", "tiny", "--context-length", "4096"), "at most the model's 256 positions, got 4096"),
+        (("demo", "--text", "nowhere.txt", "--out", "{tmp}/demo"), "nowhere.txt: no such file"),
+        (("generate", "{tmp}/no-run", "--tokenizer", "{tmp}/no-tokenizer"), "no-tokenizer"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, sentence, tmp_path):
+    result = rooflight(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert result.returncode == 2
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_estimate_prints_the_published_figures():
+    result = rooflight("estimate", "gpt2-xl", "--causal", "full", "--json")
+    assert result.returncode == 0, result.stderr
+    assert '"parameters": 1555126400' in result.stdout
+    assert '"forward_flops": 3506703564800' in result.stdout
