@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from rooflight.model import PRESETS, ModelConfig
+from rooflight.training.config import TrainConfig
+
+MODEL = ModelConfig(32, 8, 1, 2, d_model=16)
+
+
+def _config(**options: object) -> TrainConfig:
+    return TrainConfig(**({"model": MODEL, "train_data": "a.bin", "out_dir": "run"} | options))
+
+
+def test_paths_and_betas_are_normalised():
+    config = _config(val_data="b.bin", betas=[0.8, 0.9])
+    assert (config.train_data, config.val_data, config.out_dir) == (Path("a.bin"), Path("b.bin"), Path("run"))
+    assert config.betas == (0.8, 0.9)
+
+
+def test_plain_values_round_trip():
+    config = _config(val_data="b.bin", max_seconds=3, grad_clip=None, optimizer="adamw")
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_toml(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(
+        'train_data = "a.bin"\nout_dir = "run"\nlr = 0.01\nmax_steps = 5\n[model]\npreset = "tiny"\nn_layer = 2\n'
+    )
+    config = TrainConfig.from_toml(path, max_steps=7, seed=None)
+    assert (config.lr, config.max_steps, config.seed) == (0.01, 7, 0)
+    assert config.model == dataclasses.replace(PRESETS["tiny"], n_layer=2)
+
+    path.write_text(
+        'train_data = "a.bin"\nout_dir = "run"\n'
+        "model = {vocab_size = 32, context_length = 8, n_layer = 1, n_head = 2, d_model = 16}\n"
+    )
+    assert TrainConfig.from_toml(path).model == MODEL
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr = ", "is not TOML"),
+        ("learning_rate = 1.0", "unknown training options: learning_rate"),
+        ('train_data = "a.bin"', "missing training options: model, out_dir"),
+        ('train_data = "a.bin"\nout_dir = "r"\nmodel = {preset = "tinny"}', "no preset 'tinny'"),
+        ('train_data = "a.bin"\nout_dir = "r"\nmodel = {preset = "tiny", layers = 2}', "layers: not a field"),
+        ('train_data = "a.bin"\nout_dir = "r"\nmodel = "tiny"', "model must be a ModelConfig, got str"),
+    ],
+)
+def test_toml_refuses(tmp_path, text, message):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.from_toml(path)
+
+
+def test_missing_toml(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no training configuration at .*absent\.toml"):
+        TrainConfig.from_toml(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 2.0}, "batch_size must be a whole number, got 2.0"),
+        ({"batch_size": 6, "gradient_accumulation": 4}, "must be a divisor of batch_size 6, got 4"),
+        ({"eval_batches": 0}, "eval_batches must be at least 1, got 0"),
+        ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
+        ({"lr": "1e-3"}, "lr must be a number, got '1e-3'"),
+        ({"lr": None}, "lr must be a number, got None"),
+        ({"muon_lr": float("nan")}, "muon_lr must be positive and finite, got nan"),
+        ({"muon_momentum": 1.0}, r"muon_momentum must be in \[0, 1\), got 1.0"),
+        ({"max_seconds": -1.0}, "max_seconds must be positive and finite, got -1.0"),
+        ({"grad_clip": 0.0}, "grad_clip must be positive and finite, got 0.0"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0 and finite, got -0.1"),
+        ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
+        ({"betas": 0.9}, r"betas must be two numbers in \[0, 1\), got 0.9"),
+        ({"seed": True}, "seed must be a whole number, got True"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"compile": 1}, "compile must be true or false, got 1"),
+        ({"optimizer": "sgd"}, "optimizer must be one of muon, adamw, got 'sgd'"),
+        ({"dtype": "float16"}, "dtype float16 would need loss scaling to train; use bfloat16"),
+        ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, got 'int8'"),
+        ({"kernels": "cuda"}, "kernels must be one of auto, triton, eager, got 'cuda'"),
+        ({"schedule": "linear"}, "schedule must be one of cosine, trapezoid, constant, got 'linear'"),
+        ({"warmup": 1.5}, r"warmup must be in \[0, 1\], got 1.5"),
+        ({"train_data": None}, "train_data must be a path, got None"),
+        ({"model": "tiny"}, "model must be a ModelConfig, got str"),
+    ],
+)
+def test_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        _config(**options)

@@ -1,0 +1,74 @@
+"""`rooflight train`: the command line of the training loop."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Train a transformer on token files.")
+
+
+@app.callback()
+def _group() -> None:
+    """Makes `train` a command of this app, which would otherwise be the app itself."""
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of training options; its [model] table may name a preset.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Model preset, in place of the file's model.")] = None,
+    train_data: Annotated[Path | None, typer.Option(help="Token file to train on.")] = None,
+    val_data: Annotated[Path | None, typer.Option(help="Token file to validate on.")] = None,
+    out_dir: Annotated[Path | None, typer.Option(help="Folder for log and checkpoints.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step.")] = None,
+    gradient_accumulation: Annotated[int | None, typer.Option(help="Micro-batches per step.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="End after so many steps.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="End after so many seconds of training.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="muon or adamw.")] = None,
+    lr: Annotated[float | None, typer.Option(help="AdamW's peak learning rate.")] = None,
+    muon_lr: Annotated[float | None, typer.Option(help="Muon's peak learning rate.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="trapezoid, cosine or constant.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between validations.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="torch.compile the model.")] = None,
+    kernels: Annotated[str | None, typer.Option(help="auto, triton or eager.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of initialisation and batches.")] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume/--no-resume", help="Go on from the latest checkpoint.")
+    ] = None,
+) -> None:
+    """Train a model on token files; options given here override those of the configuration file.
+
+    Ctrl-C saves a checkpoint; --resume goes on from it.
+    """
+    overrides = {k: v for k, v in locals().items() if k not in ("config", "preset") and v is not None}
+    # Before torch is imported: OpenMP threads that spin while they wait cost up to 10x on a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from .config import TrainConfig
+    from .loop import TrainingDiverged
+    from .loop import train as run
+
+    if preset is not None:
+        overrides["model"] = {"preset": preset}
+    try:
+        options = TrainConfig.from_dict(overrides) if config is None else TrainConfig.from_toml(config, **overrides)
+        result = run(options)
+    except (ValueError, FileNotFoundError, TrainingDiverged) as error:
+        typer.echo(f"rooflight train: {error}", err=True)
+        raise typer.Exit(1) from None
+    loss = ""
+    if result.val_loss is not None:
+        loss = f"validation loss {result.val_loss:.4f}, {result.val_bits_per_byte:.4f} bits per byte; "
+    typer.echo(
+        f"{result.step} steps, {result.tokens:,} tokens in {result.seconds:.0f} s ({result.stopped}); {loss}"
+        f"{result.tokens_per_second:,.0f} tokens/s, MFU {result.mfu:.1%}; {result.checkpoint}"
+    )
+    if result.stopped == "interrupted":
+        raise typer.Exit(130)

@@ -1,0 +1,206 @@
+"""The configuration of a training run: one frozen, validated dataclass, read from TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..model import ModelConfig, preset
+from .optim import OPTIMIZERS
+from .schedule import lr_factor
+
+DTYPES = ("float32", "bfloat16")
+KERNELS = ("auto", "triton", "eager")
+
+_COUNTS = (
+    "batch_size", "gradient_accumulation", "max_steps", "eval_every", "eval_batches",
+    "checkpoint_every", "keep_checkpoints", "log_every",
+)  # fmt: skip
+_TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}
+_TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a training run.
+
+    Data and model
+        train_data, val_data    token files (see training/data.py); val_data None: no validation
+        out_dir                 receives config.json, log.jsonl and checkpoints/
+        batch_size              sequences of model.context_length per optimizer step
+        gradient_accumulation   micro-batches that a step's batch is split into; divides batch_size
+    Length: the run ends with whichever comes first, and its schedule with it
+        max_steps               optimizer steps
+        max_seconds             training time, evaluation and checkpoints included, summed over resumes
+    Optimization
+        optimizer               "muon" (hidden matrices; AdamW for the rest) or "adamw" (for all)
+        lr                      AdamW's peak rate
+        muon_lr, muon_momentum  Muon's
+        betas, weight_decay     AdamW's betas; decoupled decay of matrices and embeddings (norms and biases have none)
+        schedule                "trapezoid", "cosine" or "constant", of progress in [0, 1]
+        warmup, decay           fractions of the run: linear warm-up; the trapezoid's linear decay
+        min_lr_ratio            the last learning rate over the peak
+        grad_clip               largest global 2-norm of the gradients; None: no clipping
+    Observation
+        eval_every              steps between validations, besides one before the first step and one after the last
+        eval_batches            batches per validation, spread over the file; None: the whole file
+        checkpoint_every        steps between checkpoints; there is always one after the last step
+        keep_checkpoints        how many of the latest to keep
+        log_every               steps between log records; the only steps that wait for the device
+    Execution
+        dtype                   "float32", or "bfloat16" by torch.autocast (parameters and their updates stay float32)
+        device                  "auto" (CUDA when there is one), or a torch device
+        compile                 torch.compile the model
+        checkpointing           recompute each block's activations in the backward pass instead of keeping them
+        kernels                 "triton", "eager" (the oracle), or "auto": Triton on CUDA, else the fastest eager path
+        peak_flops              FLOP/s that MFU is held against; None: measured by a short GEMM
+        seed                    of initialisation and batches
+        resume                  go on from out_dir's latest checkpoint, if there is one
+    Raises ValueError on a value out of range.
+    """
+
+    model: ModelConfig
+    train_data: Path
+    val_data: Path | None = None
+    out_dir: Path
+    batch_size: int = 32
+    gradient_accumulation: int = 1
+
+    max_steps: int = 1000
+    max_seconds: float | None = None
+
+    optimizer: str = "muon"
+    lr: float = 3e-3
+    muon_lr: float = 0.02
+    muon_momentum: float = 0.95
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
+    schedule: str = "trapezoid"
+    warmup: float = 0.02
+    decay: float = 0.5
+    min_lr_ratio: float = 0.0
+    grad_clip: float | None = 1.0
+
+    eval_every: int = 250
+    eval_batches: int | None = None
+    checkpoint_every: int = 250
+    keep_checkpoints: int = 2
+    log_every: int = 10
+
+    dtype: str = "bfloat16"
+    device: str = "auto"
+    compile: bool = False
+    checkpointing: bool = False
+    kernels: str = "auto"
+    peak_flops: float | None = None
+    seed: int = 0
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("train_data", "val_data", "out_dir"):  # strings are welcome; TOML has nothing else
+            value = getattr(self, name)
+            self._require(name, isinstance(value, str | Path) or (name == "val_data" and value is None), "a path")
+            if value is not None:
+                object.__setattr__(self, name, Path(value))
+        if not isinstance(self.betas, list | tuple) or not all(isinstance(b, int | float) for b in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+        object.__setattr__(self, "betas", tuple(self.betas))
+        self._check_types()
+        for name in _COUNTS:
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "at least 1")
+        self._require(
+            "gradient_accumulation",
+            self.batch_size % self.gradient_accumulation == 0,
+            f"a divisor of batch_size {self.batch_size}",
+        )
+        for name in ("lr", "muon_lr", "max_seconds", "grad_clip", "peak_flops"):
+            value = getattr(self, name)
+            self._require(name, value is None or 0 < value < math.inf, "positive and finite")
+        self._require("seed", self.seed >= 0, "at least 0")
+        self._require("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite")
+        self._require("muon_momentum", 0 <= self.muon_momentum < 1, "in [0, 1)")
+        self._require("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
+        self._require("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
+        if self.dtype == "float16":
+            raise ValueError(
+                "dtype float16 would need loss scaling to train; use bfloat16, which every GPU since sm_80 has"
+            )
+        self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        self._require("kernels", self.kernels in KERNELS, f"one of {', '.join(KERNELS)}")
+        self.lr_factor(0.0)  # checks schedule, warmup, decay and min_lr_ratio
+
+    def _check_types(self) -> None:
+        if not isinstance(self.model, ModelConfig):
+            raise ValueError(f"model must be a ModelConfig, got {type(self.model).__name__}")
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            expected = str(option.type).removesuffix(" | None")
+            if expected not in _TYPES or (value is None and option.type != expected):
+                continue
+            # bool is an int to Python, but `seed = true` is a mistake
+            matches = isinstance(value, _TYPES[expected]) and isinstance(value, bool) == (expected == "bool")
+            self._require(option.name, matches, _TYPE_NAMES[expected])
+
+    def _require(self, name: str, condition: bool, expected: str) -> None:
+        if not condition:
+            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+    def lr_factor(self, progress: float) -> float:
+        """The schedule's factor on the learning rates at `progress` in [0, 1]."""
+        return lr_factor(
+            progress, schedule=self.schedule, warmup=self.warmup, decay=self.decay, min_ratio=self.min_lr_ratio
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, as for JSON; `from_dict` reads it back."""
+        values = dataclasses.asdict(self)
+        values["betas"] = list(self.betas)
+        return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """A TrainConfig from plain values; `model` is a table of its fields, where `preset` names one
+        of PRESETS to start from.
+
+        Raises ValueError on an unknown or missing name, or a value out of range.
+        """
+        values = dict(values)
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown training options: {', '.join(unknown)}")
+        if isinstance(values.get("model"), dict):
+            values["model"] = model_config(values["model"])
+        missing = [
+            f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and values.get(f.name) is None
+        ]
+        if missing:
+            raise ValueError(f"missing training options: {', '.join(missing)}")
+        return cls(**values)
+
+    @classmethod
+    def from_toml(cls, path: str | Path, **overrides: Any) -> TrainConfig:
+        """A TrainConfig from a TOML file, with the overrides that are not None.
+
+        Paths are relative to the working directory.
+        Raises FileNotFoundError, or ValueError on TOML that cannot be read or values that from_dict refuses.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no training configuration at {path}")
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not TOML: {error}") from None
+        return cls.from_dict(values | {k: v for k, v in overrides.items() if v is not None})
+
+
+def model_config(values: dict[str, Any]) -> ModelConfig:
+    fields = {k: v for k, v in values.items() if k != "preset"}
+    if "preset" not in values:
+        return ModelConfig.from_dict(fields)
+    return ModelConfig.from_dict(preset(values["preset"]).to_dict() | fields)

@@ -1,0 +1,117 @@
+"""What a run tells: a JSONL log for programs, a progress bar or plain lines for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+PLAIN_SECONDS = 5.0  # at least this long between two plain lines
+
+
+class RunLog:
+    """One JSON object a line, flushed line by line. `keep_to`: drop the records past that step (those of a lost
+    tail)."""
+
+    def __init__(self, path: Path, *, keep_to: int | None = None) -> None:
+        kept = [] if keep_to is None or not path.exists() else _records_to(path, keep_to)
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _records_to(path: Path, step: int) -> list[str]:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):  # cut off by a crash
+            break
+    return kept
+
+
+class Display:
+    """A live bar with loss, tokens/s, MFU and time left; on anything but a terminal, a line every few seconds."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar: Progress | None = None
+        self._started = time.perf_counter()
+        self._last_line = -float("inf")
+        self._first_progress: float | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.fields[left]}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TextColumn("{task.fields[right]}"),
+                console=console,
+                refresh_per_second=4,
+            )
+            self._task = self._bar.add_task("train", total=1.0, left="training", right="")
+
+    def __enter__(self) -> Display:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the bar."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def update(self, progress: float, record: dict[str, Any]) -> None:
+        """Show a log record; validations always get a line of their own."""
+        now = time.perf_counter()
+        left = self._time_left(progress, now)
+        parts = [f"loss {record['loss']:.3f}"] if "loss" in record else []
+        if "tokens_per_second" in record:
+            parts += [f"{record['tokens_per_second']:,.0f} tokens/s", f"MFU {record['mfu']:.1%}"]
+        validation = []
+        if "val_loss" in record:
+            validation = [f"validation loss {record['val_loss']:.3f}, {record['val_bpb']:.3f} bits per byte"]
+        step = f"step {record['step']}"
+        if self._bar is not None:
+            right = "  ".join([*parts, f"{_clock(left)} left"] if left is not None else parts)
+            self._bar.update(self._task, completed=min(progress, 1.0), left=step, right=right)
+            if validation:
+                self.say("  ".join([f"{step:<12}", *parts[:1], *validation]))
+        elif validation or now - self._last_line >= PLAIN_SECONDS:
+            self._last_line = now
+            timing = [f"{_clock(left)} left"] if left is not None else []
+            self.say("  ".join([f"{step:<12}", f"{min(progress, 1.0):4.0%}", *parts, *timing, *validation]))
+
+    def _time_left(self, progress: float, now: float) -> float | None:
+        if self._first_progress is None:
+            self._first_progress, self._started = progress, now
+        done = progress - self._first_progress
+        return (now - self._started) / done * max(0.0, 1.0 - progress) if done > 0 else None
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
