@@ -184,10 +184,8 @@ class Transformer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
         """A cast of the model (.bfloat16(), .to_empty()) must neither round nor lose the rotation tables."""
-        before = self.cos.device, self.cos.dtype
         super()._apply(fn, recurse)
-        if (self.cos.device, self.cos.dtype) != before:
-            self._set_rope_tables(self.cos.device)
+        self._set_rope_tables(self.cos.device)
         return self
 
     def reset_parameters(self) -> None:

@@ -20,6 +20,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch.utils._device import _device_constructors
 
 # ---------------------------------------------------------------- bfloat16
 
@@ -272,6 +273,8 @@ def poisoned_empty() -> Iterator[None]:
 
         return wrapped
 
+    # `with torch.device(...)` knows the allocators by identity, from a table made once: not while they are patched.
+    _device_constructors()
     patches = [mock.patch.object(owner, name, poisoning(getattr(owner, name))) for owner, name in _ALLOCATORS]
     for patch in patches:
         patch.start()
