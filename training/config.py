@@ -200,6 +200,10 @@ class TrainConfig:
 
 
 def model_config(values: dict[str, Any]) -> ModelConfig:
+    """A ModelConfig from a [model] table: its fields, over those of the preset that the key `preset` names, if any.
+
+    Raises ValueError on an unknown preset or field, or a value out of range.
+    """
     fields = {k: v for k, v in values.items() if k != "preset"}
     if "preset" not in values:
         return ModelConfig.from_dict(fields)

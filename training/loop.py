@@ -9,6 +9,7 @@ import signal
 import statistics
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import kernels
 from ..kernels import dispatch, reference
@@ -80,7 +81,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: Callable[[Tensor, Tensor], Tensor],
     data: TokenFile,
     *,
     batch_size: int,

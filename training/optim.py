@@ -78,7 +78,7 @@ class AdamW(Optimizer):
                 _check_parameter(parameter)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns the closure's loss, or None."""
         loss = None
         if closure is not None:
@@ -163,7 +163,7 @@ class Muon(Optimizer):
                     raise ValueError(f"Muon's parameters must be matrices, got shape {tuple(parameter.shape)}")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns the closure's loss, or None."""
         loss = None
         if closure is not None:
