@@ -266,5 +266,9 @@ class Transformer(nn.Module):
         document = torch.searchsorted(cu_seqlens, index, right=True) - 1
         rows = index - cu_seqlens[document]
         # a longer document would read past the rotation tables; a GPU is asked without a wait, and fails later
-        torch._assert_async((rows < limit).all(), f"cu_seqlens: expected documents of at most {limit} tokens")
+        fits, message = (rows < limit).all(), f"cu_seqlens: expected documents of at most {limit} tokens"
+        if torch.compiler.is_compiling() or rows.device.type != "cpu":
+            torch._assert_async(fits, message)
+        elif not fits:
+            raise ValueError(message)
         return rows

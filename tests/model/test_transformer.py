@@ -1,0 +1,233 @@
+"""The transformer against itself: other paths through the same mathematics, and the kernels against the oracles."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import pickle
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from rooflight import kernels
+from rooflight.kernels import reference
+from rooflight.model import ModelConfig, Transformer
+from rooflight.model.transformer import OPS
+
+CONFIG = ModelConfig(61, 48, 2, 4, n_kv_head=2, d_model=32, d_ff=48)
+# each path through the model once: both FFNs, tied, q/k norm with softcap, window, one key-value head
+CONFIGS = {
+    "swiglu": CONFIG,
+    "gelu-tied": replace(CONFIG, ffn="gelu", tie_embeddings=True),
+    "qk-norm-softcap": replace(CONFIG, qk_norm=True, softcap=3.0),
+    "window-mqa": replace(CONFIG, window=5, n_kv_head=1, head_dim=12),
+}
+
+
+def _model(config: ModelConfig, ops=reference, **keywords) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(config, ops, **keywords)
+
+
+def _tokens(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randint(CONFIG.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _gradients(model: Transformer, tokens: Tensor, targets: Tensor, **keywords) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(tokens, targets, **keywords).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_and_oracles_share_signatures(op: str) -> None:
+    ours, oracle = (inspect.signature(getattr(space, op)).parameters for space in (kernels, reference))
+    assert [(p.name, p.kind, p.default) for p in ours.values()] == [
+        (p.name, p.kind, p.default) for p in oracle.values()
+    ]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_kernels_model_equals_the_oracle_model(name: str, device: torch.device) -> None:
+    """Every op on real or interpreted kernels, in one model: fp32, at fp32's default tolerance."""
+    config = replace(CONFIGS[name], n_layer=1)
+    tokens, targets = _tokens(1, 19).to(device), _tokens(1, 19, seed=2).to(device)
+    ours, oracle = _model(config, kernels).to(device), _model(config).to(device)
+    torch.testing.assert_close(ours(tokens), oracle(tokens))
+    torch.testing.assert_close(ours(tokens, targets), oracle(tokens, targets))
+    expected = _gradients(oracle, tokens, targets)
+    for name, gradient in _gradients(ours, tokens, targets).items():
+        torch.testing.assert_close(gradient, expected[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_parameter_learns_and_the_state_dict_is_what_it_says(name: str) -> None:
+    model = _model(CONFIGS[name])
+    gradients = _gradients(model, _tokens(2, 9), _tokens(2, 9, seed=2))
+    assert gradients.keys() == model.state_dict().keys()
+    assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
+    ffn = ["gate_proj", "up_proj", "down_proj"] if CONFIGS[name].ffn == "swiglu" else ["up_proj", "down_proj"]
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"] + (["q_norm", "k_norm"] if CONFIGS[name].qk_norm else [])
+    names = ["attention_norm", *(f"attention.{p}" for p in attention), "ffn_norm", *(f"ffn.{p}" for p in ffn)]
+    expected = {"embedding.weight", "norm.weight"} | {f"layers.{i}.{n}.weight" for i in (0, 1) for n in names}
+    assert gradients.keys() == expected | (set() if CONFIGS[name].tie_embeddings else {"lm_head.weight"})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_token_sees_a_later_one(name: str) -> None:
+    model, tokens = _model(CONFIGS[name]).double(), _tokens(1, 20)
+    changed = tokens.clone()
+    changed[0, 12:] = (changed[0, 12:] + 1) % CONFIG.vocab_size
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, :12], after[:, :12], rtol=0, atol=1e-12)
+    assert not torch.allclose(before[:, 12:], after[:, 12:])
+
+
+def test_a_window_hides_what_lies_before_it() -> None:
+    model, tokens = _model(replace(CONFIG, n_layer=1, window=5)).double(), _tokens(1, 20)
+    changed = tokens.clone()
+    changed[0, :10] = (changed[0, :10] + 1) % CONFIG.vocab_size
+    before, after = model(tokens), model(changed)
+    torch.testing.assert_close(before[:, 15:], after[:, 15:], rtol=0, atol=1e-12)  # token 15 sees 10 .. 15
+    assert not torch.allclose(before[:, 14], after[:, 14])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_documents_equal_documents_alone(name: str) -> None:
+    model, tokens = _model(CONFIGS[name]).double(), _tokens(2, 24)
+    bounds = [0, 1, 20, 41, 48]  # one document of a token, one across the two rows
+    packed = model(tokens, cu_seqlens=torch.tensor(bounds, dtype=torch.int32)).flatten(0, 1)
+    for start, end in pairwise(bounds):
+        alone = model(tokens.flatten()[None, start:end])[0]
+        torch.testing.assert_close(packed[start:end], alone, rtol=0, atol=1e-12)
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_the_logits() -> None:
+    model, tokens, targets = _model(CONFIG), _tokens(2, 9), _tokens(2, 9, seed=2)
+    targets[0, :4] = -100
+    expected = torch.nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(model(tokens, targets), expected)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_checkpointing_changes_no_gradient(name: str) -> None:
+    tokens, targets = _tokens(2, 9), _tokens(2, 9, seed=2)
+    plain = _gradients(_model(CONFIGS[name]), tokens, targets)
+    again = _gradients(_model(CONFIGS[name], checkpointing=True), tokens, targets)
+    for key, gradient in plain.items():
+        assert torch.equal(gradient, again[key]), key
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.filterwarnings("default")  # torch's own
+def test_one_graph_compiles_the_whole_model(checkpointing: bool) -> None:
+    model = _model(CONFIGS["qk-norm-softcap"], checkpointing=checkpointing)
+    tokens, targets = _tokens(2, 9), _tokens(2, 9, seed=2)
+    expected = _gradients(model, tokens, targets)
+    model.zero_grad()
+    torch.compile(model, backend="aot_eager", fullgraph=True)(tokens, targets).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+class TestMixedPrecision:
+    def test_the_stream_is_bf16_and_parameters_and_loss_are_fp32(self) -> None:
+        model, tokens = _model(CONFIG), _tokens(2, 9)
+        seen: dict[str, torch.dtype] = {}
+        for name, module in model.named_modules():
+            if name.count(".") == 1 or name == "norm":
+                module.register_forward_hook(lambda m, i, out, name=name: seen.__setitem__(name, out.dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens, tokens)
+            logits = model(tokens)
+        assert set(seen.values()) == {torch.bfloat16}
+        assert len(seen) == CONFIG.n_layer + 1
+        assert (loss.dtype, logits.dtype) == (torch.float32, torch.bfloat16)
+        loss.backward()
+        assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+    @pytest.mark.parametrize("ops", [kernels, reference], ids=["kernels", "oracles"])
+    def test_the_loss_is_near_fp32s(self, ops, device: torch.device) -> None:
+        model, tokens = _model(replace(CONFIG, qk_norm=True), ops).to(device), _tokens(2, 19).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            low = model(tokens, tokens)
+        low.backward()
+        torch.testing.assert_close(low, model(tokens, tokens), rtol=2**-8, atol=0)  # one bf16 ulp
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_a_cast_of_the_model_leaves_the_rotation_tables_fp32(self, dtype: torch.dtype) -> None:
+        model = _model(CONFIG)
+        cos = model.cos.clone()
+        assert model.to(dtype)(_tokens(1, 3)).dtype == dtype
+        assert model.cos.dtype == torch.float32
+        assert torch.equal(model.cos, cos)
+
+
+class TestInitialisation:
+    config = ModelConfig(3000, 8, 1, 4, n_kv_head=2, d_model=256, d_ff=512)
+
+    def test_linears_are_normal_truncated_at_three_sigma(self) -> None:
+        model = _model(self.config)
+        matrices = {n: p for n, p in model.named_parameters() if p.dim() == 2 and n != "embedding.weight"}
+        assert len(matrices) == 8
+        for name, p in matrices.items():
+            std = math.sqrt(2 / sum(p.shape))
+            assert p.abs().max() <= 3 * std
+            assert p.abs().max() > 2.9 * std, name
+            # truncation at 3 sigma leaves 0.9866 of the deviation; 30,000 samples know it to 0.5 %
+            assert p.std().item() == pytest.approx(0.9866 * std, rel=0.02), name
+
+    @pytest.mark.parametrize(("tied", "std"), [(False, 1.0), (True, 0.02)])
+    def test_the_embedding_depends_on_tying(self, tied: bool, std: float) -> None:
+        weight = _model(replace(self.config, tie_embeddings=tied)).embedding.weight
+        assert weight.std().item() == pytest.approx(0.9866 * std, rel=0.01)
+        assert weight.abs().max() <= 3 * std
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_the_first_loss_is_near_that_of_a_uniform_guess(self, tied: bool) -> None:
+        tokens = torch.arange(512).view(64, 8)
+        loss = _model(replace(self.config, tie_embeddings=tied))(tokens, tokens + 1).item()
+        assert loss == pytest.approx(math.log(self.config.vocab_size), abs=0.3)
+
+    def test_meta_then_to_empty_then_reset_is_construction(self) -> None:
+        expected = _model(CONFIG)
+        with torch.device("meta"):
+            model = Transformer(CONFIG)
+        model.to_empty(device="cpu")
+        torch.manual_seed(0)
+        model.reset_parameters()
+        assert torch.equal(model.cos, expected.cos)
+        assert torch.equal(model.sin, expected.sin)
+        for (name, p), (_, q) in zip(expected.named_parameters(), model.named_parameters(), strict=True):
+            assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_a_duplicate_computes_the_same(duplicate) -> None:
+    model, tokens = _model(CONFIG), _tokens(1, 5)
+    assert torch.equal(duplicate(model)(tokens), model(tokens))
+
+
+class TestBadInput:
+    def test_tokens(self) -> None:
+        model = _model(CONFIG)
+        with pytest.raises(ValueError, match=r"tokens: expected shape \(batch, tokens\), got \(5,\)"):
+            model(_tokens(5))
+        with pytest.raises(ValueError, match="tokens: expected at most context_length = 48 positions, got 49"):
+            model(_tokens(1, 49))
+
+    def test_targets(self) -> None:
+        with pytest.raises(ValueError, match=r"targets: expected the shape of tokens \(2, 5\), got \(2, 4\)"):
+            _model(CONFIG)(_tokens(2, 5), _tokens(2, 4))
+
+    def test_cu_seqlens(self) -> None:
+        model, tokens = _model(CONFIG), _tokens(2, 40)
+        with pytest.raises(ValueError, match=r"cu_seqlens: expected .* int32, got torch.int64"):
+            model(tokens, cu_seqlens=torch.tensor([0, 40, 80]))
+        with pytest.raises(ValueError, match="cu_seqlens: expected documents of at most 48 tokens"):
+            model(tokens, cu_seqlens=torch.tensor([0, 20, 80], dtype=torch.int32))
