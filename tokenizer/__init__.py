@@ -2,5 +2,6 @@
 
 from .bpe import IncrementalDecoder, Tokenizer
 from .pretokenize import GPT2_PATTERN
+from .train import train_bpe, train_bpe_from_iterator
 
-__all__ = ["GPT2_PATTERN", "IncrementalDecoder", "Tokenizer"]
+__all__ = ["GPT2_PATTERN", "IncrementalDecoder", "Tokenizer", "train_bpe", "train_bpe_from_iterator"]

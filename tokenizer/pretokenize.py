@@ -20,7 +20,7 @@ the text would, and is a pre-token of its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -35,8 +35,8 @@ _VECTORISED = {
 }
 
 SEPARATOR = b"\xff"
-# So that the loads of 8 bytes at a pre-token's start and 8 further on stay inside the buffer.
-PADDING = 24 * SEPARATOR
+# So that loads of 8 bytes at a pre-token's start, and up to 24 further on, stay inside the buffer.
+PADDING = 40 * SEPARATOR
 
 _LETTER, _NUMBER, _OTHER, _SPACE, _SEPARATOR, _MULTIBYTE = range(6)
 _CLASSES = ((_LETTER, r"\p{L}+"), (_NUMBER, r"\p{N}+"), (_SPACE, r"\s+"))
@@ -90,6 +90,10 @@ class Specials:
     def findall(self, data: bytes) -> list[bytes]:
         """The special tokens in `data`, in order: one for each SEPARATOR of mask(data)."""
         return [] if self._pattern is None else self._pattern.findall(data)
+
+    def starts(self, data: bytes, at: int = 0) -> Iterator[int]:
+        """Where special tokens start in `data` at or after `at`."""
+        return iter(()) if self._pattern is None else (match.start() for match in self._pattern.finditer(data, at))
 
     def spans(self, data: bytes) -> list[tuple[int, int]]:
         """Every occurrence in `data` of every token, overlapping ones included, as (start, end)."""
@@ -172,12 +176,12 @@ def _by_regex(data: bytes, compiled: regex.Pattern) -> Pretokens:
 def _class_of_code_point() -> np.ndarray:
     """(0x110000,) uint8: the class of every code point, as `regex` sees it (its Unicode version, not Python's)."""
     classes = np.full(0x110000, _OTHER, np.uint8)
-    # Surrogates are left out, so offsets above them are code points less 0x800.
-    everything = "".join(map(chr, range(0xD800))) + "".join(map(chr, range(0xE000, 0x110000)))
+    code_points = np.arange(0x110000, dtype="<u4")
+    code_points[0xD800:0xE000] = 0xE000  # a surrogate is no character; private use has its class
+    everything = code_points.tobytes().decode("utf-32-le")
     for class_, pattern in _CLASSES:
         for match in regex.finditer(pattern, everything):
-            classes[ord(everything[match.start()]) : ord(everything[match.end() - 1]) + 1] = class_
-    classes[0xD800:0xE000] = _OTHER
+            classes[match.start() : match.end()] = class_
     return classes
 
 

@@ -1,0 +1,163 @@
+"""Training: files or documents in, vocabulary and merges out.
+
+count words in every process (chunks.py, pretokenize.py, count.py, workers.py)  ->  merge in one (merge.py)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from .chunks import Cutter, document_chunks, file_ranges, read_chunks
+from .count import WordCounter, Words
+from .merge import learn_merges
+from .pretokenize import GPT2_PATTERN, Specials, pretokenize
+from .workers import Crew, check_num_workers
+
+Vocabulary = dict[int, bytes]
+Merges = list[tuple[bytes, bytes]]
+
+
+def train_bpe(
+    input_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    vocab_size: int,
+    special_tokens: Sequence[str],
+    *,
+    num_workers: int | None = None,
+    pattern: str = GPT2_PATTERN,
+    progress: bool = False,
+    max_words: int | None = None,
+) -> tuple[Vocabulary, Merges]:
+    """Byte-level BPE from text files (Sennrich et al. 2016; Radford et al. 2019).
+
+    input_path: a path or a list of paths. Files may be larger than memory. They hold UTF-8; each invalid sequence
+        counts as U+FFFD, as in bytes.decode("utf-8", errors="replace"). A file's end is a document's end.
+    vocab_size: number of ids: the special tokens in the order given, the 256 bytes, then the merges. A text that runs
+        out of pairs gives fewer.
+    special_tokens: bound documents; nothing is learned from them or across them. Longest first where they overlap.
+    num_workers: processes, this one included; default, one for each CPU core. The result does not depend on it.
+    pattern: pre-tokens are its matches. Another than GPT-2's runs slower, and holds a document at a time in memory.
+    progress: progress bars on standard error.
+    max_words: merge only that many of the most frequent pre-tokens, to bound memory; default, all of them.
+
+    Merges take the most frequent pair, and of equally frequent ones the greatest pair of bytes.
+
+    Returns (vocab, merges): the bytes of every id, and the pairs in the order in which they were merged.
+    Raises FileNotFoundError on a missing file, ValueError on the other arguments, RuntimeError when a worker dies.
+    """
+    paths = [input_path] if isinstance(input_path, str | os.PathLike) else list(input_path)
+    if not paths:
+        raise ValueError("input_path: got an empty list, expected a path or a list of paths")
+    trainer = _Trainer(vocab_size, special_tokens, num_workers, pattern, max_words)
+    tasks = [(path, *piece) for path in paths for piece in file_ranges(path, trainer.cutter)]
+    return trainer.train(tasks, sum(stop - start for _, start, stop in tasks), progress)
+
+
+def train_bpe_from_iterator(
+    documents: Iterable[str],
+    vocab_size: int,
+    special_tokens: Sequence[str],
+    *,
+    num_workers: int | None = None,
+    pattern: str = GPT2_PATTERN,
+    progress: bool = False,
+    max_words: int | None = None,
+) -> tuple[Vocabulary, Merges]:
+    """train_bpe from an iterable of documents, each a str; it is read once and need not fit in memory.
+
+    Raises ValueError on a lone surrogate in a document.
+    """
+    if isinstance(documents, str):
+        raise ValueError("documents: got a str, expected an iterable of str")
+    trainer = _Trainer(vocab_size, special_tokens, num_workers, pattern, max_words)
+    return trainer.train(document_chunks(documents, trainer.cutter), None, progress)
+
+
+class _Trainer:
+    def __init__(
+        self,
+        vocab_size: int,
+        special_tokens: Sequence[str],
+        num_workers: int | None,
+        pattern: str,
+        max_words: int | None,
+    ) -> None:
+        self.specials = Specials(special_tokens)
+        smallest = 256 + len(self.specials.tokens)
+        if not isinstance(vocab_size, int) or vocab_size < smallest:
+            raise ValueError(
+                f"vocab_size: got {vocab_size!r}, expected an integer of at least {smallest}: "
+                f"256 bytes and {len(self.specials.tokens)} special tokens"
+            )
+        if max_words is not None and max_words < 1:
+            raise ValueError(f"max_words: got {max_words!r}, expected a positive integer or None")
+        self.n_merges = vocab_size - smallest
+        self.num_workers = check_num_workers(num_workers)
+        self.cutter = Cutter(self.specials, pattern)
+        self.max_words = max_words
+
+    def train(self, tasks: Iterable[Any], n_bytes: int | None, progress: bool) -> tuple[Vocabulary, Merges]:
+        with _bars(progress) as bar:
+            words = self._count(tasks, bar("Counting words", n_bytes))
+            if self.max_words is not None:
+                words = words.most_frequent(self.max_words)
+            merges = learn_merges(words, self.n_merges, bar("Merging pairs", self.n_merges))
+        tokens = [*self.specials.encoded, *(bytes([byte]) for byte in range(256)), *(a + b for a, b in merges)]
+        return dict(enumerate(tokens)), merges
+
+    def _count(self, tasks: Iterable[Any], advance: Callable[[int], None]) -> Words:
+        make = partial(_Counting, self.specials.tokens, self.cutter.pattern)
+        with Crew(make, self.num_workers) as crew:
+            for n_bytes in crew.map(tasks):
+                advance(n_bytes)
+            parts = crew.finish()
+        if len(parts) == 1:
+            return parts[0]
+        total = WordCounter()
+        for part in parts:
+            total.add(part.pretokens(), part.counts)
+        return total.words()
+
+
+class _Counting:
+    """A worker that counts words, in pieces of files and in masked chunks of text."""
+
+    def __init__(self, special_tokens: Sequence[str], pattern: str) -> None:
+        self._cutter = Cutter(Specials(special_tokens), pattern)
+        self._counter = WordCounter()
+
+    def run(self, task: bytes | tuple[str, int, int]) -> int:
+        """Returns the number of bytes read."""
+        chunks = [task] if isinstance(task, bytes) else read_chunks(*task, self._cutter)
+        n_bytes = 0
+        for chunk in chunks:
+            n_bytes += len(chunk)
+            self._counter.add(pretokenize(chunk, self._cutter.pattern))
+        return n_bytes
+
+    def finish(self) -> Words:
+        return self._counter.words()
+
+
+@contextmanager
+def _bars(shown: bool) -> Iterator[Callable[[str, int | None], Callable[[int], None]]]:
+    """Gives a function that opens a progress bar and returns the function that advances it."""
+    if not shown:
+        yield lambda name, total: lambda n: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), TaskProgressColumn(show_speed=True))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        yield lambda name, total: partial(bars.advance, bars.add_task(name, total=total))

@@ -1,0 +1,233 @@
+"""Sharing a stream of tasks among processes.
+
+    with Crew(make, num_workers) as crew:
+        for result in crew.map(tasks): ...        # worker.run(task), in the order of the tasks
+        finals = crew.finish()                    # worker.finish() of every process
+
+make() builds one worker in every process; it and the tasks, results and exceptions are pickled. This process works too,
+so num_workers=1 starts nothing and small jobs end before a started process is ready.
+
+Processes are fresh interpreters that talk through their standard input and output, not multiprocessing's: fork copies
+locks that other threads hold, spawn runs the user's script again unless it is guarded, and neither is allowed inside
+the daemonic processes of a DataLoader. A process whose standard input ends, because its parent is gone, ends too.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import Any, Protocol
+
+_BOOT = (
+    "import sys, pickle; sys.path[:] = pickle.load(sys.stdin.buffer); "
+    f"from {__name__} import _serve; _serve(sys.stdin.buffer, sys.stdout.buffer)"
+)
+_FINISH = object()
+
+
+class Worker(Protocol):
+    def run(self, task: Any) -> Any: ...
+
+    def finish(self) -> Any: ...
+
+
+def default_num_workers() -> int:
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_num_workers(num_workers: int | None) -> int:
+    """`num_workers`, or the default for None. Raises ValueError when it is no positive integer."""
+    if num_workers is None:
+        return default_num_workers()
+    if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 1:
+        raise ValueError(f"num_workers: got {num_workers!r}, expected a positive integer or None")
+    return num_workers
+
+
+class Crew:
+    """num_workers processes, this one among them. Leaving the `with` block ends them all, whatever happened.
+
+    An exception in a worker is raised here; a process that dies is a RuntimeError that says how.
+    """
+
+    def __init__(self, make: Callable[[], Worker], num_workers: int) -> None:
+        self._make = make
+        self._n_processes = num_workers - 1 if sys.executable else 0
+        self._worker: Worker | None = None
+        self._processes: list[_Process] = []
+        self._tasks: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+    @property
+    def pids(self) -> list[int]:
+        """The started processes, without this one."""
+        return [process.pid for process in self._processes]
+
+    def map(self, tasks: Iterable[Any]) -> Iterator[Any]:
+        """worker.run(task) for each task, in order. Tasks are taken as they are needed, a few ahead."""
+        done: dict[int, Any] = {}
+        taken = given = 0
+        for task in tasks:
+            if self._n_processes and taken and not self._processes:  # a second task: worth starting processes
+                self._processes = [_Process(self._make, self._tasks, self._results) for _ in range(self._n_processes)]
+            # One task in hand and one waiting for each process; what is more is done here.
+            if self._processes and self._tasks.qsize() < self._n_processes:
+                self._tasks.put((taken, task))
+            else:
+                done[taken] = self._run(task)
+            taken += 1
+            self._collect(done, wait=len(done) > 8 * self._n_processes + 8 and given not in done)
+            while given in done:
+                yield done.pop(given)
+                given += 1
+        while given < taken:
+            try:
+                index, task = self._tasks.get_nowait()
+            except queue.Empty:
+                self._collect(done, wait=given not in done)
+            else:
+                done[index] = self._run(task)
+                self._collect(done, wait=False)
+            while given in done:
+                yield done.pop(given)
+                given += 1
+
+    def finish(self) -> list[Any]:
+        """worker.finish() of every process that ran a task."""
+        done: dict[int, Any] = {}
+        for _ in self._processes:
+            self._tasks.put((0, _FINISH))
+        own = [] if self._worker is None else [self._worker.finish()]
+        while not all(process.pid in done for process in self._processes if process.has_run):
+            self._collect(done, wait=True)
+        return own + list(done.values())
+
+    def _run(self, task: Any) -> Any:
+        if self._worker is None:
+            self._worker = self._make()
+        return self._worker.run(task)
+
+    def _collect(self, done: dict[int, Any], wait: bool) -> None:
+        while wait or not self._results.empty():
+            index, result = self._results.get()
+            if isinstance(result, BaseException):
+                raise result
+            done[index] = result
+            wait = False
+
+
+class _Process:
+    """A fresh interpreter, and the thread that passes it tasks and takes its results."""
+
+    def __init__(self, make: Callable[[], Worker], tasks: queue.SimpleQueue, results: queue.SimpleQueue) -> None:
+        # A session of its own, so that Ctrl-C reaches this process alone, which then ends the others. One thread for
+        # numpy's linear algebra, which is not used.
+        self._popen = subprocess.Popen(
+            [sys.executable, "-c", _BOOT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        )
+        self.pid = self._popen.pid
+        self._make, self._tasks, self._results = make, tasks, results
+        self.has_run = False
+        self._ending = False
+        self._thread = threading.Thread(target=self._feed, name=f"feeds process {self.pid}", daemon=True)
+        self._thread.start()
+
+    def _feed(self) -> None:
+        index = -1
+        try:
+            self._send(sys.path)
+            self._send(self._make)
+            pickle.load(self._popen.stdout)  # ready: until then tasks are left to others
+            while True:
+                index, task = self._tasks.get()
+                if self._ending:
+                    return
+                self._send(None if task is _FINISH else (task,))
+                result = pickle.load(self._popen.stdout)
+                if task is _FINISH:
+                    self._results.put((self.pid, result))
+                    return
+                self.has_run = True
+                self._results.put((index, result))
+        except (EOFError, OSError, pickle.UnpicklingError):
+            if not self._ending:
+                self._results.put((index, RuntimeError(f"worker process {self.pid} {self._fate()}")))
+        except BaseException as error:
+            self._results.put((index, error))
+
+    def _send(self, message: Any) -> None:
+        pickle.dump(message, self._popen.stdin, pickle.HIGHEST_PROTOCOL)
+        self._popen.stdin.flush()
+
+    def _fate(self) -> str:
+        try:
+            code = self._popen.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            return "stopped answering"
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+
+    def kill(self) -> None:
+        self._ending = True
+        self._popen.kill()
+        self._tasks.put((-1, _FINISH))  # wakes the thread if it waits for a task
+
+    def join(self) -> None:
+        self._popen.wait()
+        self._thread.join()
+        for pipe in (self._popen.stdin, self._popen.stdout):
+            with suppress(OSError):  # unsent bytes, for a process that is gone
+                pipe.close()
+
+
+def _serve(stdin: Any, stdout: Any) -> None:
+    """The other end of _Process: runs in the fresh interpreter until its input ends."""
+    sys.stdout = sys.stderr  # so that a stray print cannot enter the stream of results
+    try:
+        make = pickle.load(stdin)
+        worker = None
+        stdout.write(pickle.dumps("ready"))
+        stdout.flush()
+        while True:
+            message = pickle.load(stdin)
+            try:
+                worker = worker or make()
+                result = worker.finish() if message is None else worker.run(*message)
+                answer = pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
+            except Exception as error:
+                answer = _pickled(error)
+            stdout.write(answer)
+            stdout.flush()
+            if message is None:
+                return
+    except (EOFError, BrokenPipeError):
+        os._exit(1)  # the parent is gone; no traceback for it
+
+
+def _pickled(error: Exception) -> bytes:
+    try:
+        answer = pickle.dumps(error)
+        pickle.loads(answer)
+        return answer
+    except Exception:
+        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
