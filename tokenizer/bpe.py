@@ -10,7 +10,6 @@ each pre-token in the order of the merges list (encode_words.py).
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,16 +20,13 @@ import numpy as np
 
 from . import encode_file as _files
 from . import formats
+from .decode import IncrementalDecoder, TokenBytes
+from .encode import SHORT_TEXT, Encoder, SpecialIds, cut_stream
 from .encode_words import Merges
-from .pretokenize import GPT2_PATTERN, Specials, compile_pattern, is_vectorised, pretokenize, repair, utf8
+from .pretokenize import GPT2_PATTERN, Specials, compile_pattern, repair, utf8
 
 AllowedSpecial = Literal["all", "none", "none_raise"] | set[str] | frozenset[str]
 Offsets = list[tuple[int, int]]
-
-# Words remembered with their ids; beyond it the memory starts afresh, so hostile text cannot grow it without bound.
-CACHE_WORDS = 1 << 17
-# Longer words are rare and not remembered.
-CACHE_WORD_BYTES = 256
 
 
 class Tokenizer:
@@ -56,21 +52,22 @@ class Tokenizer:
         self.pattern = pattern
         self.vocab: dict[int, bytes] = dict(sorted(vocab.items()))
         self.merges: list[tuple[bytes, bytes]] = [(left, right) for left, right in merges]
-        self._specials = Specials(special_tokens or ())
-        if not is_vectorised(pattern):
-            compile_pattern(pattern)
+        compile_pattern(pattern)
+        specials = Specials(special_tokens or ())
         id_of = _check_vocab(self.vocab)
-        for token in self._specials.encoded:
+        for token in specials.encoded:
             if token not in id_of:
                 id_of[token] = max(self.vocab, default=-1) + 1
                 self.vocab[id_of[token]] = token
         self.special_tokens: dict[str, int] = {
-            text: id_of[token] for text, token in zip(self._specials.tokens, self._specials.encoded, strict=True)
+            text: id_of[token] for text, token in zip(specials.tokens, specials.encoded, strict=True)
         }
         _check_holes(self.vocab, set(self.special_tokens.values()))
         self.vocab_size = max(self.vocab) + 1
-        self._merges = Merges([id_of[bytes([b])] for b in range(256)], _check_merges(self.merges, id_of))
-        self._cache: dict[bytes, list[int]] = {}
+        merges_by_id = Merges([id_of[bytes([b])] for b in range(256)], _check_merges(self.merges, id_of))
+        self._tokens = TokenBytes(self.vocab)
+        self._encoder = Encoder(merges_by_id, pattern, self._tokens, {})
+        self._all = SpecialIds(self.special_tokens, pattern)
 
     def __repr__(self) -> str:
         specials = list(self.special_tokens)
@@ -108,20 +105,28 @@ class Tokenizer:
         offsets: also return, for each id, the (start, end) of its characters in `text`. Tokens that split one character
         between them all have that character's.
         """
-        data = utf8(text)
-        ids = self._encode_bytes(data, self._allowed(allowed_special, data))
-        return (ids, self._offsets(text, ids)) if offsets else ids
+        allowed = self._allowed(allowed_special)
+        if allowed_special == "none_raise":
+            self._refuse_specials(text)
+        if offsets:
+            return self._encoder.encode_with_offsets(text, allowed)
+        if len(text) < SHORT_TEXT:
+            return self._encoder.encode_short(text, allowed)
+        return self._encoder.encode_long(utf8(text), allowed).tolist()
 
     def encode_iterable(self, iterable: Iterable[str], *, allowed_special: AllowedSpecial = "all") -> Iterator[int]:
         """The ids of "".join(iterable), one by one, in bounded memory: pieces may end anywhere, inside a word too.
 
         With a custom pattern a document (the text between two special tokens) is held in memory.
         """
-        specials = self._allowed(allowed_special)
-        for data in _files.cut_stream(map(utf8, iterable), specials, self.pattern):
+        allowed = self._allowed(allowed_special)
+        # Pieces that end inside no special token, allowed or not, so that "none_raise" sees each whole. With a custom
+        # pattern they end at special tokens, so these must be allowed.
+        cutter = self._all.cutter if self._all.cutter.inside_documents else allowed.cutter
+        for data in cut_stream(map(utf8, iterable), cutter):
             if allowed_special == "none_raise":
-                self._allowed(allowed_special, data)
-            yield from self._encode_bytes(data, specials)
+                self._refuse_specials(data.decode())
+            yield from self._encoder.encode_long(data, allowed).tolist()
 
     def encode_batch(
         self, texts: Iterable[str], *, num_workers: int | None = None, allowed_special: AllowedSpecial = "all"
@@ -139,62 +144,29 @@ class Tokenizer:
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """Token ids (int32) of UTF-8 text, special tokens included; invalid sequences are read as U+FFFD."""
-        return np.array(self._encode_bytes(repair(data), self._specials), np.int32)
+        return self._encoder.encode_long(repair(data), self._all)
 
-    def _allowed(self, allowed: AllowedSpecial, data: bytes = b"") -> Specials:
+    def _allowed(self, allowed: AllowedSpecial) -> SpecialIds:
         if allowed == "all":
-            return self._specials
+            return self._all
         if allowed in ("none", "none_raise"):
-            if allowed == "none_raise" and (found := self._specials.findall(data)):
-                raise ValueError(
-                    f"text: has the special token {found[0].decode()!r}, which allowed_special='none_raise' refuses"
-                )
-            return Specials(())
+            return SpecialIds({}, self.pattern)
         if isinstance(allowed, str):
             raise ValueError(f"allowed_special: got {allowed!r}, expected 'all', 'none', 'none_raise' or a set")
         if unknown := set(allowed) - set(self.special_tokens):
             raise ValueError(f"allowed_special: {unknown} are not special tokens of this tokenizer")
-        return Specials([token for token in self._specials.tokens if token in allowed])
+        return SpecialIds({t: i for t, i in self.special_tokens.items() if t in allowed}, self.pattern)
 
-    def _encode_bytes(self, data: bytes, specials: Specials) -> list[int]:
-        ids: list[int] = []
-        found = iter(specials.findall(data))
-        cache = self._cache
-        for word in pretokenize(specials.mask(data), self.pattern).tolist():
-            if word == b"\xff":
-                ids.append(self.special_tokens[next(found).decode()])
-                continue
-            known = cache.get(word)
-            if known is None:
-                known = self._merges.encode_word(word)
-                if len(word) <= CACHE_WORD_BYTES:
-                    if len(cache) >= CACHE_WORDS:
-                        cache.clear()
-                    cache[word] = known
-            ids += known
-        return ids
-
-    def _offsets(self, text: str, ids: list[int]) -> Offsets:
-        lengths = np.array([len(self.vocab[i]) for i in ids], np.int64)
-        ends = np.cumsum(lengths)
-        starts = ends - lengths
-        if not text.isascii():
-            # The character that each byte belongs to: as many characters have started as bytes that continue none.
-            lead = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
-            character = np.cumsum(lead) - 1
-            starts, ends = character[starts], character[ends - 1] + 1
-        return list(zip(starts.tolist(), ends.tolist(), strict=True))
+    def _refuse_specials(self, text: str) -> None:
+        if len(parts := self._all.split(text)) > 1:
+            raise ValueError(f"text: has the special token {parts[1]!r}, which allowed_special='none_raise' refuses")
 
     # ------------------------------------------------------------------------------------------------ decoding
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that `ids` stand for. Raises ValueError on an id that is not in the vocabulary."""
-        ids = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-        try:
-            return b"".join(map(self.vocab.__getitem__, ids))
-        except KeyError:
-            bad = next(i for i in ids if i not in self.vocab)
-            raise ValueError(f"ids: {bad!r} is not in the vocabulary, expected 0 <= id < {self.vocab_size}") from None
+        array = ids if isinstance(ids, np.ndarray) else np.array(list(ids))
+        return self._tokens.join(array)
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
         """The text that `ids` stand for; bytes that are no UTF-8 become U+FFFD unless `errors` says otherwise."""
@@ -231,28 +203,6 @@ class Tokenizer:
         """From GPT-2's vocab.json (encoder.json) and merges.txt (vocab.bpe), or files of that form."""
         vocab, merges = formats.read_gpt2(Path(vocab_path), Path(merges_path), special_tokens or ())
         return cls(vocab, merges, special_tokens, pattern=pattern)
-
-
-class IncrementalDecoder:
-    """Decodes a stream of ids, holding back bytes until they complete a character.
-
-    "".join(decoder.push(i) for i in ids) + decoder.finish() == tokenizer.decode(ids)
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, ids: int | Iterable[int]) -> str:
-        """The characters that `ids` complete; may be empty. Raises ValueError on an id out of the vocabulary."""
-        one = isinstance(ids, (int, np.integer))
-        return self._utf8.decode(self._tokenizer.decode_bytes([ids] if one else ids))
-
-    def finish(self) -> str:
-        """What is left of a character that was never completed, as U+FFFD. The decoder is then as new."""
-        text = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return text
 
 
 def _rebuild(vocab, merges, special_tokens, pattern):

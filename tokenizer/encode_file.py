@@ -8,71 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .pretokenize import Specials, is_vectorised
+from .encode import PIECE, cut_stream
 
 if TYPE_CHECKING:
     from .bpe import Tokenizer
-
-# Bytes of text encoded at a time.
-PIECE = 1 << 20
-
-
-def cut_stream(blocks: Iterable[bytes], specials: Specials, pattern: str, piece: int = PIECE) -> Iterator[bytes]:
-    """Pieces of b"".join(blocks), at least `piece` bytes long where the text allows, that encode apart as together."""
-    held: list[bytes] = []
-    size, wanted = 0, piece
-    for block in blocks:
-        held.append(block)
-        size += len(block)
-        if size < wanted:
-            continue
-        data = b"".join(held)
-        cut = last_cut(data, specials, pattern)
-        if cut:
-            yield data[:cut]
-            data, wanted = data[cut:], piece
-        else:
-            wanted = 2 * size  # so that text without a place to cut is not searched again for every block
-        held, size = [data], len(data)
-    data = b"".join(held)
-    if data:
-        yield data
-
-
-def last_cut(data: bytes, specials: Specials, pattern: str) -> int:
-    """The last offset at which `data`, which more text may follow, can be cut; 0 when there is none."""
-    # A special token that the end of `data` cuts in two starts after this.
-    end = len(data) - specials.max_length
-    if not is_vectorised(pattern):
-        occurrences = sorted(specials.spans(data))
-        best = reach = 0
-        for start, stop in occurrences:
-            if reach <= start <= end:
-                best = start
-            reach = max(reach, stop)
-        return best
-    window = 1 << 12
-    while end > 1:
-        low = max(0, end - window)
-        text = np.frombuffer(data[low:end], np.uint8)
-        blank = (text == 0x20) | (text == 0x0A) | (text == 0x0D) | (text == 0x09)
-        solid = (text > 0x20) & (text < 0x7F)
-        for cut in (np.flatnonzero(solid[:-1] & blank[1:]) + low + 1)[::-1].tolist():
-            near = data[max(0, cut - specials.max_length) : cut + specials.max_length]
-            at = min(cut, specials.max_length)
-            if not any(start < at < stop for start, stop in specials.spans(near)):
-                return cut
-        if low == 0:
-            break
-        window *= 16
-    return 0
 
 
 def encode_file(tokenizer: Tokenizer, path: Path, out_path: Path, *, num_workers: int | None = None) -> int:
@@ -84,7 +30,7 @@ def encode_file(tokenizer: Tokenizer, path: Path, out_path: Path, *, num_workers
     temporary = out_path.with_name(f"{out_path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as out:
-            for data in cut_stream(_blocks(path), tokenizer._specials, tokenizer.pattern):
+            for data in cut_stream(_blocks(path), tokenizer._all.cutter):
                 ids = tokenizer.encode_bytes(data)
                 n_tokens += len(ids)
                 out.write(ids.astype(dtype).tobytes())
