@@ -26,9 +26,9 @@ from ..kernels.cost import Cost, itemsize
 from .ceilings import Ceilings
 from .config import ModelConfig
 from .memory import Memory, memory, saved_activations
-from .parts import LEDGERS, Work, parts
+from .parts import LEDGERS, PARAMETER_BYTES, Work, parts
 
-__all__ = ["Ceilings", "Component", "Estimate", "Pass", "estimate"]
+__all__ = ["Ceilings", "Component", "Estimate", "Memory", "Pass", "estimate", "largest_batch"]
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,14 @@ class Estimate:
         possible = self.seconds * self.ceilings.gemm_rate(self.dtype)
         return {ledger: sum(flops.values()) / possible for ledger, flops in self.ledgers.items()}
 
+    @property
+    def communication_bytes(self) -> int:
+        """What each device sends in a step when sharded: weights gathered for both passes, gradients scattered."""
+        share = self.parameters * (self.gpus - 1) // self.gpus
+        return share * (2 * itemsize(self.dtype) + PARAMETER_BYTES)
+
     def table(self) -> Table:
-        """Components and totals, for rich.print."""
+        """Components, totals, and what follows from them, for rich.print."""
         timed = self.ceilings is not None
         columns = ["component", "parameters", "forward", "backward", "share", "bytes", "FLOP/byte", "saved"]
         table = Table(title=self._title())
@@ -179,6 +185,8 @@ class Estimate:
             table.add_row(*row, *([_seconds(c.seconds), c.bound_by] if timed else []))
         total = ["total", f"{self.parameters:,}", _quantity(self.forward_flops), _quantity(self.backward_flops), "100%"]
         total += [_quantity(sum(c.bytes for c in self.components), "B"), "", _quantity(self.memory.activations, "B")]
+        table.caption = "\n".join(self.summary())
+        table.caption_justify = "left"
         table.add_section()
         table.add_row(*total, *([_seconds(self.seconds), ""] if timed else []), style="bold")
         return table
@@ -190,13 +198,42 @@ class Estimate:
             f"{c.d_ff}; batch {self.batch_size} x {self.context_length}, {self.dtype}, {self.causal} ledger"
         )
 
+    def summary(self) -> list[str]:
+        """Ledgers, memory, and with ceilings the step's time and the batch that fits, a line each."""
+        ledgers = (
+            f"{name} {_quantity(flops['forward'])} + {_quantity(flops['backward'])}"
+            for name, flops in self.ledgers.items()
+        )
+        m = self.memory
+        held = {"parameters": m.parameters, "gradients": m.gradients, "AdamW": m.optimizer, "casts": m.casts}
+        held |= {"activations": m.activations}
+        parts = ", ".join(f"{name} {_quantity(size, 'B')}" for name, size in held.items() if size)
+        lines = [f"FLOPs, forward + backward: {'; '.join(ledgers)}", f"peak memory {_quantity(m.peak, 'B')}: {parts}"]
+        if self.gpus > 1:
+            lines.append(f"sharded over {self.gpus}: each sends {_quantity(self.communication_bytes, 'B')} a step")
+        if self.ceilings is None or self.utilization is None:
+            return [*lines, "no time: no ceilings were measured"]
+        used, peak = self.utilization, _quantity(self.ceilings.gemm_rate(self.dtype), "FLOP/s")
+        lines.append(
+            f"step {_seconds(self.seconds)}, {self.tokens_per_second:,.0f} tokens/s; of {peak}: MFU {used['full']:.1%} "
+            f"(full) or {used['exact']:.1%} (exact), HFU {used['executed']:.1%}"
+        )
+        if self.ceilings.memory_bytes is not None:
+            fits = largest_batch(
+                self.config, self.ceilings.memory_bytes, context_length=self.context_length, dtype=self.dtype,
+                checkpointing=self.checkpointing, gpus=self.gpus,
+            )  # fmt: skip
+            lines.append(f"largest batch in the device's {_quantity(self.ceilings.memory_bytes, 'B')}: {fits}")
+        return lines
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the inputs, every component's passes, and the totals."""
         fields = asdict(self)
         fields["config"] = self.config.to_dict()
         fields["ceilings"] = self.ceilings.to_dict() if self.ceilings else None
         totals = ("parameters", "forward_flops", "backward_flops", "ledgers", "memory_bytes", "tokens", "seconds")
-        return fields | {name: getattr(self, name) for name in (*totals, "tokens_per_second", "utilization")}
+        rates = ("tokens_per_second", "utilization", "communication_bytes")
+        return fields | {name: getattr(self, name) for name in (*totals, *rates)}
 
 
 def _quantity(value: float, unit: str = "") -> str:
@@ -272,4 +309,31 @@ def _roofline(works: Sequence[Work], ceilings: Ceilings, dtype: str, T: int) -> 
         limits = work.seconds(ceilings, dtype, T)
         limit = max(limits, key=limits.__getitem__)
         by_limit[limit] = by_limit.get(limit, 0.0) + limits[limit]
-    return sum(by_limit.values()), max(by_limit, key=by_limit.__getitem__)
+    total = sum(by_limit.values())
+    return total, max(by_limit, key=by_limit.__getitem__) if total else ""
+
+
+def largest_batch(
+    config: ModelConfig,
+    memory_bytes: int,
+    *,
+    context_length: int | None = None,
+    dtype: str = "bfloat16",
+    checkpointing: bool = False,
+    gpus: int = 1,
+) -> int:
+    """The most sequences per device whose training step fits in `memory_bytes`; 0 when one does not."""
+    parameters = sum(part.parameters for part in parts(config, 1, 1, dtype, checkpointing=False, gpus=1))
+    T = config.context_length if context_length is None else context_length
+
+    def fits(batch_size: int) -> bool:
+        keywords = {"context_length": T, "dtype": dtype, "checkpointing": checkpointing, "gpus": gpus}
+        return memory(config, parameters, batch_size=batch_size, **keywords).peak <= memory_bytes  # type: ignore[arg-type]
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

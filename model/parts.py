@@ -8,6 +8,7 @@ from typing import Any
 from ..kernels.cost import (
     Cost,
     adamw_cost,
+    cross_entropy_cost,
     embedding_cost,
     flash_attention_cost,
     gelu_cost,
@@ -24,6 +25,7 @@ from .config import ModelConfig
 
 LEDGERS = ("full", "exact", "executed")
 FP32 = "float32"  # parameters, gradients and both moments; products run in the estimate's dtype
+PARAMETER_BYTES = 4
 ATTENTION_TILE = (128, 128)  # queries, keys: what one program of the attention kernel takes at a time
 
 
@@ -75,7 +77,7 @@ def _elementwise(cost: Cost) -> Work:
 
 @dataclass(frozen=True)
 class Part:
-    """A component before its works are added up; `once_more` is what checkpointing runs a second time."""
+    """A component before its works are added up."""
 
     name: str
     parameters: int = 0
@@ -113,8 +115,14 @@ def parts(c: ModelConfig, B: int, T: int, dtype: str, *, checkpointing: bool, gp
     activation = both(swiglu_cost if c.ffn == "swiglu" else gelu_cost, N, c.d_ff)
     sums = 1 + 2 + (matrices - 2)  # where a tensor was read by several, their gradients are added
 
-    loss = [linear_cross_entropy_cost(N, d, V, dtype, backward=b) for b in (False, True)]
+    head = [linear_cross_entropy_cost(N, d, V, dtype, backward=b) for b in (False, True)]
     product = 2 * N * d * V
+    logits = [
+        Work("gemm", replace(cost, exps=0), times * product, times * product, cost.flops)
+        for times, cost in enumerate(head, start=1)
+    ]
+    # the softmax of logits that are in no memory: what its rows move stands with the products
+    loss = [replace(cross_entropy_cost(N, V, dtype, backward=b), bytes=0) for b in (False, True)]
     weights = L * (2 * d * (H + K) * D + matrices * d * c.d_ff) + V * d
 
     cast = Cost(0, weights * (4 + itemsize(dtype)))
@@ -127,7 +135,7 @@ def parts(c: ModelConfig, B: int, T: int, dtype: str, *, checkpointing: bool, gp
             block_norms,
             parameters=block_norms.parameters + d,
             forward=(*block_norms.forward, last_norm[0]),
-            backward=(last_norm[1], *block_norms.backward),
+            backward=(*block_norms.backward, last_norm[1]),
         ),
         layers("QKV", d * (H + 2 * K) * D, gemm(H * D, d), gemm(K * D, d), gemm(K * D, d)),
         layers("RoPE", 0, both(rope_cost, B, H, K, T, D)),
@@ -135,12 +143,8 @@ def parts(c: ModelConfig, B: int, T: int, dtype: str, *, checkpointing: bool, gp
         layers("output projection", d * H * D, gemm(d, H * D)),
         layers("FFN", matrices * d * c.d_ff, *[gemm(c.d_ff, d)] * (matrices - 1), activation, gemm(d, c.d_ff), once=1),
         layers("residual sums", 0, (add(1), add(sums)), once=1),
-        Part(
-            "logits",
-            0 if c.tie_embeddings else V * d,
-            (Work("gemm", loss[0], product, product, loss[0].flops),),
-            (Work("gemm", loss[1], 2 * product, 2 * product, loss[1].flops),),
-        ),
+        Part("logits", 0 if c.tie_embeddings else V * d, (logits[0],), (logits[1],)),
+        Part("loss", 0, (_elementwise(loss[0]),), (_elementwise(loss[1]),)),
         *([Part("casts", 0, (_elementwise(cast),), (_elementwise(cast),))] if low else []),
     ]
     parameters = sum(part.parameters for part in parts)
