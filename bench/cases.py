@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import kernels
 from ..kernels import cost, reference
 
-Provider = Callable[..., Tensor]
+Provider = Callable[..., Any]  # returns one tensor
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..kernels import flash_attention
 from ..kernels.cost import flash_attention_cost
@@ -56,7 +57,7 @@ def _exp_rate(device: torch.device) -> float | None:
 def _attention_seconds(BH: int, T: int, D: int, device: torch.device) -> tuple[float, float]:
     """(forward, backward) seconds of the public function on causal attention in bf16."""
     q, k, v = (torch.randn(1, BH, T, D, device=device).to(torch.bfloat16).requires_grad_() for _ in range(3))
-    out = flash_attention(q, k, v)
+    out: Tensor = flash_attention(q, k, v)  # type: ignore[assignment]
     upstream = torch.randn_like(out)
     backward = _best_seconds(lambda: torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True), device)
     with torch.no_grad():

@@ -5,10 +5,17 @@ Only typer and the standard library are imported here; what a command needs, it 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from .cases import Case
+    from .harness import Measurement
 
 app = typer.Typer()
 bench = typer.Typer(help="Measure this machine and hold the estimates against it.", no_args_is_help=True)
@@ -90,7 +97,9 @@ def estimate(
     from ..training.config import model_config
     from .ceilings import load_ceilings
 
-    values = tomllib.loads(Path(config).read_text(encoding="utf-8")) if config.endswith(".toml") else {"preset": config}
+    values: dict = {"preset": config}
+    if config.endswith(".toml"):
+        values = tomllib.loads(Path(config).read_text(encoding="utf-8"))
     result = closed_form(
         model_config(values.get("model", values)),
         batch_size=batch_size,
@@ -139,15 +148,23 @@ def kernels(
     where = machine(place)
     console = Console()
     console.print("  ".join(f"{key} {value}" for key, value in where.items()))
-    done = []
+    done: list[Measurement] = []
     for case in console_progress(console, cases(place)):
         done += measure(case, place)
     console.print(table(done))
     if json_path:
-        write_json(json_path, {"machine": where, "measurements": as_records(done)})
+        write_json(json_path, {"kind": "kernels", "machine": where, "measurements": as_records(done)})
 
 
-def console_progress(console, items):
+@bench.command()
+def report(readme: Annotated[Path, typer.Option(help="The README to write into.")] = Path("README.md")) -> None:
+    """Write the tables of bench/results/ into the README."""
+    from .report import update_readme
+
+    print(f"{readme}: {'updated' if update_readme(readme) else 'already up to date'}")
+
+
+def console_progress(console: Console, items: Sequence[Case]) -> Iterable[Case]:
     """items, with a progress bar on the console."""
     from rich.progress import track
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from ..tokenizer import Tokenizer, train_bpe
 from ..training.checkpoint import load_model
 from ..training.config import TrainConfig
 from ..training.loop import TrainResult, train
-from .harness import write_json
+from .harness import machine, write_json
 from .text import END_OF_TEXT, find_text, read_documents, split_text
 from .validate import validate_step
 
@@ -83,7 +83,8 @@ def run_demo(config: DemoConfig, console: Console) -> int:
     console.rule("4. Predicted and measured")
     validation = validate_step(run, device, measured=result)
     console.print(validation.table())
-    write_json(out / "validation.json", validation.to_dict())
+    results = {"kind": "demo", "machine": machine(device), "training": asdict(result), **validation.to_dict()}
+    write_json(out / "results.json", json.loads(json.dumps(results, default=str)))
 
     picture = out / "loss.png"
     plot_loss(run.out_dir / "log.jsonl", picture)
@@ -160,6 +161,8 @@ def plot_loss(log: Path, picture: Path) -> None:
 def conclude(result: TrainResult, picture: Path, console: Console) -> int:
     """The last line, and whether the loss fell."""
     console.print(f"Loss curve: {picture}")
+    assert result.val_loss is not None
+    assert result.first_val_loss is not None  # the demo always validates
     fell = result.val_loss < result.first_val_loss
     console.print(
         f"Validation loss {result.first_val_loss:.3f} -> {result.val_loss:.3f} nats per token, "

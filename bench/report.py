@@ -1,12 +1,22 @@
-"""Tables of measurements, for the terminal and for Markdown."""
+"""Tables of what was measured: for the terminal, and for the README from the files in bench/results/.
+
+A results file is JSON with "kind" (which renderer reads it), "machine" (where, with what, when) and the measurements.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
-from .harness import Measurement
+from .harness import Measurement, write_text
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- results: written by `rooflight bench report` -->", "<!-- end of results -->"
 
 
 def table(measurements: Iterable[Measurement]) -> Table:
@@ -24,7 +34,7 @@ def table(measurements: Iterable[Measurement]) -> Table:
         out.add_row(
             m.operation,
             m.mode,
-            " ".join(f"{key}={int(value)}" for key, value in m.shape.items()),
+            _shape(m.shape),
             m.dtype,
             m.provider,
             f"{m.milliseconds:.3f}",
@@ -34,3 +44,100 @@ def table(measurements: Iterable[Measurement]) -> Table:
             "" if m.peak_mib is None else f"{m.peak_mib:.0f}",
         )
     return out
+
+
+def _shape(shape: dict[str, Any]) -> str:
+    return " ".join(f"{key}={int(value)}" for key, value in shape.items())
+
+
+def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; every column but the first is aligned to the right."""
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _where(machine: dict[str, Any]) -> str:
+    parts = [machine["device"], f"torch {machine['torch']}", f"triton {machine['triton']}"]
+    if not machine.get("cuda"):
+        parts.insert(1, f"{machine['threads']} threads")
+    return ", ".join([*parts, f"commit {machine['commit']}", machine["date"]])
+
+
+def _kernels(results: dict[str, Any]) -> str:
+    """Ours and each peer in one row: milliseconds, and the rate that bounds the operation."""
+    grouped: dict[tuple[str, str, str, str], dict[str, dict]] = {}
+    for m in results["measurements"]:
+        grouped.setdefault((m["operation"], m["mode"], _shape(m["shape"]), m["dtype"]), {})[m["provider"]] = m
+    rows = []
+    for (operation, mode, shape, dtype), providers in grouped.items():
+        ours = providers.pop("rooflight")
+        if operation == "rms_norm":
+            rate = f"{ours['gigabytes_per_second']:,.0f} GB/s"
+        else:
+            rate = f"{ours['teraflops']:,.1f} TFLOP/s"
+        peers = ", ".join(f"{name} {peer['milliseconds']:.3f}" for name, peer in providers.items())
+        rows.append([f"{operation} {mode}, {shape}, {dtype}", f"{ours['milliseconds']:.3f}", rate, peers])
+    return markdown_table(["kernel", "ms", "rate", "peers, ms"], rows)
+
+
+def _demo(results: dict[str, Any]) -> str:
+    """What the demo reached, then its prediction beside its measurement."""
+    training = results["training"]
+    rows = [
+        [row["quantity"], *(_number(row[key], row["unit"]) for key in ("predicted", "measured")), f"{row['ratio']:.3f}"]
+        for row in results["rows"]
+    ]
+    return (
+        f"The demo: {training['val_bits_per_byte']:.3f} bits per byte on held-out text after {training['step']:,} "
+        f"steps ({training['tokens']:,} tokens) in {training['seconds']:.0f} s, one step predicted and measured:\n\n"
+        + markdown_table(["quantity", "predicted", "measured", "ratio"], rows)
+    )
+
+
+def _number(value: float, unit: str) -> str:
+    return f"{value:,.2f} {unit}" if unit else f"{value:,.0f}"
+
+
+def _tokenizer(results: dict[str, Any]) -> str:
+    """Seconds on the same text, ours beside each peer's."""
+    rows = [
+        [
+            r["task"],
+            r["peer"],
+            f"{r['seconds']:.2f}",
+            f"{r['peer_seconds']:.2f}",
+            f"{r['seconds'] / r['peer_seconds']:.2f}",
+        ]
+        for r in results["rows"]
+    ]
+    return markdown_table(["task", "peer", "rooflight, s", "peer, s", "ratio"], rows)
+
+
+RENDERERS = {"kernels": _kernels, "demo": _demo, "tokenizer": _tokenizer}
+
+
+def render(folder: Path = RESULTS) -> str:
+    """Every results file as Markdown, ordered by file name. Raises ValueError on a kind that nothing renders."""
+    sections = []
+    for path in sorted(folder.glob("*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if results.get("kind") not in RENDERERS:
+            raise ValueError(f"{path}: expected kind to be one of {', '.join(RENDERERS)}, got {results.get('kind')!r}")
+        sections.append(f"{RENDERERS[results['kind']](results)}\n\nMeasured on: {_where(results['machine'])}.")
+    return "\n\n".join(sections)
+
+
+def update_readme(readme: Path, folder: Path = RESULTS) -> bool:
+    """Replace what stands between the two markers of the README; returns whether anything changed.
+
+    Raises ValueError when the markers are not there.
+    """
+    text = readme.read_text(encoding="utf-8")
+    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"{readme}: the markers {BEGIN!r} and {END!r} are missing")
+    new = pattern.sub(lambda _: f"{BEGIN}\n{render(folder)}\n{END}", text)
+    if new == text:
+        return False
+    write_text(readme, new)
+    return True

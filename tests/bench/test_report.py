@@ -1,0 +1,85 @@
+"""The README's tables are those of bench/results/, and nothing else."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rooflight.bench import report
+
+ROOT = Path(__file__).parents[2]
+MACHINE = {
+    "device": "Device",
+    "threads": 2,
+    "torch": "2",
+    "triton": "3",
+    "cuda": None,
+    "commit": "abc",
+    "date": "2026-01-02",
+}
+
+
+def measurement(provider: str, milliseconds: float, **changes) -> dict:
+    return {
+        "operation": "rms_norm",
+        "mode": "forward",
+        "shape": {"M": 2, "N": 4},
+        "dtype": "float32",
+        "provider": provider,
+        "milliseconds": milliseconds,
+        "gigabytes_per_second": 1234.4,
+        "teraflops": 0.5,
+        **changes,
+    }
+
+
+def write(folder: Path, name: str, content: dict) -> None:
+    (folder / name).write_text(json.dumps({"machine": MACHINE, **content}))
+
+
+def test_the_readme_shows_the_committed_results():
+    text = (ROOT / "README.md").read_text()
+    shown = text.partition(report.BEGIN)[2].partition(report.END)[0].strip()
+    assert shown == report.render().strip(), "run `rooflight bench report`"
+
+
+def test_kernels_stand_beside_their_peers(tmp_path: Path):
+    records = [measurement("rooflight", 1.5), measurement("torch", 3.0), measurement("eager", 6.0)]
+    write(tmp_path, "kernels.json", {"kind": "kernels", "measurements": records})
+    text = report.render(tmp_path)
+    assert "| rms_norm forward, M=2 N=4, float32 | 1.500 | 1,234 GB/s | torch 3.000, eager 6.000 |" in text
+    assert "Measured on: Device, 2 threads, torch 2, triton 3, commit abc, 2026-01-02." in text
+
+
+def test_attention_is_shown_by_its_flops(tmp_path: Path):
+    record = measurement("rooflight", 1.5, operation="flash_attention", teraflops=512.25)
+    write(tmp_path, "kernels.json", {"kind": "kernels", "measurements": [record]})
+    assert "512.2 TFLOP/s" in report.render(tmp_path)
+
+
+def test_ratios_are_ours_over_the_peers(tmp_path: Path):
+    row = {"task": "train", "peer": "other", "seconds": 2.0, "peer_seconds": 8.0}
+    write(tmp_path, "tokenizer.json", {"kind": "tokenizer", "rows": [row]})
+    assert "| train | other | 2.00 | 8.00 | 0.25 |" in report.render(tmp_path)
+
+
+def test_the_readme_keeps_what_stands_outside_the_markers(tmp_path: Path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    row = {"task": "train", "peer": "other", "seconds": 2.0, "peer_seconds": 8.0}
+    write(tmp_path, "tokenizer.json", {"kind": "tokenizer", "rows": [row]})
+    assert report.update_readme(readme, tmp_path)
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert not report.update_readme(readme, tmp_path)
+
+
+def test_bad_files_are_named(tmp_path: Path):
+    write(tmp_path, "odd.json", {"kind": "weather"})
+    with pytest.raises(ValueError, match=r"odd\.json.*got 'weather'"):
+        report.render(tmp_path)
+    (tmp_path / "README.md").write_text("no markers\n")
+    with pytest.raises(ValueError, match="markers"):
+        report.update_readme(tmp_path / "README.md", tmp_path)
