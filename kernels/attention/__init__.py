@@ -9,70 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import runs_triton
+from ..dispatch import refuse_transforms, runs_triton
 from .checks import Window, check_inputs, check_sequences, reach, score_scale
-from .launch import bwd_op, fwd_op
+from .launch import FlashAttentionFunction, fwd_op
 
 __all__ = ["FlashAttentionFunction", "flash_attention", "flash_attention_varlen"]
-
-
-_NO_VMAP = (
-    "flash_attention does not support torch.func.vmap: its first dimension is already a batch, "
-    "so flatten the mapped dimension into it"
-)
-
-
-class FlashAttentionFunction(torch.autograd.Function):
-    """(out, lse) by the kernels, from the arguments of the operator rooflight::flash_attention_fwd.
-
-    Differentiable once: a second derivative raises RuntimeError.
-    """
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:
-        return fwd_op(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *ctx.options = inputs
-        ctx.save_for_backward(q, k, v, *output, sinks, cu_seqlens_q, cu_seqlens_k)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *rest = ctx.saved_tensors
-        if dout is None:
-            if dlse is None:
-                return (None,) * 12
-            dout = out.new_zeros(()).expand_as(out)  # only the log-sum-exp was used
-        # torch.compile refuses second derivatives itself, and does not trace a Function inside a Function's backward
-        gradient = bwd_op if torch.compiler.is_compiling() else _GradientFunction.apply
-        dq, dk, dv, dsinks = gradient(dout, dlse, q, k, v, out, *rest, *ctx.options)
-        return dq, dk, dv, dsinks if ctx.needs_input_grad[3] else None, *(None,) * 8
-
-    @staticmethod
-    def vmap(*args: Any) -> Any:
-        raise NotImplementedError(_NO_VMAP)
-
-
-class _GradientFunction(torch.autograd.Function):
-    """The backward operator, as a node that refuses to be differentiated: without one, autograd would drop the term."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        return bwd_op(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError("flash_attention has no second derivative: its backward cannot itself be differentiated")
-
-    @staticmethod
-    def vmap(*args: Any) -> Any:
-        raise NotImplementedError(_NO_VMAP)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -82,6 +23,13 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def _attend(*args: Any) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        return fwd_op(*args)
+    refuse_transforms("flash_attention")
+    return FlashAttentionFunction.apply(*args)
 
 
 def flash_attention(
@@ -111,7 +59,8 @@ def flash_attention(
 
     A row with no visible key gives output 0, log-sum-exp -inf (the sink's value with sinks) and zero gradients.
     Products accumulate in fp32; fp32 inputs are multiplied in IEEE precision unless
-    torch.backends.cuda.matmul.fp32_precision is "tf32". The backward is bitwise deterministic and can be taken once.
+    torch.backends.cuda.matmul.fp32_precision is "tf32". The backward is bitwise deterministic; a second derivative and
+    torch.func transforms raise NotImplementedError.
     Inside torch.autocast q, k and v are cast to its dtype.
 
     CUDA tensors run the Triton kernels, CPU tensors the same kernels under TRITON_INTERPRET=1 (fp64 too), and else
@@ -126,7 +75,7 @@ def flash_attention(
     q, k, v = _autocast(q, k, v)
     if runs_triton(q):
         options = (q.shape[2], k.shape[2], left, right, scale, softcap)
-        out, lse = FlashAttentionFunction.apply(q, k, v, sinks, None, None, *options)
+        out, lse = _attend(q, k, v, sinks, None, None, *options)
         return (out, lse) if return_lse else out
     n_query, n_key = q.shape[2], k.shape[2]
     plain = window is None and softcap == 0 and sinks is None and not return_lse
@@ -176,9 +125,7 @@ def flash_attention_varlen(
     q, k, v = _autocast(q, k, v)
     if runs_triton(q):
         options = (max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
-        out, lse = FlashAttentionFunction.apply(
-            q, k, v, sinks, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), *options
-        )
+        out, lse = _attend(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *options)
         return (out, lse) if return_lse else out
     return reference.flash_attention_varlen(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,

@@ -12,7 +12,17 @@ order: no atomics, bitwise the same in every run. The dk/dv program of a key-val
 import triton
 import triton.language as tl
 
-from .blocks import head_pointer, is_visible, load_tile, row_offsets, sequence, store_tile, tanh, visible_blocks
+from .blocks import (
+    head_pointer,
+    is_visible,
+    load_tile,
+    partial_or_whole,
+    row_offsets,
+    sequence,
+    store_tile,
+    tanh,
+    visible_blocks,
+)
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -21,20 +31,22 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 def _flash_attention_delta_kernel(
     out_ptr,
     dout_ptr,
+    lse_ptr,
     dlse_ptr,  # None: no gradient through the log-sum-exp
+    lse2_ptr,
     delta_ptr,
     cu_seqlens_q_ptr,
     out_strides,
     dout_strides,
     dlse_strides,
-    delta_strides,
+    lse_strides,  # lse2's and delta's too
     H,
     T,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """delta = rowsum(dout * out) - dlse, in the dtype of the log-sum-exp."""
+    """delta = rowsum(dout * out) - dlse, and lse2, the log-sum-exp in base 2, +inf for rows that see no key (p = 0)."""
     n_tile = tl.cdiv(T, BLOCK_M)
     pid = tl.program_id(0)
     b = pid // n_tile // H
@@ -47,26 +59,35 @@ def _flash_attention_delta_kernel(
     cols = tl.arange(0, BLOCK_D)
     out_ptr = head_pointer(out_ptr, out_strides, b, h, start)
     dout_ptr = head_pointer(dout_ptr, dout_strides, b, h, start)
-    delta_ptr = head_pointer(delta_ptr, delta_strides, b, h, start)
-    ACC: tl.constexpr = delta_ptr.dtype.element_ty
+    lse_ptr = head_pointer(lse_ptr, lse_strides, b, h, start)
+    lse2_ptr = head_pointer(lse2_ptr, lse_strides, b, h, start)
+    delta_ptr = head_pointer(delta_ptr, lse_strides, b, h, start)
+    ACC: tl.constexpr = lse_ptr.dtype.element_ty
     out = load_tile(out_ptr, out_strides, first, rows, cols, T, HEAD_DIM, True).to(ACC)
     dout = load_tile(dout_ptr, dout_strides, first, rows, cols, T, HEAD_DIM, True).to(ACC)
     delta = tl.sum(out * dout, 1)
     in_range = first + rows < T
+    offsets = row_offsets(first, rows, lse_strides[2])
+    lse = tl.load(lse_ptr + offsets, mask=in_range, other=0.0)
     if dlse_ptr is not None:
         dlse_ptr = head_pointer(dlse_ptr, dlse_strides, b, h, start)
         delta -= tl.load(dlse_ptr + row_offsets(first, rows, dlse_strides[2]), mask=in_range, other=0.0).to(ACC)
-    tl.store(delta_ptr + row_offsets(first, rows, delta_strides[2]), delta, mask=in_range)
+    tl.store(lse2_ptr + offsets, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), mask=in_range)
+    tl.store(delta_ptr + offsets, delta, mask=in_range)
 
 
 @triton.jit
-def _load_statistics(lse_ptr, delta_ptr, strides, first, rows, T):
-    """Base-2 log-sum-exp and delta of some rows: +inf and 0, hence p = 0, past T and for rows that see no key."""
+def _load_statistics(lse2_ptr, delta_ptr, strides, first, rows, T, CHECK_ROWS: tl.constexpr):
+    """lse2 and delta of some rows: +inf and 0, hence p = 0, past T."""
     offsets = row_offsets(first, rows, strides[2])
-    in_range = first + rows < T
-    lse = tl.load(lse_ptr + offsets, mask=in_range, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-    return lse, tl.load(delta_ptr + offsets, mask=in_range, other=0.0)
+    if CHECK_ROWS:
+        in_range = first + rows < T
+        lse2 = tl.load(lse2_ptr + offsets, mask=in_range, other=float("inf"))
+        delta = tl.load(delta_ptr + offsets, mask=in_range, other=0.0)
+    else:
+        lse2 = tl.load(lse2_ptr + offsets)
+        delta = tl.load(delta_ptr + offsets)
+    return lse2, delta
 
 
 @triton.jit
@@ -78,12 +99,14 @@ def _accumulate_dkdv(
     j,  # (BLOCK_N,) key rows
     q_ptr,
     dout_ptr,
-    lse_ptr,
+    lse2_ptr,
     delta_ptr,
     q_strides,
     dout_strides,
     lse_strides,
     lo,
+    full_lo,
+    full_hi,
     hi,
     lower,
     upper,
@@ -96,19 +119,21 @@ def _accumulate_dkdv(
     PRECISION: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """Add what the queries lo..hi-1 give to (dk, dv); scores stand transposed, (BLOCK_N, BLOCK_M)."""
+    """Add what the blocks of queries that see j in part (MASK) or whole give. Scores stand transposed."""
     cols = tl.arange(0, k.shape[1])
     rows = tl.arange(0, BLOCK_M)
-    for m in tl.range(lo, hi, BLOCK_M):
+    start, stop, jump = partial_or_whole(lo, full_lo, full_hi, hi, MASK)
+    for m in tl.range(start, stop, BLOCK_M):
+        m += tl.where(m < full_lo, 0, jump)
         q = load_tile(q_ptr, q_strides, m, rows, cols, T, HEAD_DIM, MASK)
-        lse, delta = _load_statistics(lse_ptr, delta_ptr, lse_strides, m, rows, T)
+        lse2, delta = _load_statistics(lse2_ptr, delta_ptr, lse_strides, m, rows, T, MASK)
         z = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=dk.dtype)
         if cap_scale is not None:
             z = tanh(z * cap_scale)
             slope = 1.0 - z * z
         if MASK:
             z = tl.where(is_visible((m + rows)[None, :], j[:, None], lower, upper, S), z, float("-inf"))
-        p = tl.math.exp2(z * exp_scale - lse[None, :])
+        p = tl.math.exp2(z * exp_scale - lse2[None, :])
         dout = load_tile(dout_ptr, dout_strides, m, rows, cols, T, HEAD_DIM, MASK)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=dv.dtype)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=dk.dtype)
@@ -125,7 +150,7 @@ def _flash_attention_bwd_dkdv_kernel(
     k_ptr,
     v_ptr,
     dout_ptr,
-    lse_ptr,
+    lse2_ptr,
     delta_ptr,
     dk_ptr,
     dv_ptr,
@@ -184,20 +209,15 @@ def _flash_attention_bwd_dkdv_kernel(
     for h in tl.range(h_kv * group, h_kv * group + group):
         q = head_pointer(q_ptr, q_strides, b, h, start_q)
         dout = head_pointer(dout_ptr, dout_strides, b, h, start_q)
-        lse = head_pointer(lse_ptr, lse_strides, b, h, start_q)
+        lse2 = head_pointer(lse2_ptr, lse_strides, b, h, start_q)
         delta = head_pointer(delta_ptr, lse_strides, b, h, start_q)
-        if right is not None:
-            dk, dv = _accumulate_dkdv(
-                dk, dv, k, v, j, q, dout, lse, delta, q_strides, dout_strides, lse_strides, lo, full_lo,
-                lower, upper, T, S, cap_scale, exp_scale, HEAD_DIM, BLOCK_M, PRECISION, True,
-            )  # fmt: skip
         dk, dv = _accumulate_dkdv(
-            dk, dv, k, v, j, q, dout, lse, delta, q_strides, dout_strides, lse_strides, full_lo, full_hi,
-            lower, upper, T, S, cap_scale, exp_scale, HEAD_DIM, BLOCK_M, PRECISION, False,
+            dk, dv, k, v, j, q, dout, lse2, delta, q_strides, dout_strides, lse_strides, lo, full_lo, full_hi, hi,
+            lower, upper, T, S, cap_scale, exp_scale, HEAD_DIM, BLOCK_M, PRECISION, True,
         )  # fmt: skip
         dk, dv = _accumulate_dkdv(
-            dk, dv, k, v, j, q, dout, lse, delta, q_strides, dout_strides, lse_strides, full_hi, hi,
-            lower, upper, T, S, cap_scale, exp_scale, HEAD_DIM, BLOCK_M, PRECISION, True,
+            dk, dv, k, v, j, q, dout, lse2, delta, q_strides, dout_strides, lse_strides, lo, full_lo, full_hi, hi,
+            lower, upper, T, S, cap_scale, exp_scale, HEAD_DIM, BLOCK_M, PRECISION, False,
         )  # fmt: skip
 
     dk_ptr = head_pointer(dk_ptr, dk_strides, b, h_kv, start_k)
@@ -211,7 +231,7 @@ def _accumulate_dq(
     dq,  # (BLOCK_M, BLOCK_D)
     q,
     dout,
-    lse,
+    lse2,
     delta,
     i,  # (BLOCK_M,) query rows
     k_ptr,
@@ -219,6 +239,8 @@ def _accumulate_dq(
     k_strides,
     v_strides,
     lo,
+    full_lo,
+    full_hi,
     hi,
     lower,
     upper,
@@ -230,10 +252,12 @@ def _accumulate_dq(
     PRECISION: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """Add what the keys lo..hi-1 give to dq."""
+    """Add what the blocks of keys that are visible in part (MASK) or whole give to dq."""
     cols = tl.arange(0, q.shape[1])
     rows = tl.arange(0, BLOCK_N)
-    for n in tl.range(lo, hi, BLOCK_N):
+    start, stop, jump = partial_or_whole(lo, full_lo, full_hi, hi, MASK)
+    for n in tl.range(start, stop, BLOCK_N):
+        n += tl.where(n < full_lo, 0, jump)
         k = load_tile(k_ptr, k_strides, n, rows, cols, S, HEAD_DIM, MASK)
         z = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=dq.dtype)  # (BLOCK_M, BLOCK_N)
         if cap_scale is not None:
@@ -241,7 +265,7 @@ def _accumulate_dq(
             slope = 1.0 - z * z
         if MASK:
             z = tl.where(is_visible(i[:, None], (n + rows)[None, :], lower, upper, S), z, float("-inf"))
-        p = tl.math.exp2(z * exp_scale - lse[:, None])
+        p = tl.math.exp2(z * exp_scale - lse2[:, None])
         v = load_tile(v_ptr, v_strides, n, rows, cols, S, HEAD_DIM, MASK)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=dq.dtype)
         ds = p * (dp - delta[:, None])
@@ -257,7 +281,7 @@ def _flash_attention_bwd_dq_kernel(
     k_ptr,
     v_ptr,
     dout_ptr,
-    lse_ptr,
+    lse2_ptr,
     delta_ptr,
     dq_ptr,
     cu_seqlens_q_ptr,
@@ -296,7 +320,7 @@ def _flash_attention_bwd_dq_kernel(
     k_ptr = head_pointer(k_ptr, k_strides, b, h // (H // K), start_k)
     v_ptr = head_pointer(v_ptr, v_strides, b, h // (H // K), start_k)
     dout_ptr = head_pointer(dout_ptr, dout_strides, b, h, start_q)
-    lse_ptr = head_pointer(lse_ptr, lse_strides, b, h, start_q)
+    lse2_ptr = head_pointer(lse2_ptr, lse_strides, b, h, start_q)
     delta_ptr = head_pointer(delta_ptr, lse_strides, b, h, start_q)
     lower = None if left is None else S - T - left
     upper = None if right is None else S - T + right
@@ -306,23 +330,18 @@ def _flash_attention_bwd_dq_kernel(
     cols = tl.arange(0, BLOCK_D)
     q = load_tile(q_ptr, q_strides, first, rows, cols, T, HEAD_DIM, True)
     dout = load_tile(dout_ptr, dout_strides, first, rows, cols, T, HEAD_DIM, True)
-    lse, delta = _load_statistics(lse_ptr, delta_ptr, lse_strides, first, rows, T)
+    lse2, delta = _load_statistics(lse2_ptr, delta_ptr, lse_strides, first, rows, T, True)
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
 
     last = tl.minimum(first + BLOCK_M, T) - 1
     lo, full_lo, full_hi, hi = visible_blocks(first, last, lower, upper, S, BLOCK_N)
     i = first + rows
-    if lower is not None:
-        dq = _accumulate_dq(
-            dq, q, dout, lse, delta, i, k_ptr, v_ptr, k_strides, v_strides, lo, full_lo, lower, upper, S,
-            cap_scale, exp_scale, HEAD_DIM, BLOCK_N, PRECISION, True,
-        )  # fmt: skip
     dq = _accumulate_dq(
-        dq, q, dout, lse, delta, i, k_ptr, v_ptr, k_strides, v_strides, full_lo, full_hi, lower, upper, S,
+        dq, q, dout, lse2, delta, i, k_ptr, v_ptr, k_strides, v_strides, lo, full_lo, full_hi, hi, lower, upper, S,
         cap_scale, exp_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     dq = _accumulate_dq(
-        dq, q, dout, lse, delta, i, k_ptr, v_ptr, k_strides, v_strides, full_hi, hi, lower, upper, S,
+        dq, q, dout, lse2, delta, i, k_ptr, v_ptr, k_strides, v_strides, lo, full_lo, full_hi, hi, lower, upper, S,
         cap_scale, exp_scale, HEAD_DIM, BLOCK_N, PRECISION, True,
     )  # fmt: skip
     dq_ptr = head_pointer(dq_ptr, dq_strides, b, h, start_q)

@@ -46,12 +46,14 @@ def tile_offsets(first, rows, cols, strides):
 def load_tile(ptr, strides, first, rows, cols, length, HEAD_DIM: tl.constexpr, CHECK_ROWS: tl.constexpr):
     """Tile (len(rows), len(cols)) at row `first`; zeros past HEAD_DIM, and past `length` rows when CHECK_ROWS."""
     ptrs = ptr + tile_offsets(first, rows, cols, strides)
-    if CHECK_ROWS:
+    if CHECK_ROWS and cols.shape[0] != HEAD_DIM:
         tile = tl.load(ptrs, mask=(first + rows < length)[:, None] & (cols < HEAD_DIM)[None, :], other=0.0)
-    elif cols.shape[0] == HEAD_DIM:
-        tile = tl.load(ptrs)
-    else:
+    elif CHECK_ROWS:
+        tile = tl.load(ptrs, mask=(first + rows < length)[:, None], other=0.0)
+    elif cols.shape[0] != HEAD_DIM:
         tile = tl.load(ptrs, mask=(cols < HEAD_DIM)[None, :], other=0.0)
+    else:
+        tile = tl.load(ptrs)
     return tile
 
 
@@ -83,6 +85,20 @@ def visible_blocks(first, last, lower, upper, length, BLOCK: tl.constexpr):
         full_lo = tl.minimum(full_lo, tl.cdiv(hi, BLOCK) * BLOCK)
         full_hi = tl.maximum(full_lo, full_hi)
     return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def partial_or_whole(lo, full_lo, full_hi, hi, MASK: tl.constexpr):
+    """One loop over the partial blocks of both ends (MASK) or over the whole ones: (start, stop, jump).
+
+    For n in range(start, stop, BLOCK) the block stands at n, and from full_lo on at n + jump. Two loops over two
+    ranges would keep the invariants of both alive, and spill.
+    """
+    if MASK:
+        start, stop, jump = lo, hi - (full_hi - full_lo), full_hi - full_lo
+    else:
+        start, stop, jump = full_lo, full_hi, 0
+    return start, stop, jump
 
 
 @triton.jit

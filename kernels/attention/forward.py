@@ -12,7 +12,17 @@ it hides are never visited.
 import triton
 import triton.language as tl
 
-from .blocks import head_pointer, is_visible, load_tile, row_offsets, sequence, store_tile, tanh, visible_blocks
+from .blocks import (
+    head_pointer,
+    is_visible,
+    load_tile,
+    partial_or_whole,
+    row_offsets,
+    sequence,
+    store_tile,
+    tanh,
+    visible_blocks,
+)
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
@@ -30,6 +40,8 @@ def _attend(
     k_strides,
     v_strides,
     lo,
+    full_lo,
+    full_hi,
     hi,
     lower,
     upper,
@@ -41,10 +53,12 @@ def _attend(
     PRECISION: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """Fold the keys lo..hi-1 into (acc, l_i, m_i)."""
+    """Fold the blocks of keys that are visible in part (MASK) or whole into (acc, l_i, m_i)."""
     cols = tl.arange(0, q.shape[1])
     rows = tl.arange(0, BLOCK_N)
-    for n in tl.range(lo, hi, BLOCK_N):
+    start, stop, jump = partial_or_whole(lo, full_lo, full_hi, hi, MASK)
+    for n in tl.range(start, stop, BLOCK_N):
+        n += tl.where(n < full_lo, 0, jump)
         k = load_tile(k_ptr, k_strides, n, rows, cols, S, HEAD_DIM, MASK)
         z = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)  # (BLOCK_M, BLOCK_N)
         if cap_scale is not None:
@@ -124,17 +138,12 @@ def _flash_attention_fwd_kernel(
     last = tl.minimum(first + BLOCK_M, T) - 1
     lo, full_lo, full_hi, hi = visible_blocks(first, last, lower, upper, S, BLOCK_N)
     i = first + rows
-    if lower is not None:
-        acc, l_i, m_i = _attend(
-            acc, l_i, m_i, q, i, k_ptr, v_ptr, k_strides, v_strides, lo, full_lo, lower, upper, S,
-            cap_scale, exp_scale, HEAD_DIM, BLOCK_N, PRECISION, True,
-        )  # fmt: skip
     acc, l_i, m_i = _attend(
-        acc, l_i, m_i, q, i, k_ptr, v_ptr, k_strides, v_strides, full_lo, full_hi, lower, upper, S,
+        acc, l_i, m_i, q, i, k_ptr, v_ptr, k_strides, v_strides, lo, full_lo, full_hi, hi, lower, upper, S,
         cap_scale, exp_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     acc, l_i, m_i = _attend(
-        acc, l_i, m_i, q, i, k_ptr, v_ptr, k_strides, v_strides, full_hi, hi, lower, upper, S,
+        acc, l_i, m_i, q, i, k_ptr, v_ptr, k_strides, v_strides, lo, full_lo, full_hi, hi, lower, upper, S,
         cap_scale, exp_scale, HEAD_DIM, BLOCK_N, PRECISION, True,
     )  # fmt: skip
 

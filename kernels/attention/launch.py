@@ -9,6 +9,7 @@ own formula for scaled_dot_product_attention, the recomputed scores count once.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..cost import flash_attention_cost, flash_attention_varlen_cost
-from ..dispatch import define_op
+from ..dispatch import call, define_op
 from . import tiles
 from .backward import _flash_attention_bwd_dkdv_kernel, _flash_attention_bwd_dq_kernel, _flash_attention_delta_kernel
 from .forward import _flash_attention_fwd_kernel
@@ -39,6 +40,11 @@ def _sizes(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, max_q: int, max_k:
     if cu_seqlens_q is not None:
         return cu_seqlens_q.shape[0] - 1, q.shape[1], k.shape[1], max_q, max_k
     return q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+
+
+def _contiguous(*vectors: Tensor | None) -> list[Tensor | None]:
+    """The short vectors that kernels index without a stride: sinks and cu_seqlens."""
+    return [None if x is None else x.contiguous() for x in vectors]
 
 
 def _statistic_like(q: Tensor, varlen: bool) -> Tensor:
@@ -68,8 +74,7 @@ def _run(kernel: Any, name: str, q: Tensor, n_row: int, n_head: int, args: tuple
     blocks: dict[str, Any] = {"HEAD_DIM": q.shape[-1], "BLOCK_D": tiles.block_d(q.shape[-1]), "BLOCK_M": tile.block_m}
     if name != "delta":
         blocks |= {"BLOCK_N": tile.block_n, "PRECISION": _precision(q.dtype)}
-    with torch.cuda.device_of(q):
-        kernel[grid](*args, **blocks, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    kernel[grid](*args, **blocks, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 def flash_attention_fwd(
@@ -89,10 +94,10 @@ def flash_attention_fwd(
     varlen = cu_seqlens_q is not None
     B, H, K, T, S = _sizes(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
     out, lse = torch.empty_like(q), _statistic_like(q, varlen)
-    tensors = (q, k, v, sinks, out, lse, cu_seqlens_q, cu_seqlens_k)
-    strides = tuple(_strides(x, varlen) for x in (q, k, v, out, lse))
-    factors = _score_factors(scale, softcap)
-    _run(_flash_attention_fwd_kernel, "fwd", q, T, B * H, (*tensors, *strides, H, K, T, S, left, right, *factors))
+    sinks, *ends = _contiguous(sinks, cu_seqlens_q, cu_seqlens_k)
+    strides = (_strides(x, varlen) for x in (q, k, v, out, lse))
+    sizes = (H, K, T, S, left, right, *_score_factors(scale, softcap))
+    _run(_flash_attention_fwd_kernel, "fwd", q, T, B * H, (q, k, v, sinks, out, lse, *ends, *strides, *sizes))
     return out, lse
 
 
@@ -121,16 +126,16 @@ def flash_attention_bwd(
     varlen = cu_seqlens_q is not None
     B, H, K, T, S = _sizes(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    delta = torch.empty_like(lse)
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     sq, sk, sv, so, sdo, slse, sdq, sdk, sdv = (_strides(x, varlen) for x in (q, k, v, out, dout, lse, dq, dk, dv))
     sdlse = None if dlse is None else _strides(dlse, varlen)
+    ends = _contiguous(cu_seqlens_q, cu_seqlens_k)
     _run(
         _flash_attention_delta_kernel, "delta", q, T, B * H,
-        (out, dout, dlse, delta, cu_seqlens_q, so, sdo, sdlse, slse, H, T),
+        (out, dout, lse, dlse, lse2, delta, ends[0], so, sdo, sdlse, slse, H, T),
     )  # fmt: skip
     sizes = (H, K, T, S, left, right, scale, *_score_factors(scale, softcap))
-    inputs = (q, k, v, dout, lse, delta)
-    ends = (cu_seqlens_q, cu_seqlens_k)
+    inputs = (q, k, v, dout, lse2, delta)
     _run(
         _flash_attention_bwd_dkdv_kernel, "dkdv", q, S, B * K,
         (*inputs, dk, dv, *ends, sq, sk, sv, sdo, slse, sdk, sdv, *sizes),
@@ -159,22 +164,57 @@ def _fake_bwd(
 def _flops(
     backward: bool, q: Any, k: Any, ends_q: Any, ends_k: Any, max_q: int, max_k: int, left: Any, right: Any
 ) -> int:
-    """Of rooflight.kernels.cost; of the longest sequence alike where cu_seqlens has no values (fake tensors)."""
-    everything = max(q.shape[-2], max_q) + max(k.shape[-2], max_k)
-    window = everything if left is None else left, everything if right is None else right
+    """FLOPs of one pass, by rooflight.kernels.cost."""
+    window = sys.maxsize if left is None else left, sys.maxsize if right is None else right
     H, K, D = q.shape[1], k.shape[1], q.shape[-1]
     if ends_q is None:
         B, T, S = q.shape[0], q.shape[2], k.shape[2]
         return flash_attention_cost(B, H, K, T, S, D, False, window, q.dtype, backward=backward).flops
-    lengths = []
-    for ends, longest in ((ends_q, max_q), (ends_k, max_k)):
-        known = type(ends) is Tensor and ends.device.type != "meta"
-        lengths.append(ends.diff().tolist() if known else [longest] * (ends.shape[0] - 1))
-    return flash_attention_varlen_cost(*lengths, H, K, D, False, window, q.dtype, backward=backward).flops
+    seqlens_q, seqlens_k = _lengths(ends_q, max_q), _lengths(ends_k, max_k)
+    return flash_attention_varlen_cost(seqlens_q, seqlens_k, H, K, D, False, window, q.dtype, backward=backward).flops
 
 
-fwd_op = define_op(flash_attention_fwd, _fake_fwd)
+def _lengths(cu_seqlens: Tensor, longest: int) -> list[int]:
+    """Sequence lengths; all of them the longest where cu_seqlens has no values (fake tensors)."""
+    if type(cu_seqlens) is Tensor and cu_seqlens.device.type != "meta":
+        return cu_seqlens.diff().tolist()
+    return [longest] * (cu_seqlens.shape[0] - 1)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, sinks, cu_seqlens_q, cu_seqlens_k)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, *rest = ctx.saved_tensors
+    if dout is None:
+        if dlse is None:
+            return (None,) * 12
+        dout = out.new_zeros(()).expand_as(out)  # only the log-sum-exp was used
+    dq, dk, dv, dsinks = call(bwd_op, dout, dlse, q, k, v, out, *rest, *ctx.options)
+    return dq, dk, dv, dsinks if ctx.needs_input_grad[3] else None, *(None,) * 8
+
+
 bwd_op = define_op(flash_attention_bwd, _fake_bwd)
+fwd_op = define_op(flash_attention_fwd, _fake_fwd, setup_context=_save, backward=_backward)
+
+
+class FlashAttentionFunction(torch.autograd.Function):
+    """apply(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, left, right, scale, softcap).
+
+    Returns (out, lse): flash_attention without its checks, always in Triton. cu_seqlens None is a dense batch; left and
+    right are how far a query sees from its own position, None without end.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = call(fwd_op, *inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
 
 
 @register_flop_formula(fwd_op.overloadpacket, get_raw=True)

@@ -215,10 +215,21 @@ def _patch_launch(interp: Any) -> None:
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         _launched.clear()
+        patched.clear()
         with np.errstate(all="ignore"):  # a GPU raises no warning for inf - inf either
             return call(self, *args, **kwargs)
 
     interp.GridExecutor.__call__ = launch
+    # Once a launch is enough for each module that defines device functions; once a call takes 40 % of the time.
+    patch_lang, patched = interp._patch_lang, set[int]()
+
+    def patch_once(fn: Any) -> Any:
+        if id(fn.__globals__) in patched:
+            return None
+        patched.add(id(fn.__globals__))
+        return patch_lang(fn)
+
+    interp._patch_lang = patch_once
     # CPU tensors were never copied, so there is nothing to copy back: each launch would copy whole storages.
     interp.GridExecutor._restore_args_dev = lambda self, *args: None
 
