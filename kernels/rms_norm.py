@@ -17,19 +17,21 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import cost, reference
-from .dispatch import check_device, check_dtype, define_op, refuse_transforms, runs_triton
+from .dispatch import call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
 
 __all__ = ["RMSNormFunction", "rms_norm"]
 
 # Elements of a tile of short rows: 16 a thread over 4 warps, two 16-byte loads of a 2-byte type.
 SHORT_TILE = 2048
-# The longest row that one tile holds, beyond which rows are looped over: the largest that compiles without spills for
-# sm_80 and sm_90 (docs/artifacts.md).
+# The longest row that one tile holds; longer rows are looped over in tiles of LOOP_TILE. The largest sizes that compile
+# for sm_80 and sm_90 without a spill (docs/artifacts.md).
 FORWARD_TILE = 32768
 BACKWARD_TILE = 8192
+LOOP_TILE, LOOP_WARPS = 4096, 16
+# Warps of the backward's programs that stay resident on one multiprocessor, at its 80 registers a thread.
+RESIDENT_WARPS = 24
 # Rows of dw's partial sums that one step of the reduction reads.
 REDUCE_ROWS = 32
 
@@ -56,23 +58,24 @@ def _load_scale(w_ptr, offset, cols, N, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, N, DTYPE: tl.constexpr):
-    """h (ROWS, BLOCK_N): x, or x + residual rounded to the stream's dtype and written there."""
+def _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE: tl.constexpr):
+    """h (ROWS, BLOCK_N): x, or x + residual rounded to the stream's dtype."""
     h = tl.load(x_ptr + _tile_offsets(row, x_layout, cols), mask=mask, other=0.0).to(DTYPE)
     if residual_ptr is not None:
         h += tl.load(residual_ptr + _tile_offsets(row, residual_layout, cols), mask=mask, other=0.0).to(DTYPE)
-        rounded = h.to(stream_ptr.dtype.element_ty)
-        tl.store(stream_ptr + row.to(tl.int64)[:, None] * N + cols[None, :], rounded, mask=mask)
-        h = rounded.to(DTYPE)
+        h = h.to(stream_ptr.dtype.element_ty).to(DTYPE)
     return h
 
 
 @triton.jit
-def _store_normed(y_ptr, w_ptr, offset, h, rstd, row, cols, mask, N, DTYPE: tl.constexpr):
+def _store_normed(y_ptr, stream_ptr, w_ptr, offset, h, rstd, row, cols, mask, N, HAS_RESIDUAL: tl.constexpr):
+    at = row.to(tl.int64)[:, None] * N + cols[None, :]
     y = h * rstd[:, None]
     if w_ptr is not None:
-        y *= _load_scale(w_ptr, offset, cols, N, DTYPE)
-    tl.store(y_ptr + row.to(tl.int64)[:, None] * N + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+        y *= _load_scale(w_ptr, offset, cols, N, h.dtype)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if HAS_RESIDUAL:
+        tl.store(stream_ptr + at, h.to(stream_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -83,32 +86,25 @@ def _rms_norm_fwd_kernel(
     row = tl.program_id(0).to(M.dtype) * ROWS + tl.arange(0, ROWS)
     live = (row >= 0) & (row < M)  # row wraps below 0 when M is within a tile of 2^31
     cols = tl.arange(0, BLOCK_N)
-    if ONE_TILE:
-        mask = live[:, None] & (cols < N)[None, :]
-        h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, N, DTYPE)
-        total = tl.sum(h * h, axis=1)
-    else:
-        squares = tl.zeros((ROWS, BLOCK_N), DTYPE)
-        for start in range(0, N, BLOCK_N):
+    mask = live[:, None] & (cols < N)[None, :]
+    h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE)
+    squares = h * h
+    if not ONE_TILE:
+        for start in range(BLOCK_N, N, BLOCK_N):
             at = start + cols
             mask = live[:, None] & (at < N)[None, :]
-            h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, N, DTYPE)
+            h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE)
             squares += h * h
-        total = tl.sum(squares, axis=1)
-    rstd = 1.0 / tl.sqrt(total / N + eps)
+    rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / N + eps)
     tl.store(rstd_ptr + row, rstd, mask=live)
     if ONE_TILE:
-        _store_normed(y_ptr, w_ptr, offset, h, rstd, row, cols, mask, N, DTYPE)
+        _store_normed(y_ptr, stream_ptr, w_ptr, offset, h, rstd, row, cols, mask, N, residual_ptr is not None)
     else:
         for start in range(0, N, BLOCK_N):
             at = start + cols
             mask = live[:, None] & (at < N)[None, :]
-            # the sum again: other threads wrote the stream, so it may not be read back here
-            h = tl.load(x_ptr + _tile_offsets(row, x_layout, at), mask=mask, other=0.0).to(DTYPE)
-            if residual_ptr is not None:
-                h += tl.load(residual_ptr + _tile_offsets(row, residual_layout, at), mask=mask, other=0.0).to(DTYPE)
-                h = h.to(stream_ptr.dtype.element_ty).to(DTYPE)
-            _store_normed(y_ptr, w_ptr, offset, h, rstd, row, at, mask, N, DTYPE)
+            h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE)
+            _store_normed(y_ptr, stream_ptr, w_ptr, offset, h, rstd, row, at, mask, N, residual_ptr is not None)
 
 
 @triton.jit
@@ -131,14 +127,14 @@ def _store_dh(dh_ptr, dstream_ptr, dstream_layout, xhat, g, mean, rstd, row, col
 @triton.jit(do_not_specialize=["M"])
 def _rms_norm_bwd_kernel(
     h_ptr, h_layout, dy_ptr, dy_layout, dstream_ptr, dstream_layout, w_ptr, rstd_ptr, dh_ptr, partial_ptr, M, N, offset,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     cols = tl.arange(0, BLOCK_N)
     if partial_ptr is not None:
         partial_ptr += program.to(tl.int64) * N  # this program's row of (programs, N)
     dw = tl.zeros((ROWS, BLOCK_N), DTYPE)
-    for tile in range(program, tl.cdiv(M, ROWS), tl.num_programs(0)):
+    for tile in tl.range(program, tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS)
         live = (row >= 0) & (row < M)
         rstd = tl.load(rstd_ptr + row, mask=live, other=0.0)
@@ -210,11 +206,14 @@ def _row_layout(x: Tensor) -> tuple[Tensor, Layout]:
     return x, (n1, n2, s0, s1, s2, x.stride(-1))
 
 
+@cache
 def _tile(N: int, longest: int) -> tuple[int, int, int]:
     """Rows and columns of a tile, and the warps that work on it."""
-    columns = min(max(triton.next_power_of_2(N), 16), longest)
+    columns = max(triton.next_power_of_2(N), 16)
+    if columns > longest:
+        return 1, LOOP_TILE, LOOP_WARPS
     rows = max(1, SHORT_TILE // columns)
-    return rows, columns, min(max(rows * columns // 512, 4), 16 if columns <= BACKWARD_TILE else 32)
+    return rows, columns, min(max(rows * columns // 512, 4), 32)
 
 
 @cache
@@ -233,7 +232,8 @@ def rms_norm_fwd(
     M = rstd.numel()
     if M == 0:
         return y, stream, rstd
-    rows, columns, warps = _tile(N, FORWARD_TILE)
+    # With a residual a second row stands in registers.
+    rows, columns, warps = _tile(N, FORWARD_TILE if residual is None else FORWARD_TILE // 2)
     x, x_layout = _row_layout(x)
     residual_layout = None
     if residual is not None:
@@ -257,8 +257,9 @@ def rms_norm_bwd(
     if M == 0:
         return dh, dw.zero_()
     rows, columns, warps = _tile(N, BACKWARD_TILE)
-    # As many programs as stay resident, at 2048 threads a multiprocessor and half of them for registers' sake.
-    programs = min(triton.cdiv(M, rows), _multiprocessors(h.device) * max(1, 32 // warps))
+    programs = min(triton.cdiv(M, rows), _multiprocessors(h.device) * max(1, RESIDENT_WARPS // warps))
+    # The next rows are fetched while these are worked on; in fp32 their buffers would not fit a small GPU.
+    stages = 2 if h.element_size() <= 2 else 1
     h, h_layout = _row_layout(h)
     dy, dy_layout = _row_layout(dy)
     dstream_layout = None
@@ -269,7 +270,8 @@ def rms_norm_bwd(
     partial = torch.empty(programs, N, dtype=rstd.dtype, device=h.device) if needs_dw else None
     _rms_norm_bwd_kernel[(programs,)](
         h, h_layout, dy, dy_layout, dstream, dstream_layout, weight, rstd, dh, partial, M, N, weight_offset,
-        ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, DTYPE=_statistics(h.dtype)[1], num_warps=warps,
+        ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, STAGES=stages, DTYPE=_statistics(h.dtype)[1],
+        num_warps=warps,
     )  # fmt: skip
     if partial is not None:
         _rms_norm_dw_kernel[(triton.cdiv(N, 64),)](partial, dw, programs, N, ROWS=REDUCE_ROWS, BLOCK_N=64)
@@ -314,8 +316,27 @@ def _matrix(shape: Any) -> tuple[int, int]:
     return torch.Size(shape[:-1]).numel(), shape[-1]
 
 
-_fwd = define_op(rms_norm_fwd, _rms_norm_fwd_fake, _fwd_flops)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, residual, ctx.weight_offset = inputs
+    _, stream, rstd = output
+    ctx.save_for_backward(x if residual is None else stream, weight, rstd)
+    ctx.dtypes = x.dtype, x.dtype if residual is None else residual.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, dstream: Tensor | None = None, drstd: Tensor | None = None) -> Any:
+    h, weight, rstd = ctx.saved_tensors
+    needs_dx, needs_dw, _, needs_dresidual, _ = ctx.needs_input_grad
+    dh, dw = dstream, None
+    if dy is not None:
+        dh, dw = call(_bwd, dy, dstream, h, weight, rstd, ctx.weight_offset, needs_dw)
+    dx = dh.to(ctx.dtypes[0]) if needs_dx and dh is not None else None
+    dresidual = dh.to(ctx.dtypes[1]) if needs_dresidual and dh is not None else None
+    return dx, dw if needs_dw else None, None, dresidual, None
+
+
 _bwd = define_op(rms_norm_bwd, _rms_norm_bwd_fake, _bwd_flops)
+_fwd = define_op(rms_norm_fwd, _rms_norm_fwd_fake, _fwd_flops, setup_context=_save, backward=_backward)
 
 # ---------------------------------------------------------------- public
 
@@ -324,28 +345,12 @@ class RMSNormFunction(torch.autograd.Function):
     """apply(x, weight, eps, residual, weight_offset): rms_norm without its checks, always in Triton."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float
-    ) -> Any:
-        y, stream, rstd = _fwd(x, weight, eps, residual, weight_offset)
-        ctx.save_for_backward(x if residual is None else stream, weight, rstd)
-        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
-        ctx.weight_offset = weight_offset
-        ctx.set_materialize_grads(False)
-        return y if residual is None else (y, stream)
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = call(_fwd, *inputs)
+        _save(ctx, inputs, output)
+        return output[0] if inputs[3] is None else output[:2]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dstream: Tensor | None = None) -> Any:
-        h, weight, rstd = ctx.saved_tensors
-        if dy is None:
-            dh, dw = dstream, None
-        else:
-            dh, dw = _bwd(dy, dstream, h, weight, rstd, ctx.weight_offset, ctx.needs_input_grad[1])
-        x_dtype, residual_dtype = ctx.dtypes
-        dx = dh.to(x_dtype) if dh is not None and ctx.needs_input_grad[0] else None
-        dresidual = dh.to(residual_dtype) if dh is not None and ctx.needs_input_grad[3] else None
-        return dx, dw if ctx.needs_input_grad[1] else None, None, dresidual, None
+    backward = staticmethod(_backward)
 
 
 def rms_norm(
@@ -365,7 +370,7 @@ def rms_norm(
     Statistics, dw's sums and every product are fp32; rstd is saved, fp32, one per row. No tensor given is written, and
     under autocast nothing is cast: y has x's dtype whatever the weight's.
     Runs Triton on CUDA tensors and, under TRITON_INTERPRET=1, on CPU tensors (fp64 too); on plain CPU tensors the eager
-    oracle. Under the kernels a second derivative raises RuntimeError, and torch.func transforms NotImplementedError.
+    oracle. Under the kernels a second derivative and torch.func transforms raise NotImplementedError.
     Raises ValueError on a shape, dtype or device mismatch and on eps <= 0.
     """
     if x.dim() == 0 or x.shape[-1] == 0:
@@ -384,5 +389,8 @@ def rms_norm(
             raise ValueError(f"residual: expected x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     if not runs_triton(x):
         return reference.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)
+    if torch.compiler.is_compiling():
+        y, stream, _ = _fwd(x, weight, eps, residual, weight_offset)
+        return y if residual is None else (y, stream)
     refuse_transforms("rms_norm")
     return RMSNormFunction.apply(x, weight, eps, residual, weight_offset)
