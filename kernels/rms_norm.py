@@ -320,13 +320,16 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     x, weight, _, residual, ctx.weight_offset = inputs
     _, stream, rstd = output
     ctx.save_for_backward(x if residual is None else stream, weight, rstd)
-    ctx.dtypes = x.dtype, x.dtype if residual is None else residual.dtype
+    ctx.mark_non_differentiable(*((stream, rstd) if residual is None else (rstd,)))
+    ctx.dtypes = x.dtype, None if residual is None else residual.dtype
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dy: Tensor | None, dstream: Tensor | None = None, drstd: Tensor | None = None) -> Any:
     h, weight, rstd = ctx.saved_tensors
     needs_dx, needs_dw, _, needs_dresidual, _ = ctx.needs_input_grad
+    if ctx.dtypes[1] is None:
+        dstream = None  # of the empty output, whatever its gradient
     dh, dw = dstream, None
     if dy is not None:
         dh, dw = call(_bwd, dy, dstream, h, weight, rstd, ctx.weight_offset, needs_dw)

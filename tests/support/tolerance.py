@@ -68,7 +68,10 @@ def run(
     leaves = {n: x for n, x in given.items() if isinstance(x, Tensor) and x.requires_grad}
     if grads is None or not leaves:
         return outputs, {}
-    found = torch.autograd.grad(outputs, list(leaves.values()), grads(outputs), allow_unused=True)
+    given_grads = [(out, g) for out, g in zip(outputs, grads(outputs), strict=True) if out.requires_grad]
+    found = torch.autograd.grad(
+        [out for out, _ in given_grads], list(leaves.values()), [g for _, g in given_grads], allow_unused=True
+    )
     gradients = dict(zip(leaves, found, strict=True))
     missing = [name for name, g in gradients.items() if g is None]
     assert not missing, f"no gradient for {missing}"
