@@ -3,6 +3,6 @@
 from .bpe import Tokenizer
 from .decode import IncrementalDecoder
 from .pretokenize import GPT2_PATTERN
-from .train import train_bpe
+from .train import train_bpe, train_bpe_from_iterator
 
-__all__ = ["GPT2_PATTERN", "IncrementalDecoder", "Tokenizer", "train_bpe"]
+__all__ = ["GPT2_PATTERN", "IncrementalDecoder", "Tokenizer", "train_bpe", "train_bpe_from_iterator"]

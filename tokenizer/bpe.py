@@ -36,6 +36,8 @@ class Tokenizer:
     merges: pairs of tokens; the earlier in the list, the earlier merged.
     special_tokens: strings that are one token each. One that the vocabulary lacks is appended to it.
     pattern: the regular expression (of the `regex` module) whose matches are the pre-tokens.
+    ignore_merges: a pre-token that is a token is that token, whatever its merges give. (Llama 3 and tiktoken do so; of
+        a trained vocabulary it changes nothing.)
 
     Raises ValueError on holes, duplicates or missing bytes in `vocab`, merges of unknown tokens, empty or repeated
     special tokens, and a pattern that does not compile.
@@ -48,8 +50,10 @@ class Tokenizer:
         special_tokens: Sequence[str] | None = None,
         *,
         pattern: str = GPT2_PATTERN,
+        ignore_merges: bool = False,
     ) -> None:
         self.pattern = pattern
+        self.ignore_merges = ignore_merges
         self.vocab: dict[int, bytes] = dict(sorted(vocab.items()))
         self.merges: list[tuple[bytes, bytes]] = [(left, right) for left, right in merges]
         compile_pattern(pattern)
@@ -65,17 +69,20 @@ class Tokenizer:
         _check_holes(self.vocab, set(self.special_tokens.values()))
         self.vocab_size = max(self.vocab) + 1
         merges_by_id = Merges([id_of[bytes([b])] for b in range(256)], _check_merges(self.merges, id_of))
+        special_ids = set(self.special_tokens.values())
+        whole = {t: i for t, i in id_of.items() if i not in special_ids} if ignore_merges else {}
         self._tokens = TokenBytes(self.vocab)
-        self._encoder = Encoder(merges_by_id, pattern, self._tokens, {})
-        self._all = SpecialIds(self.special_tokens, pattern)
+        self._encoder = Encoder(merges_by_id, pattern, self._tokens, whole)
+        self.special_ids = SpecialIds(self.special_tokens, pattern)
 
     def __repr__(self) -> str:
         specials = list(self.special_tokens)
         return f"Tokenizer(vocab_size={self.vocab_size}, special_tokens={specials}, hash={self.hash[:12]})"
 
     def __reduce__(self) -> tuple:
-        # Workers get the four things that define a tokenizer, not its caches.
-        return _rebuild, (self.vocab, self.merges, list(self.special_tokens), self.pattern)
+        # Workers get what defines a tokenizer, not its tables.
+        parts = formats.Parts(self.vocab, self.merges, list(self.special_tokens), self.pattern, self.ignore_merges)
+        return _build, (parts,)
 
     @property
     def hash(self) -> str:
@@ -85,6 +92,7 @@ class Tokenizer:
             [[i, token.hex()] for i, token in self.vocab.items()],
             [[left.hex(), right.hex()] for left, right in self.merges],
             sorted(self.special_tokens.items()),
+            self.ignore_merges,
         ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -122,7 +130,7 @@ class Tokenizer:
         allowed = self._allowed(allowed_special)
         # Pieces that end inside no special token, allowed or not, so that "none_raise" sees each whole. With a custom
         # pattern they end at special tokens, so these must be allowed.
-        cutter = self._all.cutter if self._all.cutter.inside_documents else allowed.cutter
+        cutter = self.special_ids.cutter if self.special_ids.cutter.inside_documents else allowed.cutter
         for data in cut_stream(map(utf8, iterable), cutter):
             if allowed_special == "none_raise":
                 self._refuse_specials(data.decode())
@@ -131,24 +139,37 @@ class Tokenizer:
     def encode_batch(
         self, texts: Iterable[str], *, num_workers: int | None = None, allowed_special: AllowedSpecial = "all"
     ) -> list[list[int]]:
-        """encode() of each text, on `num_workers` processes (None: as many as pay)."""
-        return [self.encode(text, allowed_special=allowed_special) for text in texts]
+        """encode() of each text, in `num_workers` processes (None: one for each core, where the texts are worth it)."""
+        if allowed_special == "none_raise":
+            texts = list(texts)
+            for text in texts:
+                self._refuse_specials(text)
+        return list(_files.encode_batch(self, texts, self._allowed(allowed_special), num_workers=num_workers))
 
-    def encode_file(self, path: str | Path, out_path: str | Path, *, num_workers: int | None = None) -> int:
+    def encode_many(
+        self, texts: Sequence[str], *, allowed_special: AllowedSpecial = "all"
+    ) -> tuple[np.ndarray, list[int]]:
+        """The ids (int32) of all texts, one text after another, and how many each text has. In this process."""
+        return self._encoder.encode_many([utf8(text) for text in texts], self._allowed(allowed_special))
+
+    def encode_file(
+        self, path: str | Path, out_path: str | Path, *, num_workers: int | None = None, progress: bool = False
+    ) -> int:
         """Encode a text file into the token file `out_path` and its JSON header; returns the number of tokens.
 
         Little-endian uint16, or uint32 when vocab_size > 65536. Special tokens become their ids. Invalid UTF-8 is read
-        as U+FFFD, as in training. Both files appear whole or not at all.
+        as U+FFFD, as in training. Both files appear whole or not at all, and are the same for any num_workers (None:
+        one process for each core). progress: a bar on standard error.
         """
-        return _files.encode_file(self, Path(path), Path(out_path), num_workers=num_workers)
+        return _files.encode_file(self, Path(path), Path(out_path), num_workers=num_workers, progress=progress)
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """Token ids (int32) of UTF-8 text, special tokens included; invalid sequences are read as U+FFFD."""
-        return self._encoder.encode_long(repair(data), self._all)
+        return self._encoder.encode_long(repair(data), self.special_ids)
 
     def _allowed(self, allowed: AllowedSpecial) -> SpecialIds:
         if allowed == "all":
-            return self._all
+            return self.special_ids
         if allowed in ("none", "none_raise"):
             return SpecialIds({}, self.pattern)
         if isinstance(allowed, str):
@@ -158,7 +179,7 @@ class Tokenizer:
         return SpecialIds({t: i for t, i in self.special_tokens.items() if t in allowed}, self.pattern)
 
     def _refuse_specials(self, text: str) -> None:
-        if len(parts := self._all.split(text)) > 1:
+        if len(parts := self.special_ids.split(text)) > 1:
             raise ValueError(f"text: has the special token {parts[1]!r}, which allowed_special='none_raise' refuses")
 
     # ------------------------------------------------------------------------------------------------ decoding
@@ -185,8 +206,8 @@ class Tokenizer:
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
         """The tokenizer that save() wrote. Raises ValueError when the files no longer hold what was saved."""
-        vocab, merges, specials, pattern, saved_hash = formats.read_directory(Path(directory))
-        tokenizer = cls(vocab, merges, specials, pattern=pattern)
+        parts, saved_hash = formats.read_directory(Path(directory))
+        tokenizer = _build(parts)
         if tokenizer.hash != saved_hash:
             raise ValueError(f"directory: the files of {directory} were changed after saving: their hash differs")
         return tokenizer
@@ -204,9 +225,44 @@ class Tokenizer:
         vocab, merges = formats.read_gpt2(Path(vocab_path), Path(merges_path), special_tokens or ())
         return cls(vocab, merges, special_tokens, pattern=pattern)
 
+    def export_hf(self, path: str | Path) -> None:
+        """Write a tokenizer.json for Hugging Face tokenizers and transformers, which then gives the same ids.
 
-def _rebuild(vocab, merges, special_tokens, pattern):
-    return Tokenizer(vocab, merges, special_tokens, pattern=pattern)
+        With a custom pattern: on texts that the pattern matches wholly, where the two regular-expression engines agree.
+        """
+        formats.export_hf(self, Path(path))
+
+    @classmethod
+    def from_hf(cls, path: str | Path) -> Tokenizer:
+        """From a tokenizer.json with a byte-level BPE model; added tokens become special tokens.
+
+        Raises ValueError on a model, normalizer or pre-tokenizer of another kind. Post-processors, which add tokens at
+        the ends, are left out.
+        """
+        return _build(formats.read_hf(Path(path)))
+
+    def export_tiktoken(self, path: str | Path) -> None:
+        """Write the ranks of the ordinary tokens as tiktoken.load.load_tiktoken_bpe reads them.
+
+        tiktoken has no merges list: it merges whatever two neighbours make a token, the smallest id first. Raises
+        ValueError when the merges list does not say the same; a list in the order of the ids, as trained, does.
+        """
+        formats.export_tiktoken(self, Path(path))
+
+    @classmethod
+    def from_tiktoken(
+        cls,
+        path: str | Path,
+        pattern: str = GPT2_PATTERN,
+        special_tokens: Sequence[str] | Mapping[str, int] = (),
+    ) -> Tokenizer:
+        """From tiktoken's ranks; special tokens get the ids after the largest rank unless a mapping gives them."""
+        return _build(formats.read_tiktoken(Path(path), special_tokens, pattern))
+
+
+def _build(parts: formats.Parts) -> Tokenizer:
+    vocab, merges, special_tokens, pattern, ignore_merges = parts
+    return Tokenizer(vocab, merges, special_tokens, pattern=pattern, ignore_merges=ignore_merges)
 
 
 def _check_vocab(vocab: Mapping[int, bytes]) -> dict[bytes, int]:

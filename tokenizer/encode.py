@@ -25,6 +25,9 @@ MAX_WORDS = 1 << 16
 # Longer words than this are rarely met again and are not remembered.
 MAX_WORD_CHARACTERS = 1 << 8
 
+# Stands between texts that are encoded together; no vocabulary has such an id.
+_END = np.iinfo(np.int32).max
+
 # GPT-2's pattern on ASCII text, for Python's own engine, which takes half the time of `regex`.
 _ASCII_WORDS = re.compile(
     r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^ \t-\rA-Za-z0-9]+|[ \t-\r]+(?![^ \t-\r])|[ \t-\r]+"
@@ -83,13 +86,32 @@ class Encoder:
 
     def encode_long(self, data: bytes, allowed: SpecialIds) -> np.ndarray:
         """Ids (int32) of UTF-8 text."""
+        parts = [self._encode_masked(*allowed.mask(piece)) for piece in cut_stream([data], allowed.cutter)]
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+    def encode_many(self, texts: list[bytes], allowed: SpecialIds) -> tuple[np.ndarray, list[int]]:
+        """Ids (int32) of all texts, and how many each has: texts are encoded together, with separators between."""
+        parts, counts = [], []
+        together: list[bytes] = []
+        special_ids: list[np.ndarray] = []
+        size = 0
+        for i, text in enumerate(texts):
+            masked, ids = allowed.mask(text)
+            together.append(masked)
+            special_ids += [ids, np.array([_END], np.int32)]
+            size += len(masked)
+            if size >= PIECE or i == len(texts) - 1:
+                encoded = self._encode_masked(SEPARATOR.join(together) + SEPARATOR, np.concatenate(special_ids))
+                ends = np.flatnonzero(encoded == _END)
+                counts += np.diff(ends, prepend=-1).tolist()
+                parts.append(np.delete(encoded, ends))
+                together, special_ids, size = [], [], 0
+        return np.concatenate(parts) if parts else np.empty(0, np.int32), [count - 1 for count in counts]
+
+    def _encode_masked(self, data: bytes, special_ids: np.ndarray) -> np.ndarray:
         if not hasattr(self._local, "text_encoder"):
             self._local.text_encoder = self._make_text_encoder()
-        parts = []
-        for piece in cut_stream([data], allowed.cutter):
-            masked, special_ids = allowed.mask(piece)
-            parts.append(self._local.text_encoder.encode(pretokenize(masked, self.pattern), special_ids))
-        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+        return self._local.text_encoder.encode(pretokenize(data, self.pattern), special_ids)
 
     def encode_with_offsets(self, text: str, allowed: SpecialIds) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and the (start, end) of each one's characters in `text`."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -238,18 +238,27 @@ def test_a_custom_pattern_is_used(tokenizer: Tokenizer) -> None:
         Tokenizer(VOCAB, MERGES, pattern="(")
 
 
-def test_encode_file_writes_tokens_and_header(tokenizer: Tokenizer, tmp_path) -> None:
-    text = (CORPUS + END) * 3
-    (tmp_path / "x.txt").write_bytes(text.encode())
-    n = tokenizer.encode_file(tmp_path / "x.txt", tmp_path / "x.bin")
-    assert np.fromfile(tmp_path / "x.bin", "<u2").tolist() == tokenizer.encode(text)
-    assert json.loads((tmp_path / "x.bin.json").read_text()) == {
-        "format": "rooflight-tokens",
-        "version": 1,
-        "dtype": "uint16",
-        "vocab_size": 338,
-        "tokenizer_hash": tokenizer.hash,
-        "n_tokens": n,
-        "n_bytes": len(text.encode()),
-    }
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.bin", "x.bin.json", "x.txt"]
+@given(st.lists(texts, max_size=6))
+@settings(max_examples=100, deadline=None)
+def test_encode_batch_equals_encode(tokenizer: Tokenizer, batch: list[str]) -> None:
+    assert tokenizer.encode_batch(batch, num_workers=1) == [tokenizer.encode(text) for text in batch]
+    for allowed in ("none", {END}):
+        expected = [tokenizer.encode(text, allowed_special=allowed) for text in batch]
+        assert tokenizer.encode_batch(batch, num_workers=1, allowed_special=allowed) == expected
+
+
+def test_encode_batch_refuses_what_encode_refuses(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="none_raise"):
+        tokenizer.encode_batch(["a", END], allowed_special="none_raise")
+    with pytest.raises(ValueError, match="lone surrogate"):
+        tokenizer.encode_batch(["\ud800"])
+    with pytest.raises(ValueError, match="texts: got int"):
+        tokenizer.encode_batch([1])
+
+
+def test_threads_share_a_tokenizer(tokenizer: Tokenizer) -> None:
+    texts = [(CORPUS[i:] + CORPUS) * 20 for i in range(40)]
+    expected = [tokenizer.encode(text) for text in texts]
+    shared = Tokenizer(VOCAB, MERGES, [END, END + END])
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(shared.encode, texts)) == expected

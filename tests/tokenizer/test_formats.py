@@ -58,7 +58,7 @@ def test_a_merge_that_begins_with_the_sign_of_a_comment_is_a_merge(tmp_path) -> 
 
 
 def test_missing_and_damaged_files_are_refused(tokenizer: Tokenizer, tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"tokenizer_config\.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer_config\.json"):
         Tokenizer.load(tmp_path)
     tokenizer.save(tmp_path)
     merges = (tmp_path / "merges.txt").read_text()
@@ -66,7 +66,7 @@ def test_missing_and_damaged_files_are_refused(tokenizer: Tokenizer, tmp_path) -
     with pytest.raises(ValueError, match="changed after saving"):
         Tokenizer.load(tmp_path)
     (tmp_path / "merges.txt").write_text(merges + "a b c\n")
-    with pytest.raises(ValueError, match=r"line 42 of .* expected two tokens"):
+    with pytest.raises(ValueError, match=r"merge 40 is .* expected two tokens"):
         Tokenizer.load(tmp_path)
     (tmp_path / "merges.txt").write_text(merges + "\u4e00 b\n")
     with pytest.raises(ValueError, match="stand-ins for bytes"):
