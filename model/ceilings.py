@@ -6,28 +6,29 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from typing import Any
+
+Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Ceilings:
     """What a machine reaches, measured (never read from a table of device names).
 
-    gemm_flops                  dtype name ("bfloat16", ...) -> FLOP/s of large matrix products
-    copy_bandwidth              bytes/s to and from memory, read and written bytes both counted
-    exp_rate                    exponentials/s; None: not a limit
-    attention_flops             T -> FLOP/s of the attention forward, counting 4 D per visible pair and head
-    attention_backward_flops    T -> FLOP/s of its backward, counting 10 D; both empty: gemm_flops and exp_rate decide
+    gemm_flops      dtype name ("bfloat16", ...) -> FLOP/s of large matrix products, the peak that MFU is held against
+    copy_bandwidth  bytes/s to and from memory, read and written bytes both counted
+    exp_rate        exponentials/s; None: not a limit
+    kernels         "gemm bfloat16", "rms_norm backward float32", ... -> {sizes: work/s} of that kernel by itself, at a
+                    few sizes; work is FLOPs where the kernel holds matrix products and elements elsewhere. A kernel
+                    that is not here takes what the rates above leave it
     device, date, versions      where, when and with what they were measured
-    memory_bytes                the device's memory; None: unknown
+    memory_bytes    the device's memory; None: unknown
     """
 
     gemm_flops: dict[str, float]
     copy_bandwidth: float
     exp_rate: float | None = None
-    attention_flops: dict[int, float] = field(default_factory=dict)
-    attention_backward_flops: dict[int, float] = field(default_factory=dict)
+    kernels: dict[str, dict[Sizes, float]] = field(default_factory=dict)
     device: str = ""
     date: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -37,8 +38,11 @@ class Ceilings:
         rates: list[tuple[str, object]] = [("copy_bandwidth", self.copy_bandwidth)]
         if self.exp_rate is not None:
             rates.append(("exp_rate", self.exp_rate))
-        for name in ("gemm_flops", "attention_flops", "attention_backward_flops"):
-            rates += [(f"{name}[{key!r}]", rate) for key, rate in getattr(self, name).items()]
+        rates += [(f"gemm_flops[{dtype!r}]", rate) for dtype, rate in self.gemm_flops.items()]
+        for kernel, points in self.kernels.items():
+            if not points or len({len(sizes) for sizes in points}) != 1 or min(min(sizes) for sizes in points) < 1:
+                raise ValueError(f"kernels[{kernel!r}]: expected rates at sizes >= 1, as many each, got {points!r}")
+            rates += [(f"kernels[{kernel!r}][{sizes}]", rate) for sizes, rate in points.items()]
         for name, rate in rates:
             if not isinstance(rate, int | float) or not 0 < rate < float("inf"):
                 raise ValueError(f"{name}: expected a finite rate > 0, got {rate!r}")
@@ -50,23 +54,18 @@ class Ceilings:
             raise ValueError(f"ceilings: no GEMM rate for dtype {dtype!r} (measured: {measured}); measure it first")
         return self.gemm_flops[dtype]
 
-    def attention_rate(self, context_length: int, *, backward: bool = False) -> float | None:
-        """FLOP/s at that length, log-linear between the lengths measured and level beyond them; None: not measured."""
-        points = sorted((self.attention_backward_flops if backward else self.attention_flops).items())
-        if not points:
-            return None
-        for (t0, r0), (t1, r1) in pairwise(points):
-            if t0 <= context_length <= t1:
-                share = math.log(context_length / t0) / math.log(t1 / t0)
-                return r0 ** (1 - share) * r1**share
-        return points[0][1] if context_length < points[0][0] else points[-1][1]
+    def rate(self, kernel: str, sizes: Sizes) -> float | None:
+        """Work/s of a kernel at those sizes, log-linear between the ones measured, level beyond; None: not measured."""
+        points = self.kernels.get(kernel)
+        return None if points is None else _interpolate(points, sizes)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, whose keys are strings."""
-        return {
-            key: {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
-            for key, value in asdict(self).items()
+        """For JSON, whose keys are strings: sizes are joined by x."""
+        kernels = {
+            kernel: {"x".join(map(str, sizes)): rate for sizes, rate in points.items()}
+            for kernel, points in self.kernels.items()
         }
+        return asdict(self) | {"kernels": kernels}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Ceilings:
@@ -79,6 +78,24 @@ class Ceilings:
             if name not in fields:
                 raise ValueError(f"ceilings: {name!r} is missing")
         values = dict(fields)
-        for name in ("attention_flops", "attention_backward_flops"):
-            values[name] = {int(t): rate for t, rate in values.get(name, {}).items()}
+        values["kernels"] = {
+            kernel: {tuple(map(int, sizes.split("x"))): rate for sizes, rate in points.items()}
+            for kernel, points in values.get("kernels", {}).items()
+        }
         return cls(**values)
+
+
+def _interpolate(points: Mapping[Sizes, float], sizes: Sizes) -> float:
+    """The rate at `sizes`, one dimension after another."""
+    if not sizes:
+        return points[()]
+    planes: dict[int, dict[Sizes, float]] = {}
+    for (first, *rest), rate in points.items():
+        planes.setdefault(first, {})[tuple(rest)] = rate
+    low = max((first for first in planes if first <= sizes[0]), default=min(planes))
+    high = min((first for first in planes if first >= sizes[0]), default=max(planes))
+    below, above = (_interpolate(planes[first], sizes[1:]) for first in (low, high))
+    if low == high:
+        return below
+    share = math.log(sizes[0] / low) / math.log(high / low)
+    return below ** (1 - share) * above**share

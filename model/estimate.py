@@ -10,8 +10,9 @@ FLOPs are those of the matrix products, as the field counts them, in three ledge
 MFU quotes the full or the exact ledger against the machine's rate, HFU the executed one. Backward is 2x the forward in
 the first two. Bytes are the least that the fused kernels move (kernels/cost.py), the whole step's work in eager order.
 
-Seconds need measured ceilings: each kernel takes the longest of its FLOPs, its bytes and its exponentials at the
-machine's rates (Williams et al. 2009), and the step is their sum.
+Seconds need measured ceilings: each kernel takes its own measured rate at the nearest sizes, or where it has none the
+longest of its FLOPs, its bytes and its exponentials at the machine's rates (Williams et al. 2009); the step is their
+sum.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from rich.table import Table
 from ..kernels.cost import Cost, itemsize
 from .ceilings import Ceilings
 from .config import ModelConfig
-from .memory import Memory, memory, saved_activations
+from .memory import OPS, Memory, memory, saved_activations
 from .parts import LEDGERS, PARAMETER_BYTES, Work, parts
 
 __all__ = ["Ceilings", "Component", "Estimate", "Memory", "Pass", "estimate", "largest_batch"]
@@ -98,6 +99,7 @@ class Estimate:
     causal: str
     checkpointing: bool
     gpus: int
+    ops: str
     components: tuple[Component, ...]
     memory: Memory
     ceilings: Ceilings | None = None
@@ -208,7 +210,10 @@ class Estimate:
         held = {"parameters": m.parameters, "gradients": m.gradients, "AdamW": m.optimizer, "casts": m.casts}
         held |= {"activations": m.activations}
         parts = ", ".join(f"{name} {_quantity(size, 'B')}" for name, size in held.items() if size)
-        lines = [f"FLOPs, forward + backward: {'; '.join(ledgers)}", f"peak memory {_quantity(m.peak, 'B')}: {parts}"]
+        lines = [
+            f"FLOPs, forward + backward: {'; '.join(ledgers)}",
+            f"peak memory {_quantity(m.peak, 'B')}, at {m.peak_at}: {parts}",
+        ]
         if self.gpus > 1:
             lines.append(f"sharded over {self.gpus}: each sends {_quantity(self.communication_bytes, 'B')} a step")
         if self.ceilings is None or self.utilization is None:
@@ -221,7 +226,7 @@ class Estimate:
         if self.ceilings.memory_bytes is not None:
             fits = largest_batch(
                 self.config, self.ceilings.memory_bytes, context_length=self.context_length, dtype=self.dtype,
-                checkpointing=self.checkpointing, gpus=self.gpus,
+                checkpointing=self.checkpointing, gpus=self.gpus, ops=self.ops,
             )  # fmt: skip
             lines.append(f"largest batch in the device's {_quantity(self.ceilings.memory_bytes, 'B')}: {fits}")
         return lines
@@ -262,6 +267,7 @@ def estimate(
     checkpointing: bool = False,
     ceilings: Ceilings | None = None,
     gpus: int = 1,
+    ops: str = "triton",
 ) -> Estimate:
     """What one training step of `config` costs per device.
 
@@ -269,6 +275,8 @@ def estimate(
     products and activations; parameters, gradients and moments are fp32.  causal: the ledger of the totals,
     "exact" or "full".  checkpointing: blocks keep their input only.  gpus: devices that parameters, gradients and
     moments are sharded over.  ceilings: measured rates; without them no time is predicted.
+    ops: whose memory it is, "triton" (rooflight.kernels on a GPU), "cpu" (the same on a plain CPU) or "eager" (the
+    oracles).
     Raises ValueError naming the argument.
     """
     T = config.context_length if context_length is None else context_length
@@ -279,16 +287,18 @@ def estimate(
         raise ValueError(f"context_length: expected at most the model's {config.context_length} positions, got {T}")
     if causal not in ("exact", "full"):
         raise ValueError(f"causal: expected 'exact' or 'full', got {causal!r}")
+    if ops not in OPS:
+        raise ValueError(f"ops: expected one of {', '.join(OPS)}, got {ops!r}")
     itemsize(dtype)
     rows = parts(config, batch_size, T, dtype, checkpointing=checkpointing, gpus=gpus)
     parameters = sum(row.parameters for row in rows)
-    saved = saved_activations(config, batch_size * T, dtype)
+    saved = saved_activations(config, batch_size * T, T, dtype, ops)
 
     def total(works: Sequence[Work]) -> Pass:
         ledger = {name: sum(work.flops(name) for work in works) for name in LEDGERS}
         cost = sum((work.cost for work in works), Cost(0, 0))
-        other = sum(work.cost.flops for work in works if work.kind == "elementwise")
-        seconds, bound_by = _roofline(works, ceilings, dtype, T) if ceilings and works else (None, "")
+        other = sum(work.cost.flops for work in works if not work.executed)
+        seconds, bound_by = _roofline(works, ceilings, dtype) if ceilings and works else (None, "")
         ledgers = ledger["full"], ledger["exact"], ledger["executed"]
         return Pass(ledger[causal], *ledgers, other, cost.bytes, cost.exps, seconds, bound_by)
 
@@ -297,20 +307,19 @@ def estimate(
         for r in rows
     )
     held = memory(
-        config, parameters, batch_size=batch_size, context_length=T, dtype=dtype, checkpointing=checkpointing, gpus=gpus
-    )
-    return Estimate(config, batch_size, T, dtype, causal, checkpointing, gpus, components, held, ceilings)
+        config, parameters, batch_size=batch_size, context_length=T, dtype=dtype, checkpointing=checkpointing,
+        gpus=gpus, ops=ops,
+    )  # fmt: skip
+    return Estimate(config, batch_size, T, dtype, causal, checkpointing, gpus, ops, components, held, ceilings)
 
 
-def _roofline(works: Sequence[Work], ceilings: Ceilings, dtype: str, T: int) -> tuple[float, str]:
+def _roofline(works: Sequence[Work], ceilings: Ceilings, dtype: str) -> tuple[float, str]:
     """Seconds of the works one after another, and the limit that most of the time goes to."""
     by_limit: dict[str, float] = {}
     for work in works:
-        limits = work.seconds(ceilings, dtype, T)
-        limit = max(limits, key=limits.__getitem__)
-        by_limit[limit] = by_limit.get(limit, 0.0) + limits[limit]
-    total = sum(by_limit.values())
-    return total, max(by_limit, key=by_limit.__getitem__) if total else ""
+        seconds, limit = work.seconds(ceilings, dtype)
+        by_limit[limit] = by_limit.get(limit, 0.0) + seconds
+    return sum(by_limit.values()), max(by_limit, key=by_limit.__getitem__)
 
 
 def largest_batch(
@@ -321,13 +330,14 @@ def largest_batch(
     dtype: str = "bfloat16",
     checkpointing: bool = False,
     gpus: int = 1,
+    ops: str = "triton",
 ) -> int:
     """The most sequences per device whose training step fits in `memory_bytes`; 0 when one does not."""
     parameters = sum(part.parameters for part in parts(config, 1, 1, dtype, checkpointing=False, gpus=1))
     T = config.context_length if context_length is None else context_length
 
     def fits(batch_size: int) -> bool:
-        keywords = {"context_length": T, "dtype": dtype, "checkpointing": checkpointing, "gpus": gpus}
+        keywords = {"context_length": T, "dtype": dtype, "checkpointing": checkpointing, "gpus": gpus, "ops": ops}
         return memory(config, parameters, batch_size=batch_size, **keywords).peak <= memory_bytes  # type: ignore[arg-type]
 
     low, high = 0, 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 from ..kernels.cost import (
     Cost,
@@ -26,21 +28,28 @@ from .config import ModelConfig
 LEDGERS = ("full", "exact", "executed")
 FP32 = "float32"  # parameters, gradients and both moments; products run in the estimate's dtype
 PARAMETER_BYTES = 4
+BACKWARD = " backward"
 ATTENTION_TILE = (128, 128)  # queries, keys: what one program of the attention kernel takes at a time
 
 
 @dataclass(frozen=True)
 class Work:
-    """A kernel's work: what it costs, and its matrix products in each ledger (0 when it has none)."""
+    """A kernel's work: what it costs, and its matrix products in each ledger (0 when it has none).
 
-    kind: str  # "gemm", "attention", "attention_backward" or "elementwise"
+    kernel, sizes: which measured rate is its own.  work: what that rate counts, FLOPs or elements.
+    """
+
     cost: Cost
+    kernel: str
+    sizes: tuple[int, ...]
+    work: int
     full: int = 0
     exact: int = 0
     executed: int = 0
 
     def __mul__(self, times: int) -> Work:
-        return Work(self.kind, self.cost * times, self.full * times, self.exact * times, self.executed * times)
+        amounts = {name: times * getattr(self, name) for name in ("work", *LEDGERS)}
+        return replace(self, cost=self.cost * times, **amounts)
 
     def flops(self, ledger: str) -> int:
         return {"full": self.full, "exact": self.exact, "executed": self.executed}[ledger]
@@ -49,30 +58,29 @@ class Work:
         """The same, run a second time by checkpointing: no model needs it."""
         return replace(self, full=0, exact=0)
 
-    def seconds(self, ceilings: Ceilings, dtype: str, context_length: int) -> dict[str, float]:
-        """The time each of the machine's limits asks for, by its name; the longest is the kernel's."""
+    def seconds(self, ceilings: Ceilings, dtype: str) -> tuple[float, str]:
+        """The time it takes, and which of the machine's limits asks for most of it.
+
+        The time is the kernel's own where its rate was measured, and else what that limit asks for.
+        """
         limits = {"memory": self.cost.bytes / ceilings.copy_bandwidth}
-        attention_rate = None
-        if self.kind.startswith("attention"):
-            backward = self.kind == "attention_backward"
-            attention_rate = ceilings.attention_rate(context_length, backward=backward)
-        if attention_rate is not None:
-            limits["attention"] = self.cost.flops / attention_rate  # measured whole, its exponentials included
-            return limits
-        if self.kind != "elementwise":
+        if self.executed:
             limits["products"] = self.executed / ceilings.gemm_rate(dtype)
         if ceilings.exp_rate is not None:
             limits["exponentials"] = self.cost.exps / ceilings.exp_rate
-        return limits
+        limit = max(limits, key=limits.__getitem__)
+        rate = ceilings.rate(f"{self.kernel} {dtype}", self.sizes)
+        return limits[limit] if rate is None else self.work / rate, limit
 
 
 def _gemm(M: int, N: int, K: int, dtype: str, *, backward: bool = False) -> Work:
     cost = matmul_cost(M, N, K, dtype, backward=backward)
-    return Work("gemm", cost, cost.flops, cost.flops, cost.flops)
+    return Work(cost, "gemm" + BACKWARD * backward, (M, N, K), cost.flops, cost.flops, cost.flops, cost.flops)
 
 
-def _elementwise(cost: Cost) -> Work:
-    return Work("elementwise", cost)
+def _elementwise(cost: Cost, kernel: str, elements: int, *rows: int) -> Work:
+    """rows: the size of a row, for kernels whose speed depends on it."""
+    return Work(cost, kernel, (elements, *rows), elements)
 
 
 @dataclass(frozen=True)
@@ -100,37 +108,50 @@ def parts(c: ModelConfig, B: int, T: int, dtype: str, *, checkpointing: bool, gp
     def gemm(n: int, k: int) -> tuple[Work, Work]:
         return _gemm(N, n, k, dtype), _gemm(N, n, k, dtype, backward=True)
 
-    def both(cost: Any, *args: Any, **keywords: Any) -> tuple[Work, Work]:
-        return tuple(_elementwise(cost(*args, dtype, **keywords, backward=b)) for b in (False, True))  # type: ignore[return-value]
+    def both(cost: Callable[..., Cost], kernel: str, *rows: int) -> tuple[Work, Work]:
+        forward, backward = cost(backward=False), cost(backward=True)
+        elements = math.prod(rows)
+        return _elementwise(forward, kernel, elements, rows[-1]), _elementwise(
+            backward, kernel + BACKWARD, elements, rows[-1]
+        )
+
+    def norm(*rows: int, residual: bool = False) -> tuple[Work, Work]:
+        cost = partial(rms_norm_cost, *rows, dtype, residual=residual)
+        return both(cost, "rms_norm" + " residual" * residual, *rows)
 
     def add(times: int) -> Work:
-        return _elementwise(Cost(N * d, 3 * N * d * itemsize(dtype)) * times)
+        return _elementwise(Cost(N * d, 3 * N * d * itemsize(dtype)), "add", N * d) * times
 
-    norms = [both(rms_norm_cost, N, d), both(rms_norm_cost, N, d, residual=True)]
+    norms = [norm(N, d), norm(N, d, residual=True)]
     if c.qk_norm:
-        norms += [both(rms_norm_cost, N * H, D), both(rms_norm_cost, N * K, D)]
+        norms += [norm(N * H, D), norm(N * K, D)]
     block_norms = layers("norms", 2 * d + 2 * D * c.qk_norm, *norms)
-    last_norm = both(rms_norm_cost, N, d)
+    last_norm = norm(N, d)
     matrices = 3 if c.ffn == "swiglu" else 2
-    activation = both(swiglu_cost if c.ffn == "swiglu" else gelu_cost, N, c.d_ff)
+    ffn_cost = partial(swiglu_cost if c.ffn == "swiglu" else gelu_cost, N, c.d_ff, dtype)
+    activation = both(ffn_cost, c.ffn, N, c.d_ff)
+    rotation = both(partial(rope_cost, B, H, K, T, D, dtype), "rope", N * (H + K), D)
     sums = 1 + 2 + (matrices - 2)  # where a tensor was read by several, their gradients are added
 
     head = [linear_cross_entropy_cost(N, d, V, dtype, backward=b) for b in (False, True)]
     product = 2 * N * d * V
+    # the softmax's logits are in no memory: what its rows move, and its measured time, stand with the products
+    rates = [("linear_cross_entropy" + BACKWARD * backward, (N, d, V)) for backward in (False, True)]
     logits = [
-        Work("gemm", replace(cost, exps=0), times * product, times * product, cost.flops)
-        for times, cost in enumerate(head, start=1)
+        Work(replace(cost, exps=0), *rate, cost.flops, times * product, times * product, cost.flops)
+        for times, (rate, cost) in enumerate(zip(rates, head, strict=True), start=1)
     ]
-    # the softmax of logits that are in no memory: what its rows move stands with the products
-    loss = [replace(cross_entropy_cost(N, V, dtype, backward=b), bytes=0) for b in (False, True)]
-    weights = L * (2 * d * (H + K) * D + matrices * d * c.d_ff) + V * d
+    softmax = [replace(cross_entropy_cost(N, V, dtype, backward=b), bytes=0) for b in (False, True)]
+    loss = [Work(cost, *rate, 0) for rate, cost in zip(rates, softmax, strict=True)]
 
-    cast = Cost(0, weights * (4 + itemsize(dtype)))
+    weights = L * (2 * d * (H + K) * D + matrices * d * c.d_ff) + V * d
+    casts = [_elementwise(Cost(0, weights * (4 + itemsize(dtype))), f"cast{b}", weights) for b in ("", BACKWARD)]
     table = [embedding_cost(N, d, V, FP32, backward=b) for b in (False, True)]
     if low:  # the embedding is looked up in fp32, then takes the dtype of the residual stream
         table = [t + Cost(0, N * d * (4 + itemsize(dtype))) for t in table]
+    embedding = [_elementwise(table[0], "embedding", N * d), _elementwise(table[1], "embedding backward", (N + V) * d)]
     parts = [
-        Part("embedding", V * d, (_elementwise(table[0]),), (_elementwise(table[1]),)),
+        Part("embedding", V * d, (embedding[0],), (embedding[1],)),
         replace(
             block_norms,
             parameters=block_norms.parameters + d,
@@ -138,17 +159,18 @@ def parts(c: ModelConfig, B: int, T: int, dtype: str, *, checkpointing: bool, gp
             backward=(*block_norms.backward, last_norm[1]),
         ),
         layers("QKV", d * (H + 2 * K) * D, gemm(H * D, d), gemm(K * D, d), gemm(K * D, d)),
-        layers("RoPE", 0, both(rope_cost, B, H, K, T, D)),
+        layers("RoPE", 0, rotation),
         layers("scores and weighted sum", 0, _attention(c, B, T, dtype)),
         layers("output projection", d * H * D, gemm(d, H * D)),
         layers("FFN", matrices * d * c.d_ff, *[gemm(c.d_ff, d)] * (matrices - 1), activation, gemm(d, c.d_ff), once=1),
         layers("residual sums", 0, (add(1), add(sums)), once=1),
         Part("logits", 0 if c.tie_embeddings else V * d, (logits[0],), (logits[1],)),
-        Part("loss", 0, (_elementwise(loss[0]),), (_elementwise(loss[1]),)),
-        *([Part("casts", 0, (_elementwise(cast),), (_elementwise(cast),))] if low else []),
+        Part("loss", 0, (loss[0],), (loss[1],)),
+        *([Part("casts", 0, (casts[0],), (casts[1],))] if low else []),
     ]
     parameters = sum(part.parameters for part in parts)
-    return [*parts, Part("AdamW", update=(_elementwise(adamw_cost(-(-parameters // gpus))),))]
+    owned = -(-parameters // gpus)
+    return [*parts, Part("AdamW", update=(_elementwise(adamw_cost(owned), "adamw", owned),))]
 
 
 def _attention(c: ModelConfig, B: int, T: int, dtype: str) -> tuple[Work, Work]:
@@ -159,6 +181,14 @@ def _attention(c: ModelConfig, B: int, T: int, dtype: str) -> tuple[Work, Work]:
     block_q, block_k = ATTENTION_TILE
     tiled = 4 * B * c.n_head * c.head_dim * tiled_pairs(T, T, True, c.window, block_q=block_q, block_k=block_k)
     return (
-        Work("attention", forward, full, forward.flops, tiled),
-        Work("attention_backward", backward, 2 * full, 2 * forward.flops, tiled * 5 // 2),
+        Work(forward, "attention", (T, c.head_dim), forward.flops, full, forward.flops, tiled),
+        Work(
+            backward,
+            "attention backward",
+            (T, c.head_dim),
+            backward.flops,
+            2 * full,
+            2 * forward.flops,
+            tiled * 5 // 2,
+        ),
     )

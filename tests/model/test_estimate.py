@@ -67,7 +67,7 @@ class TestAgainstTorch:
     @pytest.mark.parametrize("config", [PRESETS["tiny"], ODD], ids=["tiny", "odd"])
     def test_checkpointing_runs_what_the_estimate_says_once_more(self, config: ModelConfig) -> None:
         plain, checkpointed = (_counted(*_meta(config, 2, checkpointing=again)) for again in (False, True))
-        again = sum(work.executed for work in _again(config) if work.kind == "gemm")
+        again = sum(work.executed for work in _again(config) if not work.kernel.startswith("attention"))
         # the oracle's attention computes every pair
         attention = next(c for c in estimate(config, batch_size=2).components if c.name.startswith("scores"))
         assert checkpointed[0] == plain[0]
@@ -192,11 +192,12 @@ class TestTime:
     def test_attention_uses_its_own_rate_or_exponentials(self) -> None:
         pairs = 2 * 16 * 17 // 2
         fast = replace(self.ceilings, copy_bandwidth=1e15)
-        measured = replace(fast, attention_flops={16: 1e6}, attention_backward_flops={16: 5e5})
+        rates = {"attention float32": {(16, 16): 1e6}, "attention backward float32": {(16, 16): 5e5}}
+        measured = replace(fast, kernels=rates)
         attention = self._component("scores and weighted sum", measured)
         assert attention.forward.seconds == pytest.approx(4 * pairs * 16 / 1e6)
         assert attention.backward.seconds == pytest.approx(10 * pairs * 16 / 5e5)
-        assert attention.bound_by == "attention"
+        assert attention.bound_by == "products"
         slow_exp = self._component("scores and weighted sum", replace(fast, exp_rate=1e3))
         assert slow_exp.forward.seconds == pytest.approx(pairs / 1e3)
         assert slow_exp.bound_by == "exponentials"
@@ -225,14 +226,21 @@ class TestTime:
 
 
 class TestCeilings:
-    def test_the_attention_rate_is_log_linear_between_its_points_and_level_beyond(self) -> None:
-        c = Ceilings({"float32": 1.0}, 1.0, attention_flops={256: 100.0, 4096: 1600.0, 1024: 400.0})
-        assert [c.attention_rate(T) for T in (1, 256, 1024, 4096, 10**6)] == [100, 100, 400, 1600, 1600]
-        assert c.attention_rate(512) == pytest.approx(200)
-        assert c.attention_rate(512, backward=True) is None
+    def test_a_rate_is_log_linear_between_its_points_and_level_beyond(self) -> None:
+        c = Ceilings({"float32": 1.0}, 1.0, kernels={"add": {(256,): 100.0, (4096,): 1600.0, (1024,): 400.0}})
+        assert [c.rate("add", (n,)) for n in (1, 256, 1024, 4096, 10**6)] == [100, 100, 400, 1600, 1600]
+        assert c.rate("add", (512,)) == pytest.approx(200)
+        assert c.rate("gelu", (512,)) is None
+
+    def test_a_rate_of_several_sizes_is_taken_one_after_another(self) -> None:
+        points = {(n, k): float(n * k**2) for n in (4, 64) for k in (2, 32)}
+        c = Ceilings({"float32": 1.0}, 1.0, kernels={"gemm": points})
+        assert c.rate("gemm", (16, 8)) == pytest.approx(16 * 8**2)
+        assert c.rate("gemm", (1, 8)) == pytest.approx(4 * 8**2)
 
     def test_json(self) -> None:
-        c = Ceilings({"float32": 1.0}, 2.0, 3.0, {256: 4.0}, {256: 5.0}, "CPU", "2026-01-01", {"torch": "2"}, 2**34)
+        kernels = {"attention float32": {(256, 64): 4.0, (512, 64): 5.0}}
+        c = Ceilings({"float32": 1.0}, 2.0, 3.0, kernels, "CPU", "2026-01-01", {"torch": "2"}, 2**34)
         assert Ceilings.from_dict(json.loads(json.dumps(c.to_dict()))) == c
 
     @pytest.mark.parametrize(
@@ -241,7 +249,8 @@ class TestCeilings:
             ({"copy_bandwidth": 0}, "copy_bandwidth: expected a finite rate > 0, got 0"),
             ({"exp_rate": -1.0}, "exp_rate: expected a finite rate"),
             ({"gemm_flops": {"float32": float("nan")}}, r"gemm_flops\['float32'\]: expected a finite rate"),
-            ({"attention_flops": {"64": None}}, r"attention_flops\[64\]: expected a finite rate"),
+            ({"kernels": {"gelu": {"64": None}}}, r"kernels\['gelu'\]\[\(64,\)\]: expected a finite rate"),
+            ({"kernels": {"gelu": {"64": 1.0, "8x8": 1.0}}}, r"kernels\['gelu'\]: expected rates at sizes >= 1"),
             ({"peak": 1.0}, "ceilings: 'peak' is not one of gemm_flops, "),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
