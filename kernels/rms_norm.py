@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import cost, reference
 from .dispatch import call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
+from .rows import multiprocessors, row_layout, statistics, tile_offsets
 
 __all__ = ["RMSNormFunction", "rms_norm"]
 
@@ -36,19 +37,6 @@ RESIDENT_WARPS = 24
 REDUCE_ROWS = 32
 
 # ---------------------------------------------------------------- kernels
-# A row layout is (n1, n2, s0, s1, s2, sn): row r of the flattened leading dimensions starts at
-# (r / n2 / n1) s0 + (r / n2 mod n1) s1 + (r mod n2) s2, and its elements lie sn apart. One merged dimension has
-# n1 = n2 = 1, which Triton compiles as constants, so that the divisions vanish.
-
-
-@triton.jit
-def _tile_offsets(row, layout, cols):
-    """64-bit element offsets (ROWS, BLOCK_N) of the given rows and columns."""
-    i2 = row % layout[1]
-    outer = row // layout[1]
-    start = (outer // layout[0]).to(tl.int64) * layout[2] + (outer % layout[0]).to(tl.int64) * layout[3]
-    start += i2.to(tl.int64) * layout[4]
-    return start[:, None] + cols.to(tl.int64)[None, :] * layout[5]
 
 
 @triton.jit
@@ -60,9 +48,9 @@ def _load_scale(w_ptr, offset, cols, N, DTYPE: tl.constexpr):
 @triton.jit
 def _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE: tl.constexpr):
     """h (ROWS, BLOCK_N): x, or x + residual rounded to the stream's dtype."""
-    h = tl.load(x_ptr + _tile_offsets(row, x_layout, cols), mask=mask, other=0.0).to(DTYPE)
+    h = tl.load(x_ptr + tile_offsets(row, x_layout, cols), mask=mask, other=0.0).to(DTYPE)
     if residual_ptr is not None:
-        h += tl.load(residual_ptr + _tile_offsets(row, residual_layout, cols), mask=mask, other=0.0).to(DTYPE)
+        h += tl.load(residual_ptr + tile_offsets(row, residual_layout, cols), mask=mask, other=0.0).to(DTYPE)
         h = h.to(stream_ptr.dtype.element_ty).to(DTYPE)
     return h
 
@@ -110,8 +98,8 @@ def _rms_norm_fwd_kernel(
 @triton.jit
 def _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, w_ptr, offset, rstd, row, cols, mask, N, DTYPE: tl.constexpr):
     """xhat, dy and g = (w + offset) dy, each (ROWS, BLOCK_N)."""
-    xhat = tl.load(h_ptr + _tile_offsets(row, h_layout, cols), mask=mask, other=0.0).to(DTYPE) * rstd[:, None]
-    dy = tl.load(dy_ptr + _tile_offsets(row, dy_layout, cols), mask=mask, other=0.0).to(DTYPE)
+    xhat = tl.load(h_ptr + tile_offsets(row, h_layout, cols), mask=mask, other=0.0).to(DTYPE) * rstd[:, None]
+    dy = tl.load(dy_ptr + tile_offsets(row, dy_layout, cols), mask=mask, other=0.0).to(DTYPE)
     g = dy * _load_scale(w_ptr, offset, cols, N, DTYPE) if w_ptr is not None else dy
     return xhat, dy, g
 
@@ -120,7 +108,7 @@ def _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, w_ptr, offset, rstd, row, col
 def _store_dh(dh_ptr, dstream_ptr, dstream_layout, xhat, g, mean, rstd, row, cols, mask, N, DTYPE: tl.constexpr):
     dh = (g - xhat * mean[:, None]) * rstd[:, None]
     if dstream_ptr is not None:
-        dh += tl.load(dstream_ptr + _tile_offsets(row, dstream_layout, cols), mask=mask, other=0.0).to(DTYPE)
+        dh += tl.load(dstream_ptr + tile_offsets(row, dstream_layout, cols), mask=mask, other=0.0).to(DTYPE)
     tl.store(dh_ptr + row.to(tl.int64)[:, None] * N + cols[None, :], dh.to(dh_ptr.dtype.element_ty), mask=mask)
 
 
@@ -184,27 +172,6 @@ def _rms_norm_dw_kernel(partial_ptr, dw_ptr, PROGRAMS, N, ROWS: tl.constexpr, BL
 
 # ---------------------------------------------------------------- launchers
 
-Layout = tuple[int, int, int, int, int, int]
-
-
-def _row_layout(x: Tensor) -> tuple[Tensor, Layout]:
-    """x and its row layout; leading dimensions that do not merge to three or fewer are copied together."""
-    N = x.shape[-1]
-    if x.is_contiguous():
-        return x, (1, 1, N, 0, 0, 1)
-    groups: list[tuple[int, int]] = []
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if groups and groups[-1][1] == size * stride:
-            groups[-1] = (groups[-1][0] * size, stride)
-        else:
-            groups.append((size, stride))
-    if len(groups) > 3:
-        return x.contiguous(), (1, 1, N, 0, 0, 1)
-    (_, s0), (n1, s1), (n2, s2) = groups + [(1, 0)] * (3 - len(groups))
-    return x, (n1, n2, s0, s1, s2, x.stride(-1))
-
 
 @cache
 def _tile(N: int, longest: int) -> tuple[int, int, int]:
@@ -214,13 +181,6 @@ def _tile(N: int, longest: int) -> tuple[int, int, int]:
         return 1, LOOP_TILE, LOOP_WARPS
     rows = max(1, SHORT_TILE // columns)
     return rows, columns, min(max(rows * columns // 512, 4), 32)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return 2  # interpreted: few programs, yet more than one partial sum
 
 
 def rms_norm_fwd(
@@ -234,15 +194,15 @@ def rms_norm_fwd(
         return y, stream, rstd
     # With a residual a second row stands in registers.
     rows, columns, warps = _tile(N, FORWARD_TILE if residual is None else FORWARD_TILE // 2)
-    x, x_layout = _row_layout(x)
+    x, x_layout = row_layout(x)
     residual_layout = None
     if residual is not None:
-        residual, residual_layout = _row_layout(residual)
+        residual, residual_layout = row_layout(residual)
     if weight is not None:
         weight = weight.contiguous()
     _rms_norm_fwd_kernel[(triton.cdiv(M, rows),)](
         x, x_layout, residual, residual_layout, weight, y, stream, rstd, M, N, eps, weight_offset,
-        ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, DTYPE=_statistics(x.dtype)[1], num_warps=warps,
+        ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, DTYPE=statistics(x.dtype)[1], num_warps=warps,
     )  # fmt: skip
     return y, stream, rstd
 
@@ -257,30 +217,25 @@ def rms_norm_bwd(
     if M == 0:
         return dh, dw.zero_()
     rows, columns, warps = _tile(N, BACKWARD_TILE)
-    programs = min(triton.cdiv(M, rows), _multiprocessors(h.device) * max(1, RESIDENT_WARPS // warps))
+    programs = min(triton.cdiv(M, rows), multiprocessors(h.device) * max(1, RESIDENT_WARPS // warps))
     # The next rows are fetched while these are worked on; in fp32 their buffers would not fit a small GPU.
     stages = 2 if h.element_size() <= 2 else 1
-    h, h_layout = _row_layout(h)
-    dy, dy_layout = _row_layout(dy)
+    h, h_layout = row_layout(h)
+    dy, dy_layout = row_layout(dy)
     dstream_layout = None
     if dstream is not None:
-        dstream, dstream_layout = _row_layout(dstream)
+        dstream, dstream_layout = row_layout(dstream)
     if weight is not None:
         weight = weight.contiguous()
     partial = torch.empty(programs, N, dtype=rstd.dtype, device=h.device) if needs_dw else None
     _rms_norm_bwd_kernel[(programs,)](
         h, h_layout, dy, dy_layout, dstream, dstream_layout, weight, rstd, dh, partial, M, N, weight_offset,
-        ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, STAGES=stages, DTYPE=_statistics(h.dtype)[1],
+        ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, STAGES=stages, DTYPE=statistics(h.dtype)[1],
         num_warps=warps,
     )  # fmt: skip
     if partial is not None:
         _rms_norm_dw_kernel[(triton.cdiv(N, 64),)](partial, dw, programs, N, ROWS=REDUCE_ROWS, BLOCK_N=64)
     return dh, dw
-
-
-def _statistics(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
-    """fp32, or fp64 for fp64 (interpreted only: it is there for gradcheck)."""
-    return (torch.float64, tl.float64) if dtype == torch.float64 else (torch.float32, tl.float32)
 
 
 def _rms_norm_fwd_fake(
@@ -290,7 +245,7 @@ def _rms_norm_fwd_fake(
         stream = x.new_empty(0)
     else:
         stream = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    rstd = x.new_empty(x.shape[:-1].numel(), dtype=_statistics(stream.dtype)[0])
+    rstd = x.new_empty(x.shape[:-1].numel(), dtype=statistics(stream.dtype)[0])
     return x.new_empty(x.shape), stream, rstd
 
 

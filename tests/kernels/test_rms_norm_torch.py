@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from rooflight.kernels import RMSNormFunction, cost, reference, rms_norm
-from rooflight.kernels.rms_norm import _tile_offsets
+from rooflight.kernels.rows import tile_offsets
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -161,7 +161,7 @@ def test_offsets_are_64_bit(shape, strides):
 def _offsets_kernel(out_ptr, first, layout, ROWS: tl.constexpr, N: tl.constexpr):
     row = first + tl.arange(0, ROWS)
     at = tl.arange(0, ROWS)[:, None] * N + tl.arange(0, N)[None, :]
-    tl.store(out_ptr + at, _tile_offsets(row, layout, tl.arange(0, N)))
+    tl.store(out_ptr + at, tile_offsets(row, layout, tl.arange(0, N)))
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 4096, 0, 0, 1), (3, 5, 2**33, 7 * 2**31, 2**32, 2**31)], ids=str)
