@@ -1,22 +1,34 @@
-"""What a training step holds in memory, from the configuration alone."""
+"""What a training step holds in memory, from the configuration alone.
+
+A step is a list of stages: the forward pass walks down it and keeps what each stage saves, the backward pass walks up,
+frees that, and leaves gradients. The peak is the most that is held at any stage, its working set included.
+
+Three implementations of the operations differ in what they save:
+
+    triton   rooflight.kernels on a GPU: fused, statistics and inputs only
+    cpu      rooflight.kernels on a plain CPU: torch's scaled_dot_product_attention, the eager oracles for the rest
+    eager    rooflight.kernels.reference: the scores are kept as exponentials, probabilities and their quotient
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..kernels.cost import STATISTIC, itemsize
+from ..kernels.cost import INDEX, STATISTIC, itemsize
 from .config import ModelConfig
 
 FP32 = 4
+OPS = ("triton", "cpu", "eager")
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one device. Parameters, gradients and AdamW's two moments are fp32, sharded over the devices.
 
-    casts        the low-precision copies of the weights that autocast makes for the products
+    casts        the weights in the products' dtype: autocast's copies, or of sharded ones what is gathered at a time
     activations  what the forward pass keeps for the backward pass
-    transient    the working set of the moment when most is held
+    peak         the most that is held at once
+    peak_at      when: in the backward pass of the component of that name, or in the "AdamW" step
     """
 
     parameters: int
@@ -24,32 +36,86 @@ class Memory:
     optimizer: int
     casts: int
     activations: int
-    transient: int
     peak: int
+    peak_at: str
 
 
-def saved_activations(config: ModelConfig, n_token: int, dtype: str) -> dict[str, int]:
-    """Bytes that the fused kernels keep for the backward pass, per component, all layers, without checkpointing.
+@dataclass(frozen=True)
+class Stage:
+    """Part of a block, or what comes before and after the blocks.
 
-    Each tensor stands with the component that reads it again: a norm its input and rstd, a product its input,
-    attention q, k, v, out and the log-sum-exp, the FFN's activation gate and up.
+    saved      bytes kept from its forward for its backward pass
+    working    bytes that its backward pass needs beyond those, at its worst moment
+    weights    parameters of its matrices, cast to the products' dtype and back
     """
-    c, size = config, itemsize(dtype)
-    stream = n_token * c.d_model * size
-    heads, kv_heads = n_token * c.n_head * c.head_dim * size, n_token * c.n_kv_head * c.head_dim * size
-    rstd = n_token * STATISTIC
-    qk_norm = heads + kv_heads + (c.n_head + c.n_kv_head) * rstd if c.qk_norm else 0
-    inner = n_token * c.d_ff * size
-    return {
-        "embedding": n_token * 8,
-        "norms": (2 * c.n_layer + 1) * (stream + rstd) + c.n_layer * qk_norm,
-        "QKV": c.n_layer * stream,
-        # out is also what the output projection keeps: one tensor
-        "scores and weighted sum": c.n_layer * (2 * heads + 2 * kv_heads + c.n_head * rstd),
-        "FFN": c.n_layer * (stream + (3 if c.ffn == "swiglu" else 2) * inner),
-        "logits": stream,
-        "loss": n_token * (8 + STATISTIC),
-    }
+
+    name: str
+    saved: int
+    working: int
+    weights: int = 0
+
+
+def stages(
+    c: ModelConfig, n_token: int, context_length: int, dtype: str, ops: str
+) -> tuple[Stage, list[Stage], list[Stage]]:
+    """(embedding, one block's stages, what follows the last block); each tensor stands with the stage that reads it."""
+    s, N, d, F, V = itemsize(dtype), n_token, c.d_model, c.d_ff, c.vocab_size
+    eager = ops != "triton"
+    materialised = ops == "eager" or (ops == "cpu" and (c.window is not None or c.softcap > 0))  # the score matrices
+    stream = N * d * s
+    q, kv = N * c.n_head * c.head_dim * s, N * c.n_kv_head * c.head_dim * s
+    rows = N * c.n_head  # of the score matrices
+    pairs = rows * context_length
+
+    def norm(rows: int, size: int) -> int:
+        # eager: the input in fp32 (in fp32 that is the input itself) and the normalised rows before the weight
+        return rows * (size * (2 * FP32 if eager else s) + STATISTIC)
+
+    if materialised:
+        # q, k and v repeated for every head; exp(s - max) and p in fp32, p / sum in the dtype; out, made contiguous
+        attention = (
+            4 * q + pairs * ((3 if c.softcap > 0 else 2) * FP32 + s) + rows * (STATISTIC + 1) + context_length**2
+        )
+        # the quotient rule: the quotient's gradient g and -g, p / sum and p / sum², their product; p / sum was freed
+        attention_working = 5 * pairs * FP32 - pairs * s
+    else:  # q, k, v, out, log-sum-exp; on a CPU torch lays out out by heads, and the output projection keeps a copy
+        attention = (3 if eager else 2) * q + 2 * kv + rows * STATISTIC
+        attention_working = 2 * q + 2 * kv + rows * STATISTIC  # dout, dq, dk, dv, delta
+    swiglu = c.ffn == "swiglu"
+    activation = (3 if eager else 2) * FP32 if eager and swiglu else (2 if swiglu else 1) * s
+    ffn = N * F * (activation + s)
+    # the activation's backward: the gradients of its output and its inputs, when its output is freed
+    gradients = 3 * FP32 if eager and swiglu else (3 if swiglu else 2) * s
+    ffn_working = stream + N * F * (gradients - s)
+    rope = context_length * c.head_dim * FP32 if eager else 0  # the tables' rows
+    qk_norm = norm(rows, c.head_dim) + norm(N * c.n_kv_head, c.head_dim) if c.qk_norm else 0
+
+    norm_working = 4 * N * d * FP32 if eager else 3 * stream
+    e = c.head_dim * (c.n_head + c.n_kv_head)
+    block = [
+        Stage("norms", norm(N, d) + qk_norm, norm_working),
+        Stage("QKV", stream, 2 * stream + q + 2 * kv, d * (e + c.n_kv_head * c.head_dim)),
+        Stage("RoPE", rope, 2 * (q + kv)),
+        Stage("scores and weighted sum", attention, attention_working),
+        Stage("output projection", 0, stream + q, d * c.n_head * c.head_dim),
+        Stage("norms", norm(N, d), norm_working),
+        Stage("FFN", stream + ffn, ffn_working, (3 if swiglu else 2) * d * F),
+    ]
+    embedding = Stage("embedding", 0, V * d * FP32 if c.tie_embeddings else 0)
+    if eager:  # the logits in fp32; then the gathered logit's gradient, z - lse, its exponential, and their product
+        loss = Stage("loss", N * (V * FP32 + STATISTIC + INDEX + 1), 4 * N * V * FP32, V * d)
+    else:
+        loss = Stage("loss", N * (INDEX + STATISTIC), stream + V * d * FP32, V * d)
+    return embedding, block, [Stage("norms", norm(N, d), norm_working), Stage("logits", stream, 0), loss]
+
+
+def saved_activations(config: ModelConfig, n_token: int, context_length: int, dtype: str, ops: str) -> dict[str, int]:
+    """Bytes kept for the backward pass, per component, all layers, without checkpointing."""
+    embedding, block, last = stages(config, n_token, context_length, dtype, ops)
+    saved: dict[str, int] = {}
+    for times, stage in [(1, embedding), *((config.n_layer, s) for s in block), *((1, s) for s in last)]:
+        saved[stage.name] = saved.get(stage.name, 0) + times * stage.saved
+    return saved
 
 
 def memory(
@@ -59,20 +125,47 @@ def memory(
     batch_size: int,
     context_length: int,
     dtype: str,
-    checkpointing: bool,
-    gpus: int,
+    checkpointing: bool = False,
+    gpus: int = 1,
+    ops: str = "triton",
 ) -> Memory:
-    """The memory of one training step; see Memory."""
-    c, n_token, size = config, batch_size * context_length, itemsize(dtype)
-    saved = saved_activations(c, n_token, dtype)
-    total = sum(saved.values())
-    stream = n_token * c.d_model * size
-    outside = saved["embedding"] + stream + n_token * STATISTIC + saved["logits"] + saved["loss"]
-    block = (total - outside) // c.n_layer
-    activations = outside + c.n_layer * stream if checkpointing else total
-    transient = block if checkpointing else 0
-    states = -(-parameters // gpus) * FP32
-    casts = (parameters - (2 * c.n_layer + 1) * c.d_model) * size if size < FP32 else 0
-    start = 3 * states + casts + activations + transient
-    end = 4 * states + casts
-    return Memory(states, states, 2 * states, casts, activations, transient, max(start, end))
+    """The memory of one training step of a model with that many parameters; see Memory."""
+    n_token, size = batch_size * context_length, itemsize(dtype)
+    embedding, block, last = stages(config, n_token, context_length, dtype, ops)
+    stream = n_token * config.d_model * size
+    state = -(-parameters * FP32 // gpus)
+    block_saved, block_weights = sum(stage.saved for stage in block), sum(stage.weights for stage in block)
+    activations = sum(stage.saved for stage in last) + config.n_layer * (stream if checkpointing else block_saved)
+    # a norm that keeps the block's own input keeps no second copy of it
+    shared = stream if ops == "triton" or size == FP32 else 0
+    cast = size if size < FP32 and gpus == 1 else 0  # of one weight, until its gradient is there
+    casts = cast * (config.n_layer * block_weights + last[-1].weights)
+    gathered = 0 if gpus == 1 else size * (2 * block_weights + last[-1].weights)  # this block's weights and the next's
+
+    peak, peak_at = 0, ""
+    held = 3 * state + activations + gathered
+    # with checkpointing the casts of the blocks go when the forward pass ends
+    held += cast * last[-1].weights if checkpointing else casts
+
+    def backward(stage: Stage) -> None:
+        nonlocal held
+        see(held + stage.working, stage.name)
+        held += stage.weights * FP32 // gpus - stage.weights * cast - stage.saved
+
+    def see(bytes_held: int, name: str) -> None:
+        nonlocal peak, peak_at
+        if bytes_held > peak:
+            peak, peak_at = bytes_held, name
+
+    for stage in reversed(last):
+        backward(stage)
+    for _ in range(config.n_layer):
+        if checkpointing:  # the block runs once more
+            held += block_saved - shared + block_weights * cast
+        for stage in reversed(block):
+            backward(stage)
+        if checkpointing:
+            held += shared - stream
+    see(held + embedding.working, embedding.name)
+    see(5 * state, "AdamW")  # the roots of the second moments, all at once
+    return Memory(state, state, 2 * state, casts or gathered, activations, peak, peak_at)
