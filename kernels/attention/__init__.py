@@ -69,10 +69,10 @@ def flash_attention(
     Raises ValueError on a shape, dtype or device mismatch, on D or H out of range, and on a scale <= 0, a softcap < 0
     or a window < 0.
     """
+    q, k, v = _autocast(q, k, v)
     check_inputs(q, k, v, sinks, varlen=False)
     left, right = reach(causal, window)
     scale = score_scale(scale, softcap, q.shape[-1])
-    q, k, v = _autocast(q, k, v)
     if runs_triton(q):
         options = (q.shape[2], k.shape[2], left, right, scale, softcap)
         out, lse = _attend(q, k, v, sinks, None, None, *options)
@@ -113,6 +113,7 @@ def flash_attention_varlen(
     Raises ValueError as flash_attention does, and on cu_seqlens or max_seqlen that do not fit; the values of cu_seqlens
     are checked on the CPU alone, since reading them from a GPU would stall it in every call.
     """
+    q, k, v = _autocast(q, k, v)
     check_inputs(q, k, v, sinks, varlen=True)
     check_sequences("q", cu_seqlens_q, max_seqlen_q, q.shape[0], q)
     check_sequences("k", cu_seqlens_k, max_seqlen_k, k.shape[0], q)
@@ -122,7 +123,6 @@ def flash_attention_varlen(
         )
     left, right = reach(causal, window)
     scale = score_scale(scale, softcap, q.shape[-1])
-    q, k, v = _autocast(q, k, v)
     if runs_triton(q):
         options = (max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
         out, lse = _attend(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *options)

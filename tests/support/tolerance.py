@@ -17,6 +17,7 @@ FORWARD_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
 ULPS = 2.0
 RMS_ULPS = 0.5
+RMS_ELEMENTS = 64  # over fewer the mean is not one: eager's may be small by luck
 
 Op = Callable[..., Any]
 
@@ -38,7 +39,7 @@ def assert_as_accurate(name: str, actual: Tensor, eager: Tensor, exact: Tensor, 
     eps = torch.finfo(actual.dtype).eps
     for measure, size, ulps in (("largest", _largest, ULPS), ("rms", _rms, RMS_ULPS)):
         bound = factor * size(eager_error) + ulps * eps * size(truth)
-        assert size(error) <= bound, (
+        assert size(error) <= bound or (size is _rms and truth.numel() < RMS_ELEMENTS), (
             f"{name}: {measure} error {size(error):.3e} > {bound:.3e} = {factor:g} x {size(eager_error):.3e}"
             f" (eager {actual.dtype}) + {ulps:g} ulps at scale {size(truth):.3e}"
         )
