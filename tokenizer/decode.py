@@ -75,8 +75,8 @@ class IncrementalDecoder:
 
     def push(self, ids: int | Iterable[int]) -> str:
         """The characters that `ids` complete; may be empty. Raises ValueError on an id out of the vocabulary."""
-        one = isinstance(ids, (int, np.integer))
-        return self._utf8.decode(self._tokenizer.decode_bytes([ids] if one else ids))
+        some = [ids] if isinstance(ids, (int, np.integer)) else ids
+        return self._utf8.decode(self._tokenizer.decode_bytes(some))
 
     def finish(self) -> str:
         """What is left of a character that was never completed, as U+FFFD. The decoder is then as new."""

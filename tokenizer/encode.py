@@ -55,7 +55,7 @@ class SpecialIds:
         if masked is data or SEPARATOR not in masked:
             return data, np.empty(0, np.int32)
         if len(self._id_of_bytes) == 1:
-            return masked, np.full(masked.count(SEPARATOR), *self.id_of.values(), np.int32)
+            return masked, np.full(masked.count(SEPARATOR), next(iter(self.id_of.values())), np.int32)
         return masked, np.array([self._id_of_bytes[token] for token in self.specials.findall(data)], np.int32)
 
 

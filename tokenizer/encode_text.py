@@ -221,7 +221,7 @@ class _Growing:
     """An array that is added to at its end."""
 
     def __init__(self, dtype: type) -> None:
-        self.array = np.empty(1 << 10, dtype)
+        self.array: np.ndarray = np.empty(1 << 10, dtype)
         self._n = 0
 
     def __len__(self) -> int:

@@ -250,9 +250,9 @@ def read_tiktoken(path: Path, special_tokens: Sequence[str] | Mapping[str, int],
         raise ValueError(f"path: {path} gives one rank to two tokens, or has none")
     if not isinstance(special_tokens, Mapping):
         special_tokens = {token: max(vocab) + 1 + i for i, token in enumerate(special_tokens)}
-    for token, i in special_tokens.items():
-        if vocab.setdefault(i, token.encode()) != token.encode():
-            raise ValueError(f"special_tokens: {token!r} has the id {i}, which is that of {vocab[i]!r}")
+    for special, i in special_tokens.items():
+        if vocab.setdefault(i, special.encode()) != special.encode():
+            raise ValueError(f"special_tokens: {special!r} has the id {i}, which is that of {vocab[i]!r}")
     merges, whole = merges_of_ranks(ranks)
     return Parts(vocab, merges, list(special_tokens), pattern, ignore_merges=bool(whole))
 

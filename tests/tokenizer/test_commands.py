@@ -1,0 +1,93 @@
+"""The command line, run as a user does, without torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from rooflight.tokenizer import Tokenizer
+from rooflight.tokenizer.commands import app
+from rooflight.tokenizer.compare import compare
+
+TEXT = "the cat sat on the mat<|endoftext|>naïve 日本語, they'll see 1234\n" * 200
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "x.txt").write_text(TEXT, encoding="utf-8")
+    run("train", tmp_path / "x.txt", "--out", tmp_path / "tk", "--vocab-size", 285, "-q")
+    return tmp_path
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_train_encode_decode(folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder / "tk")
+    assert tokenizer.vocab_size == 285
+    assert tokenizer.special_tokens == {"<|endoftext|>": 0}
+    n = len(tokenizer.encode(TEXT))
+    assert f"{n:,} tokens" in run("encode", "-t", folder / "tk", folder / "x.txt", "-q")
+    run("decode", "-t", folder / "tk", folder / "x.bin", "--out", folder / "y.txt")
+    assert (folder / "y.txt").read_text(encoding="utf-8") == TEXT
+    assert run("decode", "-t", folder / "tk", folder / "x.bin") == TEXT
+
+
+def test_text_on_the_command_line(folder: Path) -> None:
+    ids = Tokenizer.load(folder / "tk").encode("the 日本")
+    printed = run("encode", "-t", folder / "tk", "--text", "the 日本")
+    assert printed.split() == [str(i) for i in ids]
+    assert run("decode", "-t", folder / "tk", "--ids", printed) == "the 日本\n"
+    lines = run("encode", "-t", folder / "tk", "--text", "the 日本", "--offsets").splitlines()
+    assert len(lines) == len(ids)
+    assert lines[-1].split()[1] == "5-6"
+
+
+def test_inspect(folder: Path) -> None:
+    printed = run("inspect", "-t", folder / "tk", folder / "x.txt", "--text", "the cat 日本")
+    tokenizer = Tokenizer.load(folder / "tk")
+    assert "285 tokens, 28 merges" in printed
+    assert "<|endoftext|> = 0" in printed
+    assert tokenizer.hash in printed
+    assert f"{len(TEXT.encode()) / len(tokenizer.encode(TEXT)):.3f} on" in printed
+    assert "the cat 日本" in printed
+
+
+def test_tokenizer_json_is_read_too(folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder / "tk")
+    tokenizer.export_hf(folder / "tokenizer.json")
+    printed = run("encode", "-t", folder / "tokenizer.json", "--text", "the cat")
+    assert printed.split() == [str(i) for i in tokenizer.encode("the cat")]
+
+
+def test_token_files_of_another_tokenizer_are_refused(folder: Path) -> None:
+    run("encode", "-t", folder / "tk", folder / "x.txt", "-q")
+    run("train", folder / "x.txt", "--out", folder / "other", "--vocab-size", 280, "-q")
+    with pytest.raises(ValueError, match="was made by the tokenizer"):
+        run("decode", "-t", folder / "other", folder / "x.bin")
+    with pytest.raises(ValueError, match="neither a file nor --text"):
+        run("encode", "-t", folder / "tk")
+    with pytest.raises(ValueError, match="neither a file nor --ids"):
+        run("decode", "-t", folder / "tk")
+
+
+def test_bench_shows_every_installed_peer(folder: Path) -> None:
+    rows = compare(Tokenizer.load(folder / "tk"), TEXT[:2000], repeats=1)
+    assert [row.name for row in rows] == ["rooflight", "tiktoken", "tokenizers"]
+    assert all(seconds is not None for row in rows for seconds in row[1:])
+    printed = run("bench", "-t", folder / "tk", folder / "x.txt", "--megabytes", 0.002, "--repeats", 1)
+    assert "tiktoken" in printed
+
+
+def test_the_commands_do_without_torch() -> None:
+    code = "import sys, rooflight.tokenizer.commands; assert 'torch' not in sys.modules and 'rich' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

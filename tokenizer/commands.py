@@ -1,0 +1,200 @@
+"""`rooflight tokenizer train|encode|decode|inspect|bench`: the tokenizer's command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from .bpe import Tokenizer
+
+app = typer.Typer(help="Train, apply and look into byte-level BPE tokenizers.", no_args_is_help=True)
+
+END_OF_TEXT = "<|endoftext|>"
+
+TokenizerPath = Annotated[
+    Path, typer.Option("--tokenizer", "-t", help="A folder that `train` wrote, or a Hugging Face tokenizer.json.")
+]
+Workers = Annotated[int | None, typer.Option(help="Processes; default, one for each CPU core.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+
+
+@app.command()
+def train(
+    text: Annotated[list[Path], typer.Argument(help="Text files, UTF-8.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the tokenizer to.")],
+    vocab_size: Annotated[int, typer.Option(help="Ids in all: special tokens, 256 bytes, merges.")] = 10_000,
+    special_token: Annotated[list[str], typer.Option(help="Bounds documents; may be given several times.")] = [  # noqa: B006
+        END_OF_TEXT
+    ],
+    pattern: Annotated[str | None, typer.Option(help="Regular expression of the pre-tokens; default, GPT-2's.")] = None,
+    max_words: Annotated[int | None, typer.Option(help="Merge only so many of the most frequent words.")] = None,
+    num_workers: Workers = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train a tokenizer on text files."""
+    import time
+
+    from . import GPT2_PATTERN, Tokenizer, train_bpe
+
+    start = time.perf_counter()
+    pattern = pattern or GPT2_PATTERN
+    vocab, merges = train_bpe(
+        text,
+        vocab_size,
+        special_token,
+        num_workers=num_workers,
+        pattern=pattern,
+        progress=not quiet,
+        max_words=max_words,
+    )
+    tokenizer = Tokenizer(vocab, merges, special_token, pattern=pattern)
+    tokenizer.save(out)
+    seconds = time.perf_counter() - start
+    size = sum(path.stat().st_size for path in text)
+    print(f"{out}: {tokenizer.vocab_size:,} tokens from {size / 1e6:,.1f} MB in {seconds:.1f} s")
+    print(f"longest token: {_longest(tokenizer)[0]!r}")
+
+
+@app.command()
+def encode(
+    tokenizer: TokenizerPath,
+    file: Annotated[Path | None, typer.Argument(help="Text file, UTF-8.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Token file to write; default, FILE with the suffix .bin.")] = None,
+    text: Annotated[str | None, typer.Option(help="Encode this text instead and print its ids.")] = None,
+    offsets: Annotated[bool, typer.Option("--offsets", help="With --text, each id's characters too.")] = False,
+    num_workers: Workers = None,
+    quiet: Quiet = False,
+) -> None:
+    """Encode a text file into a token file (.bin and .bin.json), or --text to the screen."""
+    import time
+
+    loaded = _load(tokenizer)
+    if text is not None:
+        if offsets:
+            for i, (start, end) in zip(*loaded.encode(text, offsets=True), strict=True):
+                print(f"{i:>7} {start:>5}-{end:<5} {loaded.vocab[i]!r}")
+        else:
+            print(*loaded.encode(text))
+        return
+    if file is None:
+        raise ValueError("file: got neither a file nor --text, expected one of them")
+    out = out or file.with_suffix(".bin")
+    began = time.perf_counter()
+    n = loaded.encode_file(file, out, num_workers=num_workers, progress=not quiet)
+    seconds, size = time.perf_counter() - began, file.stat().st_size
+    print(f"{out}: {n:,} tokens of {size / max(n, 1):.3f} bytes, {size / 1e6 / seconds:.1f} MB/s")
+
+
+@app.command()
+def decode(
+    tokenizer: TokenizerPath,
+    file: Annotated[Path | None, typer.Argument(help="Token file (.bin, its .bin.json beside it).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Text file to write; default, standard output.")] = None,
+    ids: Annotated[str | None, typer.Option(help="Decode these ids instead, as '1 2 3'.")] = None,
+) -> None:
+    """Decode a token file, or --ids, to text. The bytes are written as they are, valid UTF-8 or not."""
+    import sys
+
+    from .encode_file import atomic, read_token_file
+
+    loaded = _load(tokenizer)
+    if ids is not None:
+        print(loaded.decode([int(i) for i in ids.replace(",", " ").split()]))
+        return
+    if file is None:
+        raise ValueError("file: got neither a file nor --ids, expected one of them")
+    tokens, header = read_token_file(file)
+    if header["tokenizer_hash"] != loaded.hash:
+        raise ValueError(
+            f"file: {file} was made by the tokenizer {header['tokenizer_hash'][:12]}, {tokenizer} is {loaded.hash[:12]}"
+        )
+    blocks = (loaded.decode_bytes(tokens[i : i + (1 << 20)]) for i in range(0, len(tokens), 1 << 20))
+    if out is None:
+        sys.stdout.buffer.writelines(blocks)
+    else:
+        with atomic(out) as written:
+            written.writelines(blocks)
+
+
+@app.command()
+def inspect(
+    tokenizer: TokenizerPath,
+    file: Annotated[Path | None, typer.Argument(help="A text file to measure the tokenizer on.")] = None,
+    text: Annotated[str | None, typer.Option(help="Show how this is split.")] = None,
+    longest: Annotated[int, typer.Option(help="So many of the longest tokens.")] = 5,
+    megabytes: Annotated[float, typer.Option(help="Of FILE, so much from its beginning.")] = 10.0,
+) -> None:
+    """Vocabulary, longest tokens, bytes per token on a file, and how a text is split."""
+    from rich.console import Console
+
+    loaded = _load(tokenizer)
+    specials = ", ".join(f"{token} = {i}" for token, i in loaded.special_tokens.items())
+    rows = [
+        ("vocabulary", f"{loaded.vocab_size:,} tokens, {len(loaded.merges):,} merges"),
+        ("special tokens", specials or "none"),
+        ("pattern", loaded.pattern),
+        ("hash", loaded.hash),
+        *(("longest tokens", f"{len(token)} bytes  {token!r}") for token in _longest(loaded)[:longest]),
+    ]
+    if file is not None:
+        with file.open("rb") as opened:
+            data = opened.read(int(megabytes * 1e6))
+        n = len(loaded.encode_bytes(data))
+        rows.append(("bytes per token", f"{len(data) / max(n, 1):.3f} on {len(data) / 1e6:.1f} MB of {file}"))
+    for name, value in rows:
+        print(f"{name:<16} {value}")
+    if text is not None:
+        Console(soft_wrap=True).print(_coloured(loaded, text))
+
+
+@app.command()
+def bench(
+    tokenizer: TokenizerPath,
+    file: Annotated[Path, typer.Argument(help="Text file, UTF-8.")],
+    megabytes: Annotated[float, typer.Option(help="Of FILE, so much from its beginning.")] = 20.0,
+    repeats: Annotated[int, typer.Option(help="Runs of each, of which the fastest counts.")] = 3,
+) -> None:
+    """One thread's speed beside tiktoken and Hugging Face tokenizers, where they are installed, on the same text.
+
+    The ids must be the same, or no speed is shown.
+    """
+    from rich.console import Console
+
+    from .compare import compare, table
+
+    loaded = _load(tokenizer)
+    with file.open("rb") as opened:
+        text = opened.read(int(megabytes * 1e6)).decode(errors="ignore")
+    Console().print(table(compare(loaded, text, repeats=repeats), text))
+
+
+def _load(path: Path) -> Tokenizer:
+    from . import Tokenizer
+
+    return Tokenizer.from_hf(path) if path.suffix == ".json" else Tokenizer.load(path)
+
+
+def _longest(tokenizer: Tokenizer) -> list[bytes]:
+    special_ids = tokenizer.special_tokens.values()
+    ordinary = [token for i, token in tokenizer.vocab.items() if i not in special_ids]
+    return sorted(ordinary, key=len, reverse=True)
+
+
+def _coloured(tokenizer: Tokenizer, text: str) -> Text:
+    """`text` with each token on a background of its own; a character of several tokens has the first one's."""
+    from rich.text import Text
+
+    backgrounds = ("dark_green", "dark_blue", "purple4", "dark_red", "deep_pink4")
+    ids, offsets = tokenizer.encode(text, offsets=True)
+    coloured = Text()
+    shown = 0
+    for n, (start, end) in enumerate(offsets):
+        coloured.append(text[max(start, shown) : end], style=f"white on {backgrounds[n % len(backgrounds)]}")
+        shown = max(shown, end)
+    coloured.append(f"\n{len(ids)} tokens: {' '.join(map(str, ids))}")
+    return coloured
