@@ -115,7 +115,8 @@ def decode(
         )
     blocks = (loaded.decode_bytes(tokens[i : i + (1 << 20)]) for i in range(0, len(tokens), 1 << 20))
     if out is None:
-        sys.stdout.buffer.writelines(blocks)
+        for block in blocks:
+            sys.stdout.buffer.write(block)
     else:
         with atomic(out) as written:
             written.writelines(blocks)
