@@ -6,17 +6,19 @@ TRITON_INTERPRET=1, and the eager oracle of `reference` on plain CPU tensors.
 
 from . import cost, reference
 from .attention import FlashAttentionFunction, flash_attention, flash_attention_varlen
-from .reference import (
-    cross_entropy,
-    linear_cross_entropy,
-    rope,
-    swiglu,
-)
+from .cross_entropy import CrossEntropyFunction, cross_entropy
+from .linear_cross_entropy import LinearCrossEntropyFunction, linear_cross_entropy
 from .rms_norm import RMSNormFunction, rms_norm
+from .rope import RoPEFunction, rope
+from .swiglu import SwiGLUFunction, swiglu
 
 __all__ = [
+    "CrossEntropyFunction",
     "FlashAttentionFunction",
+    "LinearCrossEntropyFunction",
     "RMSNormFunction",
+    "RoPEFunction",
+    "SwiGLUFunction",
     "cost",
     "cross_entropy",
     "flash_attention",

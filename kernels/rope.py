@@ -1,0 +1,202 @@
+"""Rotary position embedding: each pair of features (a, b) turns by its position's angle, (a c - b s, b c + a s).
+
+Su et al. 2021, "RoFormer", eq. 34. The backward is the rotation by the opposite angle: the same operator, inverted.
+One launch serves q and k; a program keeps its tile of cos and sin while it turns a group of heads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import cost, reference
+from .dispatch import call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
+from .rows import statistics
+
+__all__ = ["RoPEFunction", "rope"]
+
+# Pairs of features in a tile, 8 a thread over 4 warps, and heads that one program turns.
+TILE = 1024
+HEADS = 4
+
+
+@triton.jit
+def _turn_heads(
+    x_ptr, strides, out_ptr, first, n_head, batch, t, n_token, c, s, HALF, D,
+    HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Turn heads first .. first + HEADS - 1 of x (B, n_head, T, D) at tokens t by c and s (BLOCK_T, BLOCK_HALF)."""
+    i = tl.arange(0, BLOCK_HALF)
+    live = (t < n_token)[:, None]
+    if INTERLEAVED:
+        a_feature, b_feature = 2 * i, 2 * i + 1
+    else:
+        a_feature, b_feature = i, i + HALF
+    rest = 2 * HALF + tl.arange(0, BLOCK_REST)
+    for head in range(first, tl.minimum(first + HEADS, n_head)):
+        source = x_ptr + batch.to(tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
+        source += t.to(tl.int64)[:, None] * strides[2]
+        target = out_ptr + ((batch.to(tl.int64) * n_head + head) * n_token + t)[:, None] * D
+        mask = live & (i < HALF)[None, :]
+        a = tl.load(source + a_feature.to(tl.int64)[None, :] * strides[3], mask=mask, other=0.0).to(c.dtype)
+        b = tl.load(source + b_feature.to(tl.int64)[None, :] * strides[3], mask=mask, other=0.0).to(c.dtype)
+        tl.store(target + a_feature[None, :], (a * c - b * s).to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(target + b_feature[None, :], (b * c + a * s).to(out_ptr.dtype.element_ty), mask=mask)
+        if BLOCK_REST > 1:
+            mask = live & (rest < D)[None, :]
+            x = tl.load(source + rest.to(tl.int64)[None, :] * strides[3], mask=mask, other=0.0)
+            tl.store(target + rest[None, :], x, mask=mask)
+
+
+@triton.jit
+def _rope_kernel(
+    q_ptr, q_strides, q_out_ptr, H, k_ptr, k_strides, k_out_ptr, K, cos_ptr, sin_ptr, stride_cp, stride_sp,
+    positions_ptr, stride_pb, stride_pt, n_token, HALF, D,
+    BLOCK_T: tl.constexpr, HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    q_groups = tl.cdiv(H, HEADS)
+    groups = q_groups + tl.cdiv(K, HEADS)
+    group = tl.program_id(0) % groups
+    tile = tl.program_id(0) // groups
+    tiles = tl.cdiv(n_token, BLOCK_T)
+    batch = tile // tiles
+    t = tile % tiles * BLOCK_T + tl.arange(0, BLOCK_T)
+    if positions_ptr is not None:
+        at = batch.to(tl.int64) * stride_pb + t.to(tl.int64) * stride_pt
+        position = tl.load(positions_ptr + at, mask=t < n_token, other=0).to(tl.int64)
+    else:
+        position = t.to(tl.int64)
+    i = tl.arange(0, BLOCK_HALF)
+    mask = (t < n_token)[:, None] & (i < HALF)[None, :]
+    c = tl.load(cos_ptr + position[:, None] * stride_cp + i[None, :], mask=mask, other=0.0).to(DTYPE)
+    s = tl.load(sin_ptr + position[:, None] * stride_sp + i[None, :], mask=mask, other=0.0).to(DTYPE)
+    if INVERSE:
+        s = -s
+    if group < q_groups:
+        _turn_heads(
+            q_ptr, q_strides, q_out_ptr, group * HEADS, H, batch, t, n_token, c, s, HALF, D,
+            HEADS, BLOCK_HALF, BLOCK_REST, INTERLEAVED,
+        )  # fmt: skip
+    else:
+        _turn_heads(
+            k_ptr, k_strides, k_out_ptr, (group - q_groups) * HEADS, K, batch, t, n_token, c, s, HALF, D,
+            HEADS, BLOCK_HALF, BLOCK_REST, INTERLEAVED,
+        )  # fmt: skip
+
+
+def rope_turn(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """q and k turned by their angles, or back by them."""
+    q_out, k_out = _rope_turn_fake(q, k, cos, sin, positions, interleaved, inverse)
+    (B, H, T, D), K, half = q.shape, k.shape[1], cos.shape[-1]
+    if B * T == 0 or D == 0:
+        return q_out, k_out
+    cos = cos if cos.stride(1) == 1 else cos.contiguous()
+    sin = sin if sin.stride(1) == 1 else sin.contiguous()
+    stride_pb = positions.stride(0) if positions is not None and positions.dim() == 2 else 0
+    stride_pt = positions.stride(-1) if positions is not None else 0
+    block_half = max(triton.next_power_of_2(half), 8)
+    block_rest = triton.next_power_of_2(D - 2 * half + 1)  # 1 where every feature turns
+    block_t = max(1, TILE // block_half)
+    grid = (B * triton.cdiv(T, block_t) * (triton.cdiv(H, HEADS) + triton.cdiv(K, HEADS)),)
+    _rope_kernel[grid](
+        q, q.stride(), q_out, H, k, k.stride(), k_out, K, cos, sin, cos.stride(0), sin.stride(0),
+        positions, stride_pb, stride_pt, T, half, D,
+        BLOCK_T=block_t, HEADS=HEADS, BLOCK_HALF=block_half, BLOCK_REST=block_rest,
+        INTERLEAVED=interleaved, INVERSE=inverse, DTYPE=statistics(q.dtype)[1],
+    )  # fmt: skip
+    return q_out, k_out
+
+
+def _rope_turn_fake(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _flops(q: Any, k: Any, *args: Any, **kwargs: Any) -> int:
+    B, H, T, D = q
+    return cost.rope_cost(B, H, k[1], T, D).flops
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, cos, sin, positions, ctx.interleaved, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+    return *call(_turn, dq, dk, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse), None, None, None, None, None
+
+
+_turn = define_op(rope_turn, _rope_turn_fake, _flops, setup_context=_save, backward=_backward)
+
+
+class RoPEFunction(torch.autograd.Function):
+    """apply(q, k, cos, sin, positions, interleaved, inverse): rope without its checks, always in Triton."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = call(_turn, *inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool = False,
+    positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rotate pairs of features of q and k by their position's angle (Su et al. 2021, eq. 34).
+
+    q: (B, H, T, D).  k: (B, K, T, D).  fp32, fp16 or bf16, any strides.  cos, sin: (positions, R / 2), R <= D; features
+    past R pass unchanged; they receive no gradient.  positions: (T,) or (B, T), int32 or int64, rows of cos and sin,
+    not checked against their number; None is 0 .. T-1.  Pairs are (i, i + R/2), or (2i, 2i + 1) when interleaved.
+    Returns both rotated, contiguous, of their shapes and dtypes; the arithmetic is fp32. Autocast casts nothing.
+    Runs Triton on CUDA tensors and, under TRITON_INTERPRET=1, on CPU tensors (fp64 too); on plain CPU tensors the eager
+    oracle. Under the kernels torch.func transforms raise NotImplementedError.
+    Raises ValueError on a shape, dtype or device mismatch.
+    """
+    _check(q, k, cos, sin, positions)
+    if not runs_triton(q):
+        return reference.rope(q, k, cos, sin, interleaved=interleaved, positions=positions)
+    if torch.compiler.is_compiling():
+        return _turn(q, k, cos, sin, positions, interleaved, False)
+    refuse_transforms("rope")
+    return RoPEFunction.apply(q, k, cos, sin, positions, interleaved, False)
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"q: expected shape (B, H, T, D), got {tuple(q.shape)}")
+    B, _, T, D = q.shape
+    if k.dim() != 4 or (k.shape[0], k.shape[2], k.shape[3]) != (B, T, D):
+        raise ValueError(f"k: expected shape ({B}, K, {T}, {D}), as q, got {tuple(k.shape)}")
+    if cos.dim() != 2 or 2 * cos.shape[1] > D:
+        raise ValueError(f"cos: expected shape (positions, R / 2) with R <= {D}, got {tuple(cos.shape)}")
+    if sin.shape != cos.shape:
+        raise ValueError(f"sin: expected cos's shape {tuple(cos.shape)}, got {tuple(sin.shape)}")
+    for name, x in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
+        check_dtype(name, x)
+    check_device(("q", q), ("k", k), ("cos", cos), ("sin", sin), ("positions", positions))
+    if cos.requires_grad or sin.requires_grad:
+        raise ValueError("cos, sin: expected tables that need no gradient; detach them")
+    if positions is None:
+        if cos.shape[0] < T:
+            raise ValueError(f"cos: expected at least T = {T} positions, got {cos.shape[0]}")
+        return
+    if positions.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"positions: expected dtype int32 or int64, got {positions.dtype}")
+    if tuple(positions.shape) not in ((T,), (B, T)):
+        raise ValueError(f"positions: expected shape ({T},) or ({B}, {T}), got {tuple(positions.shape)}")
