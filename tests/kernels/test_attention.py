@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rooflight.kernels.attention import flash_attention
-from support.attention import DTYPES, draw, draw_sinks, judge_attention, tile
+from support.attention import DTYPES, LAYOUTS, draw, draw_sinks, judge_attention, lay_out_grad, tile
 from support.tolerance import gaussian
 
 GROUPED = (1, 2, 1, 40, 40)  # B, H, K, T, S
@@ -129,37 +129,6 @@ def test_a_row_that_sees_no_key_gives_zeros(sinks, device):
     assert all(x.isfinite().all() for x in (dq, *others))
 
 
-def _fused(x: Tensor) -> Tensor:
-    """A slice of one wide (B, T, heads, D) buffer, as a fused qkv projection gives."""
-    B, H, T, D = x.shape
-    buffer = x.new_zeros(B, T, 3 * H, D)
-    buffer[:, :, H : 2 * H] = x.transpose(1, 2)
-    return buffer[:, :, H : 2 * H].transpose(1, 2)
-
-
-def _every_other(x: Tensor) -> Tensor:
-    """A stride of 2 along the head size."""
-    return x.repeat_interleave(2, -1)[..., ::2]
-
-
-def _odd_offset(x: Tensor) -> Tensor:
-    """Rows that start at no multiple of 16 bytes, in a padded buffer."""
-    return torch.nn.functional.pad(x, (1, 2))[..., 1:-2]
-
-
-LAYOUTS = {
-    "(B, T, H, D)": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-    "(T, B, H, D)": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
-    "(B, H, D, T)": lambda x: x.mT.contiguous().mT,
-    "fused": _fused,
-    "every other": _every_other,
-    "odd offset": _odd_offset,
-    "expanded over T": lambda x: x[:, :, :1].expand_as(x),
-    "expanded over B and H": lambda x: x[:1, :1].expand_as(x),
-    "expanded over D": lambda x: x[..., :1].expand_as(x),
-}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_input_layouts(layout, device):
     inputs = draw(2, 2, 2, 20, 20, 24, torch.bfloat16, device)
@@ -168,11 +137,7 @@ def test_input_layouts(layout, device):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_grad_output_layouts(layout, device):
-    def grad(output: Tensor, generator: torch.Generator) -> Tensor:
-        noise = gaussian(output, generator)
-        return LAYOUTS[layout](noise) if noise.dim() == 4 else LAYOUTS[layout](noise[..., None])[..., 0]
-
-    judge_attention(draw(2, 2, 1, 20, 20, 16, torch.float32, device), grad=grad)
+    judge_attention(draw(2, 2, 1, 20, 20, 16, torch.float32, device), grad=lay_out_grad(layout))
 
 
 def test_output_and_gradients_keep_the_input_layout(device):

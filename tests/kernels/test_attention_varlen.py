@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import pytest
 import torch
-from torch import Tensor
 
 from rooflight.kernels.attention import flash_attention, flash_attention_varlen
-from support.attention import draw_sinks, judge_attention, tile
+from support.attention import draw_packed, draw_sinks, judge_attention, tile
 
 
 @pytest.fixture(autouse=True)
 def small_tiles():
     with tile(16, 16):
         yield
-
-
-def draw_packed(lengths_q, lengths_k, H, K, D, dtype, device="cpu", seed=0):
-    """Packed q, k, v and their bounds, as keyword arguments."""
-    generator = torch.Generator().manual_seed(seed)
-    packed: dict[str, Tensor | int] = {}
-    for name, lengths, heads in (("q", lengths_q, H), ("k", lengths_k, K), ("v", lengths_k, K)):
-        noise = torch.randn(sum(lengths), heads, D, generator=generator, dtype=torch.float64)
-        packed[name] = noise.to(device, dtype)
-    for side, lengths in (("q", lengths_q), ("k", lengths_k)):
-        ends = list(accumulate(lengths, initial=0))
-        packed[f"cu_seqlens_{side}"] = torch.tensor(ends, dtype=torch.int32, device=device)
-        packed[f"max_seqlen_{side}"] = max(lengths, default=0)
-    return packed
 
 
 # Ragged, with empty sequences on either side, first, last and in the middle

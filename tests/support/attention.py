@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 from unittest import mock
 
@@ -39,6 +40,70 @@ def draw(
 def draw_sinks(H: int, dtype: torch.dtype, device: Any = "cpu", seed: int = 0) -> Tensor:
     """One logit per head."""
     return torch.randn(H, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64).to(device, dtype)
+
+
+def draw_packed(
+    lengths_q: Sequence[int],
+    lengths_k: Sequence[int],
+    H: int,
+    K: int,
+    D: int,
+    dtype: torch.dtype,
+    device: Any = "cpu",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """q, k and v of packed sequences and their bounds."""
+    generator = torch.Generator().manual_seed(seed)
+    packed: dict[str, Any] = {}
+    for name, lengths, heads in (("q", lengths_q, H), ("k", lengths_k, K), ("v", lengths_k, K)):
+        noise = torch.randn(sum(lengths), heads, D, generator=generator, dtype=torch.float64)
+        packed[name] = noise.to(device, dtype)
+    for side, lengths in (("q", lengths_q), ("k", lengths_k)):
+        ends = list(accumulate(lengths, initial=0))
+        packed[f"cu_seqlens_{side}"] = torch.tensor(ends, dtype=torch.int32, device=device)
+        packed[f"max_seqlen_{side}"] = max(lengths, default=0)
+    return packed
+
+
+def _fused(x: Tensor) -> Tensor:
+    """A slice of one wide (B, T, heads, D) buffer, as a fused qkv projection gives."""
+    B, H, T, D = x.shape
+    buffer = x.new_zeros(B, T, 3 * H, D)
+    buffer[:, :, H : 2 * H] = x.transpose(1, 2)
+    return buffer[:, :, H : 2 * H].transpose(1, 2)
+
+
+def _every_other(x: Tensor) -> Tensor:
+    """A stride of 2 along the head size."""
+    return x.repeat_interleave(2, -1)[..., ::2]
+
+
+def _odd_offset(x: Tensor) -> Tensor:
+    """Rows that start at no multiple of 16 bytes, in a padded buffer."""
+    return torch.nn.functional.pad(x, (1, 2))[..., 1:-2]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "(B, T, H, D)": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "(T, B, H, D)": lambda x: x.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+    "(B, H, D, T)": lambda x: x.mT.contiguous().mT,
+    "fused": _fused,
+    "every other": _every_other,
+    "odd offset": _odd_offset,
+    "expanded over T": lambda x: x[:, :, :1].expand_as(x),
+    "expanded over B and H": lambda x: x[:1, :1].expand_as(x),
+    "expanded over D": lambda x: x[..., :1].expand_as(x),
+}
+
+
+def lay_out_grad(layout: str) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """What makes the gradient of an output, (B, H, T, D) or (B, H, T), in this layout."""
+
+    def grad(output: Tensor, generator: torch.Generator) -> Tensor:
+        noise = gaussian(output, generator)
+        return LAYOUTS[layout](noise) if noise.dim() == 4 else LAYOUTS[layout](noise[..., None])[..., 0]
+
+    return grad
 
 
 def judge_attention(
