@@ -167,6 +167,8 @@ class _Run:
             signals = stack.enter_context(_StopSignals())
             display = stack.enter_context(Display(self.console))
             progress = self._progress()
+            if self.checkpoint:
+                display.say(f"going on from step {self.step}, {self.checkpoint}")
             if self.step == 0 and self.val_data is not None:
                 record = {"step": 0, "tokens": 0, **self._validate()}
                 log.write(record)
@@ -179,10 +181,11 @@ class _Run:
                 self.step += 1
                 progress = self._progress()
                 ending = progress >= 1 or signals.received
-                validating = self.val_data is not None and not signals.received
-                validating &= self.step % config.eval_every == 0 or ending
+                due = progress >= 1 or (self.step % config.eval_every == 0 and not signals.received)
+                validating = due and self.val_data is not None
                 saving = self.step % config.checkpoint_every == 0 or ending
                 if not (saving or validating or self.step % config.log_every == 0):
+                    display.advance(progress)
                     continue
                 record = self._record(interval)
                 means.append(interval.seconds / interval.steps)

@@ -83,6 +83,11 @@ class Display:
         """A line that stays, above the bar."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def advance(self, progress: float) -> None:
+        """Move the bar, between records."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=min(progress, 1.0))
+
     def update(self, progress: float, record: dict[str, Any]) -> None:
         """Show a log record; validations always get a line of their own."""
         now = time.perf_counter()
