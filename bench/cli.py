@@ -16,9 +16,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer
 
 from ..tokenizer.commands import app as tokenizer
-from ..training.commands import app as training
-from .commands import app as own
-from .commands import bench
+from ..training.commands import train
+from .commands import bench, demo, estimate, generate
 
 app = typer.Typer(
     help="Triton kernels for training transformer language models, and everything around them.",
@@ -27,9 +26,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(tokenizer, name="tokenizer")
-app.add_typer(training)
-app.add_typer(own)
 app.add_typer(bench, name="bench")
+for command in (train, generate, estimate, demo):
+    app.command()(command)
 
 
 def _version(show: bool) -> None:

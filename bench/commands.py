@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from .cases import Case
     from .harness import Measurement
 
-app = typer.Typer()
 bench = typer.Typer(help="Measure this machine and hold the estimates against it.", no_args_is_help=True)
+
+DEFAULT_MODELS = {"cpu": ["tiny"], "cuda": ["gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl", "llama-1b"]}
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU when there is one.")]
 
 
-@app.command()
 def demo(
     text: Annotated[Path | None, typer.Option(help="A file or folder of text; the plays when left out.")] = None,
     out: Annotated[Path, typer.Option(help="The folder for everything the demo makes.")] = Path("runs/demo"),
@@ -48,7 +48,6 @@ def demo(
     raise typer.Exit(run_demo(config, Console()))
 
 
-@app.command()
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A run's checkpoints folder.")],
     tokenizer: Annotated[Path, typer.Option(help="The tokenizer's folder.")],
@@ -76,7 +75,6 @@ def generate(
     print(words.decode(out[0].tolist()))
 
 
-@app.command()
 def estimate(
     config: Annotated[str, typer.Argument(help="A preset's name, or a TOML file with a [model] table.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 1,
@@ -84,35 +82,39 @@ def estimate(
     dtype: Annotated[str, typer.Option(help="Of activations and products.")] = "bfloat16",
     causal: Annotated[str, typer.Option(help="exact: visible pairs only; full: T^2, the usual convention.")] = "exact",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations per block.")] = False,
+    gpus: Annotated[int, typer.Option(min=1, help="Devices that parameters and optimizer are sharded over.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Also draw where the FLOPs go, small to XL and by length.")] = None,
 ) -> None:
     """Parameters, FLOPs, bytes and memory per component, in closed form; times too, once `bench ceilings` has run."""
     import json
-    import tomllib
 
     import torch
     from rich.console import Console
 
     from ..model import estimate as closed_form
-    from ..training.config import model_config
     from .ceilings import load_ceilings
+    from .validate import read_model
 
-    values: dict = {"preset": config}
-    if config.endswith(".toml"):
-        values = tomllib.loads(Path(config).read_text(encoding="utf-8"))
+    name, model = read_model(config)
     result = closed_form(
-        model_config(values.get("model", values)),
+        model,
         batch_size=batch_size,
         context_length=context_length,
         dtype=dtype,
         causal=causal,
         checkpointing=checkpointing,
+        gpus=gpus,
         ceilings=load_ceilings(torch.device(_resolve("auto"))),
     )
     if as_json:
         print(json.dumps(result.to_dict(), indent=1))
     else:
         Console().print(result.table())
+    if plot:
+        from .plots import plot_shares
+
+        plot_shares(name, model, plot)
 
 
 @bench.command()
@@ -121,14 +123,61 @@ def ceilings(device: Device = "auto") -> None:
     import torch
     from rich.console import Console
 
-    from .ceilings import measure_ceilings, save_ceilings
+    from .ceilings import ceilings_table, measure_ceilings, save_ceilings
 
     place = torch.device(_resolve(device))
-    measured = measure_ceilings(place)
-    path = save_ceilings(measured, place)
     console = Console()
-    console.print(measured)
+    with console.status("") as status:
+        measured = measure_ceilings(place, progress=status.update)
+    path = save_ceilings(measured, place)
+    console.print(ceilings_table(measured))
     console.print(f"Kept in {path}")
+
+
+@bench.command()
+def validate(
+    models: Annotated[list[str] | None, typer.Argument(help="Presets, or TOML files with a [model] table.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 8,
+    context_length: Annotated[int | None, typer.Option(help="Tokens per sequence; the model's own by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of activations and products.")] = "bfloat16",
+    device: Device = "auto",
+    compiled: Annotated[bool, typer.Option("--compile", help="Also time the step under torch.compile.")] = False,
+    json_path: Annotated[Path, typer.Option("--json", help="The results; the prediction goes beside it.")] = Path(
+        "runs/validation.json"
+    ),
+    plot: Annotated[Path | None, typer.Option(help="Also draw predicted against measured.")] = None,
+) -> None:
+    """Predict a training step, write that down, then measure it: every component by itself, and the whole."""
+    import torch
+    from rich.console import Console
+
+    from .harness import machine, write_json
+    from .validate import read_model
+    from .validate import validate as run
+
+    place = torch.device(_resolve(device))
+    console = Console()
+    predictions = json_path.with_suffix(".predicted.json")
+    with console.status("") as status:
+        done = run(
+            dict(read_model(model) for model in models or DEFAULT_MODELS[place.type]),
+            place,
+            batch_size=batch_size,
+            context_length=context_length,
+            dtype=dtype,
+            compiled=compiled,
+            predictions=predictions,
+            progress=status.update,
+        )
+    for validation in done:
+        console.print(validation.table())
+    results = [validation.to_dict() for validation in done]
+    write_json(json_path, {"kind": "validation", "machine": machine(place), "validations": results})
+    console.print(f"Predicted: {predictions}. Measured: {json_path}.")
+    if plot:
+        from .plots import plot_validation
+
+        plot_validation(results, plot)
 
 
 @bench.command()
