@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rooflight.bench.validate import ceilings_of, count_flops
+from rooflight.bench.ceilings import ceilings_of
+from rooflight.bench.step import count_flops
 from rooflight.model import PRESETS, Transformer, estimate
 from rooflight.training.optim import build_optimizers
 

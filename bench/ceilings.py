@@ -1,48 +1,35 @@
-"""This machine's ceilings, measured in seconds and kept for the estimates: never read from a table of device names."""
+"""This machine's ceilings, measured in seconds and kept for the estimates: never read from a table of device names.
+
+Three rates make a roofline: products, copies, exponentials. Beside them every kernel that a training step launches is
+timed by itself, forward and backward, at a few sizes of its own (bench/kernel_rates.py); no step, layer or model is
+timed. What the estimate takes for a kernel at other sizes lies between those points.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from rich.table import Table
 
-from ..kernels import flash_attention
-from ..kernels.cost import flash_attention_cost
-from ..model.ceilings import Ceilings
+from ..model.ceilings import Ceilings, Sizes
+from ..model.parts import BACKWARD
 from ..training.throughput import measure_peak_flops
+from .clock import best_seconds
 from .harness import machine, write_json
+from .kernel_rates import KERNELS, kernel_rates
 
-ATTENTION_LENGTHS = {"cpu": (128, 256, 512, 1024), "cuda": (512, 1024, 2048, 4096, 8192, 16384)}
-# (batch x heads x length) of the attention measurement: enough to fill the device, small enough to be quick
-ATTENTION_TOKENS = {"cpu": 4096, "cuda": 16384 * 16}
-ATTENTION_HEAD_DIM = {"cpu": 64, "cuda": 128}
-
-
-def _best_seconds(call: Callable[[], object], device: torch.device, budget: float = 0.3) -> float:
-    """The shortest time of the call within a budget: a ceiling is what the machine can do."""
-    call()
-    if device.type == "cuda":
-        import triton
-
-        return triton.testing.do_bench(call, return_mode="min") / 1e3
-    best, deadline = float("inf"), time.perf_counter() + budget
-    while best == float("inf") or time.perf_counter() < deadline:
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def _copy_bandwidth(device: torch.device) -> float:
     size = 2**32 if device.type == "cuda" else 2**28  # far beyond any cache
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / _best_seconds(lambda: target.copy_(source), device)
+    return 2 * size / best_seconds(lambda: target.copy_(source), device)
 
 
 def _exp_rate(device: torch.device) -> float | None:
@@ -51,29 +38,7 @@ def _exp_rate(device: torch.device) -> float | None:
         return None
     x = torch.randn(2**16)
     out = torch.empty_like(x)
-    return x.numel() / _best_seconds(lambda: torch.exp(x, out=out), device)
-
-
-def _attention_seconds(BH: int, T: int, D: int, device: torch.device) -> tuple[float, float]:
-    """(forward, backward) seconds of the public function on causal attention in bf16."""
-    q, k, v = (torch.randn(1, BH, T, D, device=device).to(torch.bfloat16).requires_grad_() for _ in range(3))
-    out: Tensor = flash_attention(q, k, v)  # type: ignore[assignment]
-    upstream = torch.randn_like(out)
-    backward = _best_seconds(lambda: torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True), device)
-    with torch.no_grad():
-        return _best_seconds(lambda: flash_attention(q, k, v), device), backward
-
-
-def _attention_rates(device: torch.device) -> tuple[dict[int, float], dict[int, float]]:
-    """FLOP/s of attention, forward and backward, at each length."""
-    rates: tuple[dict[int, float], dict[int, float]] = ({}, {})
-    D = ATTENTION_HEAD_DIM[device.type]
-    for T in ATTENTION_LENGTHS[device.type]:
-        BH = max(1, ATTENTION_TOKENS[device.type] // T)
-        for backward, seconds in enumerate(_attention_seconds(BH, T, D, device)):
-            cost = flash_attention_cost(1, BH, BH, T, T, D, backward=bool(backward))
-            rates[backward][T] = cost.flops / seconds
-    return rates
+    return x.numel() / best_seconds(lambda: torch.exp(x, out=out), device)
 
 
 def _memory_bytes(device: torch.device) -> int:
@@ -82,17 +47,20 @@ def _memory_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def measure_ceilings(device: torch.device) -> Ceilings:
-    """Measure every ceiling; about ten seconds on two CPU cores, less than a minute on a GPU."""
-    dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if device.type == "cuda" else [])
-    forward, backward = _attention_rates(device)
+def measure_ceilings(device: torch.device, *, progress: Callable[[str], object] = lambda what: None) -> Ceilings:
+    """Measure every ceiling, in less than a minute; progress is told what comes next."""
+    progress("products, copies, exponentials")
+    peaks = {_name(dtype): measure_peak_flops(device, dtype) for dtype in DTYPES}
     where = machine(device)
     return Ceilings(
-        gemm_flops={str(dtype).removeprefix("torch."): measure_peak_flops(device, dtype) for dtype in dtypes},
+        gemm_flops=peaks,
         copy_bandwidth=_copy_bandwidth(device),
         exp_rate=_exp_rate(device),
-        attention_flops=forward,
-        attention_backward_flops=backward,
+        kernels={
+            f"{kernel} {_name(dtype)}": rates
+            for dtype in DTYPES
+            for kernel, rates in kernel_rates(dtype, device, progress=progress).items()
+        },
         device=where["device"],
         date=where["date"],
         versions={key: str(where[key]) for key in ("torch", "triton", "cuda") if where[key]},
@@ -100,9 +68,40 @@ def measure_ceilings(device: torch.device) -> Ceilings:
     )
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def ceilings_table(ceilings: Ceilings) -> Table:
+    """For rich.print: the three rates, then each kernel's slowest and fastest."""
+    table = Table(title=f"{ceilings.device}, {ceilings.date}")
+    table.add_column("ceiling")
+    for column in ("rate, or lowest", "highest", "at"):
+        table.add_column(column, justify="right")
+    for dtype, rate in ceilings.gemm_flops.items():
+        table.add_row(f"products, {dtype}", f"{rate / 1e12:.3f} TFLOP/s")
+    table.add_row("copies", f"{ceilings.copy_bandwidth / 1e9:.1f} GB/s")
+    if ceilings.exp_rate is not None:
+        table.add_row("exponentials", f"{ceilings.exp_rate / 1e9:.2f} G/s")
+    table.add_section()
+    for kernel, points in ceilings.kernels.items():
+        unit = "GFLOP/s" if KERNELS[kernel.rpartition(" ")[0].removesuffix(BACKWARD)].flops else "G elements/s"
+        best = max(points, key=points.__getitem__)
+        table.add_row(
+            kernel, *(f"{rate / 1e9:,.2f} {unit}" for rate in (min(points.values()), points[best])), _sizes(best)
+        )
+    return table
+
+
+def _sizes(sizes: Sizes) -> str:
+    return " x ".join(f"{size:,}" for size in sizes)
+
+
 def _path(device: torch.device) -> Path:
+    """One file for each kind of device; a CPU's rates depend on the threads that torch may use."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "rooflight" / f"ceilings-{device.type}.json"
+    kind = device.type if device.type == "cuda" else f"{device.type}-{torch.get_num_threads()}"
+    return root / "rooflight" / f"ceilings-{kind}.json"
 
 
 def save_ceilings(ceilings: Ceilings, device: torch.device) -> Path:
@@ -120,3 +119,22 @@ def load_ceilings(device: torch.device) -> Ceilings | None:
     here = machine(device)
     same = ceilings.device == here["device"] and ceilings.versions.get("torch") == here["torch"]
     return ceilings if same else None
+
+
+def require_ceilings(device: torch.device) -> Ceilings:
+    """load_ceilings; ValueError when nothing was measured here."""
+    ceilings = load_ceilings(device)
+    if ceilings is None:
+        raise ValueError(
+            f"no ceilings measured on this {device.type} with torch {torch.__version__}: run `rooflight bench ceilings`"
+        )
+    return ceilings
+
+
+def ceilings_of(device: torch.device) -> Ceilings:
+    """The ones kept from an earlier measurement on this machine, else measured now and kept."""
+    known = load_ceilings(device)
+    if known is None:
+        known = measure_ceilings(device)
+        save_ceilings(known, device)
+    return known

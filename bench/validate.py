@@ -1,20 +1,33 @@
-"""Prediction beside measurement: parameters, FLOPs, memory and time of one training step."""
+"""Prediction beside measurement: parameters, FLOPs, memory and time of one training step, component by component.
+
+The prediction is written to disk before anything of it is measured.
+"""
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Group
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
-from ..kernels import reference
-from ..model import ModelConfig, Transformer, estimate
-from ..model.ceilings import Ceilings
-from ..training.config import TrainConfig
+from ..model import ModelConfig, estimate
+from ..model.estimate import Estimate
+from ..training.config import TrainConfig, model_config
 from ..training.loop import TrainResult
-from .ceilings import load_ceilings, measure_ceilings, save_ceilings
+from .ceilings import ceilings_of, require_ceilings
+from .clock import median_seconds
+from .components import Timed, measure_components
+from .harness import machine, write_json
+from .kernel_rates import ops_on
+from .step import Step, count_flops
+
+STEP_SECONDS = 5.0  # for the median of the whole step
+JOINED = {"loss": "logits"}  # one kernel computes both: their rows are measured, and compared, together
 
 
 @dataclass(frozen=True)
@@ -34,72 +47,207 @@ class Row:
 
 
 @dataclass(frozen=True)
+class ComponentRow:
+    """A component's seconds in one step, forward, backward and update together."""
+
+    name: str
+    predicted: float
+    measured: float
+
+    @property
+    def ratio(self) -> float:
+        """Predicted over measured."""
+        return self.predicted / self.measured if self.measured else float("nan")
+
+
+@dataclass(frozen=True)
 class Validation:
-    """The rows, and the ceilings that the predictions stand on."""
+    """One step, whole and in its components, and the estimate it is held against."""
 
+    name: str
+    predicted: Estimate
     rows: tuple[Row, ...]
-    ceilings: Ceilings
+    components: tuple[ComponentRow, ...] = ()
+    step_seconds: float | None = None
 
-    def table(self) -> Table:
-        out = Table(title="One training step: predicted and measured", caption=self._caption())
+    @property
+    def residual(self) -> float | None:
+        """Seconds of the measured step that its measured components leave unexplained; None without both."""
+        if self.step_seconds is None or not self.components:
+            return None
+        return self.step_seconds - sum(row.measured for row in self.components)
+
+    def table(self) -> Group:
+        """For rich.print: the totals, and the components where they were measured."""
+        return Group(*([self._component_table()] if self.components else []), self._total_table())
+
+    def _total_table(self) -> Table:
+        out = Table(title=f"{self._title()}: predicted and measured", caption=self._caption())
         out.add_column("quantity")
         for column in ("predicted", "measured", "ratio"):
             out.add_column(column, justify="right")
         out.add_column("how it is measured")
         for row in self.rows:
-            numbers = [f"{value:,.0f}" if row.unit == "" else f"{value:,.2f} {row.unit}" for value in _values(row)]
+            numbers = [f"{v:,.0f}" if row.unit == "" else f"{v:,.2f} {row.unit}" for v in (row.predicted, row.measured)]
             out.add_row(row.quantity, *numbers, f"{row.ratio:.3f}", row.what)
         return out
 
+    def _component_table(self) -> Table:
+        out = Table(title=f"{self._title()}: components, each by itself")
+        out.add_column("component")
+        for column in ("predicted", "measured", "ratio", "share of step"):
+            out.add_column(column, justify="right")
+        for row in self.components:
+            out.add_row(row.name, _ms(row.predicted), _ms(row.measured), f"{row.ratio:.3f}", self._share(row.measured))
+        out.add_section()
+        predicted, measured = (sum(getattr(row, key) for row in self.components) for key in ("predicted", "measured"))
+        out.add_row("sum", _ms(predicted), _ms(measured), f"{predicted / measured:.3f}", self._share(measured))
+        if self.step_seconds is not None and self.residual is not None:
+            out.add_row("residual: step - sum", "", _ms(self.residual), "", self._share(self.residual))
+            step = self.step_seconds
+            out.add_row("step", _ms(predicted), _ms(step), f"{predicted / step:.3f}", "100.0%", style="bold")
+        return out
+
+    def _share(self, seconds: float) -> str:
+        return f"{seconds / self.step_seconds:.1%}" if self.step_seconds else ""
+
+    def _title(self) -> str:
+        e = self.predicted
+        return f"{self.name}, batch {e.batch_size} x {e.context_length}, {e.dtype}"
+
     def _caption(self) -> str:
-        c = self.ceilings
+        c = self.predicted.ceilings
+        assert c is not None
         rates = ", ".join(f"{dtype} {rate / 1e12:.3f} TFLOP/s" for dtype, rate in c.gemm_flops.items())
         return f"{c.device}, {c.date}: products {rates}; copy {c.copy_bandwidth / 1e9:.1f} GB/s"
 
     def to_dict(self) -> dict[str, Any]:
-        return {"rows": [asdict(row) | {"ratio": row.ratio} for row in self.rows], "ceilings": self.ceilings.to_dict()}
+        """For JSON: the totals, the components, the residual, and the ceilings that the prediction stands on."""
+        e = self.predicted
+        return {
+            "name": self.name,
+            "model": e.config.to_dict(),
+            "batch_size": e.batch_size,
+            "context_length": e.context_length,
+            "dtype": e.dtype,
+            "rows": [asdict(row) | {"ratio": row.ratio} for row in self.rows],
+            "components": [asdict(row) | {"ratio": row.ratio} for row in self.components],
+            "step_seconds": self.step_seconds,
+            "residual_seconds": self.residual,
+            "ceilings": e.ceilings.to_dict() if e.ceilings else None,
+        }
 
 
-def _values(row: Row) -> tuple[float, float]:
-    return row.predicted, row.measured
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.3f} ms"
 
 
-def count_flops(config: ModelConfig, batch_size: int) -> tuple[int, int]:
-    """(parameters, matrix-product FLOPs of a forward and backward) as torch counts them, on tensors without storage."""
-    with torch.device("meta"):
-        model = Transformer(config, ops=reference)
-        tokens = torch.zeros(batch_size, config.context_length, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter:
-        model(tokens, targets=tokens).backward()
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
+def read_model(text: str) -> tuple[str, ModelConfig]:
+    """(name, configuration) of a preset, or of a TOML file with a [model] table or the fields themselves.
+
+    Raises ValueError naming what is wrong, FileNotFoundError when the file is not there.
+    """
+    if not text.endswith(".toml"):
+        return text, model_config({"preset": text})
+    path = Path(text)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not TOML: {error}") from None
+    return path.stem, model_config(values.get("model", values))
 
 
-def ceilings_of(device: torch.device) -> Ceilings:
-    """The ones kept from an earlier measurement on this machine, else measured now and kept."""
-    known = load_ceilings(device)
-    if known is None:
-        known = measure_ceilings(device)
-        save_ceilings(known, device)
-    return known
+def predict(
+    config: ModelConfig, *, batch_size: int, context_length: int | None, dtype: str, device: torch.device
+) -> Estimate:
+    """The closed form on this machine's ceilings; ValueError when none were measured or an argument is impossible."""
+    return estimate(
+        config,
+        batch_size=batch_size,
+        context_length=context_length,
+        dtype=dtype,
+        causal="full",  # as torch's FlopCounterMode counts
+        ceilings=require_ceilings(device),
+        ops=ops_on(device)[0],
+    )
+
+
+def validate(
+    models: dict[str, ModelConfig],
+    device: torch.device,
+    *,
+    batch_size: int,
+    context_length: int | None = None,
+    dtype: str = "bfloat16",
+    compiled: bool = False,
+    predictions: Path,
+    progress: Callable[[str], object] = lambda what: None,
+) -> list[Validation]:
+    """Predict every model's step, write that to `predictions` (JSON), then measure them one after another."""
+    predicted = {
+        name: predict(config, batch_size=batch_size, context_length=context_length, dtype=dtype, device=device)
+        for name, config in models.items()
+    }
+    written = {name: e.to_dict() for name, e in predicted.items()}
+    write_json(predictions, {"kind": "prediction", "machine": machine(device), "predictions": written})
+    return [_measure(name, e, device, compiled, progress) for name, e in predicted.items()]
+
+
+def _measure(
+    name: str, e: Estimate, device: torch.device, compiled: bool, progress: Callable[[str], object]
+) -> Validation:
+    sizes = e.config, e.batch_size, e.context_length, getattr(torch, e.dtype), device
+    progress(f"{name}: FLOPs, memory")
+    rows = [*_counted(e), _memory(e, Step(*sizes).peak_bytes())]
+    components = measure_components(*sizes, progress=lambda what: progress(f"{name}: {what}"))
+    progress(f"{name}: step")
+    (seconds,) = median_seconds([Step(*sizes)], device, seconds=STEP_SECONDS, capture=False)
+    rows += _times(e, seconds, "the whole step, eager")
+    if compiled:
+        progress(f"{name}: step, compiled")
+        (fused,) = median_seconds([Step(*sizes, compiled=True)], device, seconds=STEP_SECONDS, capture=False)
+        rows += _times(e, fused, "the whole step, torch.compile", ", compiled")
+    return Validation(name, e, tuple(rows), tuple(_side_by_side(e, components)), seconds)
+
+
+def _counted(e: Estimate) -> list[Row]:
+    parameters, flops = count_flops(e.config, e.batch_size, e.context_length)
+    return [
+        Row("parameters", "", e.parameters, parameters, "counted in the model"),
+        Row("matrix FLOPs", "GFLOP", e.flops / 1e9, flops / 1e9, "torch's FlopCounterMode, T^2 attention"),
+    ]
+
+
+def _memory(e: Estimate, measured: int) -> Row:
+    what = "what torch allocates in one eager step with AdamW, parameters and moments included"
+    return Row("peak memory", "MiB", e.memory_bytes / 2**20, measured / 2**20, what)
+
+
+def _times(e: Estimate, seconds: float, what: str, suffix: str = "") -> list[Row]:
+    predicted = e.seconds or 0.0
+    return [
+        Row(f"step time{suffix}", "ms", predicted * 1e3, seconds * 1e3, f"{what}, median"),
+        Row(f"throughput{suffix}", "k tokens/s", e.tokens / predicted / 1e3, e.tokens / seconds / 1e3, what),
+    ]
+
+
+def _side_by_side(e: Estimate, measured: dict[str, Timed]) -> list[ComponentRow]:
+    predicted: dict[str, float] = {}
+    for component in e.components:
+        name = JOINED.get(component.name, component.name)
+        predicted[name] = predicted.get(name, 0.0) + (component.seconds or 0.0)
+    titles = {name: f"{name} and {joined}" for joined, name in JOINED.items()}
+    return [ComponentRow(titles.get(name, name), predicted[name], measured[name].seconds) for name in predicted]
 
 
 def validate_step(run: TrainConfig, device: torch.device, measured: TrainResult) -> Validation:
-    """Hold the closed form of a run's training step against what the run measured."""
-    ceilings = ceilings_of(device)
-    predicted = estimate(run.model, batch_size=run.batch_size, dtype=run.dtype, causal="full", ceilings=ceilings)
-    parameters, flops = count_flops(run.model, run.batch_size)
-    where = "allocated by torch" if device.type == "cuda" else "resident, beyond the process's own; eager keeps more"
-    rows = (
-        Row("parameters", "", predicted.parameters, parameters, "counted in the model"),
-        Row("matrix FLOPs", "GFLOP", predicted.flops / 1e9, flops / 1e9, "torch's FlopCounterMode, T^2 attention"),
-        Row("peak memory", "MiB", predicted.memory_bytes / 2**20, measured.peak_memory_bytes / 2**20, where),
-        Row("step time", "ms", (predicted.seconds or 0) * 1e3, measured.step_seconds * 1e3, "median of the run"),
-        Row(
-            "throughput",
-            "k tokens/s",
-            (predicted.tokens_per_second or 0) / 1e3,
-            measured.tokens_per_second / 1e3,
-            "mean of the run's steps",
-        ),
-    )
-    return Validation(rows, ceilings)
+    """Hold the closed form of a run's training step against a step of its own, and the run's time against both."""
+    ceilings_of(device)
+    e = predict(run.model, batch_size=run.batch_size, context_length=None, dtype=run.dtype, device=device)
+    step = Step(run.model, run.batch_size, e.context_length, getattr(torch, run.dtype), device, compiled=run.compile)
+    memory = _memory(e, step.peak_bytes())
+    (seconds,) = median_seconds([step], device, seconds=STEP_SECONDS, capture=False)
+    rows = [*_counted(e), memory, *_times(e, seconds, "a step with AdamW")]
+    what = f"the run's own, with {run.optimizer}, clipping, data and the log"
+    rows.append(Row("step time in training", "ms", (e.seconds or 0) * 1e3, measured.step_seconds * 1e3, what))
+    return Validation("One training step", e, tuple(rows), (), seconds)

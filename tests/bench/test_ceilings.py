@@ -1,13 +1,16 @@
 """Ceilings are kept per machine and version, and never trusted elsewhere."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from rooflight.bench import ceilings, harness
+from rooflight.bench import ceilings, harness, kernel_rates
+from rooflight.model import PRESETS
 from rooflight.model.ceilings import Ceilings
+from rooflight.model.parts import parts
 
 CPU = torch.device("cpu")
 
@@ -23,7 +26,7 @@ def here() -> Ceilings:
         gemm_flops={"float32": 1e11},
         copy_bandwidth=1e10,
         exp_rate=1e9,
-        attention_flops={128: 1e10},
+        kernels={"attention float32": {(128, 64): 1e10}},
         device=where["device"],
         date=where["date"],
         versions={"torch": where["torch"]},
@@ -51,15 +54,60 @@ def test_a_damaged_file_is_measured_again():
     assert ceilings.load_ceilings(CPU) is None
 
 
+def test_without_a_measurement_the_command_to_run_is_named():
+    with pytest.raises(ValueError, match=r"^no ceilings measured on this cpu .*: run `rooflight bench ceilings`$"):
+        ceilings.require_ceilings(CPU)
+
+
+def test_the_rates_of_one_number_of_threads_are_not_those_of_another(monkeypatch: pytest.MonkeyPatch):
+    ceilings.save_ceilings(here(), CPU)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+    assert ceilings.load_ceilings(CPU) is None
+
+
 def test_measuring_gives_every_rate(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ceilings, "ATTENTION_LENGTHS", {"cpu": (16, 32)})
-    monkeypatch.setattr(ceilings, "ATTENTION_TOKENS", {"cpu": 64})
+    small = {
+        "gemm": (32, 16, 8), "attention": (16, 8), "linear_cross_entropy": (8, 4, 16), "rms_norm": (64, 8),
+        "rms_norm residual": (64, 8), "rope": (256, 8), "swiglu": (64, 8), "gelu": (64, 8), "add": (64,),
+        "embedding": (512,), "cast": (64,), "adamw": (64,),
+    }  # fmt: skip
+    for name, sizes in small.items():
+        monkeypatch.setitem(
+            kernel_rates.KERNELS, name, dataclasses.replace(kernel_rates.KERNELS[name], sizes={"cpu": (sizes,)})
+        )
+    monkeypatch.setattr(kernel_rates, "ATTENTION_ROWS", {"cpu": 64})
     monkeypatch.setattr(ceilings, "measure_peak_flops", lambda device, dtype: 1e9)
-    monkeypatch.setattr(ceilings, "_best_seconds", lambda call, device: (call(), 0.5)[1])
-    measured = ceilings.measure_ceilings(CPU)
+    monkeypatch.setattr(ceilings, "best_seconds", lambda call, device: (call(), 0.5)[1])
+    monkeypatch.setattr(
+        kernel_rates, "median_seconds", lambda calls, device, seconds: [(call(), 0.5)[1] for call in calls]
+    )
+    told: list[str] = []
+    measured = ceilings.measure_ceilings(CPU, progress=told.append)
+    assert told[1] == "gemm, float32"
     assert set(measured.gemm_flops) == {"float32", "bfloat16"}
     assert measured.copy_bandwidth == 2 * 2**28 / 0.5
-    assert set(measured.attention_flops) == set(measured.attention_backward_flops) == {16, 32}
-    # 4 D FLOPs for each of the T (T + 1) / 2 visible pairs of each of the 64 / T heads
-    assert measured.attention_flops[16] == 4 * 64 * 136 * 4 / 0.5
-    assert measured.attention_backward_flops[16] == 2.5 * measured.attention_flops[16]
+    for dtype in measured.gemm_flops:
+        rates = {name: measured.kernels[f"{name} {dtype}"] for name in small if (name, dtype) != ("cast", "float32")}
+        # FLOPs of the products: 2 M N K; 4 D for each of the T (T + 1) / 2 visible pairs of each of the 64 / T heads
+        assert rates["gemm"] == {(32, 16, 8): 2 * 32 * 16 * 8 / 0.5}
+        assert measured.kernels[f"gemm backward {dtype}"] == {(32, 16, 8): 2 * 2 * 32 * 16 * 8 / 0.5}
+        assert rates["attention"] == {(16, 8): 4 * 8 * 136 * 4 / 0.5}
+        assert measured.kernels[f"attention backward {dtype}"][16, 8] == 2.5 * rates["attention"][16, 8]
+        # elements everywhere else
+        assert rates["rms_norm"] == rates["swiglu"] == {(64, 8): 64 / 0.5}
+        assert rates["adamw"] == {(64,): 64 / 0.5}
+    assert Ceilings.from_dict(json.loads(json.dumps(measured.to_dict()))) == measured
+
+
+def test_every_kernel_of_a_step_has_its_rate():
+    """What the estimate asks for is what is measured, by the same names and as many sizes."""
+    asked = {}
+    for config in (PRESETS["tiny"], dataclasses.replace(PRESETS["gpt2-small"], qk_norm=True)):
+        for part in parts(config, 2, 64, "bfloat16", checkpointing=False, gpus=1):
+            for work in (*part.forward, *part.backward, *part.update):
+                asked[work.kernel] = len(work.sizes)
+    timed = {}
+    for name, kernel in kernel_rates.KERNELS.items():
+        for suffix in ("", " backward") if kernel.backward else ("",):
+            timed[name + suffix] = len(kernel.sizes["cpu"][0])
+    assert asked == timed

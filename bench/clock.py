@@ -1,0 +1,129 @@
+"""How long calls take beside one another, on a machine that other work slows down and speeds up.
+
+Calls are timed in turn, round after round: a slow moment falls on all of them alike, and by the time one comes round
+again the others' memory has gone through the caches. What is reported is each call's median over the rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+Call = Callable[[], object]
+
+L2_FLUSH = 2**28  # bytes written before each timed call on a GPU, several times its L2
+
+
+def median_seconds(
+    calls: Sequence[Call],
+    device: torch.device,
+    *,
+    seconds: float,
+    rounds: tuple[int, int] = (3, 25),
+    capture: bool = True,
+) -> list[float]:
+    """Each call's median seconds, of at least rounds[0] and at most rounds[1], as many as fit into `seconds`.
+
+    On a GPU: events around the replay of a CUDA graph of the call, on a cold L2 (around the call itself where it cannot
+    be captured, or is not to be). On a CPU: the clock on the wall; with a single thread, the time that thread ran.
+    """
+    if device.type == "cuda":
+        samplers = [_cuda_sampler(_captured(call, device) if capture else call, device) for call in calls]
+    else:
+        samplers = [_cpu_sampler(call) for call in calls]
+    times: list[list[float]] = [[] for _ in calls]
+    deadline = time.perf_counter() + seconds
+    for done in range(rounds[1]):
+        if done >= rounds[0] and time.perf_counter() > deadline:
+            break
+        for sampler, samples in zip(samplers, times, strict=True):
+            samples.append(sampler())
+    return [statistics.median(samples) for samples in times]
+
+
+def clock() -> Callable[[], float]:
+    """The clock for a CPU's work: waiting behind other processes is no work of the one thread that does it all."""
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _cpu_sampler(call: Call) -> Callable[[], float]:
+    now = clock()
+    call()  # first calls allocate, pack weights and choose kernels
+
+    def sample() -> float:
+        start = now()
+        call()
+        return now() - start
+
+    return sample
+
+
+def _cuda_sampler(run: Call, device: torch.device) -> Callable[[], float]:
+    run()
+    flush = torch.empty(L2_FLUSH, dtype=torch.uint8, device=device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample() -> float:
+        flush.zero_()  # while the GPU writes, the host queues what follows: no launch is waited for
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return sample
+
+
+def _captured(call: Call, device: torch.device) -> Call:
+    """The replay of a CUDA graph of the call; the call itself where it synchronises and so cannot be captured.
+
+    A backward pass runs on the stream its forward ran on: that must be this one (on_capture_stream).
+    """
+    stream = capture_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compile and tune before the capture
+            call()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize(device)
+        return call
+    return graph.replay
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which calls are captured."""
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
+
+
+def on_capture_stream(device: torch.device) -> AbstractContextManager:
+    """What a backward pass that is to be timed must have its forward run in; nothing on a CPU."""
+    return torch.cuda.stream(capture_stream(device)) if device.type == "cuda" else nullcontext()
+
+
+def best_seconds(call: Call, device: torch.device, seconds: float = 0.3) -> float:
+    """The shortest time of the call within `seconds`: a ceiling is what the machine can do."""
+    call()
+    if device.type == "cuda":
+        import triton
+
+        return triton.testing.do_bench(call, return_mode="min") / 1e3
+    best, deadline = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < deadline:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
