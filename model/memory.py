@@ -6,7 +6,8 @@ frees that, and leaves gradients. The peak is the most that is held at any stage
 Three implementations of the operations differ in what they save:
 
     triton   rooflight.kernels on a GPU: fused, statistics and inputs only
-    cpu      rooflight.kernels on a plain CPU: torch's scaled_dot_product_attention, the eager oracles for the rest
+    cpu      rooflight.kernels on a plain CPU: torch's scaled_dot_product_attention, the loss in chunks, the eager oracles
+             for the rest
     eager    rooflight.kernels.reference: the scores are kept as exponentials, probabilities and their quotient
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..kernels.cost import INDEX, STATISTIC, itemsize
+from ..kernels.linear_cross_entropy import CHUNK_LOGITS
 from .config import ModelConfig
 
 FP32 = 4
@@ -46,7 +48,7 @@ class Stage:
 
     saved      bytes kept from its forward for its backward pass
     working    bytes that its backward pass needs beyond those, at its worst moment
-    weights    parameters of its matrices, cast to the products' dtype and back
+    weights    parameters of its matrices: their gradients stay, and in a block their casts are held till then
     """
 
     name: str
@@ -78,8 +80,8 @@ def stages(
         )
         # the quotient rule: the quotient's gradient g and -g, p / sum and p / sum², their product; p / sum was freed
         attention_working = 5 * pairs * FP32 - pairs * s
-    else:  # q, k, v, out, log-sum-exp; on a CPU torch lays out out by heads, and the output projection keeps a copy
-        attention = (3 if eager else 2) * q + 2 * kv + rows * STATISTIC
+    else:  # q, k, v, out, log-sum-exp; out lies head by head, so the output projection keeps a copy of its own
+        attention = 3 * q + 2 * kv + rows * STATISTIC
         attention_working = 2 * q + 2 * kv + rows * STATISTIC  # dout, dq, dk, dv, delta
     swiglu = c.ffn == "swiglu"
     activation = (3 if eager else 2) * FP32 if eager and swiglu else (2 if swiglu else 1) * s
@@ -102,10 +104,17 @@ def stages(
         Stage("FFN", stream + ffn, ffn_working, (3 if swiglu else 2) * d * F),
     ]
     embedding = Stage("embedding", 0, V * d * FP32 if c.tie_embeddings else 0)
-    if eager:  # the logits in fp32; then the gathered logit's gradient, z - lse, its exponential, and their product
-        loss = Stage("loss", N * (V * FP32 + STATISTIC + INDEX + 1), 4 * N * V * FP32, V * d)
+    low = s < FP32
+    if ops == "eager":
+        # the logits in fp32; then the gathered logit's gradient, z - lse, its exponential, and their product
+        loss = Stage("loss", N * (V * FP32 + STATISTIC + INDEX + 1) + V * d * s * low, 4 * N * V * FP32, V * d)
     else:
-        loss = Stage("loss", N * (INDEX + STATISTIC), stream + V * d * FP32, V * d)
+        # a chunk's logits, in eager order also in fp32, their exponentials and those scaled; dx; the weight's gradient
+        # and, in the dtype, the weight itself or a chunk's share of the gradient
+        chunk = min(N * V, CHUNK_LOGITS["cuda" if ops == "triton" else "cpu"] // V * V)
+        logits = chunk * (s if ops == "triton" else s + (3 if low else 2) * FP32)
+        extra = (low + (ops == "triton")) * s
+        loss = Stage("loss", N * STATISTIC, stream + logits + V * d * (FP32 + extra), V * d)
     return embedding, block, [Stage("norms", norm(N, d), norm_working), Stage("logits", stream, 0), loss]
 
 
@@ -139,15 +148,15 @@ def memory(
     # a norm that keeps the block's own input keeps no second copy of it
     shared = stream if ops == "triton" or size == FP32 else 0
     cast = size if size < FP32 and gpus == 1 else 0  # of one weight, until its gradient is there
-    casts = cast * (config.n_layer * block_weights + last[-1].weights)
+    casts = cast * config.n_layer * block_weights  # the loss casts its weight by itself
     gathered = 0 if gpus == 1 else size * (2 * block_weights + last[-1].weights)  # this block's weights and the next's
 
     peak, peak_at = 0, ""
     held = 3 * state + activations + gathered
     # with checkpointing the casts of the blocks go when the forward pass ends
-    held += cast * last[-1].weights if checkpointing else casts
+    held += 0 if checkpointing else casts
 
-    def backward(stage: Stage) -> None:
+    def backward(stage: Stage, cast: int) -> None:
         nonlocal held
         see(held + stage.working, stage.name)
         held += stage.weights * FP32 // gpus - stage.weights * cast - stage.saved
@@ -158,12 +167,12 @@ def memory(
             peak, peak_at = bytes_held, name
 
     for stage in reversed(last):
-        backward(stage)
+        backward(stage, 0)
     for _ in range(config.n_layer):
         if checkpointing:  # the block runs once more
             held += block_saved - shared + block_weights * cast
         for stage in reversed(block):
-            backward(stage)
+            backward(stage, cast)
         if checkpointing:
             held += shared - stream
     see(held + embedding.working, embedding.name)

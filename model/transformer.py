@@ -220,7 +220,8 @@ class Transformer(nn.Module):
             return self.logits(x)
         if targets.shape != tokens.shape:
             raise ValueError(f"targets: expected the shape of tokens {tuple(tokens.shape)}, got {tuple(targets.shape)}")
-        return self.ops.linear_cross_entropy(x.flatten(0, 1), self.output_weight.to(x.dtype), targets.flatten())
+        # the weight stays fp32: the op casts it, keeps no copy, and sums its gradient in fp32
+        return self.ops.linear_cross_entropy(x.flatten(0, 1), self.output_weight, targets.flatten())
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., d) hidden states to (..., V), in x's dtype."""

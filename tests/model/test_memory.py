@@ -1,0 +1,115 @@
+"""Predicted memory against what torch's allocator reports of a training step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import import_module
+from types import ModuleType
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from rooflight import kernels
+from rooflight.kernels import reference
+from rooflight.model import PRESETS, ModelConfig, Transformer, estimate
+from rooflight.model.memory import saved_activations
+
+TINY = PRESETS["tiny"]
+# each peaks somewhere else: in the loss, in attention, in the FFN (with checkpointing), in the optimizer's step
+SHAPES = {
+    "gqa, tied": (replace(TINY, n_layer=3), 4, 128),
+    "gelu": (replace(TINY, ffn="gelu", d_ff=512, n_layer=3), 4, 128),
+    "long, few words": (replace(TINY, vocab_size=256, n_layer=2, context_length=512), 1, 512),
+    "wide, untied": (ModelConfig(512, 64, 2, 4, d_model=256), 4, 64),
+    "softcap": (replace(TINY, softcap=5.0, n_layer=2), 2, 256),
+}
+
+
+@pytest.fixture(params=["eager", "cpu"])
+def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ModuleType]:
+    """The oracles, and what rooflight.kernels does on a plain CPU (here the interpreter would run instead)."""
+    if request.param == "eager":
+        return "eager", reference
+    for module in ("attention", "rms_norm", "rope", "swiglu", "cross_entropy"):
+        # by import: in the package the functions' names hide the modules'
+        monkeypatch.setattr(import_module(f"rooflight.kernels.{module}"), "runs_triton", lambda tensor: False)
+    return "cpu", kernels
+
+
+def _step_of(config: ModelConfig, batch_size: int, length: int, dtype: str, checkpointing: bool, ops: ModuleType):
+    torch.manual_seed(0)
+    model = Transformer(config, ops, checkpointing=checkpointing)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    tokens = torch.randint(config.vocab_size, (batch_size, length))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = model(tokens, tokens)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, sum(3 * p.nbytes for p in model.parameters())  # with both moments, once a step was taken
+
+
+def _peak(step) -> int:
+    """The most that the allocator handed out during step(), beyond what it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    held = peak = 0
+    for _, change in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        held += change
+        peak = max(peak, held)
+    assert peak > 0
+    return peak
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU's allocator")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_peak_of_a_training_step(shape: str, dtype: str, checkpointing: bool, ops: tuple[str, ModuleType]) -> None:
+    config, batch_size, length = SHAPES[shape]
+    step, states = _step_of(config, batch_size, length, dtype, checkpointing, ops[1])
+    step()  # the moments are allocated in the first
+    measured = states + _peak(step)
+    e = estimate(
+        config, batch_size=batch_size, context_length=length, dtype=dtype, checkpointing=checkpointing, ops=ops[0]
+    )
+    assert e.memory_bytes == pytest.approx(measured, rel=0.02)
+
+
+def _saved(model: Transformer, tokens: torch.Tensor, dtype: torch.dtype) -> int:
+    """Bytes of the distinct storages that autograd holds after a forward pass, parameters and tables aside."""
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers(), tokens)}
+    storages: dict[int, int] = {}
+    kept = []  # else a storage could be freed and its address taken by another
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        kept.append(t)
+        if t.untyped_storage()._cdata not in own and t.dtype != torch.int32:
+            storages[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32),
+    ):
+        model(tokens, tokens)
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["swiglu", "gelu", "qk-norm"])
+def test_what_the_fused_kernels_save(name: str, dtype: str, device: torch.device) -> None:
+    """Real or interpreted kernels; autocast's copies of the weights are counted apart."""
+    config = ModelConfig(64, 32, 2, 4, n_kv_head=2, d_model=64, d_ff=96)
+    config = {"swiglu": config, "gelu": replace(config, ffn="gelu"), "qk-norm": replace(config, qk_norm=True)}[name]
+    model = Transformer(config, kernels).to(device)
+    tokens = torch.zeros(2, 32, dtype=torch.long, device=device)
+    casts = sum(2 * p.numel() for n, p in model.layers.named_parameters() if p.dim() == 2) if dtype != "float32" else 0
+    saved = saved_activations(config, 64, 32, dtype, "triton")
+    measured = _saved(model, tokens, getattr(torch, dtype)) - casts
+    assert sum(saved.values()) == pytest.approx(measured, rel=0.02)
