@@ -46,15 +46,17 @@ def draw_case(seed: int) -> Case:
     varlen = r.random() < 0.3
     block = r.choice([(16, 16), (16, 32), (32, 16), (32, 32)])
 
-    def length() -> int:
-        return r.choice([r.randint(1, 50), r.randint(1, 50), r.choice([1, *block, 2 * block[0]]), 0])
+    def length(least: int) -> int:
+        return r.choice([r.randint(least, 50), r.randint(least, 50), r.choice([least, *block, 2 * block[0]]), 0])
 
+    # Where every query sees one key, or every value is the same, dp - delta is nothing but the difference of two
+    # roundings, which eager PyTorch happens to make alike: nothing to judge by. Hence four keys, and v not constant.
     def pair() -> tuple[int, int]:
-        n_query = length()
-        return n_query, n_query if r.random() < 0.4 else length()
+        n_key = length(4)
+        return (n_key, n_key) if r.random() < 0.4 else (length(1), n_key)
 
     causal = r.random() < 0.6
-    window = r.choice([None, None, r.randint(0, 40), (r.randint(0, 40), r.randint(0, 20))])
+    window = r.choice([None, None, r.randint(3, 40), (r.randint(3, 40), r.randint(0, 20))])
     options = {"causal": causal, "window": window}
     if r.random() < 0.3:
         options["softcap"] = r.choice([0.5, 5.0, 50.0])
@@ -70,7 +72,7 @@ def draw_case(seed: int) -> Case:
         lengths=tuple(pair() for _ in range(r.randint(1, 3) if varlen else 1)),
         varlen=varlen,
         dtype=dtype,
-        layouts=tuple(r.choice(list(LAYOUTS)) for _ in "qkv"),
+        layouts=(*(r.choice(list(LAYOUTS)) for _ in "qk"), r.choice([x for x in LAYOUTS if x != "expanded over T"])),
         grad_layout=r.choice(list(LAYOUTS)),
         sinks=r.choice([None, None, dtype, torch.float32]),
         options=tuple(options.items()),
@@ -94,10 +96,13 @@ def run_case(case: Case, seed: int, device: torch.device) -> None:
         inputs = draw(case.B, case.H, case.K, *case.lengths[0], case.D, case.dtype, device, seed)
         inputs |= {n: LAYOUTS[layout](inputs[n]) for n, layout in zip("qkv", case.layouts, strict=True)}
         grad = lay_out_grad(case.grad_layout)
+    frozen = case.frozen
     if case.sinks is not None:
         inputs["sinks"] = draw_sinks(case.H, case.sinks, device, seed)
+        if case.sinks == torch.float32:  # a sum for each of so few heads that eager's error is often small by luck
+            frozen += ("sinks",)
     with tile(*case.tile):
-        judge_attention(inputs, varlen=case.varlen, grad=grad, frozen=case.frozen, **dict(case.options))
+        judge_attention(inputs, varlen=case.varlen, grad=grad, frozen=frozen, **dict(case.options))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""The attention kernels as they ship, compiled ahead of time: spills, shared memory, tensor-core instructions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from support.aot import SHARED_LIMIT, Artifact, compile_cases
+
+KERNELS = {"fwd", "delta", "bwd_dkdv", "bwd_dq"}
+TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "UTC.*MMA|HMMA", "gfx942": "v_mfma"}  # the others: HMMA
+
+# Instructions that store or load a spilled register, at most. Nonzero entries: measured, triton 3.7.1.
+BUDGET: dict[tuple[str, str, int], int] = {
+    ("sm_80", "fwd", 64): 8,
+    ("sm_80", "fwd", 128): 48,
+    ("sm_90", "bwd_dkdv", 128): 8,
+}
+
+
+def attention(head_dim: int, dtype: str, features: bool = False) -> None:
+    """Launch every kernel once, on inputs aligned as a model's are."""
+    from rooflight.kernels.attention.launch import bwd_op, fwd_op
+
+    q, k, v = (torch.zeros(1, heads, 512, head_dim, dtype=getattr(torch, dtype)) for heads in (4, 2, 2))
+    bounds: tuple = (None, None, 512, 512)
+    mask, softcap, sinks = (None, 0), 0.0, None
+    if features:  # packed, a window, a softcap, sinks
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        ends = torch.tensor([0, 256, 512], dtype=torch.int32)
+        bounds, mask, softcap, sinks = (ends, ends, 256, 256), (128, 0), 30.0, torch.zeros(4)
+    out, lse = fwd_op(q, k, v, sinks, *bounds, *mask, 0.1, softcap)
+    bwd_op(torch.zeros_like(out), lse if features else None, q, k, v, out, lse, sinks, *bounds, *mask, 0.1, softcap)
+
+
+def short(artifact: Artifact) -> str:
+    """The kernel's name without what all share."""
+    return artifact.kernel.removeprefix("_flash_attention_").removesuffix("_kernel")
+
+
+def check(artifacts: list[Artifact], target: str, head_dim: int) -> None:
+    assert {short(a) for a in artifacts} == KERNELS
+    for artifact in artifacts:
+        assert artifact.shared <= SHARED_LIMIT[target], artifact
+        assert artifact.spills <= BUDGET.get((target, short(artifact), head_dim), 0), artifact
+        if short(artifact) != "delta":
+            assert artifact.count(TENSOR_CORE.get(target, "HMMA")) > 0, artifact
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_common_head_sizes(target):
+    sizes = (64, 128)
+    cases = [(attention, {"head_dim": size, "dtype": "bfloat16"}) for size in sizes]
+    for artifacts, size in zip(compile_cases(cases, target), sizes, strict=True):
+        check(artifacts, target, size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("target", SHARED_LIMIT)
+def test_every_tile_fits_every_gpu(target, dtype):
+    sizes = (16, 64, 80, 128, 256, 512)
+    cases = [(attention, {"head_dim": size, "dtype": dtype, "features": size == 80}) for size in sizes]
+    for artifacts in compile_cases(cases, target, timeout=1800):
+        assert {short(a) for a in artifacts} == KERNELS
+        for artifact in artifacts:
+            assert artifact.shared <= SHARED_LIMIT[target], artifact
