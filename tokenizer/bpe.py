@@ -186,8 +186,7 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that `ids` stand for. Raises ValueError on an id that is not in the vocabulary."""
-        array = ids if isinstance(ids, np.ndarray) else np.array(list(ids))
-        return self._tokens.join(array)
+        return self._tokens.join(ids)
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
         """The text that `ids` stand for; bytes that are no UTF-8 become U+FFFD unless `errors` says otherwise."""

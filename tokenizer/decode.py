@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from array import array
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -37,11 +38,20 @@ class TokenBytes:
         self._offsets = np.cumsum(self.sizes) - self.sizes
         self._bytes = np.frombuffer(b"".join(vocab[i] for i in sorted(vocab)), np.uint8)
 
-    def join(self, ids: np.ndarray) -> bytes:
+    def join(self, ids: Iterable[int]) -> bytes:
         """The tokens' bytes, one after another. Raises ValueError on an id that is not in the vocabulary."""
-        self.check(ids)
-        if len(ids) < _SHORT:
-            return b"".join(map(self._vocab.__getitem__, ids.tolist()))
+        if not isinstance(ids, np.ndarray):
+            ids = list(ids)
+            if len(ids) < _SHORT:
+                try:
+                    return b"".join(map(self._vocab.__getitem__, ids))
+                except KeyError as error:
+                    raise self._not_in_vocabulary(error.args[0]) from None
+            try:
+                ids = np.frombuffer(array("q", ids), np.int64)
+            except (TypeError, OverflowError) as error:
+                raise ValueError(f"ids: {error}, expected 0 <= id < {len(self.sizes)}") from None
+        self._check(ids)
         parts = []
         for i in range(0, len(ids), _BLOCK):
             block = ids[i : i + _BLOCK]
@@ -49,18 +59,19 @@ class TokenBytes:
             parts.append(self._bytes.take(ranges(self._offsets.take(block), sizes)).tobytes())
         return b"".join(parts)
 
-    def check(self, ids: np.ndarray) -> None:
-        """Raises ValueError when one of `ids` is not in the vocabulary."""
+    def _check(self, ids: np.ndarray) -> None:
         if not len(ids):
             return
         if ids.dtype.kind not in "iu":
-            raise ValueError(f"ids: got {ids.dtype} {ids[0]!r}, expected integers")
+            raise ValueError(f"ids: got {ids.dtype}, expected integers")
         bad = (ids < 0) | (ids >= len(self.sizes))
         if not bad.any():
             bad = self.sizes.take(ids) == 0
         if bad.any():
-            first = ids[bad.argmax()]
-            raise ValueError(f"ids: {first} is not in the vocabulary, expected 0 <= id < {len(self.sizes)}")
+            raise self._not_in_vocabulary(ids[bad.argmax()])
+
+    def _not_in_vocabulary(self, i: int) -> ValueError:
+        return ValueError(f"ids: {i} is not in the vocabulary, expected 0 <= id < {len(self.sizes)}")
 
 
 class IncrementalDecoder:

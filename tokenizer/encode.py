@@ -19,7 +19,7 @@ from .pretokenize import SEPARATOR, Specials, compile_pattern, is_vectorised, pr
 # Bytes of text encoded at a time; what the arrays hold for them is some ten times as much.
 PIECE = 1 << 20
 # Characters below which a dictionary look-up for each word costs less than starting up the arrays.
-SHORT_TEXT = 1 << 12
+SHORT_TEXT = 3 << 10
 # Words that short texts left behind; past it all are forgotten, so that no text makes the memory grow without bound.
 MAX_WORDS = 1 << 16
 # Longer words than this are rarely met again and are not remembered.
@@ -47,7 +47,10 @@ class SpecialIds:
 
     def split(self, text: str) -> list[str]:
         """The text's parts: ordinary text and special tokens, alternating."""
-        return self._pattern.split(text) if self._pattern else [text]
+        # Looking for each token by itself is the faster, and mostly there is none.
+        if self._pattern is None or not any(token in text for token in self.id_of):
+            return [text]
+        return self._pattern.split(text)
 
     def mask(self, data: bytes) -> tuple[bytes, np.ndarray]:
         """The text with a SEPARATOR for each special token, and the special tokens' ids."""

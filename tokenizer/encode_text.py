@@ -23,6 +23,10 @@ MAX_WORD_BYTES = 1 << 10
 # Pre-tokens looked up at a time.
 _BLOCK = 1 << 18
 
+# New words of fewer bytes in all are encoded one by one; starting up the arrays for them would cost more.
+_FEW_BYTES = 1 << 11
+_FEW_LONG_BYTES = 1 << 14
+
 # 64-bit integers per word, of which the last one's top byte is the word's length: one more word length in each class.
 _WIDTHS = (1, 2, 5)
 _MISSING = np.int32(-(2**31))
@@ -101,19 +105,21 @@ class TextEncoder:
         keys = [key.take(first) for key in keys]
         text = np.stack(keys, axis=1).astype("<u8", copy=False).view(np.uint8)
         lengths = text[:, -1].astype(np.int64)
-        values = self._remember(*self._merges.encode_matrix(text[:, :-1], lengths))
+        if lengths.sum() < _FEW_BYTES:
+            spans = zip(text, lengths.tolist(), strict=True)
+            values = self._remember(*self._one_by_one([row[:n].tobytes() for row, n in spans]))
+        else:
+            values = self._remember(*self._merges.encode_matrix(text[:, :-1], lengths))
         table.insert(keys, values)
         return values.take(inverse)
 
     def _look_up_long(self, words: list[bytes]) -> list[int]:
         new = [word for word in dict.fromkeys(words) if word not in self._long]
         if new:
-            if self._whole:  # of which the tables may have parts of these words
-                encoded = [self._merges.encode_word(word) for word in new]
-                counts = np.array([len(ids) for ids in encoded])
-                values = self._remember(np.array([i for ids in encoded for i in ids], np.int32), counts)
+            lengths = np.array([len(word) for word in new])
+            if self._whole or lengths.sum() < _FEW_LONG_BYTES:  # of whole words the tables may have parts of these
+                values = self._remember(*self._one_by_one(new))
             else:
-                lengths = np.array([len(word) for word in new])
                 data = b"".join(new) + PADDING
                 values = self._remember(*self._windows.encode(data, np.cumsum(lengths) - lengths, lengths))
             self._long.update(zip(new, values.tolist(), strict=True))
@@ -122,6 +128,10 @@ class TextEncoder:
             if len(word) > MAX_WORD_BYTES:
                 del self._long[word]
         return found
+
+    def _one_by_one(self, words: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        encoded = [self._merges.encode_word(word) for word in words]
+        return np.array([i for ids in encoded for i in ids], np.int32), np.array([len(ids) for ids in encoded])
 
     def _encode_spans(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._expand(self._look_up(data, starts, lengths))

@@ -160,8 +160,14 @@ def test_lone_surrogates_are_refused(tokenizer: Tokenizer, text: str) -> None:
 def test_decode_refuses_ids_out_of_range(tokenizer: Tokenizer, ids) -> None:
     with pytest.raises(ValueError, match="not in the vocabulary, expected 0 <= id < 338"):
         tokenizer.decode(ids)
-    with pytest.raises(ValueError, match="ids: got float64"):
-        tokenizer.decode([1.5])
+    with pytest.raises(ValueError, match="not in the vocabulary, expected 0 <= id < 338"):
+        tokenizer.decode([*[0] * 1000, *ids])
+
+
+@pytest.mark.parametrize("ids", [[1.5], [1.5] * 1000, np.ones(3), ["a"] * 1000, [1 << 70] * 1000])
+def test_decode_refuses_what_is_no_integer(tokenizer: Tokenizer, ids) -> None:
+    with pytest.raises(ValueError, match=r"ids: .*expected"):
+        tokenizer.decode(ids)
 
 
 def test_decode_takes_arrays(tokenizer: Tokenizer) -> None:
