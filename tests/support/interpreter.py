@@ -213,13 +213,27 @@ def _patch_bounds(interp: Any, tl: Any) -> None:
 def _patch_launch(interp: Any) -> None:
     call = interp.GridExecutor.__call__
 
+    patched: set[int] = set()  # the modules whose view of triton.language this launch has patched
+
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         _launched.clear()
+        patched.clear()
         patched.clear()
         with np.errstate(all="ignore"):  # a GPU raises no warning for inf - inf either
             return call(self, *args, **kwargs)
 
     interp.GridExecutor.__call__ = launch
+
+    def call_device_function(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # The interpreter patches the whole language anew at every call of a @triton.jit helper, tl.sum and tl.cdiv
+        # included, which takes most of a launch's time; once per module and launch is enough.
+        module = id(self.fn.__globals__)
+        if module not in patched:
+            interp._patch_lang(self.fn)
+            patched.add(module)
+        return self.rewrite()(*args, **kwargs)
+
+    interp.InterpretedFunction.__call__ = call_device_function
     # Once a launch is enough for each module that defines device functions; once a call takes 40 % of the time.
     patch_lang, patched = interp._patch_lang, set[int]()
 

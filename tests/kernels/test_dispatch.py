@@ -1,0 +1,107 @@
+"""Where kernels run: the interpreter here, the eager oracle on a plain CPU, and no silent third way."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rooflight import kernels
+from rooflight.kernels import dispatch
+
+PLAIN = """
+import torch
+import rooflight.kernels as kernels
+from rooflight.kernels import dispatch, reference
+
+assert not dispatch.INTERPRETED
+x, w = torch.randn(4, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+cases = {
+    "rms_norm": ((x, w), {"residual": x, "weight_offset": 1.0}),
+    "swiglu": ((x, x), {}),
+    "rope": ((x[None, None], x[None, None], torch.ones(4, 3), torch.ones(4, 3)), {"interleaved": True}),
+    "cross_entropy": ((x, torch.tensor([1, 2, -100, 3])), {"z_loss": 0.1}),
+    "linear_cross_entropy": ((x, torch.randn(9, 8), torch.tensor([1, 2, -100, 3])), {"softcap": 2.0}),
+}
+for name, (args, options) in cases.items():
+    ours, oracle = (getattr(room, name)(*args, **options) for room in (kernels, reference))
+    for a, b in zip(*(o if isinstance(o, tuple) else (o,) for o in (ours, oracle)), strict=True):
+        torch.testing.assert_close(a, b)
+        ga, gb = (torch.autograd.grad(t.square().sum(), x, retain_graph=True)[0] for t in (a, b))
+        torch.testing.assert_close(ga, gb)
+for name in ("rms_norm", "linear_cross_entropy"):
+    args, options = cases[name]
+    try:
+        getattr(kernels, name)(x.int(), *args[1:], **options)
+    except ValueError as error:
+        assert "x: expected dtype" in str(error)
+    else:
+        raise AssertionError(name)
+print("plain ok")
+"""
+
+
+def test_the_plain_cpu_runs_the_oracle():
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", PLAIN], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "plain ok"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_interpreter_was_chosen_before_triton_was_imported():
+    assert dispatch.INTERPRETED
+    assert dispatch.runs_triton(torch.ones(1))
+
+
+def test_meta_tensors_run_no_kernel():
+    assert not dispatch.runs_triton(torch.ones(1, device="meta"))
+    y = kernels.rms_norm(torch.ones(3, 8, device="meta", dtype=torch.bfloat16), None)
+    assert (y.shape, y.dtype) == ((3, 8), torch.bfloat16)
+
+
+def test_an_operator_without_a_derivative_says_so(device):
+    x = torch.ones(2, 8, device=device, requires_grad=True)
+    dx, _ = torch.ops.rooflight.swiglu_bwd(x, x, x)
+    with pytest.raises(NotImplementedError, match="rooflight::swiglu_bwd is not differentiable"):
+        dx.sum().backward()
+
+
+def test_every_name_is_exported_and_has_an_oracle():
+    assert set(kernels.__all__) <= set(dir(kernels))
+    functions = [name for name in kernels.__all__ if name.islower() and name not in ("cost", "reference")]
+    assert sorted(functions) == sorted(
+        [
+            "cross_entropy",
+            "flash_attention",
+            "flash_attention_varlen",
+            "linear_cross_entropy",
+            "rms_norm",
+            "rope",
+            "swiglu",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cross_entropy",
+        "flash_attention",
+        "flash_attention_varlen",
+        "linear_cross_entropy",
+        "rms_norm",
+        "rope",
+        "swiglu",
+    ],
+)
+def test_kernel_and_oracle_share_a_signature(name):
+    import inspect
+
+    ours, oracle = (inspect.signature(getattr(room, name)) for room in (kernels, kernels.reference))
+    assert [(p.name, p.kind, p.default) for p in ours.parameters.values()] == [
+        (p.name, p.kind, p.default) for p in oracle.parameters.values()
+    ]

@@ -1,0 +1,115 @@
+"""RoPE, SwiGLU and the cross-entropies as citizens of torch, the same checks for each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+from torch.utils.flop_counter import FlopCounterMode
+
+from rooflight.kernels import cost, cross_entropy, linear_cross_entropy, rope, swiglu
+
+INTERPRETED = triton.knobs.runtime.interpret
+ANGLES = torch.arange(5.0)[:, None] / torch.arange(1.0, 5.0)
+TARGET = torch.tensor([3, -100, 7, 1])
+
+
+def _rope(q, k):
+    return rope(q, k, ANGLES.cos().to(q.device), ANGLES.sin().to(q.device))
+
+
+def _cross_entropy(logits):
+    return cross_entropy(logits, TARGET.to(logits.device), z_loss=0.1)
+
+
+def _linear_cross_entropy(x, weight):
+    return linear_cross_entropy(x, weight, TARGET.to(x.device), softcap=3.0, z_loss=0.1)
+
+
+# name: (function, shapes of the tensors that need a gradient)
+OPS = {
+    "rope": (_rope, [(2, 3, 5, 8), (2, 1, 5, 8)]),
+    "swiglu": (swiglu, [(4, 6), (4, 6)]),
+    "cross_entropy": (_cross_entropy, [(4, 9)]),
+    "linear_cross_entropy": (_linear_cross_entropy, [(4, 6), (9, 6)]),
+}
+COSTS = {
+    "rope": lambda backward: cost.rope_cost(2, 3, 1, 5, 8, backward=backward),
+    "swiglu": lambda backward: cost.swiglu_cost(4, 6, backward=backward),
+    "cross_entropy": lambda backward: cost.cross_entropy_cost(4, 9, backward=backward),
+    "linear_cross_entropy": lambda backward: cost.linear_cross_entropy_cost(4, 6, 9, backward=backward),
+}
+
+
+def draw(name, device="cpu", dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in OPS[name][1]]
+
+
+def scalar(out):
+    return sum(o.square().sum() for o in out) if isinstance(out, tuple) else out.square().sum()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="fp64 runs in the interpreter only")
+@pytest.mark.parametrize("name", OPS)
+def test_gradcheck(name):
+    assert torch.autograd.gradcheck(OPS[name][0], draw(name, dtype=torch.float64), fast_mode=True)
+
+
+def test_opcheck(device):
+    ops, target = torch.ops.rooflight, TARGET.to(device)
+    table = ANGLES.cos().to(device)
+    torch.library.opcheck(ops.rope_turn.default, (*draw("rope", device), table, table, None, True, False))
+    gate, up = draw("swiglu", device)
+    torch.library.opcheck(ops.swiglu_fwd.default, (gate, up))
+    torch.library.opcheck(ops.swiglu_bwd.default, (gate.detach(), gate.detach(), up.detach()))
+    (logits,) = draw("cross_entropy", device)
+    torch.library.opcheck(ops.cross_entropy_fwd.default, (logits, target, -100, 0.1))
+    loss, lse = (t.detach() for t in ops.cross_entropy_fwd(logits, target, -100, 0.1))
+    torch.library.opcheck(ops.cross_entropy_bwd.default, (loss, logits.detach(), target, lse, -100, 0.1))
+    x, weight = draw("linear_cross_entropy", device)
+    torch.library.opcheck(ops.linear_cross_entropy_fwd.default, (x, weight, target, -100, 0.0, 0.1))
+    args = (loss, x.detach(), weight.detach(), target, lse, -100, 0.0, 0.1, True, False)
+    torch.library.opcheck(ops.linear_cross_entropy_bwd.default, args)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_compiles_without_a_graph_break(device, name):
+    function = OPS[name][0]
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    inputs = draw(name, device)
+
+    def loss(*inputs):
+        return scalar(function(*(2 * x for x in inputs)))
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
+    ours, eager = (torch.autograd.grad(f(*inputs), inputs) for f in (compiled, loss))
+    for a, b in zip(ours, eager, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_flops_agree_with_cost(device, name):
+    with FlopCounterMode(display=False) as counter:
+        scalar(OPS[name][0](*draw(name, device))).backward()
+    assert counter.get_total_flops() == sum(COSTS[name](backward).flops for backward in (False, True))
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name != "rope"])  # rope's derivative is rope
+def test_a_second_derivative_is_refused(device, name):
+    inputs = draw(name, device)
+    (first, *_) = torch.autograd.grad(scalar(OPS[name][0](*inputs)), inputs, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        first.sum().backward()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="fp64 runs in the interpreter only")
+def test_rope_differentiates_twice():
+    assert torch.autograd.gradgradcheck(_rope, draw("rope", dtype=torch.float64), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_functional_transforms_are_refused(device, name):
+    inputs = draw(name, device)
+    with pytest.raises(NotImplementedError, match=rf"{name}: its Triton kernels do not run under torch\.func"):
+        torch.func.grad(lambda *inputs: scalar(OPS[name][0](*inputs)))(*inputs)

@@ -1,0 +1,126 @@
+"""RoPE against the oracle in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rooflight.kernels import reference, rope
+from rooflight.kernels.rope import HEADS
+from support.tolerance import judge
+
+
+def draw(*shape, dtype=torch.float32, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(device, dtype)
+
+
+def tables(positions, half, device):
+    angles = torch.arange(positions)[:, None] * 100.0 ** -(torch.arange(half) / max(half, 1))
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+def check(device, dtype=torch.float32, shape=(2, 3, 2, 9, 40), half=20, tables_of=9, layout=lambda x: x, **options):
+    B, H, K, T, D = shape
+    cos, sin = tables(tables_of, half, device)
+    inputs = {
+        "q": layout(draw(B, H, T, D, dtype=dtype, device=device)),
+        "k": layout(draw(B, K, T, D, dtype=dtype, device=device, seed=1)),
+    }
+    judge(
+        lambda q, k, **o: rope(q, k, cos, sin, **o),
+        lambda q, k, **o: reference.rope(q, k, cos, sin, **o),
+        inputs,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "half"),
+    [
+        ((1, 1, 1, 1, 2), 1),  # the smallest
+        ((2, 3, 2, 9, 40), 20),  # no power of two
+        ((1, HEADS + 1, 1, 5, 64), 32),  # a group of heads in part
+        ((2, 2, 1, 7, 10), 3),  # a part of the features turns
+        ((1, 2, 2, 70, 16), 8),  # tokens beyond a tile's
+        ((1, 2, 1, 3, 5), 0),  # nothing turns
+    ],
+    ids=str,
+)
+def test_shapes(device, dtype, shape, half, interleaved):
+    check(device, dtype, shape, half, tables_of=70, interleaved=interleaved)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 1, 3, 8), (2, 2, 1, 0, 8), (2, 0, 1, 3, 8)], ids=str)
+def test_empty(device, shape):
+    check(device, shape=shape, half=4)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("kind", ["shared", "per sequence", "strided", "expanded"])
+def test_positions(device, kind, dtype):
+    generator = torch.Generator().manual_seed(0)
+    positions = {
+        "shared": torch.randint(0, 30, (9,), generator=generator),
+        "per sequence": torch.randint(0, 30, (2, 9), generator=generator),
+        "strided": torch.randint(0, 30, (9, 2), generator=generator).T,
+        "expanded": torch.randint(0, 30, (1, 9), generator=generator).expand(2, 9),
+    }[kind]
+    check(device, tables_of=30, positions=positions.to(device, dtype))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),  # (B, T, H, D) stored
+        lambda x: torch.cat([x, x], -1)[..., ::2],
+        lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+        lambda x: x[:1, :1].expand(x.shape),
+    ],
+    ids=["heads", "every second feature", "reversed", "expanded"],
+)
+def test_layouts(device, layout):
+    check(device, torch.bfloat16, layout=layout)
+    check(
+        device, torch.bfloat16, grad=lambda out, generator: layout(torch.randn(out.shape, generator=generator).to(out))
+    )
+
+
+def test_tables_may_be_strided(device):
+    q, k = draw(1, 2, 5, 8, device=device), draw(1, 1, 5, 8, device=device)
+    cos, sin = tables(5, 4, device)
+    turned = rope(q, k, cos.T.contiguous().T, torch.cat([sin, sin], 1)[:, :4])
+    assert all(map(torch.equal, turned, rope(q, k, cos, sin)))
+
+
+def test_turning_back_gives_the_input(device):
+    """The backward of the rotation is its inverse, so it takes the outputs back to the inputs."""
+    q, k = (draw(1, 2, 5, 8, device=device, seed=i).requires_grad_() for i in (0, 1))
+    outputs = rope(q, k, *tables(5, 4, device))
+    for back, x in zip(torch.autograd.grad(outputs, (q, k), [o.detach() for o in outputs]), (q, k), strict=True):
+        torch.testing.assert_close(back, x.detach())
+
+
+Q, K, C = torch.ones(2, 4, 3, 8), torch.ones(2, 2, 3, 8), torch.ones(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"q": torch.ones(4, 3, 8)}, r"q: expected shape \(B, H, T, D\), got \(4, 3, 8\)"),
+        ({"k": torch.ones(2, 2, 4, 8)}, r"k: expected shape \(2, K, 3, 8\), as q, got \(2, 2, 4, 8\)"),
+        ({"cos": torch.ones(3, 5), "sin": torch.ones(3, 5)}, r"cos: expected shape .* R <= 8, got \(3, 5\)"),
+        ({"sin": torch.ones(3, 3)}, r"sin: expected cos's shape \(3, 4\), got \(3, 3\)"),
+        ({"cos": C[:2], "sin": C[:2]}, "cos: expected at least T = 3 positions, got 2"),
+        ({"cos": C.clone().requires_grad_()}, "cos, sin: expected tables that need no gradient"),
+        ({"q": Q.int()}, "q: expected dtype .* got int32"),
+        ({"k": K.to("meta")}, "k: expected device cpu, as q, got meta"),
+        ({"positions": torch.zeros(3)}, "positions: expected dtype int32 or int64, got torch.float32"),
+        ({"positions": torch.zeros(4, dtype=torch.int64)}, r"positions: expected shape \(3,\) or \(2, 3\), got \(4,\)"),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        rope(**({"q": Q, "k": K, "cos": C, "sin": C} | arguments))
