@@ -163,17 +163,13 @@ class Bench:
 
     def _loss(self, make: Leaves) -> Call:
         c = self.config
-        x, weight, target = make(self.N, c.d_model), make(c.vocab_size, c.d_model), self._tokens().flatten()
+        x, target = make(self.N, c.d_model), self._tokens().flatten()
+        weight = make(c.vocab_size, c.d_model, dtype=torch.float32)
         return lambda: self.model.ops.linear_cross_entropy(x, weight, target)
 
-    def _matrices(self) -> list[Tensor]:
-        """What autocast casts: every matrix that is multiplied by, a tied table once more."""
-        tables = {id(self.model.embedding.weight)}
-        matrices = [p for p in self.model.parameters() if p.dim() == 2 and id(p) not in tables]
-        return matrices + ([self.model.embedding.weight] if self.config.tie_embeddings else [])
-
     def _casts(self) -> list[Task]:
-        matrices = self._matrices()
+        """What autocast casts: the blocks' matrices, and their gradients back."""
+        matrices = [p for p in self.model.layers.parameters() if p.dim() == 2]
         low = [p.detach().to(self.dtype) for p in matrices]
 
         def forward() -> None:

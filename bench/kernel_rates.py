@@ -109,7 +109,7 @@ def _add(make: Leaves, elements: int) -> Call:
 
 
 def _linear_cross_entropy(make: Leaves, M: int, N: int, V: int) -> Call:
-    x, weight, target = make(M, N), make(V, N), make.tokens(M, V)
+    x, weight, target = make(M, N), make(V, N, dtype=torch.float32), make.tokens(M, V)
     return lambda: make.ops.linear_cross_entropy(x, weight, target)
 
 

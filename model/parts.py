@@ -115,9 +115,9 @@ def parts(c: ModelConfig, B: int, T: int, dtype: str, *, checkpointing: bool, gp
             backward, kernel + BACKWARD, elements, rows[-1]
         )
 
-    def norm(*rows: int, residual: bool = False) -> tuple[Work, Work]:
-        cost = partial(rms_norm_cost, *rows, dtype, residual=residual)
-        return both(cost, "rms_norm" + " residual" * residual, *rows)
+    def norm(rows: int, size: int, residual: bool = False) -> tuple[Work, Work]:
+        cost = partial(rms_norm_cost, rows, size, dtype, residual=residual)
+        return both(cost, "rms_norm" + " residual" * residual, rows, size)
 
     def add(times: int) -> Work:
         return _elementwise(Cost(N * d, 3 * N * d * itemsize(dtype)), "add", N * d) * times
@@ -133,7 +133,11 @@ def parts(c: ModelConfig, B: int, T: int, dtype: str, *, checkpointing: bool, gp
     rotation = both(partial(rope_cost, B, H, K, T, D, dtype), "rope", N * (H + K), D)
     sums = 1 + 2 + (matrices - 2)  # where a tensor was read by several, their gradients are added
 
-    head = [linear_cross_entropy_cost(N, d, V, dtype, backward=b) for b in (False, True)]
+    def cast(weights: int) -> Cost:
+        return Cost(0, weights * (4 + itemsize(dtype)) * low)
+
+    # the loss takes the fp32 weight, casts it and its gradient by itself
+    head = [linear_cross_entropy_cost(N, d, V, dtype, backward=b) + cast(V * d) for b in (False, True)]
     product = 2 * N * d * V
     # the softmax's logits are in no memory: what its rows move, and its measured time, stand with the products
     rates = [("linear_cross_entropy" + BACKWARD * backward, (N, d, V)) for backward in (False, True)]
@@ -144,8 +148,8 @@ def parts(c: ModelConfig, B: int, T: int, dtype: str, *, checkpointing: bool, gp
     softmax = [replace(cross_entropy_cost(N, V, dtype, backward=b), bytes=0) for b in (False, True)]
     loss = [Work(cost, *rate, 0) for rate, cost in zip(rates, softmax, strict=True)]
 
-    weights = L * (2 * d * (H + K) * D + matrices * d * c.d_ff) + V * d
-    casts = [_elementwise(Cost(0, weights * (4 + itemsize(dtype))), f"cast{b}", weights) for b in ("", BACKWARD)]
+    weights = L * (2 * d * (H + K) * D + matrices * d * c.d_ff)
+    casts = [_elementwise(cast(weights), f"cast{b}", weights) for b in ("", BACKWARD)]
     table = [embedding_cost(N, d, V, FP32, backward=b) for b in (False, True)]
     if low:  # the embedding is looked up in fp32, then takes the dtype of the residual stream
         table = [t + Cost(0, N * d * (4 + itemsize(dtype))) for t in table]
