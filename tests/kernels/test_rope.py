@@ -27,12 +27,11 @@ def check(device, dtype=torch.float32, shape=(2, 3, 2, 9, 40), half=20, tables_o
         "q": layout(draw(B, H, T, D, dtype=dtype, device=device)),
         "k": layout(draw(B, K, T, D, dtype=dtype, device=device, seed=1)),
     }
-    judge(
-        lambda q, k, **o: rope(q, k, cos, sin, **o),
-        lambda q, k, **o: reference.rope(q, k, cos, sin, **o),
-        inputs,
-        **options,
-    )
+
+    def turn(op):
+        return lambda q, k, **options: op(q, k, cos, sin, **options)
+
+    judge(turn(rope), turn(reference.rope), inputs, **options)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -82,10 +81,11 @@ def test_positions(device, kind, dtype):
     ids=["heads", "every second feature", "reversed", "expanded"],
 )
 def test_layouts(device, layout):
+    def grad(out, generator):
+        return layout(torch.randn(out.shape, generator=generator).to(out))
+
     check(device, torch.bfloat16, layout=layout)
-    check(
-        device, torch.bfloat16, grad=lambda out, generator: layout(torch.randn(out.shape, generator=generator).to(out))
-    )
+    check(device, torch.bfloat16, grad=grad)
 
 
 def test_tables_may_be_strided(device):

@@ -1,0 +1,108 @@
+"""The house's rules that a reader should not have to enforce: arrows between rooms, file sizes, and good neighbours."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Each room and those it may import; tests may import everything, and nothing imports tests.
+MAY_IMPORT = {
+    "kernels": set(),
+    "model": {"kernels"},
+    "training": {"kernels", "model"},
+    "bench": {"kernels", "model", "training", "tokenizer"},
+    "tokenizer": set(),
+}
+LIMIT = 400  # lines in a file
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def rooms_imported(source: str, path: Path) -> set[str]:
+    """Rooms that a module under ROOT names in an import, relative or by the installed name."""
+    package = ("rooflight", *path.relative_to(ROOT).parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            base += node.module.split(".") if node.module else []
+            names = [[*base, alias.name] for alias in node.names]
+        else:
+            continue
+        found |= {name[1] for name in names if name[0] == "rooflight" and len(name) > 1}
+        found |= {name[0] for name in names if name[0] in ("tests", "support", "conftest")}
+    return found
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_imports_go_one_way(room):
+    for path in python_files(room):
+        allowed = MAY_IMPORT[room] | {room}
+        stray = rooms_imported(path.read_text(), path) - allowed
+        if path.name.startswith("benchmark_"):  # collected by pytest like a test
+            stray -= {"support"}
+        assert not stray, f"{path.relative_to(ROOT)} imports {', '.join(sorted(stray))}"
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from ..training import loop", {"training"}),
+        ("from .. import training", {"training"}),
+        ("from . import rope", {"kernels"}),
+        ("from .attention import launch", {"kernels"}),
+        ("import rooflight.model.config as c", {"model"}),
+        ("def f():\n    from rooflight import bench", {"bench"}),
+        ("from support.aot import compile_cases", {"support"}),
+        ("import torch", set()),
+    ],
+)
+def test_the_arrow_reader_sees_every_form(source, found):
+    assert rooms_imported(source, ROOT / "kernels" / "x.py") == found
+
+
+def test_no_file_is_longer_than_the_limit():
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in [*python_files(*MAY_IMPORT, "tests"), ROOT / "conftest.py"]
+        if (lines := len(path.read_text().splitlines())) > LIMIT
+    }
+    assert not long
+
+
+def test_tests_hold_no_package():
+    """An __init__.py there would put the repository root on sys.path, where our kernels/ shadows PyPI's."""
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+NEIGHBOURS = """
+import kernels, transformers
+import rooflight.kernels
+assert kernels.__name__ == "kernels" and hasattr(kernels, "get_kernel"), kernels
+assert rooflight.kernels.rms_norm.__module__.startswith("rooflight.")
+from transformers import LlamaConfig, LlamaForCausalLM
+print("neighbours ok")
+"""
+
+
+def test_transformers_and_pypi_kernels_work_beside_rooflight(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", NEIGHBOURS],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "neighbours ok"
