@@ -9,6 +9,7 @@ slot, a smaller array each time. Longer pre-tokens, rare in any text, are counte
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from .pretokenize import PADDING, SEPARATOR, Pretokens
 
 _HASH = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd (Knuth, multiplicative hashing)
 _SLICE = 1 << 16
+_CACHE_BITS = 15  # slots of 16 bytes and more: fits the second-level cache
 _MIN_BITS = 18
 
 
@@ -60,19 +62,18 @@ class WordCounter:
             self._add(data, starts[part], lengths[part], None if counts is None else counts[part])
 
     def _add(self, data: bytes, starts: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None) -> None:
-        # The 8 bytes from every offset on, as little-endian integers, without a copy.
-        loads = np.ndarray((len(data) - 8,), "<u8", data, 0, (1,))
+        origin, end = int(starts[0]), int(starts[-1] + lengths[-1])
+        # load(i): the 8 bytes from offset i on, as a little-endian integer. Where words are dense a copy serves faster.
+        loads = np.ndarray((end + len(PADDING) - 7 - origin,), "<u8", data, origin, (1,))
+        load = loads.copy().take if end - origin < 16 * len(starts) else loads.__getitem__
+        starts = starts - origin
         for table in self._tables:
-            fits = lengths <= table.max_length
-            if table.max_length > 7 and not fits.all():
-                table.add(loads, starts[fits], lengths[fits], None if counts is None else counts[fits])
-            else:
-                table.add(loads, starts, lengths, counts)
-            longer = np.flatnonzero(~fits)
+            longer = table.add(load, starts, lengths, counts)
             if not len(longer):
                 return
             starts, lengths = starts[longer], lengths[longer]
             counts = None if counts is None else counts[longer]
+        starts += origin
         spans = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
         if counts is None:
             self._long.update([data[i:j] for i, j in spans])
@@ -95,13 +96,21 @@ class WordCounter:
 class _Table:
     """An open hash table from words of 8 * n_keys - 8 to 8 * n_keys - 1 bytes to counts, with linear probing.
 
+    Before it stands a small table without probing that fits the processor's cache and serves most words: what comes
+    first keeps its slot there, and its counts move to the large table at the end.
+
     An empty slot's last key is 0, which is no word's: the low byte of a last key is the word's length.
     """
 
     def __init__(self, n_keys: int) -> None:
         self.max_length = 8 * n_keys - 1
         self._n_keys = n_keys
+        self._clear_cache()
         self._allocate(_MIN_BITS)
+
+    def _clear_cache(self) -> None:
+        self._cache_keys = [np.zeros(1 << _CACHE_BITS, np.uint64) for _ in range(self._n_keys)]
+        self._cache_counts = np.zeros(1 << _CACHE_BITS, np.int64)
 
     def _allocate(self, bits: int) -> None:
         self._bits = bits
@@ -109,57 +118,76 @@ class _Table:
         self._keys = [np.zeros(1 << bits, np.uint64) for _ in range(self._n_keys)]
         self._counts = np.zeros(1 << bits, np.int64)
 
-    def add(self, loads: np.ndarray, starts: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None) -> None:
-        """Count words of at most max_length bytes; in the table of one key, longer ones too, as a word without bytes.
+    def add(
+        self,
+        load: Callable[[np.ndarray], np.ndarray],
+        starts: np.ndarray,
+        lengths: np.ndarray,
+        counts: np.ndarray | None,
+    ) -> np.ndarray:
+        """Count the words of at most max_length bytes; returns the indices of the longer ones.
 
-        (That costs less than to leave them out. `words` leaves it out.)
+        Those are counted too, as a word without bytes that `words` leaves out: that costs less than to take them out.
         """
-        keys = [loads[starts + 8 * k] for k in range(self._n_keys)]
-        # Bytes past the word's end leave at the top; a shift of 64 or more leaves 0.
+        longer = np.flatnonzero(lengths > self.max_length)
+        keys = [loads.take(starts)]
+        for k in range(1, self._n_keys):
+            keys.append(
+                loads.take(starts + 8 * k, mode="clip")
+            )  # a word at the text's end may be shorter than its table
+            keys[k - 1][longer] = 0
+        # Bytes past the word's end leave at the top; a shift of 64 leaves 0.
         lengths = np.minimum(lengths, self.max_length + 1)
         keys[-1] <<= ((self.max_length + 1 - lengths) * 8).view(np.uint64)
         keys[-1] |= lengths.view(np.uint64)
-        self._count(keys, np.int64(1) if counts is None else counts)
+        self._count_in_cache(keys, np.int64(1) if counts is None else counts)
+        return longer
 
-    def _count(self, keys: list[np.ndarray], counts: np.ndarray) -> None:
+    def _count_in_cache(self, keys: list[np.ndarray], counts: np.ndarray) -> None:
+        """Counts words that have a slot of the cache, or find one empty, there and passes the others on."""
+        mixed = self._mix(keys)
+        slot = (mixed >> np.uint64(64 - _CACHE_BITS)).view(np.int64)
+        miss = np.flatnonzero(~_holds(self._cache_keys, slot, keys))
+        # Most words are found: count them all and take the others back.
+        np.add.at(self._cache_counts, slot, counts)
+        if not len(miss):
+            return
+        slot = slot[miss]
+        keys = [key[miss] for key in keys]
+        counts = counts[miss] if counts.ndim else np.ones(len(miss), np.int64)
+        np.subtract.at(self._cache_counts, slot, counts)
+        empty = np.flatnonzero(self._cache_keys[-1].take(slot) == 0)
+        if len(empty):
+            _claim(self._cache_keys, slot, keys, empty)
+            here = _holds(self._cache_keys, slot, keys)
+            np.add.at(self._cache_counts, slot[here], counts[here])
+            rest = np.flatnonzero(~here)
+            miss, keys, counts = miss[rest], [key[rest] for key in keys], counts[rest]
+        self._count(keys, mixed[miss], counts)
+
+    def _count(self, keys: list[np.ndarray], mixed: np.ndarray, counts: np.ndarray) -> None:
         self._make_room()
-        slot = self._home(keys)
-        here = self._holds(slot, keys)
-        # Nearly all keys are found at once: count them all and take the others back.
-        np.add.at(self._counts, slot, counts)
-        rest = np.flatnonzero(~here)
-        if len(rest):
-            slot = slot[rest]
-            keys = [key[rest] for key in keys]
-            counts = counts[rest] if counts.ndim else np.ones(len(rest), np.int64)
-            np.subtract.at(self._counts, slot, counts)
-        while len(rest):
-            empty = self._keys[-1].take(slot) == 0
-            free = slot[empty]
-            self._used += len(free)
-            # Of several keys that claim one slot the last is kept, in every array alike; the others go on.
-            for table, key in zip(self._keys, keys, strict=True):
-                table[free] = key[empty]
-            here = self._holds(slot, keys)
+        slot = (mixed >> np.uint64(64 - self._bits)).view(np.int64)
+        while True:
+            here = _holds(self._keys, slot, keys)
             np.add.at(self._counts, slot[here], counts[here])
             rest = np.flatnonzero(~here)
+            if not len(rest):
+                return
+            slot, counts = slot[rest], counts[rest]
             keys = [key[rest] for key in keys]
-            counts = counts[rest]
-            slot = (slot[rest] + 1) & (len(self._counts) - 1)
+            empty = self._keys[-1].take(slot) == 0
+            claimed = np.flatnonzero(empty)
+            self._used += len(claimed)
+            _claim(self._keys, slot, keys, claimed)
+            slot = (slot + ~empty) & (len(self._counts) - 1)
 
-    def _home(self, keys: list[np.ndarray]) -> np.ndarray:
+    def _mix(self, keys: list[np.ndarray]) -> np.ndarray:
         mixed = keys[0] * _HASH
         for key in keys[1:]:
             mixed ^= key
             mixed *= _HASH
-        mixed >>= np.uint64(64 - self._bits)
-        return mixed.view(np.int64)
-
-    def _holds(self, slot: np.ndarray, keys: list[np.ndarray]) -> np.ndarray:
-        here = self._keys[0].take(slot) == keys[0]
-        for table, key in zip(self._keys[1:], keys[1:], strict=True):
-            here &= table.take(slot) == key
-        return here
+        return mixed
 
     def _make_room(self) -> None:
         """At most half of the slots used, so that a slice of new words, a quarter of the smallest table, fits."""
@@ -172,9 +200,14 @@ class _Table:
         keys, counts = [key[full] for key in self._keys], self._counts[full]
         self._allocate(self._bits + 2)
         for at in range(0, len(full), _SLICE):
-            self._count([key[at : at + _SLICE] for key in keys], counts[at : at + _SLICE])
+            part = [key[at : at + _SLICE] for key in keys]
+            self._count(part, self._mix(part), counts[at : at + _SLICE])
 
     def words(self) -> Words:
+        cached = np.flatnonzero(self._cache_keys[-1])
+        keys = [key[cached] for key in self._cache_keys]
+        self._count(keys, self._mix(keys), self._cache_counts[cached])
+        self._clear_cache()
         full = np.flatnonzero(self._keys[-1])
         keys = [key[full] for key in self._keys]
         counts = self._counts[full]
@@ -185,3 +218,18 @@ class _Table:
         table, lengths, counts = table[is_word], lengths[is_word], counts[is_word]
         data = table[np.arange(self.max_length + 1) < lengths[:, None]]
         return Words(data.tobytes(), lengths, counts)
+
+
+def _holds(table: list[np.ndarray], slot: np.ndarray, keys: list[np.ndarray]) -> np.ndarray:
+    """Whether table[slot[i]] holds keys[i]."""
+    here = table[0].take(slot) == keys[0]
+    for column, key in zip(table[1:], keys[1:], strict=True):
+        here &= column.take(slot) == key
+    return here
+
+
+def _claim(table: list[np.ndarray], slot: np.ndarray, keys: list[np.ndarray], empty: np.ndarray) -> None:
+    """Puts the keys at `empty` into their slots. Of several for one slot the last is kept, alike in every column."""
+    slot = slot[empty]
+    for column, key in zip(table, keys, strict=True):
+        column[slot] = key[empty]

@@ -96,8 +96,8 @@ def _threshold(counts: np.ndarray, n_merges: int, n_done: int) -> int:
 class _Groups(NamedTuple):
     """Pairs, how often they occur and where.
 
-    The i-th pair (first[i], second[i]) occurs at positions[order[starts[i]:stops[i]]] - shifts[i], weighted by the words'
-    counts counts[i] times. Made by a merge, it takes the place of the pair lost_first[i], lost_second[i].
+    The i-th pair (first[i], second[i]) occurs at positions[order[starts[i]:stops[i]]] - shifts[i], and counts[i] times
+    when the words' counts are heeded. Made by a merge, it takes the place of the pair (lost_first[i], lost_second[i]).
     """
 
     first: np.ndarray
