@@ -136,9 +136,9 @@ def get_batch(
     return _windows(tokens, starts, context_length, torch.device(device))
 
 
-def batch_generator(seed: int, step: int, part: int = 0) -> np.random.Generator:
-    """The generator of one batch: independent streams for every (seed, step, part), with no state to save."""
-    return np.random.default_rng((seed, step, part))
+def batch_generator(seed: int, step: int) -> np.random.Generator:
+    """The generator of one batch: an independent stream for every (seed, step), with no state to save."""
+    return np.random.default_rng((seed, step))
 
 
 def validation_batches(

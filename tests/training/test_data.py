@@ -104,13 +104,14 @@ def test_smallest_file_has_one_window():
 def test_batches_depend_on_seed_and_step_alone():
     tokens = np.arange(10_000)
 
-    def batch(*key: int) -> torch.Tensor:
-        return get_batch(tokens, 8, 4, generator=batch_generator(*key))[0]
+    def batch(seed: int, step: int) -> torch.Tensor:
+        return get_batch(tokens, 8, 4, generator=batch_generator(seed, step))[0]
 
     assert torch.equal(batch(1, 5), batch(1, 5))
     assert not torch.equal(batch(1, 5), batch(1, 6))
     assert not torch.equal(batch(1, 5), batch(2, 5))
     assert not torch.equal(batch(1, 5), batch(5, 1))
+    assert not torch.equal(batch(1, 5), batch(2, 4))
 
 
 @pytest.mark.parametrize("n_tokens", [22, 21, 24])  # 3 windows of 7 and their last target; one short; a tail left over
