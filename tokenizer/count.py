@@ -130,12 +130,9 @@ class _Table:
         Those are counted too, as a word without bytes that `words` leaves out: that costs less than to take them out.
         """
         longer = np.flatnonzero(lengths > self.max_length)
-        keys = [loads.take(starts)]
-        for k in range(1, self._n_keys):
-            keys.append(
-                loads.take(starts + 8 * k, mode="clip")
-            )  # a word at the text's end may be shorter than its table
-            keys[k - 1][longer] = 0
+        keys = [load(starts + 8 * k) for k in range(self._n_keys)]
+        for key in keys[:-1]:
+            key[longer] = 0
         # Bytes past the word's end leave at the top; a shift of 64 leaves 0.
         lengths = np.minimum(lengths, self.max_length + 1)
         keys[-1] <<= ((self.max_length + 1 - lengths) * 8).view(np.uint64)
