@@ -35,7 +35,7 @@ def test_train_step(benchmark, dtype: str) -> None:
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
-    predicted = estimate(config, batch_size=BATCH, dtype=dtype, causal="full", ceilings=ceilings_of(DEVICE))
+    predicted = estimate(config, batch_size=BATCH, dtype=dtype, causal="full", ceilings=ceilings_of(DEVICE, dtype))
     assert (predicted.parameters, predicted.flops) == count_flops(config, BATCH)
     benchmark.group = f"train step, {PRESET}, batch {BATCH} x {config.context_length}"
     benchmark(step)

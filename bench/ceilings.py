@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,10 +48,15 @@ def _memory_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def measure_ceilings(device: torch.device, *, progress: Callable[[str], object] = lambda what: None) -> Ceilings:
+def measure_ceilings(
+    device: torch.device,
+    *,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    progress: Callable[[str], object] = lambda what: None,
+) -> Ceilings:
     """Measure every ceiling, in less than a minute; progress is told what comes next."""
     progress("products, copies, exponentials")
-    peaks = {_name(dtype): measure_peak_flops(device, dtype) for dtype in DTYPES}
+    peaks = {_name(dtype): measure_peak_flops(device, dtype) for dtype in dtypes}
     where = machine(device)
     return Ceilings(
         gemm_flops=peaks,
@@ -58,7 +64,7 @@ def measure_ceilings(device: torch.device, *, progress: Callable[[str], object] 
         exp_rate=_exp_rate(device),
         kernels={
             f"{kernel} {_name(dtype)}": rates
-            for dtype in DTYPES
+            for dtype in dtypes
             for kernel, rates in kernel_rates(dtype, device, progress=progress).items()
         },
         device=where["device"],
@@ -131,10 +137,14 @@ def require_ceilings(device: torch.device) -> Ceilings:
     return ceilings
 
 
-def ceilings_of(device: torch.device) -> Ceilings:
-    """The ones kept from an earlier measurement on this machine, else measured now and kept."""
+def ceilings_of(device: torch.device, dtype: str) -> Ceilings:
+    """The ones kept from an earlier measurement on this machine; what is not among them is measured now and kept."""
     known = load_ceilings(device)
-    if known is None:
-        known = measure_ceilings(device)
-        save_ceilings(known, device)
-    return known
+    if known is not None and dtype in known.gemm_flops:
+        return known
+    measured = measure_ceilings(device, dtypes=(getattr(torch, dtype),))
+    if known is not None:
+        peaks, kernels = known.gemm_flops | measured.gemm_flops, known.kernels | measured.kernels
+        measured = replace(measured, gemm_flops=peaks, kernels=kernels)
+    save_ceilings(measured, device)
+    return measured

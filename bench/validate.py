@@ -202,11 +202,11 @@ def _measure(
     components = measure_components(*sizes, progress=lambda what: progress(f"{name}: {what}"))
     progress(f"{name}: step")
     (seconds,) = median_seconds([Step(*sizes)], device, seconds=STEP_SECONDS, capture=False)
-    rows += _times(e, seconds, "the whole step, eager")
+    rows += _times(e, seconds, "eager, AdamW")
     if compiled:
         progress(f"{name}: step, compiled")
         (fused,) = median_seconds([Step(*sizes, compiled=True)], device, seconds=STEP_SECONDS, capture=False)
-        rows += _times(e, fused, "the whole step, torch.compile", ", compiled")
+        rows += _times(e, fused, "torch.compile, AdamW", ", compiled")
     return Validation(name, e, tuple(rows), tuple(_side_by_side(e, components)), seconds)
 
 
@@ -214,19 +214,19 @@ def _counted(e: Estimate) -> list[Row]:
     parameters, flops = count_flops(e.config, e.batch_size, e.context_length)
     return [
         Row("parameters", "", e.parameters, parameters, "counted in the model"),
-        Row("matrix FLOPs", "GFLOP", e.flops / 1e9, flops / 1e9, "torch's FlopCounterMode, T^2 attention"),
+        Row("matrix FLOPs", "GFLOP", e.flops / 1e9, flops / 1e9, "torch's FlopCounterMode"),
     ]
 
 
 def _memory(e: Estimate, measured: int) -> Row:
-    what = "what torch allocates in one eager step with AdamW, parameters and moments included"
+    what = "allocated by torch, one eager step"
     return Row("peak memory", "MiB", e.memory_bytes / 2**20, measured / 2**20, what)
 
 
 def _times(e: Estimate, seconds: float, what: str, suffix: str = "") -> list[Row]:
     predicted = e.seconds or 0.0
     return [
-        Row(f"step time{suffix}", "ms", predicted * 1e3, seconds * 1e3, f"{what}, median"),
+        Row(f"step time{suffix}", "ms", predicted * 1e3, seconds * 1e3, what),
         Row(f"throughput{suffix}", "k tokens/s", e.tokens / predicted / 1e3, e.tokens / seconds / 1e3, what),
     ]
 
@@ -242,12 +242,12 @@ def _side_by_side(e: Estimate, measured: dict[str, Timed]) -> list[ComponentRow]
 
 def validate_step(run: TrainConfig, device: torch.device, measured: TrainResult) -> Validation:
     """Hold the closed form of a run's training step against a step of its own, and the run's time against both."""
-    ceilings_of(device)
+    ceilings_of(device, run.dtype)
     e = predict(run.model, batch_size=run.batch_size, context_length=None, dtype=run.dtype, device=device)
     step = Step(run.model, run.batch_size, e.context_length, getattr(torch, run.dtype), device, compiled=run.compile)
     memory = _memory(e, step.peak_bytes())
     (seconds,) = median_seconds([step], device, seconds=STEP_SECONDS, capture=False)
-    rows = [*_counted(e), memory, *_times(e, seconds, "a step with AdamW")]
-    what = f"the run's own, with {run.optimizer}, clipping, data and the log"
+    rows = [*_counted(e), memory, *_times(e, seconds, "one step alone, AdamW")]
+    what = f"the run: {run.optimizer}, data, clipping"
     rows.append(Row("step time in training", "ms", (e.seconds or 0) * 1e3, measured.step_seconds * 1e3, what))
     return Validation("One training step", e, tuple(rows), (), seconds)

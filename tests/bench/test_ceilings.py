@@ -99,6 +99,22 @@ def test_measuring_gives_every_rate(monkeypatch: pytest.MonkeyPatch):
     assert Ceilings.from_dict(json.loads(json.dumps(measured.to_dict()))) == measured
 
 
+def test_what_was_not_measured_yet_is_measured_and_kept_beside_the_rest(monkeypatch: pytest.MonkeyPatch):
+    known = here()
+    ceilings.save_ceilings(known, CPU)
+    assert ceilings.ceilings_of(CPU, "float32") == known  # and nothing is measured
+
+    def measure(device: torch.device, dtypes: tuple) -> Ceilings:
+        assert dtypes == (torch.bfloat16,)
+        return dataclasses.replace(known, gemm_flops={"bfloat16": 4e11}, kernels={"add bfloat16": {(8,): 1e9}})
+
+    monkeypatch.setattr(ceilings, "measure_ceilings", measure)
+    both = ceilings.ceilings_of(CPU, "bfloat16")
+    assert both.gemm_flops == {"float32": 1e11, "bfloat16": 4e11}
+    assert set(both.kernels) == {"attention float32", "add bfloat16"}
+    assert ceilings.load_ceilings(CPU) == both
+
+
 def test_every_kernel_of_a_step_has_its_rate():
     """What the estimate asks for is what is measured, by the same names and as many sizes."""
     asked = {}
