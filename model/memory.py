@@ -6,8 +6,8 @@ frees that, and leaves gradients. The peak is the most that is held at any stage
 Three implementations of the operations differ in what they save:
 
     triton   rooflight.kernels on a GPU: fused, statistics and inputs only
-    cpu      rooflight.kernels on a plain CPU: torch's scaled_dot_product_attention, the loss in chunks, the eager oracles
-             for the rest
+    cpu      rooflight.kernels on a plain CPU: torch's scaled_dot_product_attention, the loss in chunks, and the eager
+             oracles for the rest
     eager    rooflight.kernels.reference: the scores are kept as exponentials, probabilities and their quotient
 """
 

@@ -78,7 +78,7 @@ def test_the_peak_of_a_training_step(shape: str, dtype: str, checkpointing: bool
     e = estimate(
         config, batch_size=batch_size, context_length=length, dtype=dtype, checkpointing=checkpointing, ops=ops[0]
     )
-    assert e.memory_bytes == pytest.approx(measured, rel=0.02)
+    assert e.memory_bytes == pytest.approx(measured, rel=0.015)
 
 
 def _saved(model: Transformer, tokens: torch.Tensor, dtype: torch.dtype) -> int:
@@ -105,11 +105,11 @@ def _saved(model: Transformer, tokens: torch.Tensor, dtype: torch.dtype) -> int:
 @pytest.mark.parametrize("name", ["swiglu", "gelu", "qk-norm"])
 def test_what_the_fused_kernels_save(name: str, dtype: str, device: torch.device) -> None:
     """Real or interpreted kernels; autocast's copies of the weights are counted apart."""
-    config = ModelConfig(64, 32, 2, 4, n_kv_head=2, d_model=64, d_ff=96)
+    config = ModelConfig(64, 16, 2, 4, n_kv_head=2, d_model=64, d_ff=96)
     config = {"swiglu": config, "gelu": replace(config, ffn="gelu"), "qk-norm": replace(config, qk_norm=True)}[name]
     model = Transformer(config, kernels).to(device)
-    tokens = torch.zeros(2, 32, dtype=torch.long, device=device)
+    tokens = torch.zeros(1, 16, dtype=torch.long, device=device)
     casts = sum(2 * p.numel() for n, p in model.layers.named_parameters() if p.dim() == 2) if dtype != "float32" else 0
-    saved = saved_activations(config, 64, 32, dtype, "triton")
+    saved = saved_activations(config, 16, 16, dtype, "triton")
     measured = _saved(model, tokens, getattr(torch, dtype)) - casts
-    assert sum(saved.values()) == pytest.approx(measured, rel=0.02)
+    assert sum(saved.values()) == pytest.approx(measured, rel=0.015)

@@ -1,0 +1,70 @@
+"""Bytes: what crosses the boundary of every kernel that a training step launches, against the estimate's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rooflight import kernels
+from rooflight.model import ModelConfig, Transformer, estimate
+
+CONFIG = ModelConfig(48, 16, 2, 4, n_kv_head=2, d_model=64, d_ff=96)
+CONFIGS = {"swiglu": CONFIG, "gelu": replace(CONFIG, ffn="gelu"), "qk-norm": replace(CONFIG, qk_norm=True)}
+
+
+class Traffic(TorchDispatchMode):
+    """Inputs and outputs of every operator, in bytes, by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+        self.bytes[func._schema.name] += sum(t.nbytes for t in tensors)
+        return out
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_estimate_counts_what_crosses_the_kernels_boundaries(name: str, dtype: str, device: torch.device) -> None:
+    config, low = CONFIGS[name], dtype != "float32"
+    model = Transformer(config, kernels).to(device)
+    tokens = torch.zeros(1, 16, dtype=torch.long, device=device)
+    with Traffic() as forward, torch.autocast(device.type, getattr(torch, dtype), enabled=low):
+        loss = model(tokens, tokens)
+    with Traffic() as backward:
+        loss.backward()
+    e = {c.name: c for c in estimate(config, batch_size=1, dtype=dtype).components}
+    products = ("QKV", "output projection", "FFN")
+    ffn = {"gelu": ("aten::gelu", "aten::gelu_backward")}.get(
+        config.ffn, ("rooflight::swiglu_fwd", "rooflight::swiglu_bwd")
+    )
+    for i, traced in enumerate((forward.bytes, backward.bytes)):
+        expected = {key: (component.forward, component.backward)[i].bytes for key, component in e.items()}
+        attention, norm, loss = (f"rooflight::{op}" for op in (
+            ("flash_attention_fwd", "rms_norm_fwd", "linear_cross_entropy_fwd"),
+            ("flash_attention_bwd", "rms_norm_bwd", "linear_cross_entropy_bwd"),
+        )[i])  # fmt: skip
+        assert traced[attention] == expected["scores and weighted sum"]
+        assert traced["rooflight::rope_turn"] == expected["RoPE"]
+        assert traced["aten::add"] == expected["residual sums"]
+        # with autocast a norm's weights and their gradients are fp32; the estimate takes them for the rows' bf16
+        assert traced[norm] == expected["norms"] + low * (1 + i) * 2 * e["norms"].parameters
+        assert traced["aten::mm"] + traced[ffn[i]] == sum(expected[key] for key in products)
+        if low:  # and the embedding's rows, to the stream's dtype
+            assert traced["aten::_to_copy"] == expected["casts"] + 6 * 16 * config.d_model
+        else:  # the gradient that arrives at each row's loss
+            assert traced[loss] == expected["logits"] + i * 16 * 4
