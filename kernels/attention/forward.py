@@ -132,7 +132,8 @@ def _flash_attention_fwd_kernel(
         m_i = tl.full([BLOCK_M], float("-inf"), ACC)
         l_i = tl.zeros([BLOCK_M], ACC)
     else:
-        m_i = tl.zeros([BLOCK_M], ACC) + tl.load(sinks_ptr + h).to(ACC) * LOG2E
+        sink = tl.load(sinks_ptr + h).to(ACC)
+        m_i = tl.zeros([BLOCK_M], ACC) + sink * LOG2E
         l_i = tl.full([BLOCK_M], 1.0, ACC)
 
     last = tl.minimum(first + BLOCK_M, T) - 1
@@ -149,5 +150,7 @@ def _flash_attention_fwd_kernel(
 
     l_i = tl.where(l_i == 0, 1.0, l_i)  # no visible key: acc is 0 and m_i is -inf
     lse = (m_i + tl.math.log2(l_i)) * LN2
+    if sinks_ptr is not None:
+        lse = tl.where((l_i == 1.0) & (m_i == sink * LOG2E), sink, lse)  # not rounded on the way through base 2
     tl.store(lse_ptr + row_offsets(first, rows, lse_strides[2]), lse, mask=i < T)
     store_tile(out_ptr, out_strides, first, rows, cols, T, acc / l_i[:, None], HEAD_DIM)

@@ -74,7 +74,8 @@ def _run(kernel: Any, name: str, q: Tensor, n_row: int, n_head: int, args: tuple
     blocks: dict[str, Any] = {"HEAD_DIM": q.shape[-1], "BLOCK_D": tiles.block_d(q.shape[-1]), "BLOCK_M": tile.block_m}
     if name != "delta":
         blocks |= {"BLOCK_N": tile.block_n, "PRECISION": _precision(q.dtype)}
-    kernel[grid](*args, **blocks, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    # Triton 3.10 is to change the default of fused multiply-adds, and 3.9 warns of it
+    kernel[grid](*args, **blocks, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True)
 
 
 def flash_attention_fwd(

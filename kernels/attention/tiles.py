@@ -34,7 +34,7 @@ HOPPER, AMPERE, CONSUMER, LEAST = 227 << 10, 163 << 10, 99 << 10, 0
 _TILES: dict[tuple[str, int], dict[int, dict[int, Tile]]] = {
     ("fwd", 2): {
         64: {CONSUMER: Tile(128, 128, 8, 3), LEAST: Tile(128, 64, 4, 2)},
-        128: {AMPERE: Tile(128, 64, 8, 3), LEAST: Tile(64, 64, 4, 2)},
+        128: {HOPPER: Tile(128, 64, 8, 3), CONSUMER: Tile(128, 32, 8, 2), LEAST: Tile(64, 64, 4, 2)},
         256: {
             HOPPER: Tile(128, 32, 8, 2),
             AMPERE: Tile(64, 64, 8, 2),
@@ -56,22 +56,22 @@ _TILES: dict[tuple[str, int], dict[int, dict[int, Tile]]] = {
         512: {CONSUMER: Tile(16, 32, 8, 1), LEAST: Tile(16, 16, 4, 1)},
     },
     ("fwd", 4): {
-        64: {LEAST: Tile(64, 32, 4, 1)},
-        128: {CONSUMER: Tile(64, 32, 8, 1), LEAST: Tile(32, 32, 4, 1)},
+        64: {LEAST: Tile(64, 16, 8, 1)},
+        128: {LEAST: Tile(32, 16, 8, 1)},
         256: {LEAST: Tile(32, 16, 8, 1)},
         512: {LEAST: Tile(16, 16, 8, 1)},
     },
     ("dkdv", 4): {
-        64: {LEAST: Tile(32, 32, 4, 1)},
-        128: {LEAST: Tile(16, 32, 8, 1)},
+        64: {LEAST: Tile(16, 32, 4, 1)},
+        128: {LEAST: Tile(16, 16, 8, 1)},
         256: {LEAST: Tile(16, 16, 8, 1)},
-        512: {LEAST: Tile(16, 16, 8, 1)},
+        512: {AMPERE: Tile(16, 16, 8, 1)},
     },
     ("dq", 4): {
-        64: {LEAST: Tile(32, 32, 4, 1)},
-        128: {LEAST: Tile(32, 32, 8, 1)},
+        64: {LEAST: Tile(32, 16, 4, 1)},
+        128: {LEAST: Tile(16, 16, 8, 1)},
         256: {LEAST: Tile(16, 16, 8, 1)},
-        512: {LEAST: Tile(16, 16, 8, 1)},
+        512: {AMPERE: Tile(16, 16, 8, 1)},
     },
 }
 
@@ -97,4 +97,9 @@ def choose(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device)
         return Tile(64, 64)
     rows = _TILES[kernel, dtype.itemsize][max(64, padded)]
     available = _shared_memory(device)
-    return next(tile for least, tile in rows.items() if available >= least)
+    for least, tile in rows.items():
+        if available >= least:
+            return tile
+    raise ValueError(
+        f"q: the backward of head size {head_dim} in {dtype} does not fit {available >> 10} KiB of shared memory"
+    )

@@ -123,7 +123,7 @@ def test_a_row_that_sees_no_key_gives_zeros(sinks, device):
     out, lse = flash_attention(**inputs, return_lse=True)
     assert (out[:, :, :33] == 0).all()
     expected = inputs["sinks"][None, :, None] if sinks else torch.tensor(-torch.inf, device=device)
-    torch.testing.assert_close(lse[:, :, :33], expected.expand(1, 2, 33), rtol=1e-6, atol=1e-6)
+    assert torch.equal(lse[:, :, :33], expected.expand(1, 2, 33))
     dq, *others = torch.autograd.grad(out.sum() + out.square().sum(), leaves)
     assert (dq[:, :, :33] == 0).all()
     assert all(x.isfinite().all() for x in (dq, *others))

@@ -10,12 +10,8 @@ from support.aot import SHARED_LIMIT, Artifact, compile_cases
 KERNELS = {"fwd", "delta", "bwd_dkdv", "bwd_dq"}
 TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "UTC.*MMA|HMMA", "gfx942": "v_mfma"}  # the others: HMMA
 
-# Instructions that store or load a spilled register, at most. Nonzero entries: measured, triton 3.7.1.
-BUDGET: dict[tuple[str, str, int], int] = {
-    ("sm_80", "fwd", 64): 8,
-    ("sm_80", "fwd", 128): 48,
-    ("sm_90", "bwd_dkdv", 128): 8,
-}
+# Instructions that store or load a spilled register, at most: measured, triton 3.6 to 3.9.
+BUDGET: dict[tuple[str, str, int], int] = {("sm_80", "fwd", 64): 8, ("sm_90", "bwd_dkdv", 128): 48}
 
 
 def attention(head_dim: int, dtype: str, features: bool = False) -> None:
