@@ -106,6 +106,17 @@ def test_packed_documents_equal_documents_alone(name: str) -> None:
         torch.testing.assert_close(packed[start:end], alone, rtol=0, atol=1e-12)
 
 
+def test_packed_documents_on_the_kernels_equal_the_oracles(device: torch.device) -> None:
+    config = replace(CONFIG, n_layer=1, window=5)
+    tokens, targets = _tokens(2, 10).to(device), _tokens(2, 10, seed=2).to(device)
+    bounds = torch.tensor([0, 1, 8, 20], dtype=torch.int32, device=device)
+    ours, oracle = (
+        _gradients(_model(config, ops).to(device), tokens, targets, cu_seqlens=bounds) for ops in (kernels, reference)
+    )
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, oracle[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_the_loss_is_the_mean_cross_entropy_of_the_logits() -> None:
     model, tokens, targets = _model(CONFIG), _tokens(2, 9), _tokens(2, 9, seed=2)
     targets[0, :4] = -100
