@@ -26,7 +26,7 @@ def median_seconds(
     rounds: tuple[int, int] = (3, 25),
     capture: bool = True,
 ) -> list[float]:
-    """Each call's median seconds, of at least rounds[0] and at most rounds[1], as many as fit into `seconds`.
+    """Each call's median seconds, of rounds[0] to rounds[1] runs, as many as fit into its share of `seconds`.
 
     On a GPU: events around the replay of a CUDA graph of the call, on a cold L2 (around the call itself where it cannot
     be captured, or is not to be). On a CPU: the clock on the wall; with a single thread, the time that thread ran.
@@ -36,12 +36,10 @@ def median_seconds(
     else:
         samplers = [_cpu_sampler(call) for call in calls]
     times: list[list[float]] = [[] for _ in calls]
-    deadline = time.perf_counter() + seconds
-    for done in range(rounds[1]):
-        if done >= rounds[0] and time.perf_counter() > deadline:
-            break
+    for _ in range(rounds[1]):
         for sampler, samples in zip(samplers, times, strict=True):
-            samples.append(sampler())
+            if len(samples) < rounds[0] or sum(samples) < seconds / len(calls):
+                samples.append(sampler())
     return [statistics.median(samples) for samples in times]
 
 

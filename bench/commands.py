@@ -206,11 +206,19 @@ def kernels(
 
 
 @bench.command()
-def report(readme: Annotated[Path, typer.Option(help="The README to write into.")] = Path("README.md")) -> None:
-    """Write the tables of bench/results/ into the README."""
+def report(
+    readme: Annotated[Path, typer.Option(help="The README to write into.")] = Path("README.md"),
+    html: Annotated[Path | None, typer.Option(help="Also write one page with tables and plots.")] = None,
+) -> None:
+    """Write the tables of bench/results/ into the README, and with --html a page of their plots."""
     from .report import update_readme
 
     print(f"{readme}: {'updated' if update_readme(readme) else 'already up to date'}")
+    if html:
+        from .page import write_page
+
+        write_page(html)
+        print(f"{html}: written")
 
 
 def console_progress(console: Console, items: Sequence[Case]) -> Iterable[Case]:

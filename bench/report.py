@@ -6,6 +6,7 @@ A results file is JSON with "kind" (which renderer reads it), "machine" (where, 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.table import Table
 from .harness import Measurement, write_text
 
 RESULTS = Path(__file__).parent / "results"
+PREDICTED = ".predicted.json"  # `bench validate` writes it beside the measurement, before there is one
 BEGIN, END = "<!-- results: written by `rooflight bench report` -->", "<!-- end of results -->"
 
 
@@ -113,18 +115,71 @@ def _tokenizer(results: dict[str, Any]) -> str:
     return markdown_table(["task", "peer", "rooflight, s", "peer, s", "ratio"], rows)
 
 
-RENDERERS = {"kernels": _kernels, "demo": _demo, "tokenizer": _tokenizer}
+def _validation(results: dict[str, Any]) -> str:
+    """One row a model: the whole step, its memory, and the component that the estimate misses by most."""
+    rows = []
+    for v in results["validations"]:
+        totals = {row["quantity"]: row for row in v["rows"]}
+        cells = [f"{v['name']}, {v['batch_size']} x {v['context_length']}, {v['dtype']}"]
+        for quantity in ("step time", "peak memory"):
+            row = totals[quantity]
+            cells += [_number(row["predicted"], row["unit"]), _number(row["measured"], row["unit"])]
+            cells.append(f"{row['ratio']:.3f}")
+        large = [row for row in v["components"] if row["measured"] > 0.02 * v["step_seconds"]]
+        worst = max(large, key=lambda row: abs(math.log(row["ratio"])))
+        rows.append([*cells, f"{totals['matrix FLOPs']['ratio']:.6f}", f"{worst['name']} {worst['ratio']:.3f}"])
+    columns = ["one training step", "predicted", "measured", "ratio", "memory, predicted", "measured", "ratio"]
+    columns += ["FLOPs, ratio", "component furthest off, of those above 2 %"]
+    return markdown_table(columns, rows)
+
+
+def _prediction(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{name}, {p['batch_size']} x {p['context_length']}, {p['dtype']}",
+            f"{p['seconds'] * 1e3:,.1f} ms",
+            f"{p['tokens_per_second']:,.0f}",
+            f"{p['memory_bytes'] / 2**30:,.1f} GiB",
+        ]
+        for name, p in results["predictions"].items()
+    ]
+    return "Predicted, not measured:\n\n" + markdown_table(["one training step", "time", "tokens/s", "memory"], rows)
+
+
+RENDERERS = {
+    "kernels": _kernels,
+    "demo": _demo,
+    "tokenizer": _tokenizer,
+    "validation": _validation,
+    "prediction": _prediction,
+}
+
+
+def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """{file's stem: its content}, by name; a prediction whose measurement stands beside it is left out.
+
+    Raises ValueError on a kind that nothing renders.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        if path.name.endswith(PREDICTED) and path.with_name(path.name.replace(PREDICTED, ".json")).exists():
+            continue
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if results.get("kind") not in RENDERERS:
+            raise ValueError(f"{path}: expected kind to be one of {', '.join(RENDERERS)}, got {results.get('kind')!r}")
+        found[path.stem] = results
+    return found
+
+
+def section(results: dict[str, Any]) -> str:
+    """One file's results as Markdown, and where they come from."""
+    source = "For" if results["kind"] == "prediction" else "Measured on"
+    return f"{RENDERERS[results['kind']](results)}\n\n{source}: {_where(results['machine'])}."
 
 
 def render(folder: Path = RESULTS) -> str:
     """Every results file as Markdown, ordered by file name. Raises ValueError on a kind that nothing renders."""
-    sections = []
-    for path in sorted(folder.glob("*.json")):
-        results = json.loads(path.read_text(encoding="utf-8"))
-        if results.get("kind") not in RENDERERS:
-            raise ValueError(f"{path}: expected kind to be one of {', '.join(RENDERERS)}, got {results.get('kind')!r}")
-        sections.append(f"{RENDERERS[results['kind']](results)}\n\nMeasured on: {_where(results['machine'])}.")
-    return "\n\n".join(sections)
+    return "\n\n".join(section(results) for results in read_results(folder).values())
 
 
 def update_readme(readme: Path, folder: Path = RESULTS) -> bool:
