@@ -86,7 +86,8 @@ def reach(causal: bool, window: Window) -> tuple[int | None, int | None]:
     """How far left and right of its own position a query sees; None is without end."""
     if window is None:
         return None, 0 if causal else None
-    left, right = (window, window) if isinstance(window, int) else window
-    if left < 0 or right < 0:
-        raise ValueError(f"window: expected sizes of at least 0, got {window}")
+    pair = (window, window) if isinstance(window, int) else window
+    if len(pair) != 2 or min(pair) < 0:
+        raise ValueError(f"window: expected a size or (left, right), at least 0, got {window}")
+    left, right = pair
     return left, 0 if causal else right

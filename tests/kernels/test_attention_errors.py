@@ -39,8 +39,9 @@ DENSE = {
     "scale inf": ({"scale": float("inf")}, "scale: expected a finite number above 0, got inf"),
     "scale nan": ({"scale": float("nan")}, "scale: expected a finite number above 0, got nan"),
     "softcap": ({"softcap": -1.0}, "softcap: expected a finite number, at least 0 .*, got -1.0"),
-    "window": ({"window": -1}, "window: expected sizes of at least 0, got -1"),
-    "right window": ({"window": (3, -2), "causal": False}, r"window: expected sizes of at least 0, got \(3, -2\)"),
+    "window": ({"window": -1}, r"window: expected a size or \(left, right\), at least 0, got -1"),
+    "window of three": ({"window": (1, 2, 3)}, r"window: expected a size or \(left, right\), .*, got \(1, 2, 3\)"),
+    "right window": ({"window": (3, -2), "causal": False}, r"window: expected .*, at least 0, got \(3, -2\)"),
 }
 
 
