@@ -1,0 +1,31 @@
+"""The planted bugs of tests/mutants.py still fit the sources. Planting them all takes minutes: run that file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from mutants import MUTANTS, ROOT, survives
+
+KERNELS = ROOT / "kernels"
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_the_mutant_applies(mutant):
+    source = (KERNELS / mutant.file).read_text(encoding="utf-8")
+    assert source.count(mutant.original) == mutant.times
+    assert mutant.bug not in source or mutant.bug in mutant.original
+    assert all((Path(__file__).parent / name).exists() for name in mutant.tests)
+
+
+def test_a_mutant_is_caught():
+    mutant = next(m for m in MUTANTS if m.file == "swiglu.py")
+    alive, caught_by = survives(mutant)
+    assert not alive
+    assert "test_swiglu.py" in caught_by
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_every_mutant_is_caught(mutant):
+    assert not survives(mutant)[0]

@@ -1,0 +1,149 @@
+"""Mutation check: plant bugs in the kernels, one at a time, and see that the suite catches each.
+
+`python tests/mutants.py [name ...]` copies the repository's kernels and tests aside, edits the copy, and runs the tests
+that ought to notice, stopping at the first failure. It exits non-zero when a mutant survives. A survivor means that a
+test is missing, not that the mutant is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RMS_NORM = ("test_rms_norm.py", "test_rms_norm_torch.py")
+ATTENTION = ("test_attention.py", "test_attention_varlen.py")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One bug: in `file`, `original` (which stands there exactly `times` times) becomes `bug`."""
+
+    name: str
+    file: str
+    original: str
+    bug: str
+    tests: tuple[str, ...]
+    times: int = 1
+
+
+MUTANTS = (
+    Mutant("rms: eps outside the root", "rms_norm.py", "1.0 / tl.sqrt(tl.sum(squares, axis=1) / N + eps)",
+           "1.0 / (tl.sqrt(tl.sum(squares, axis=1) / N) + eps)", RMS_NORM),
+    Mutant("rms: dw partial sum lost", "rms_norm.py",
+           "(partial, dw, programs, N,", "(partial, dw, programs - 1, N,", RMS_NORM),
+    Mutant("rms: last row not masked", "rms_norm.py", "live = (row >= 0) & (row < M)  #",
+           "live = (row >= 0) & (row <= M)  #", RMS_NORM),
+    Mutant("rms: column mask missing", "rms_norm.py", "    mask = live[:, None] & (cols < N)[None, :]\n    h =",
+           "    mask = live[:, None] & (cols < BLOCK_N)[None, :]\n    h =", RMS_NORM),
+    Mutant("rms: stream's gradient dropped", "rms_norm.py", "        dh += tl.load(dstream_ptr",
+           "        dh += 0 * tl.load(dstream_ptr", RMS_NORM),
+    Mutant("rms: weight offset forgotten in the backward", "rms_norm.py",
+           "g = dy * _load_scale(w_ptr, offset, cols", "g = dy * _load_scale(w_ptr, 0.0, cols", RMS_NORM),
+    Mutant("rms: stream not rounded before the norm", "rms_norm.py",
+           "h = h.to(stream_ptr.dtype.element_ty).to(DTYPE)", "h = h.to(DTYPE)", RMS_NORM),
+    Mutant("rms: uninitialised partial sums added", "rms_norm.py", "tl.where(tile == program, 0.0, seen)",
+           "tl.where(tile < program, 0.0, seen)", RMS_NORM),
+    Mutant("rows: 32-bit row offset", "rows.py",
+           "(outer // layout[0]).to(tl.int64) * layout[2]", "(outer // layout[0]) * layout[2]", RMS_NORM),
+    Mutant("rows: 32-bit column offset", "rows.py", "cols.to(tl.int64)[None, :]", "cols[None, :]", RMS_NORM),
+    Mutant("rows: dimensions merged that do not", "rows.py", "groups[-1][1] == size * stride",
+           "groups[-1][1] >= size * stride", RMS_NORM),
+    Mutant("rope: backward not inverted", "rope.py",
+           "ctx.interleaved, not ctx.inverse)", "ctx.interleaved, ctx.inverse)",
+           ("test_rope.py",)),
+    Mutant("rope: features past the rotation not copied", "rope.py", "if BLOCK_REST > 1:", "if BLOCK_REST > 99:",
+           ("test_rope.py",)),
+    Mutant("swiglu: derivative of silu is sigmoid", "swiglu.py",
+           "dy * up * s * (1.0 + gate * (1.0 - s))", "dy * up * s",
+           ("test_swiglu.py",)),
+    Mutant("cross-entropy: running sum not rescaled", "cross_entropy.py", "total * tl.exp(top - base) +", "total +",
+           ("test_cross_entropy.py",)),
+    Mutant("cross-entropy: z-loss gradient halved", "cross_entropy.py", "(1.0 + 2.0 * z_loss * lse)",
+           "(1.0 + z_loss * lse)", ("test_cross_entropy.py",)),
+    Mutant("cross-entropy: softcap's slope missing", "cross_entropy.py", "dx *= 1.0 - ratio * ratio", "dx *= 1.0",
+           ("test_cross_entropy.py",)),
+    Mutant("linear cross-entropy: a chunk's dweight lost", "linear_cross_entropy.py", "dweight += dlogits.T",
+           "dweight = dlogits.T", ("test_cross_entropy.py",)),
+    Mutant("attention: mask off by one", "attention/blocks.py",
+           "visible & (j <= i + upper)", "visible & (j < i + upper)",
+           ATTENTION),
+    Mutant("attention: accumulator not rescaled", "attention/forward.py",
+           "v, acc * rescale[:, None],", "v, acc,", ATTENTION),
+    Mutant("attention: row sum not rescaled", "attention/forward.py",
+           "l_i * rescale + tl.sum(p, 1)", "l_i + tl.sum(p, 1)",
+           ATTENTION),
+    Mutant("attention: scale missing in dk", "attention/backward.py",
+           "dk * scale, HEAD_DIM", "dk, HEAD_DIM", ATTENTION),
+    Mutant("attention: scale missing in dq", "attention/backward.py",
+           "dq * scale, HEAD_DIM", "dq, HEAD_DIM", ATTENTION),
+    Mutant("attention: wrong key head", "attention/forward.py",
+           "k_ptr = head_pointer(k_ptr, k_strides, b, h // (H // K), start_k)",
+           "k_ptr = head_pointer(k_ptr, k_strides, b, h % K, start_k)", ATTENTION),
+    Mutant("attention: a query head of the group lost in dk", "attention/backward.py",
+           "tl.range(h_kv * group, h_kv * group + group)", "tl.range(h_kv * group + 1, h_kv * group + group)", ATTENTION),
+    Mutant("attention: stale log-sum-exp", "attention/forward.py", "lse = (m_i + tl.math.log2(l_i)) * LN2",
+           "lse = m_i * LN2", ATTENTION),
+    Mutant("attention: delta dropped", "attention/backward.py",
+           "ds = p * (dp - delta[None, :])", "ds = p * dp", ATTENTION),
+    Mutant("attention: softcap's slope missing in dq", "attention/backward.py", "            ds *= slope\n        dq",
+           "            ds *= 1.0\n        dq", ATTENTION),
+    Mutant("attention: rows past the end stored", "attention/blocks.py",
+           "mask = (first + rows < length)[:, None] & (cols < HEAD_DIM)[None, :]\n    tl.store",
+           "mask = (first + rows <= length)[:, None] & (cols < HEAD_DIM)[None, :]\n    tl.store", ATTENTION),
+)  # fmt: skip
+
+
+def survives(mutant: Mutant) -> tuple[bool, str]:
+    """Plant the mutant in a copy, run its tests; whether they all passed, and the last lines they printed."""
+    with tempfile.TemporaryDirectory() as directory:
+        copy = Path(directory)
+        for name in ("kernels", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("conftest.py", "pyproject.toml"):
+            shutil.copy(ROOT / name, copy / name)
+        (copy / "bench").mkdir()
+        # Ahead of the installed package: `rooflight.kernels` is the copy's.
+        (copy / "site" / "rooflight").mkdir(parents=True)
+        (copy / "site" / "rooflight" / "kernels").symlink_to(copy / "kernels")
+        source = copy / "kernels" / mutant.file
+        text = source.read_text(encoding="utf-8")
+        assert text.count(mutant.original) == mutant.times, f"{mutant.name}: its original is not in {mutant.file}"
+        source.write_text(text.replace(mutant.original, mutant.bug), encoding="utf-8")
+        tests = [f"tests/kernels/{name}" for name in mutant.tests]
+        done = subprocess.run(
+            [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))", "-x", "-q", *tests],
+            cwd=copy,
+            env=os.environ | {"PYTHONPATH": str(copy / "site"), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode in (0, 1), (
+            f"{mutant.name}: pytest could not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+        failures = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+        return done.returncode == 0, failures[0].removeprefix("FAILED ") if failures else ""
+
+
+def main(names: list[str]) -> int:
+    chosen = [m for m in MUTANTS if not names or any(name in m.name for name in names)]
+    survivors = []
+    for mutant in chosen:
+        start = time.monotonic()
+        alive, caught_by = survives(mutant)
+        survivors += [mutant.name] if alive else []
+        verdict = "SURVIVED" if alive else f"caught by {caught_by[:90]}"
+        print(f"{mutant.name:50s} {time.monotonic() - start:5.0f} s  {verdict}", flush=True)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} caught")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,166 @@
+"""The table of compiled kernels in docs/artifacts.md: run this file to write it again.
+
+Every kernel is compiled as its launcher launches it, without a GPU (support.aot), so a change in generated code shows
+as a diff of the table. `python tests/support/artifacts.py [target ...]` writes all targets, or just those given.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.aot import Artifact, compile_cases
+
+ROOT = Path(__file__).parents[2]
+TABLE = ROOT / "docs" / "artifacts.md"
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+COLUMNS = ("kernel", "case", "tile", "warps", "stages", "registers", "spills", "shared", "tensor")
+TENSOR_CORES = "HMMA|HGMMA|UTC.*MMA|v_mfma"
+
+Case = tuple[Callable[..., Any], dict[str, Any]]
+
+
+def rms_norm(N: int, dtype: str, residual: bool = False, heads: bool = False) -> None:
+    import torch
+
+    from rooflight.kernels.rms_norm import rms_norm_bwd, rms_norm_fwd
+
+    shape = (8, 16, 32, N) if heads else (4096, N)
+    x = torch.empty(shape, dtype=getattr(torch, dtype))
+    if heads:
+        x = x.transpose(1, 2)
+    weight = torch.empty(N, dtype=x.dtype)
+    y, stream, rstd = rms_norm_fwd(x, weight, 1e-6, x if residual else None, 0.0)
+    rms_norm_bwd(y, stream if residual else None, stream if residual else x, weight, rstd, 0.0, True)
+
+
+def rope(head_dim: int, dtype: str, interleaved: bool = False) -> None:
+    import torch
+
+    from rooflight.kernels.rope import rope_turn
+
+    q, k = (torch.empty(2, 512, heads, head_dim, dtype=getattr(torch, dtype)).transpose(1, 2) for heads in (32, 8))
+    table = torch.empty(512, head_dim // 2)
+    rope_turn(q, k, table, table, None, interleaved, False)
+
+
+def swiglu(N: int, dtype: str) -> None:
+    import torch
+
+    from rooflight.kernels.swiglu import swiglu_bwd, swiglu_fwd
+
+    gate, up = torch.empty(512, 2 * N, dtype=getattr(torch, dtype)).chunk(2, -1)
+    swiglu_bwd(swiglu_fwd(gate, up), gate, up)
+
+
+def cross_entropy(V: int, dtype: str, softcap: float = 0.0) -> None:
+    import torch
+
+    from rooflight.kernels.cross_entropy import row_gradients, row_losses
+
+    row_losses.__globals__["runs_triton"] = lambda x: True  # these launchers serve plain CPU tensors too
+    x, target = torch.empty(512, V, dtype=getattr(torch, dtype)), torch.zeros(512, dtype=torch.int64)
+    loss, lse = row_losses(x, target, -100, 1e-4, softcap)
+    row_gradients(loss, x, target, lse, -100, 1e-4, softcap, x)
+
+
+CASES: list[Case] = [
+    (rms_norm, {"N": 64, "dtype": "bfloat16", "heads": True}),
+    (rms_norm, {"N": 128, "dtype": "bfloat16", "heads": True}),
+    (rms_norm, {"N": 2048, "dtype": "bfloat16", "residual": True}),
+    (rms_norm, {"N": 4096, "dtype": "bfloat16"}),
+    (rms_norm, {"N": 4096, "dtype": "bfloat16", "residual": True}),
+    (rms_norm, {"N": 4096, "dtype": "float32", "residual": True}),
+    (rms_norm, {"N": 8192, "dtype": "bfloat16", "residual": True}),
+    (rms_norm, {"N": 8192, "dtype": "float32", "residual": True}),
+    (rms_norm, {"N": 16384, "dtype": "float32", "residual": True}),
+    (rms_norm, {"N": 32768, "dtype": "bfloat16"}),
+    (rms_norm, {"N": 65536, "dtype": "bfloat16", "residual": True}),
+    (rope, {"head_dim": 64, "dtype": "bfloat16"}),
+    (rope, {"head_dim": 128, "dtype": "bfloat16"}),
+    (rope, {"head_dim": 128, "dtype": "bfloat16", "interleaved": True}),
+    (swiglu, {"N": 11008, "dtype": "bfloat16"}),
+    (swiglu, {"N": 11008, "dtype": "float32"}),
+    (cross_entropy, {"V": 128256, "dtype": "bfloat16"}),
+    (cross_entropy, {"V": 50257, "dtype": "float32", "softcap": 30.0}),
+]
+
+
+def attention_cases() -> list[Case]:
+    """Attention's own case function, over the head sizes that models use."""
+    path = ROOT / "tests" / "kernels" / "test_attention_compiled.py"
+    spec = importlib.util.spec_from_file_location("attention_compiled", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return [(module.attention, {"head_dim": size, "dtype": "bfloat16"}) for size in (64, 128, 256)]
+
+
+def row(case: Case, artifact: Artifact) -> str:
+    """One line of the table."""
+    _, arguments = case
+    tile = " ".join(f"{k}={v}" for k, v in artifact.constexprs.items() if k.startswith(("ROWS", "BLOCK")))
+    described = " ".join(f"{k}={v}" for k, v in arguments.items())
+    cells = (
+        artifact.kernel.strip("_").removesuffix("_kernel"), described, tile, artifact.num_warps, artifact.num_stages,
+        artifact.registers, artifact.spills, artifact.shared, artifact.count(TENSOR_CORES),
+    )  # fmt: skip
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def rows(target: str, cases: list[Case]) -> list[str]:
+    compiled = compile_cases(cases, target, timeout=3600)
+    found = [row(case, artifact) for case, artifacts in zip(cases, compiled, strict=True) for artifact in artifacts]
+    return list(dict.fromkeys(found))
+
+
+def committed() -> dict[str, list[str]]:
+    """The table's rows by target, and its triton version under ""."""
+    sections: dict[str, list[str]] = {"": []}
+    target = ""
+    for line in TABLE.read_text(encoding="utf-8").splitlines() if TABLE.exists() else []:
+        if line.startswith("## "):
+            target = line.removeprefix("## ")
+            sections[target] = []
+        elif line.startswith("Compiled with triton "):
+            sections[""] = [line.removeprefix("Compiled with triton ").split(" ")[0]]
+        elif target and line.startswith("| ") and not line.startswith("| kernel"):
+            sections[target].append(line)
+    return sections
+
+
+def write(targets: tuple[str, ...]) -> None:
+    sections = committed()
+    for target in targets:
+        print(f"compiling for {target}", flush=True)
+        sections[target] = rows(target, CASES + attention_cases())
+    lines = [
+        "# Compiled kernels",
+        "",
+        f"Compiled with triton {version('triton')} ahead of time, each kernel as its launcher launches it; written by",
+        "`python tests/support/artifacts.py`. Registers are per thread, shared memory is in bytes, spills and tensor",
+        "count instructions (stores and loads of spilled registers; HMMA, HGMMA, UTCMMA or MFMA).",
+    ]
+    header = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    for target in TARGETS:
+        if sections.get(target):
+            lines += ["", f"## {target}", "", *header, *sections[target]]
+    temporary = TABLE.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(TABLE)
+
+
+if __name__ == "__main__":
+    write(tuple(sys.argv[1:]) or TARGETS)
