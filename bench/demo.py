@@ -45,13 +45,20 @@ def demo_training(config: DemoConfig, device: torch.device) -> TrainConfig:
     if on_gpu:
         model = ModelConfig(config.vocab_size, 512, n_layer=8, n_head=8, d_model=512, qk_norm=True)
     else:
-        model = ModelConfig(config.vocab_size, 256, n_layer=4, n_head=4, d_model=128, qk_norm=True)
+        # Settings compared at equal numbers of tokens on this text: batch 8 before 16, Muon at 0.03 to 0.04 before 0.02
+        # and 0.08, tied embeddings and q/k norm each by about 0.02 bits per byte.
+        model = ModelConfig(
+            config.vocab_size, 256, n_layer=4, n_head=2, d_model=128, d_ff=384, tie_embeddings=True, qk_norm=True
+        )
     return TrainConfig(
         model=model,
         train_data=out / "train.bin",
         val_data=out / "val.bin",
         out_dir=out / "training",
-        batch_size=64 if on_gpu else 16,
+        batch_size=64 if on_gpu else 8,
+        lr=0.003 if on_gpu else 0.008,
+        muon_lr=0.02 if on_gpu else 0.03,
+        decay=0.7,
         compile=on_gpu,
         max_steps=config.steps,
         max_seconds=config.seconds,
