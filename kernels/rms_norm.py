@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import cost, reference
 from .dispatch import call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
-from .rows import multiprocessors, row_layout, statistics, tile_offsets
+from .rows import most_warps, multiprocessors, row_layout, statistics, tile_offsets
 
 __all__ = ["RMSNormFunction", "rms_norm"]
 
@@ -180,7 +180,7 @@ def _tile(N: int, longest: int) -> tuple[int, int, int]:
     if columns > longest:
         return 1, LOOP_TILE, LOOP_WARPS
     rows = max(1, SHORT_TILE // columns)
-    return rows, columns, min(max(rows * columns // 512, 4), 32)
+    return rows, columns, min(max(rows * columns // 512, 4), most_warps())
 
 
 def rms_norm_fwd(

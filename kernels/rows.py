@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["Layout", "multiprocessors", "row_layout", "statistics", "tile_offsets"]
+from .dispatch import INTERPRETED
+
+__all__ = ["Layout", "most_warps", "multiprocessors", "row_layout", "statistics", "tile_offsets"]
 
 Layout = tuple[int, int, int, int, int, int]
 
@@ -57,3 +59,9 @@ def statistics(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 2 for the interpreter: few programs, yet more than one partial sum."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@cache
+def most_warps() -> int:
+    """Warps of the largest block, 1024 threads: 32 of 32 lanes, or 16 of AMD's 64."""
+    return 32 if INTERPRETED else 1024 // triton.runtime.driver.active.get_current_target().warp_size
