@@ -157,7 +157,7 @@ def inspect(
 def bench(
     tokenizer: TokenizerPath,
     file: Annotated[Path, typer.Argument(help="Text file, UTF-8.")],
-    megabytes: Annotated[float, typer.Option(help="Of FILE, so much from its beginning.")] = 20.0,
+    megabytes: Annotated[float, typer.Option(help="Of FILE, so much from its beginning.")] = 3.0,
     repeats: Annotated[int, typer.Option(help="Runs of each, of which the fastest counts.")] = 3,
 ) -> None:
     """One thread's speed beside tiktoken and Hugging Face tokenizers, where they are installed, on the same text.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -37,26 +38,39 @@ def tokenizer_of(merges: list[tuple[bytes, bytes]]) -> Tokenizer:
 
 
 trained = bpe_reference.train("aab abab bbé ébaé 日日a日b 日é日é aaaa bbbb aaaaaaaa \x00\x00b\x00" * 3, 30, r"[^|]+")[1]
-TOKENIZERS = [tokenizer_of(merges) for merges in (trained, [], *(random_merges(seed, 25) for seed in range(6)))]
+MERGES = [trained, [], *(random_merges(seed, 25) for seed in range(6))]
+TOKENIZERS: list[Tokenizer] = []
+tokenizers = st.integers(0, len(MERGES) - 1).map(TOKENIZERS.__getitem__)
 words = st.lists(st.sampled_from(ALPHABET), min_size=1, max_size=150).map(b"".join)
 
 
-@given(st.sampled_from(TOKENIZERS), st.lists(words, min_size=1, max_size=8))
-@settings(max_examples=400, deadline=None)
+@pytest.fixture(scope="module", params=[0, None], ids=["arrays", "as it is"], autouse=True)
+def few(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Arrays and windows for every word, however few there are; then one by one where that is the faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param is not None:
+            patch.setattr(encode_text, "_FEW_BYTES", request.param)
+            patch.setattr(encode_text, "_FEW_LONG_BYTES", request.param)
+        TOKENIZERS[:] = [tokenizer_of(merges) for merges in MERGES]  # that have met no words yet
+        yield
+
+
+@given(tokenizers, st.lists(words, min_size=1, max_size=8))
+@settings(max_examples=250, deadline=None)
 def test_words_of_every_length_equal_the_reference(tokenizer: Tokenizer, words: list[bytes]) -> None:
     expected = [token for word in words for token in [*bpe_reference.encode_word(word, tokenizer.merges), b"|"]]
     assert [tokenizer.vocab[i] for i in tokenizer.encode_bytes(b"".join(word + b"|" for word in words))] == expected
 
 
-@given(st.sampled_from(TOKENIZERS), words)
-@settings(max_examples=200, deadline=None)
+@given(tokenizers, words)
+@settings(max_examples=100, deadline=None)
 def test_one_word_by_list_and_by_heap_equals_the_reference(tokenizer: Tokenizer, word: bytes) -> None:
     merges = tokenizer._encoder._words._merges
     for ids in (merges.encode_word(word), merges._merge_with_heap(list(word))):
         assert [tokenizer.vocab[i] for i in ids] == bpe_reference.encode_word(word, tokenizer.merges)
 
 
-@given(st.sampled_from(TOKENIZERS), st.integers(0, 1 << 32), st.integers(1, 4))
+@given(tokenizers, st.integers(0, 1 << 32), st.integers(1, 4))
 @settings(max_examples=100, deadline=None)
 def test_words_of_many_windows_equal_the_heap(tokenizer: Tokenizer, seed: int, n_different: int) -> None:
     # Few different characters: long tokens, seams that take several rounds, and windows of windows.
