@@ -377,7 +377,7 @@ class _Ranking:
 
     def take(self, room: int) -> list[int]:
         """Takes out the next pairs to merge, in order, at most `room`; none when no watched pair is left."""
-        if len(self._front) < _FRONT // 4:
+        if len(self._front) <= _FRONT // 4:
             self._lower_bound()
         batch: list[_Entry] = []
         names: list[tuple[int, int]] = []
