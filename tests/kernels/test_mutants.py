@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,12 @@ def test_the_mutant_applies(mutant):
     assert all((Path(__file__).parent / name).exists() for name in mutant.tests)
 
 
-def test_a_mutant_is_caught():
+def test_a_mutant_is_caught_and_the_unchanged_copy_is_not():
     mutant = next(m for m in MUTANTS if m.file == "swiglu.py")
     alive, caught_by = survives(mutant)
     assert not alive
     assert "test_swiglu.py" in caught_by
+    assert survives(replace(mutant, bug=mutant.original))[0]
 
 
 @pytest.mark.slow
