@@ -139,10 +139,11 @@ def committed() -> dict[str, list[str]]:
 
 
 def write(targets: tuple[str, ...]) -> None:
-    sections = committed()
+    compiled = {}
     for target in targets:
         print(f"compiling for {target}", flush=True)
-        sections[target] = rows(target, CASES + attention_cases())
+        compiled[target] = rows(target, CASES + attention_cases())
+    sections = committed() | compiled
     lines = [
         "# Compiled kernels",
         "",
