@@ -75,6 +75,7 @@ def file_ranges(path: str | os.PathLike[str], cutter: Cutter, size: int = RANGE_
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"input_path: {os.fspath(path)!r} is no regular file")
+    size = max(size, cutter.margin)
     cuts = [0]
     with open(path, "rb", buffering=0) as file:
         at = size

@@ -13,7 +13,7 @@ from typing import Any
 
 from .chunks import Cutter, document_chunks, file_ranges, read_chunks
 from .count import WordCounter, Words
-from .merge import learn_merges
+from .merge import MAX_TOKENS, learn_merges
 from .pretokenize import GPT2_PATTERN, Specials, pretokenize
 from .workers import Crew, check_num_workers
 
@@ -92,6 +92,8 @@ class _Trainer:
                 f"vocab_size: got {vocab_size!r}, expected an integer of at least {smallest}: "
                 f"256 bytes and {len(self.specials.tokens)} special tokens"
             )
+        if vocab_size > MAX_TOKENS:
+            raise ValueError(f"vocab_size: got {vocab_size}, expected at most {MAX_TOKENS}")
         if max_words is not None and max_words < 1:
             raise ValueError(f"max_words: got {max_words!r}, expected a positive integer or None")
         self.n_merges = vocab_size - smallest

@@ -1,0 +1,160 @@
+"""The crew: order, errors, killed processes, no orphans, no trouble inside other process pools."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from functools import partial
+
+import pytest
+
+from rooflight.tokenizer.workers import Crew, check_num_workers
+
+# Workers must be importable in a fresh process, which knows nothing of this file: what they do is given as source.
+HELPER = """
+import os, signal, time
+class Helper:
+    def __init__(self, start=0): self.total = start
+    def run(self, task):
+        kind, value = task
+        self.total += 1
+        if kind == "kill" and os.getpid() != value: os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "fail" and os.getpid() != value: raise OSError(f"cannot read chunk {value}")
+        if kind == "exit" and os.getpid() != value: os._exit(3)
+        if kind == "sleep": time.sleep(value)
+        return value, os.getpid()
+    def finish(self): return self.total
+"""
+
+
+@pytest.fixture
+def helper(tmp_path, monkeypatch):
+    (tmp_path / "crew_helper.py").write_text(HELPER)
+    monkeypatch.syspath_prepend(tmp_path)
+    import crew_helper
+
+    yield crew_helper.Helper
+    del sys.modules["crew_helper"]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_results_in_order_from_every_process(helper):
+    tasks = [("sleep", 0.02 + 0.01 * (i % 3)) for i in range(60)]
+    with Crew(helper, 3) as crew:
+        results = list(crew.map(tasks))
+        pids = crew.pids
+        totals = crew.finish()
+    assert [value for value, _ in results] == [value for _, value in tasks]
+    assert Counter(pid for _, pid in results).keys() <= {os.getpid(), *pids}
+    assert sum(totals) == 60
+    assert len(pids) == 2
+    assert not any(map(is_alive, pids))
+
+
+def test_one_task_or_one_worker_starts_no_process(helper):
+    for num_workers, tasks in ((4, 1), (1, 5)):
+        with Crew(partial(helper, 10), num_workers) as crew:
+            assert len(list(crew.map([("sleep", 0)] * tasks))) == tasks
+            assert crew.pids == []
+            assert crew.finish() == [10 + tasks]
+    with Crew(helper, 4) as crew:
+        assert list(crew.map([])) == []
+        assert crew.finish() == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("kill", RuntimeError, r"worker process \d+ was killed by SIGKILL"),
+        ("exit", RuntimeError, r"worker process \d+ ended with exit status 3"),
+        ("fail", OSError, r"cannot read chunk \d+"),
+    ],
+)
+def test_a_process_that_fails_ends_the_whole(helper, kind, error, message):
+    # This process sleeps a little at each task, so that the others come to theirs.
+    tasks = [("sleep", 0.05), *[task for _ in range(100) for task in (("sleep", 0.05), (kind, os.getpid()))]]
+    crew = Crew(helper, 2)
+    with pytest.raises(error, match=message), crew:
+        list(crew.map(tasks))
+    pids = crew.pids
+    assert len(pids) == 1
+    assert not any(map(is_alive, pids))
+
+
+def test_a_process_killed_from_outside(helper):
+    def tasks():
+        for i in range(400):
+            if i == 100:
+                os.kill(crew.pids[0], signal.SIGKILL)
+            yield "sleep", 0.01
+
+    crew = Crew(helper, 2)
+    with pytest.raises(RuntimeError, match="was killed by SIGKILL"), crew:
+        list(crew.map(tasks()))
+
+
+def test_an_interrupt_ends_every_process(helper):
+    def tasks():
+        yield from [("sleep", 0.01)] * 50
+        raise KeyboardInterrupt
+
+    crew = Crew(helper, 3)
+    with pytest.raises(KeyboardInterrupt), crew:
+        list(crew.map(tasks()))
+    pids = crew.pids
+    assert len(pids) == 2
+    assert not any(map(is_alive, pids))
+
+
+def test_processes_end_when_their_parent_is_killed(helper, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from crew_helper import Helper; from rooflight.tokenizer.workers import Crew\n"
+        "with Crew(Helper, 2) as crew:\n"
+        "    for i, _ in enumerate(crew.map([('sleep', 0.05)] * 10_000)):\n"
+        "        if i == 20: print(crew.pids[0], flush=True)\n"
+    )
+    with subprocess.Popen([sys.executable, script, tmp_path], stdout=subprocess.PIPE) as parent:
+        pid = int(parent.stdout.readline())
+        assert is_alive(pid)
+        parent.kill()
+    deadline = time.monotonic() + 60
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(pid)
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_inside_a_daemonic_process(tmp_path, method):
+    # As in a DataLoader's worker, which multiprocessing forbids to have children.
+    path = tmp_path / "text"
+    path.write_bytes(b"some words, and some more words\n" * 600_000)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, sys\n"
+        "from rooflight.tokenizer import train_bpe\n"
+        "def work(): assert len(train_bpe(sys.argv[1], 260, [], num_workers=2)[1]) == 4\n"
+        "if __name__ == '__main__':\n"
+        f"    process = multiprocessing.get_context({method!r}).Process(target=work, daemon=True)\n"
+        "    process.start(); process.join(); sys.exit(process.exitcode)\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", script, path], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_num_workers():
+    assert check_num_workers(None) >= 1
+    assert check_num_workers(3) == 3
+    for bad in (0, -1, 1.5, True, "2"):
+        with pytest.raises(ValueError, match=r"num_workers: got .*, expected a positive integer or None"):
+            check_num_workers(bad)
