@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +126,7 @@ class Bench:
         return lambda: norm(*x)
 
     def _norms(self, make: Leaves) -> Call:
-        c, block = self.config, self.model.layers[0]
+        c, block = self.config, cast(Any, self.model.layers[0])
         x, h = make(self.B, self.T, c.d_model), make(self.B, self.T, c.d_model)
         calls = [self._norm(block.attention_norm, x), self._norm(block.ffn_norm, h, x)]
         make.made += [block.attention_norm.weight, block.ffn_norm.weight]

@@ -161,7 +161,7 @@ def _grid(cpu: tuple[tuple[int, ...], ...], cuda: tuple[tuple[int, ...], ...]) -
     return {"cpu": tuple(product(*cpu)), "cuda": tuple(product(*cuda))}
 
 
-ELEMENTS = (2**15, 2**18, 2**21, 2**23), (2**18, 2**21, 2**24, 2**27)
+ELEMENTS = (2**15, 2**17, 2**19, 2**21, 2**23), (2**18, 2**21, 2**24, 2**27)
 FLAT = _grid((ELEMENTS[0],), (ELEMENTS[1],))
 ROWS = _grid((ELEMENTS[0], (32, 256)), (ELEMENTS[1], (64, 1024, 4096)))
 WIDE = _grid((ELEMENTS[0], (512,)), (ELEMENTS[1], (4096,)))
