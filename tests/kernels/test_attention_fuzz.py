@@ -18,7 +18,7 @@ from support.attention import DTYPES, LAYOUTS, draw, draw_packed, draw_sinks, ju
 from support.tolerance import gaussian
 
 CASES = 2500
-DEFAULT = 24
+DEFAULT = 20
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,7 @@ def operator_arguments(device, *, varlen, sinks, requires_grad):
     return (*tensors, *bounds, 9, 0, 0.25, 2.0)
 
 
-@pytest.mark.parametrize("varlen", [False, True])
-@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(("varlen", "sinks"), [(False, True), (True, False)])
 def test_opcheck(varlen, sinks, device):
     torch.library.opcheck(fwd_op, operator_arguments(device, varlen=varlen, sinks=sinks, requires_grad=True))
     args = operator_arguments(device, varlen=varlen, sinks=sinks, requires_grad=False)
@@ -89,7 +88,7 @@ def test_compile_without_a_graph_break(dynamic, device):
         return out.square().sum() + lse.sum() + flash_attention(q, k, v).sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for B, T, S in [(1, 20, 24), (2, 33, 33)]:
+    for B, T, S in [(1, 20, 24), (2, 17, 17)] if dynamic else [(1, 20, 24)]:
         inputs = [*draw(B, 2, 1, T, S, 16, torch.float32, device).values(), draw_sinks(2, torch.float32, device)]
         leaves = [x.requires_grad_() for x in inputs]
         expected, found = loss(*leaves), compiled(*leaves)
