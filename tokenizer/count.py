@@ -137,7 +137,7 @@ class _Table:
         lengths = np.minimum(lengths, self.max_length + 1)
         keys[-1] <<= ((self.max_length + 1 - lengths) * 8).view(np.uint64)
         keys[-1] |= lengths.view(np.uint64)
-        self._count_in_cache(keys, np.int64(1) if counts is None else counts)
+        self._count_in_cache(keys, np.array(1) if counts is None else counts)
         return longer
 
     def _count_in_cache(self, keys: list[np.ndarray], counts: np.ndarray) -> None:

@@ -23,7 +23,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 _BOOT = (
     "import sys, pickle; sys.path[:] = pickle.load(sys.stdin.buffer); "
@@ -147,6 +147,8 @@ class _Process:
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
         )
         self.pid = self._popen.pid
+        self._input = cast(IO[bytes], self._popen.stdin)
+        self._output = cast(IO[bytes], self._popen.stdout)
         self._make, self._tasks, self._results = make, tasks, results
         self.has_run = False
         self._ending = False
@@ -158,13 +160,13 @@ class _Process:
         try:
             self._send(sys.path)
             self._send(self._make)
-            pickle.load(self._popen.stdout)  # ready: until then tasks are left to others
+            pickle.load(self._output)  # ready: until then tasks are left to others
             while True:
                 index, task = self._tasks.get()
                 if self._ending:
                     return
                 self._send(None if task is _FINISH else (task,))
-                result = pickle.load(self._popen.stdout)
+                result = pickle.load(self._output)
                 if task is _FINISH:
                     self._results.put((self.pid, result))
                     return
@@ -177,8 +179,8 @@ class _Process:
             self._results.put((index, error))
 
     def _send(self, message: Any) -> None:
-        pickle.dump(message, self._popen.stdin, pickle.HIGHEST_PROTOCOL)
-        self._popen.stdin.flush()
+        pickle.dump(message, self._input, pickle.HIGHEST_PROTOCOL)
+        self._input.flush()
 
     def _fate(self) -> str:
         try:
@@ -195,7 +197,7 @@ class _Process:
     def join(self) -> None:
         self._popen.wait()
         self._thread.join()
-        for pipe in (self._popen.stdin, self._popen.stdout):
+        for pipe in (self._input, self._output):
             with suppress(OSError):  # unsent bytes, for a process that is gone
                 pipe.close()
 

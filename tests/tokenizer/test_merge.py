@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rooflight.tokenizer import merge
+from rooflight.tokenizer import merge, ranking
 from rooflight.tokenizer.count import WordCounter, Words
 from rooflight.tokenizer.merge import learn_merges
 from rooflight.tokenizer.pretokenize import pretokenize
@@ -55,7 +55,7 @@ def test_tied_counts(counts, n_merges):
 def test_many_epochs_and_a_short_front(counts, n_merges, rank):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merge, "_threshold", lambda found, *_: int(np.sort(found)[-rank:][0]))
-        patch.setattr(merge, "_FRONT", rank)
+        patch.setattr(ranking, "_FRONT", rank)
         assert learn_merges(words_of(counts), n_merges) == naive(counts, n_merges)
 
 
@@ -74,7 +74,7 @@ def test_batches_need_their_guard_against_ties(monkeypatch):
     corpora = [random_counts(rng) for _ in range(60)]
     expected = [naive(counts, 60) for counts in corpora]
     assert [learn_merges(words_of(counts), 60) for counts in corpora] == expected
-    monkeypatch.setattr(merge._Ranking, "_safe", lambda self, batch, lefts, rights: len(batch))
+    monkeypatch.setattr(ranking.Ranking, "_safe", lambda self, batch, lefts, rights: len(batch))
     assert [learn_merges(words_of(counts), 60) for counts in corpora] != expected
 
 
