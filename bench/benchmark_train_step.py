@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from rooflight.bench.ceilings import ceilings_of
-from rooflight.bench.step import count_flops
-from rooflight.model import PRESETS, Transformer, estimate
-from rooflight.training.optim import build_optimizers
+from rooflight.bench.kernel_rates import ops_on
+from rooflight.bench.step import Step, count_flops
+from rooflight.model import PRESETS, estimate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # GPT-2's shape on a GPU; on a CPU, the million parameters of the demo
@@ -19,28 +19,25 @@ PRESET, BATCH = ("gpt2-small", 16) if DEVICE.type == "cuda" else ("tiny", 8)
 def test_train_step(benchmark, dtype: str) -> None:
     """Forward, backward and update; fails when the FLOPs torch counts are not those of the estimate."""
     config = PRESETS[PRESET]
-    with torch.device(DEVICE):
-        model = Transformer(config)
-        tokens = torch.randint(config.vocab_size, (BATCH, config.context_length + 1))
-    optimizers = build_optimizers(model, optimizer="adamw", lr=1e-3)
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-    def step() -> None:
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = model(inputs, targets=targets)
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    predicted = estimate(config, batch_size=BATCH, dtype=dtype, causal="full", ceilings=ceilings_of(DEVICE, dtype))
+    ceilings, ops = ceilings_of(DEVICE, dtype), ops_on(DEVICE)[0]
+    predicted = estimate(config, batch_size=BATCH, dtype=dtype, causal="full", ceilings=ceilings, ops=ops)
     assert (predicted.parameters, predicted.flops) == count_flops(config, BATCH)
+    step = Step(config, BATCH, config.context_length, getattr(torch, dtype), DEVICE)
+    peak = step.peak_bytes()
+    moved = sum(component.bytes for component in predicted.components)
     benchmark.group = f"train step, {PRESET}, batch {BATCH} x {config.context_length}"
     benchmark(step)
-    benchmark.extra_info |= {"flops": predicted.flops, "predicted_seconds": predicted.seconds}
+    benchmark.extra_info |= {
+        "flops": predicted.flops,
+        "bytes": moved,
+        "predicted_seconds": predicted.seconds,
+        "memory: predicted / measured": predicted.memory_bytes / peak,
+    }
     if benchmark.stats is not None:  # None under --benchmark-disable
         median = benchmark.stats.stats.median
-        benchmark.extra_info["TFLOP/s"] = predicted.flops / median / 1e12
-        benchmark.extra_info["predicted / measured"] = predicted.seconds / median
+        benchmark.extra_info |= {
+            "TFLOP/s": predicted.flops / median / 1e12,
+            "GB/s": moved / median / 1e9,
+            "share of ceiling": predicted.flops / median / ceilings.gemm_rate(dtype),
+            "predicted / measured": predicted.seconds / median,
+        }

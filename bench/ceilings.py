@@ -91,10 +91,10 @@ def ceilings_table(ceilings: Ceilings) -> Table:
         table.add_row("exponentials", f"{ceilings.exp_rate / 1e9:.2f} G/s")
     table.add_section()
     for kernel, points in ceilings.kernels.items():
-        unit = "GFLOP/s" if KERNELS[kernel.rpartition(" ")[0].removesuffix(BACKWARD)].flops else "G elements/s"
+        unit = KERNELS[kernel.rpartition(" ")[0].removesuffix(BACKWARD)].unit
         best = max(points, key=points.__getitem__)
         table.add_row(
-            kernel, *(f"{rate / 1e9:,.2f} {unit}" for rate in (min(points.values()), points[best])), _sizes(best)
+            kernel, *(f"{rate / 1e9:,.2f} G {unit}/s" for rate in (min(points.values()), points[best])), _sizes(best)
         )
     return table
 

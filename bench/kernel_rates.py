@@ -137,11 +137,12 @@ class Kernel:
 
     make: Callable[..., Call]
     sizes: dict[str, tuple[Sizes, ...]]
-    flops: Callable[..., int] | None = None  # (device, backward, *sizes); None: the rate counts elements
+    count: Callable[..., int] | None = None  # (device, backward, *sizes); None: the first of the sizes
+    unit: str = "elements"
     backward: bool = True
 
     def work(self, device: torch.device, sizes: Sizes, backward: bool) -> int:
-        return self.flops(device, backward, *sizes) if self.flops else sizes[0]
+        return self.count(device, backward, *sizes) if self.count else sizes[0]
 
 
 def _attention_flops(device: torch.device, backward: bool, T: int, D: int) -> int:
@@ -155,6 +156,11 @@ def _gemm_flops(device: torch.device, backward: bool, M: int, N: int, K: int) ->
 
 def _loss_flops(device: torch.device, backward: bool, M: int, N: int, V: int) -> int:
     return linear_cross_entropy_cost(M, N, V, backward=backward).flops
+
+
+def _embedding_elements(device: torch.device, backward: bool, elements: int) -> int:
+    """Backward, the gradient of every row of the table is written too: as many as there are tokens, here."""
+    return 2 * elements if backward else elements
 
 
 def _grid(cpu: tuple[tuple[int, ...], ...], cuda: tuple[tuple[int, ...], ...]) -> dict[str, tuple[Sizes, ...]]:
@@ -174,16 +180,19 @@ KERNELS: dict[str, Kernel] = {
             ((4096, 16384), (768, 1024, 2048, 4096, 8192), (768, 1024, 2048, 4096, 8192)),
         ),
         _gemm_flops,
+        "FLOP",
     ),
     "attention": Kernel(
         _attention,
         _grid(((64, 256, 1024), (32, 64, 128)), ((512, 1024, 2048, 4096, 8192, 16384), (64, 128))),
         _attention_flops,
+        "FLOP",
     ),
     "linear_cross_entropy": Kernel(
         _linear_cross_entropy,
         _grid(((512, 2048), (128, 512), (1024, 4096)), ((16384,), (1024, 4096), (32768, 131072))),
         _loss_flops,
+        "FLOP",
     ),
     "rms_norm": Kernel(_rms_norm, ROWS),
     "rms_norm residual": Kernel(_rms_norm_residual, ROWS),
@@ -191,7 +200,7 @@ KERNELS: dict[str, Kernel] = {
     "swiglu": Kernel(_swiglu, WIDE),
     "gelu": Kernel(_gelu, WIDE),
     "add": Kernel(_add, FLAT, backward=False),
-    "embedding": Kernel(_embedding, FLAT),
+    "embedding": Kernel(_embedding, FLAT, _embedding_elements),
     "cast": Kernel(_cast, FLAT),
     "adamw": Kernel(_adamw, FLAT, backward=False),
 }
