@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
+from torch import Tensor
 
 Call = Callable[[], object]
 
@@ -36,7 +37,8 @@ def median_seconds(
     be captured, or is not to be). On a CPU: the clock on the wall; with a single thread, the time that thread ran.
     """
     if device.type == "cuda":
-        samplers = [_cuda_sampler(_captured(call, device) if capture else call, device) for call in calls]
+        flush = torch.empty(L2_FLUSH, dtype=torch.uint8, device=device)
+        samplers = [_cuda_sampler(_captured(call, device) if capture else call, flush) for call in calls]
     else:
         _keep_memory()
         samplers = [_cpu_sampler(call) for call in calls]
@@ -78,9 +80,8 @@ def _cpu_sampler(call: Call) -> Callable[[], float]:
     return sample
 
 
-def _cuda_sampler(run: Call, device: torch.device) -> Callable[[], float]:
+def _cuda_sampler(run: Call, flush: Tensor) -> Callable[[], float]:
     run()
-    flush = torch.empty(L2_FLUSH, dtype=torch.uint8, device=device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def sample() -> float:
