@@ -26,7 +26,7 @@ HEADS = 4
 
 @triton.jit
 def _turn_heads(
-    x_ptr, strides, out_ptr, first, n_head, batch, t, n_token, c, s, HALF, D,
+    x_ptr, strides, out_ptr, out_strides, first, n_head, batch, t, n_token, c, s, HALF, D,
     HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
     """Turn heads first .. first + HEADS - 1 of x (B, n_head, T, D) at tokens t by c and s (BLOCK_T, BLOCK_HALF)."""
@@ -40,21 +40,25 @@ def _turn_heads(
     for head in range(first, tl.minimum(first + HEADS, n_head)):
         source = x_ptr + batch.to(tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
         source += t.to(tl.int64)[:, None] * strides[2]
-        target = out_ptr + ((batch.to(tl.int64) * n_head + head) * n_token + t)[:, None] * D
+        target = out_ptr + batch.to(tl.int64) * out_strides[0] + tl.cast(head, tl.int64) * out_strides[1]
+        target += t.to(tl.int64)[:, None] * out_strides[2]
+        a_out = target + a_feature.to(tl.int64)[None, :] * out_strides[3]
+        b_out = target + b_feature.to(tl.int64)[None, :] * out_strides[3]
         mask = live & (i < HALF)[None, :]
         a = tl.load(source + a_feature.to(tl.int64)[None, :] * strides[3], mask=mask, other=0.0).to(c.dtype)
         b = tl.load(source + b_feature.to(tl.int64)[None, :] * strides[3], mask=mask, other=0.0).to(c.dtype)
-        tl.store(target + a_feature[None, :], (a * c - b * s).to(out_ptr.dtype.element_ty), mask=mask)
-        tl.store(target + b_feature[None, :], (b * c + a * s).to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(a_out, (a * c - b * s).to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(b_out, (b * c + a * s).to(out_ptr.dtype.element_ty), mask=mask)
         if BLOCK_REST > 1:
             mask = live & (rest < D)[None, :]
             x = tl.load(source + rest.to(tl.int64)[None, :] * strides[3], mask=mask, other=0.0)
-            tl.store(target + rest[None, :], x, mask=mask)
+            tl.store(target + rest.to(tl.int64)[None, :] * out_strides[3], x, mask=mask)
 
 
 @triton.jit
 def _rope_kernel(
-    q_ptr, q_strides, q_out_ptr, H, k_ptr, k_strides, k_out_ptr, K, cos_ptr, sin_ptr, stride_cp, stride_sp,
+    q_ptr, q_strides, q_out_ptr, q_out_strides, H, k_ptr, k_strides, k_out_ptr, k_out_strides, K,
+    cos_ptr, sin_ptr, stride_cp, stride_sp,
     positions_ptr, stride_pb, stride_pt, n_token, HALF, D,
     BLOCK_T: tl.constexpr, HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, DTYPE: tl.constexpr,
@@ -79,12 +83,12 @@ def _rope_kernel(
         s = -s
     if group < q_groups:
         _turn_heads(
-            q_ptr, q_strides, q_out_ptr, group * HEADS, H, batch, t, n_token, c, s, HALF, D,
+            q_ptr, q_strides, q_out_ptr, q_out_strides, group * HEADS, H, batch, t, n_token, c, s, HALF, D,
             HEADS, BLOCK_HALF, BLOCK_REST, INTERLEAVED,
         )  # fmt: skip
     else:
         _turn_heads(
-            k_ptr, k_strides, k_out_ptr, (group - q_groups) * HEADS, K, batch, t, n_token, c, s, HALF, D,
+            k_ptr, k_strides, k_out_ptr, k_out_strides, (group - q_groups) * HEADS, K, batch, t, n_token, c, s, HALF, D,
             HEADS, BLOCK_HALF, BLOCK_REST, INTERLEAVED,
         )  # fmt: skip
 
@@ -106,8 +110,8 @@ def rope_turn(
     block_t = max(1, TILE // block_half)
     grid = (B * triton.cdiv(T, block_t) * (triton.cdiv(H, HEADS) + triton.cdiv(K, HEADS)),)
     _rope_kernel[grid](
-        q, q.stride(), q_out, H, k, k.stride(), k_out, K, cos, sin, cos.stride(0), sin.stride(0),
-        positions, stride_pb, stride_pt, T, half, D,
+        q, q.stride(), q_out, q_out.stride(), H, k, k.stride(), k_out, k_out.stride(), K,
+        cos, sin, cos.stride(0), sin.stride(0), positions, stride_pb, stride_pt, T, half, D,
         BLOCK_T=block_t, HEADS=HEADS, BLOCK_HALF=block_half, BLOCK_REST=block_rest,
         INTERLEAVED=interleaved, INVERSE=inverse, DTYPE=statistics(q.dtype)[1],
     )  # fmt: skip
@@ -117,7 +121,8 @@ def rope_turn(
 def _rope_turn_fake(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+    # Of q's and k's own layouts: attention keeps q's too, so that a model's (B, T, H, D) views are never copied.
+    return torch.empty_like(q), torch.empty_like(k)
 
 
 def _flops(q: Any, k: Any, *args: Any, **kwargs: Any) -> int:
@@ -160,10 +165,10 @@ def rope(
 ) -> tuple[Tensor, Tensor]:
     """Rotate pairs of features of q and k by their position's angle (Su et al. 2021, eq. 34).
 
-    q: (B, H, T, D).  k: (B, K, T, D).  fp32, fp16 or bf16, any strides.  cos, sin: (positions, R / 2), R <= D; features
-    past R pass unchanged; they receive no gradient.  positions: (T,) or (B, T), int32 or int64, rows of cos and sin,
-    not checked against their number; None is 0 .. T-1.  Pairs are (i, i + R/2), or (2i, 2i + 1) when interleaved.
-    Returns both rotated, contiguous, of their shapes and dtypes; the arithmetic is fp32. Autocast casts nothing.
+    q: (B, H, T, D).  k: (B, K, T, D).  fp32, fp16 or bf16, any strides.  cos, sin: (positions, R / 2), R <= D, which
+    receive no gradient; features past R pass unchanged.  positions: (T,) or (B, T), int32 or int64, rows of cos and
+    sin, not checked against their number; None is 0 .. T-1.  Pairs are (i, i + R/2), or (2i, 2i + 1) when interleaved.
+    Returns both rotated, of their shapes, dtypes and memory layouts; the arithmetic is fp32. Autocast casts nothing.
     Runs Triton on CUDA tensors and, under TRITON_INTERPRET=1, on CPU tensors (fp64 too); on plain CPU tensors the eager
     oracle. Under the kernels torch.func transforms raise NotImplementedError.
     Raises ValueError on a shape, dtype or device mismatch.
