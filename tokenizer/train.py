@@ -6,8 +6,7 @@ count words in every process (chunks.py, pretokenize.py, count.py, workers.py)  
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,7 @@ from .chunks import Cutter, document_chunks, file_ranges, read_chunks
 from .count import WordCounter, Words
 from .merge import MAX_TOKENS, learn_merges
 from .pretokenize import GPT2_PATTERN, Specials, pretokenize
+from .progress import progress_bars
 from .workers import Crew, check_num_workers
 
 Vocabulary = dict[int, bytes]
@@ -102,7 +102,7 @@ class _Trainer:
         self.max_words = max_words
 
     def train(self, tasks: Iterable[Any], n_bytes: int | None, progress: bool) -> tuple[Vocabulary, Merges]:
-        with _bars(progress) as bar:
+        with progress_bars(progress) as bar:
             words = self._count(tasks, bar("Counting words", n_bytes))
             if self.max_words is not None:
                 words = words.most_frequent(self.max_words)
@@ -142,24 +142,3 @@ class _Counting:
 
     def finish(self) -> Words:
         return self._counter.words()
-
-
-@contextmanager
-def _bars(shown: bool) -> Iterator[Callable[[str, int | None], Callable[[int], None]]]:
-    """Gives a function that opens a progress bar and returns the function that advances it."""
-    if not shown:
-        yield lambda name, total: lambda n: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description:<16}"), BarColumn(), TaskProgressColumn(show_speed=True))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bars:
-        yield lambda name, total: partial(bars.advance, bars.add_task(name, total=total))
