@@ -5,6 +5,9 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
+# pytest-benchmark refuses to work beside pytest-xdist, and tests have no use for it.
+JOBS ?= 2
+PYTEST = $(BIN)/pytest -n $(JOBS) -p no:benchmark
 UV := $(shell command -v uv 2>/dev/null)
 
 # Busy OpenMP threads that spin-wait cost up to 10x on a shared machine.
@@ -28,10 +31,10 @@ demo-short: $(VENV)/.installed-demo  ## the same with 30 seconds of training
 	$(BIN)/rooflight demo --seconds 30 --fresh --out runs/demo-short
 
 test: $(VENV)/.installed-test  ## the whole test suite but the slow tail
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(VENV)/.installed-test  ## the slow tail
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 lint: $(VENV)/.installed-dev  ## ruff, lint and format
 	$(BIN)/ruff check .
