@@ -65,8 +65,9 @@ def generate(
     from ..model import generate as sample
     from ..tokenizer import Tokenizer
     from ..training.checkpoint import load_model
+    from ..training.loop import resolve_device
 
-    place = torch.device(_resolve(device))
+    place = resolve_device(device)
     words = Tokenizer.load(tokenizer)
     tokens = torch.tensor([words.encode(prompt)], device=place)
     generator = torch.Generator(place).manual_seed(seed)
@@ -89,10 +90,10 @@ def estimate(
     """Parameters, FLOPs, bytes and memory per component, in closed form; times too, once `bench ceilings` has run."""
     import json
 
-    import torch
     from rich.console import Console
 
     from ..model import estimate as closed_form
+    from ..training.loop import resolve_device
     from .ceilings import load_ceilings
     from .validate import read_model
 
@@ -105,7 +106,7 @@ def estimate(
         causal=causal,
         checkpointing=checkpointing,
         gpus=gpus,
-        ceilings=load_ceilings(torch.device(_resolve("auto"))),
+        ceilings=load_ceilings(resolve_device("auto")),
     )
     if as_json:
         print(json.dumps(result.to_dict(), indent=1))
@@ -120,12 +121,12 @@ def estimate(
 @bench.command()
 def ceilings(device: Device = "auto") -> None:
     """Measure this machine's rates (products, copies, exponentials, attention) and keep them for the estimates."""
-    import torch
     from rich.console import Console
 
+    from ..training.loop import resolve_device
     from .ceilings import ceilings_table, measure_ceilings, save_ceilings
 
-    place = torch.device(_resolve(device))
+    place = resolve_device(device)
     console = Console()
     with console.status("") as status:
         measured = measure_ceilings(place, progress=status.update)
@@ -148,14 +149,14 @@ def validate(
     plot: Annotated[Path | None, typer.Option(help="Also draw predicted against measured.")] = None,
 ) -> None:
     """Predict a training step, write that down, then measure it: every component by itself, and the whole."""
-    import torch
     from rich.console import Console
 
+    from ..training.loop import resolve_device
     from .harness import machine, write_json
     from .validate import read_model
     from .validate import validate as run
 
-    place = torch.device(_resolve(device))
+    place = resolve_device(device)
     console = Console()
     predictions = json_path.with_suffix(".predicted.json")
     with console.status("") as status:
@@ -186,14 +187,14 @@ def kernels(
     device: Device = "auto",
 ) -> None:
     """Check and time every kernel case beside its peers."""
-    import torch
     from rich.console import Console
 
+    from ..training.loop import resolve_device
     from .cases import cases
     from .harness import as_records, machine, measure, write_json
     from .report import table
 
-    place = torch.device(_resolve(device))
+    place = resolve_device(device)
     where = machine(place)
     console = Console()
     console.print("  ".join(f"{key} {value}" for key, value in where.items()))
@@ -226,9 +227,3 @@ def console_progress(console: Console, items: Sequence[Case]) -> Iterable[Case]:
     from rich.progress import track
 
     return track(items, description="cases", console=console, transient=True)
-
-
-def _resolve(device: str) -> str:
-    import torch
-
-    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

@@ -19,7 +19,7 @@ from ..model import ModelConfig, Transformer, generate
 from ..tokenizer import Tokenizer, train_bpe
 from ..training.checkpoint import load_model
 from ..training.config import TrainConfig
-from ..training.loop import TrainResult, train
+from ..training.loop import TrainResult, resolve_device, train
 from .harness import machine, write_json
 from .text import END_OF_TEXT, find_text, read_documents, split_text
 from .validate import validate_step
@@ -69,7 +69,7 @@ def demo_training(config: DemoConfig, device: torch.device) -> TrainConfig:
 
 def run_demo(config: DemoConfig, console: Console) -> int:
     """Run every stage; returns the exit status, 1 when the validation loss did not fall."""
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device(config.device)
     out = config.out_dir
     out.mkdir(parents=True, exist_ok=True)
     _remember(config)

@@ -103,7 +103,7 @@ def evaluate(
 class _Run:
     def __init__(self, config: TrainConfig, console: Console) -> None:
         self.config, self.console = config, console
-        self.device = _device(config.device)
+        self.device = resolve_device(config.device)
         self.dtype = getattr(torch, config.dtype)
         ops = _ops(config.kernels, self.device)
         self.train_data = self._open(config.train_data)
@@ -355,7 +355,8 @@ class _StopSignals:
         self.received = True
 
 
-def _device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
+    """The device of that name, "auto" being CUDA when there is one. Raises ValueError on one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -51,7 +51,27 @@ def _with_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     return params, [p.grad for p in params]
 
 
-class AdamW(Optimizer):
+class _GroupedOptimizer(Optimizer):
+    """What AdamW and Muon share: a step is one `_update` of each group's parameters that have gradients."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient; returns the closure's loss, or None."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params, grads = _with_gradients(group)
+            if params:
+                self._update(group, params, grads)
+        return loss
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        raise NotImplementedError
+
+
+class AdamW(_GroupedOptimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2).
 
     params: tensors or parameter groups, float32 or float64 (mixed precision is torch.autocast's work).
@@ -76,19 +96,6 @@ class AdamW(Optimizer):
             _check("weight_decay", group["weight_decay"], 0.0)
             for parameter in group["params"]:
                 _check_parameter(parameter)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns the closure's loss, or None."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params, grads = _with_gradients(group)
-            if params:
-                self._update(group, params, grads)
-        return loss
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         (beta1, beta2), lr = group["betas"], group["lr"]
@@ -131,7 +138,7 @@ def orthogonalize(matrices: Tensor, *, steps: int = NEWTON_SCHULZ_STEPS, dtype: 
     return (x.mT if tall else x).reshape(matrices.shape)
 
 
-class Muon(Optimizer):
+class Muon(_GroupedOptimizer):
     """Momentum orthogonalized by Newton-Schulz, for matrices (Jordan et al. 2024).
 
     params: 2-D tensors or groups of them.  dtype: that of the Newton-Schulz products.
@@ -161,19 +168,6 @@ class Muon(Optimizer):
                 _check_parameter(parameter)
                 if parameter.ndim != 2:
                     raise ValueError(f"Muon's parameters must be matrices, got shape {tuple(parameter.shape)}")
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns the closure's loss, or None."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params, grads = _with_gradients(group)
-            if params:
-                self._update(group, params, grads)
-        return loss
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         lr, momentum = group["lr"], group["momentum"]
