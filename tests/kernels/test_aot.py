@@ -37,6 +37,10 @@ def test_a_matmul_uses_the_tensor_cores(target, tensor_core):
     assert small.spills == 0
     assert 0 < small.registers <= 512
     assert 0 < small.shared <= SHARED_LIMIT[target]
+    assert (small.loop is None) == (target == "gfx942")
+    if small.loop is not None:  # 64 x 64 x 64 products in each iteration, half of 64 x 128 x 64
+        cycles = {"sm_80": 64**3 / 1024, "sm_90": 64**3 / 2048}[target]
+        assert small.loop.peak % cycles == 0  # the compiler may unroll
     assert spilling.spills > 0  # 128 x 128 fp32 over one warp is 512 registers a thread
 
 

@@ -23,6 +23,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # the subprocess
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.sass import Bound, inner_loops, opcodes, together
+
 # Shared memory one block may use, bytes: CUDA C++ Programming Guide, table "Technical specifications per compute
 # capability"; LDS of one CDNA3 work-group: AMD Instinct MI300 ISA guide.
 SHARED_LIMIT = {
@@ -38,7 +43,11 @@ SHARED_LIMIT = {
 
 @dataclass(frozen=True)
 class Artifact:
-    """One compiled kernel. spills counts instructions that store or load local memory (vector spills on AMD)."""
+    """One compiled kernel. spills counts instructions that store or load local memory (vector spills on AMD).
+
+    loop: what its hot inner loop costs, all partitions of warps together; None without tensor cores, and where the
+    listing does not tell the shapes of their products (sm_100, AMD).
+    """
 
     kernel: str
     target: str
@@ -49,6 +58,7 @@ class Artifact:
     spills: int
     shared: int
     instructions: dict[str, int] = field(repr=False)  # opcode with its modifiers -> occurrences
+    loop: Bound | None = None
 
     def count(self, pattern: str) -> int:
         """Instructions whose opcode matches the regular expression from its start, such as "HGMMA"."""
@@ -62,7 +72,6 @@ def compile_cases(
     request = {
         "target": target,
         "cases": [[inspect.getfile(function), function.__name__, arguments] for function, arguments in cases],
-        "path": [str(Path(__file__).parents[1])],
     }
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as cache:
@@ -78,7 +87,10 @@ def compile_cases(
         )
     assert done.returncode == 0, f"compiling for {target} failed:\n{done.stderr[-4000:]}"
     # The answer is the last line: the compiler may print before it.
-    return [[Artifact(**a) for a in case] for case in json.loads(done.stdout.splitlines()[-1])]
+    return [
+        [Artifact(**a | {"loop": a["loop"] and Bound(**a["loop"])}) for a in case]
+        for case in json.loads(done.stdout.splitlines()[-1])
+    ]
 
 
 # ---------------------------------------------------------------- in the subprocess
@@ -113,8 +125,8 @@ class _Driver:
         return torch.device("cpu")
 
 
-def _sass(cubin: bytes) -> tuple[int, Counter[str]]:
-    """Registers and instruction counts, from the cuobjdump that Triton carries."""
+def _disassemble(cubin: bytes) -> tuple[int, str]:
+    """Registers and the listing, from the cuobjdump that Triton carries."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -125,15 +137,17 @@ def _sass(cubin: bytes) -> tuple[int, Counter[str]]:
             subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
             for option in ("--dump-resource-usage", "-sass")
         )
-    registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
-    opcode = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
-    return registers, Counter(m[1] for line in listing.splitlines() if (m := opcode.match(line)))
+    return int(re.search(r"REG:(\d+)", usage)[1]), listing  # type: ignore[index]
 
 
 def _artifact(name: str, target: str, constexprs: dict[str, Any], kernel: Any) -> Artifact:
     metadata = kernel.metadata
+    loop = None
     if "cubin" in kernel.asm:
-        registers, instructions = _sass(kernel.asm["cubin"])
+        registers, listing = _disassemble(kernel.asm["cubin"])
+        instructions = opcodes(listing)
+        bounds = inner_loops(listing, target, metadata.num_warps)
+        loop = together(bounds) if bounds else None
         spills = sum(n for op, n in instructions.items() if op.split(".")[0] in ("STL", "LDL"))
     else:
         text = kernel.asm["amdgcn"]
@@ -143,13 +157,12 @@ def _artifact(name: str, target: str, constexprs: dict[str, Any], kernel: Any) -
         instructions = Counter(m[1] for m in re.finditer(r"^\t([a-z]\w+)", text, re.MULTILINE))
     return Artifact(
         name, target, constexprs, metadata.num_warps, metadata.num_stages, registers, spills, metadata.shared,
-        dict(instructions),
+        dict(instructions), loop,
     )  # fmt: skip
 
 
 def _main() -> None:
     request = json.load(sys.stdin)
-    sys.path[:0] = request["path"]
     import triton
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ TABLE = ROOT / "docs" / "artifacts.md"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 COLUMNS = ("kernel", "case", "tile", "warps", "stages", "registers", "spills", "shared", "tensor")
 TENSOR_CORES = "HMMA|HGMMA|UTC.*MMA|v_mfma"
+LOOPS = "inner loops, "  # stands before the target in the heading of the second table
+RESOURCES = ("tensor", "exp", "fma", "alu", "shared", "issue")
+LOOP_COLUMNS = ("kernel", "case", *RESOURCES, "bound by", "overlapped", "in turn", "exp in flight", "serialised")
 
 Case = tuple[Callable[..., Any], dict[str, Any]]
 
@@ -105,56 +108,84 @@ def attention_cases() -> list[Case]:
     return [(module.attention, {"head_dim": size, "dtype": "bfloat16"}) for size in (64, 128, 256)]
 
 
+def _name(case: Case, artifact: Artifact) -> tuple[str, str]:
+    return artifact.kernel.strip("_").removesuffix("_kernel"), " ".join(f"{k}={v}" for k, v in case[1].items())
+
+
 def row(case: Case, artifact: Artifact) -> str:
     """One line of the table."""
-    _, arguments = case
     tile = " ".join(f"{k}={v}" for k, v in artifact.constexprs.items() if k.startswith(("ROWS", "BLOCK")))
-    described = " ".join(f"{k}={v}" for k, v in arguments.items())
     cells = (
-        artifact.kernel.strip("_").removesuffix("_kernel"), described, tile, artifact.num_warps, artifact.num_stages,
-        artifact.registers, artifact.spills, artifact.shared, artifact.count(TENSOR_CORES),
+        *_name(case, artifact), tile, artifact.num_warps, artifact.num_stages, artifact.registers, artifact.spills,
+        artifact.shared, artifact.count(TENSOR_CORES),
     )  # fmt: skip
+    return _line(cells)
+
+
+def loop_row(case: Case, artifact: Artifact) -> str | None:
+    """One line of the table of inner loops; None for a kernel that has no bound."""
+    loop = artifact.loop
+    if loop is None:
+        return None
+    cells = (
+        *_name(case, artifact), *(round(loop.cycles[r]) for r in RESOURCES), loop.limit, f"{loop.ideal:.2f}",
+        f"{loop.in_turn:.2f}", f"{loop.overlapped} of {loop.exponentials}", loop.serialised,
+    )  # fmt: skip
+    return _line(cells)
+
+
+def _line(cells: Iterable[object]) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def rows(target: str, cases: list[Case]) -> list[str]:
+def rows(target: str, cases: list[Case]) -> tuple[list[str], list[str]]:
+    """The lines of both tables."""
     compiled = compile_cases(cases, target, timeout=3600)
-    found = [row(case, artifact) for case, artifacts in zip(cases, compiled, strict=True) for artifact in artifacts]
-    return list(dict.fromkeys(found))
+    pairs = [(case, artifact) for case, artifacts in zip(cases, compiled, strict=True) for artifact in artifacts]
+    loops = (loop_row(*pair) for pair in pairs)
+    return list(dict.fromkeys(row(*pair) for pair in pairs)), list(dict.fromkeys(line for line in loops if line))
 
 
 def committed() -> dict[str, list[str]]:
-    """The table's rows by target, and its triton version under ""."""
+    """The tables' rows by heading, and the triton version under ""."""
     sections: dict[str, list[str]] = {"": []}
-    target = ""
+    heading = ""
     for line in TABLE.read_text(encoding="utf-8").splitlines() if TABLE.exists() else []:
         if line.startswith("## "):
-            target = line.removeprefix("## ")
-            sections[target] = []
+            heading = line.removeprefix("## ")
+            sections[heading] = []
         elif line.startswith("Compiled with triton "):
             sections[""] = [line.removeprefix("Compiled with triton ").split(" ")[0]]
-        elif target and line.startswith("| ") and not line.startswith("| kernel"):
-            sections[target].append(line)
+        elif heading and line.startswith("| ") and not line.startswith("| kernel"):
+            sections[heading].append(line)
     return sections
+
+
+INTRODUCTION = f"""# Compiled kernels
+
+Compiled with triton {version("triton")} ahead of time, each kernel as its launcher launches it; written by
+`python tests/support/artifacts.py`. Registers are per thread, shared memory is in bytes, spills and tensor
+count instructions (stores and loads of spilled registers; HMMA, HGMMA, UTCMMA or MFMA).
+
+The second table of a GPU bounds what the hot inner loop of each attention kernel can reach there, from its machine
+code (tests/support/sass.py): cycles of one multiprocessor for one iteration, for the tensor cores, the exponentials,
+the FP32 and the integer pipes, shared memory and the issue slots, each as if it were alone. Then the share of the
+tensor cores' peak that is left when everything overlaps and when products and all else take turns; how many of the
+exponentials stand where a product is in flight; and the products that ptxas cut into single instructions. Nothing
+here was measured on hardware."""
 
 
 def write(targets: tuple[str, ...]) -> None:
     compiled = {}
     for target in targets:
         print(f"compiling for {target}", flush=True)
-        compiled[target] = rows(target, CASES + attention_cases())
+        compiled[target], compiled[LOOPS + target] = rows(target, CASES + attention_cases())
     sections = committed() | compiled
-    lines = [
-        "# Compiled kernels",
-        "",
-        f"Compiled with triton {version('triton')} ahead of time, each kernel as its launcher launches it; written by",
-        "`python tests/support/artifacts.py`. Registers are per thread, shared memory is in bytes, spills and tensor",
-        "count instructions (stores and loads of spilled registers; HMMA, HGMMA, UTCMMA or MFMA).",
-    ]
-    header = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines = [INTRODUCTION]
     for target in TARGETS:
-        if sections.get(target):
-            lines += ["", f"## {target}", "", *header, *sections[target]]
+        for heading, columns in ((target, COLUMNS), (LOOPS + target, LOOP_COLUMNS)):
+            if sections.get(heading):
+                lines += ["", f"## {heading}", "", _line(columns), "|" + "---|" * len(columns), *sections[heading]]
     temporary = TABLE.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
