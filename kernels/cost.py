@@ -139,13 +139,14 @@ def flash_attention_cost(
 
     Forward: 2 products (scores, weighted sum). Backward: 4 (dV, dP, dQ, dK), and a fifth, the scores once more, when
     `recompute` (what a flash kernel executes, and what published backward rates count: 2.5x the forward).
-    Bytes: q, k, v, out and the log-sum-exp; backward reads those and dout, and writes dq, dk, dv.
+    Bytes: q, k, v, out and the log-sum-exp (for fp32 and the factor that undoes its rounding); backward reads those and
+    dout, and writes dq, dk, dv.
     """
     pairs = B * H * visible_pairs(T, S, causal, window)
     q_size = B * H * T * D
     kv_size = B * K * _visible_keys(T, S, causal, window) * D
-    lse = B * H * T * STATISTIC
     size = itemsize(dtype)
+    lse = B * H * T * STATISTIC * (2 if size > 2 else 1)
     if not backward:
         return Cost(4 * pairs * D, (2 * q_size + 2 * kv_size) * size + lse, pairs)
     products = 5 if recompute else 4

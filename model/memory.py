@@ -80,9 +80,10 @@ def stages(
         )
         # the quotient rule: the quotient's gradient g and -g, p / sum and p / sum², their product; p / sum was freed
         attention_working = 5 * pairs * FP32 - pairs * s
-    else:  # q, k, v, out, log-sum-exp; torch's out lies head by head, so the output projection keeps a copy of its own
-        attention = (3 if eager else 2) * q + 2 * kv + rows * STATISTIC
-        attention_working = 2 * q + 2 * kv + rows * STATISTIC  # dout, dq, dk, dv, delta
+    else:  # q, k, v, out, log-sum-exp (with its rounding's factor in fp32)
+        # torch's out lies head by head, so that the output projection keeps a copy of its own
+        attention = (3 if eager else 2) * q + 2 * kv + rows * STATISTIC * (1 if eager or s == 2 else 2)
+        attention_working = 2 * q + 2 * kv + 2 * rows * STATISTIC  # dout, dq, dk, dv, delta and lse again
     swiglu = c.ffn == "swiglu"
     activation = (3 if eager else 2) * FP32 if eager and swiglu else (2 if swiglu else 1) * s
     ffn = N * F * (activation + s)

@@ -27,7 +27,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _attend(*args: Any) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
-        return fwd_op(*args)
+        return fwd_op(*args)[:2]
     refuse_transforms("flash_attention")
     return FlashAttentionFunction.apply(*args)
 

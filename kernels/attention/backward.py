@@ -1,6 +1,7 @@
 """The backward kernels: a preprocess, then one pass for dk and dv and one for dq (Dao 2023, algorithm 2, split in two).
 
-With p = e^(z - lse) recomputed from the saved log-sum-exp, and delta = rowsum(dout * out) - dlse:
+With p = e^(z - lse) recomputed from the saved log-sum-exp (times `unround` for fp32: see the forward), and
+delta = rowsum(dout * out) - dlse:
 
     dv = p^T dout      dp = dout v^T      ds = p (dp - delta)      dq = scale ds k      dk = scale ds^T q
 
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .blocks import (
+    base_2,
     head_pointer,
     is_visible,
     load_tile,
@@ -23,8 +25,6 @@ from .blocks import (
     tanh,
     visible_blocks,
 )
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -72,22 +72,15 @@ def _flash_attention_delta_kernel(
     if dlse_ptr is not None:
         dlse_ptr = head_pointer(dlse_ptr, dlse_strides, b, h, start)
         delta -= tl.load(dlse_ptr + row_offsets(first, rows, dlse_strides[2]), mask=in_range, other=0.0).to(ACC)
-    tl.store(lse2_ptr + offsets, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), mask=in_range)
+    tl.store(lse2_ptr + offsets, base_2(lse), mask=in_range)
     tl.store(delta_ptr + offsets, delta, mask=in_range)
 
 
 @triton.jit
-def _load_statistics(lse2_ptr, delta_ptr, strides, first, rows, T, CHECK_ROWS: tl.constexpr):
-    """lse2 and delta of some rows: +inf and 0, hence p = 0, past T."""
-    offsets = row_offsets(first, rows, strides[2])
-    if CHECK_ROWS:
-        in_range = first + rows < T
-        lse2 = tl.load(lse2_ptr + offsets, mask=in_range, other=float("inf"))
-        delta = tl.load(delta_ptr + offsets, mask=in_range, other=0.0)
-    else:
-        lse2 = tl.load(lse2_ptr + offsets)
-        delta = tl.load(delta_ptr + offsets)
-    return lse2, delta
+def _load_rows(ptr, strides, first, rows, T, PAST: tl.constexpr, CHECK_ROWS: tl.constexpr):
+    """A statistic of some rows, PAST past T: lse2 +inf makes p 0 there."""
+    ptrs = ptr + row_offsets(first, rows, strides[2])
+    return tl.load(ptrs, mask=first + rows < T, other=PAST) if CHECK_ROWS else tl.load(ptrs)
 
 
 @triton.jit
@@ -101,6 +94,7 @@ def _accumulate_dkdv(
     dout_ptr,
     lse2_ptr,
     delta_ptr,
+    unround_ptr,
     q_strides,
     dout_strides,
     lse_strides,
@@ -126,7 +120,8 @@ def _accumulate_dkdv(
     for m in tl.range(start, stop, BLOCK_M):
         m += tl.where(m < full_lo, 0, jump)
         q = load_tile(q_ptr, q_strides, m, rows, cols, T, HEAD_DIM, MASK)
-        lse2, delta = _load_statistics(lse2_ptr, delta_ptr, lse_strides, m, rows, T, MASK)
+        lse2 = _load_rows(lse2_ptr, lse_strides, m, rows, T, float("inf"), MASK)
+        delta = _load_rows(delta_ptr, lse_strides, m, rows, T, 0.0, MASK)
         z = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=dk.dtype)
         if cap_scale is not None:
             z = tanh(z * cap_scale)
@@ -134,6 +129,8 @@ def _accumulate_dkdv(
         if MASK:
             z = tl.where(is_visible((m + rows)[None, :], j[:, None], lower, upper, S), z, float("-inf"))
         p = tl.math.exp2(z * exp_scale - lse2[None, :])
+        if unround_ptr is not None:
+            p *= _load_rows(unround_ptr, lse_strides, m, rows, T, 0.0, MASK)[None, :]
         dout = load_tile(dout_ptr, dout_strides, m, rows, cols, T, HEAD_DIM, MASK)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION, out_dtype=dv.dtype)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION, out_dtype=dk.dtype)
@@ -152,6 +149,7 @@ def _flash_attention_bwd_dkdv_kernel(
     dout_ptr,
     lse2_ptr,
     delta_ptr,
+    unround_ptr,
     dk_ptr,
     dv_ptr,
     cu_seqlens_q_ptr,
@@ -160,7 +158,7 @@ def _flash_attention_bwd_dkdv_kernel(
     k_strides,
     v_strides,
     dout_strides,
-    lse_strides,  # delta's too
+    lse_strides,  # delta's and unround's too
     dk_strides,
     dv_strides,
     H,
@@ -211,13 +209,14 @@ def _flash_attention_bwd_dkdv_kernel(
         dout = head_pointer(dout_ptr, dout_strides, b, h, start_q)
         lse2 = head_pointer(lse2_ptr, lse_strides, b, h, start_q)
         delta = head_pointer(delta_ptr, lse_strides, b, h, start_q)
+        unround = None if unround_ptr is None else head_pointer(unround_ptr, lse_strides, b, h, start_q)
         dk, dv = _accumulate_dkdv(
-            dk, dv, k, v, j, q, dout, lse2, delta, q_strides, dout_strides, lse_strides, lo, full_lo, full_hi, hi,
-            lower, upper, T, S, cap_scale, exp_scale, HEAD_DIM, BLOCK_M, PRECISION, True,
+            dk, dv, k, v, j, q, dout, lse2, delta, unround, q_strides, dout_strides, lse_strides,
+            lo, full_lo, full_hi, hi, lower, upper, T, S, cap_scale, exp_scale, HEAD_DIM, BLOCK_M, PRECISION, True,
         )  # fmt: skip
         dk, dv = _accumulate_dkdv(
-            dk, dv, k, v, j, q, dout, lse2, delta, q_strides, dout_strides, lse_strides, lo, full_lo, full_hi, hi,
-            lower, upper, T, S, cap_scale, exp_scale, HEAD_DIM, BLOCK_M, PRECISION, False,
+            dk, dv, k, v, j, q, dout, lse2, delta, unround, q_strides, dout_strides, lse_strides,
+            lo, full_lo, full_hi, hi, lower, upper, T, S, cap_scale, exp_scale, HEAD_DIM, BLOCK_M, PRECISION, False,
         )  # fmt: skip
 
     dk_ptr = head_pointer(dk_ptr, dk_strides, b, h_kv, start_k)
@@ -233,6 +232,7 @@ def _accumulate_dq(
     dout,
     lse2,
     delta,
+    unround,
     i,  # (BLOCK_M,) query rows
     k_ptr,
     v_ptr,
@@ -266,6 +266,8 @@ def _accumulate_dq(
         if MASK:
             z = tl.where(is_visible(i[:, None], (n + rows)[None, :], lower, upper, S), z, float("-inf"))
         p = tl.math.exp2(z * exp_scale - lse2[:, None])
+        if unround is not None:
+            p *= unround[:, None]
         v = load_tile(v_ptr, v_strides, n, rows, cols, S, HEAD_DIM, MASK)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION, out_dtype=dq.dtype)
         ds = p * (dp - delta[:, None])
@@ -283,6 +285,7 @@ def _flash_attention_bwd_dq_kernel(
     dout_ptr,
     lse2_ptr,
     delta_ptr,
+    unround_ptr,
     dq_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
@@ -290,7 +293,7 @@ def _flash_attention_bwd_dq_kernel(
     k_strides,
     v_strides,
     dout_strides,
-    lse_strides,  # delta's too
+    lse_strides,  # delta's and unround's too
     dq_strides,
     H,
     K,
@@ -330,19 +333,25 @@ def _flash_attention_bwd_dq_kernel(
     cols = tl.arange(0, BLOCK_D)
     q = load_tile(q_ptr, q_strides, first, rows, cols, T, HEAD_DIM, True)
     dout = load_tile(dout_ptr, dout_strides, first, rows, cols, T, HEAD_DIM, True)
-    lse2, delta = _load_statistics(lse2_ptr, delta_ptr, lse_strides, first, rows, T, True)
+    lse2 = _load_rows(lse2_ptr, lse_strides, first, rows, T, float("inf"), True)
+    delta = _load_rows(delta_ptr, lse_strides, first, rows, T, 0.0, True)
+    if unround_ptr is None:
+        unround = None
+    else:
+        unround_ptr = head_pointer(unround_ptr, lse_strides, b, h, start_q)
+        unround = _load_rows(unround_ptr, lse_strides, first, rows, T, 0.0, True)
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
 
     last = tl.minimum(first + BLOCK_M, T) - 1
     lo, full_lo, full_hi, hi = visible_blocks(first, last, lower, upper, S, BLOCK_N)
     i = first + rows
     dq = _accumulate_dq(
-        dq, q, dout, lse2, delta, i, k_ptr, v_ptr, k_strides, v_strides, lo, full_lo, full_hi, hi, lower, upper, S,
-        cap_scale, exp_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
+        dq, q, dout, lse2, delta, unround, i, k_ptr, v_ptr, k_strides, v_strides, lo, full_lo, full_hi, hi,
+        lower, upper, S, cap_scale, exp_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     dq = _accumulate_dq(
-        dq, q, dout, lse2, delta, i, k_ptr, v_ptr, k_strides, v_strides, lo, full_lo, full_hi, hi, lower, upper, S,
-        cap_scale, exp_scale, HEAD_DIM, BLOCK_N, PRECISION, True,
+        dq, q, dout, lse2, delta, unround, i, k_ptr, v_ptr, k_strides, v_strides, lo, full_lo, full_hi, hi,
+        lower, upper, S, cap_scale, exp_scale, HEAD_DIM, BLOCK_N, PRECISION, True,
     )  # fmt: skip
     dq_ptr = head_pointer(dq_ptr, dq_strides, b, h, start_q)
     store_tile(dq_ptr, dq_strides, first, rows, cols, T, dq * scale, HEAD_DIM)

@@ -113,6 +113,12 @@ def is_visible(i, j, lower, upper, n_key):
 
 
 @triton.jit
+def base_2(lse):
+    """A natural log-sum-exp in base 2; +inf, hence p = 0, for rows that see no key."""
+    return tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+
+
+@triton.jit
 def tanh(x):
     """tanh from one exponential (the interpreter has no libdevice), relative error of a few ulps in fp32."""
     e = tl.math.exp2(tl.abs(x) * -2.8853900817779268)  # exp(-2 |x|), never overflows

@@ -7,12 +7,16 @@ For a tile of queries, over blocks of keys, with z = scale q k^T (softcap: z = c
 and at the end out = acc / l, lse = m + ln l. Everything is in base 2, the scale folded into the exponent. A sink starts
 the recurrence at m = sink, l = 1. Blocks that the mask leaves whole are neither masked nor bounds-checked; blocks that
 it hides are never visited.
+
+An lse of 10 rounds by up to 5e-7, which shifts every p of its row by that share in the backward, where eager's softmax
+is good to 1e-7. For fp32 inputs the forward therefore saves `unround` = e^(lse - m) / l too: p = e^(z - lse) unround.
 """
 
 import triton
 import triton.language as tl
 
 from .blocks import (
+    base_2,
     head_pointer,
     is_visible,
     load_tile,
@@ -85,6 +89,7 @@ def _flash_attention_fwd_kernel(
     sinks_ptr,  # (H,) or None
     out_ptr,
     lse_ptr,
+    unround_ptr,  # as lse, or None
     cu_seqlens_q_ptr,  # (B + 1,) or None for a dense batch
     cu_seqlens_k_ptr,
     q_strides,  # (b, h, row, d), as every stride tuple
@@ -152,5 +157,10 @@ def _flash_attention_fwd_kernel(
     lse = (m_i + tl.math.log2(l_i)) * LN2
     if sinks_ptr is not None:
         lse = tl.where((l_i == 1.0) & (m_i == sink * LOG2E), sink, lse)  # not rounded on the way through base 2
-    tl.store(lse_ptr + row_offsets(first, rows, lse_strides[2]), lse, mask=i < T)
+    offsets = row_offsets(first, rows, lse_strides[2])
+    tl.store(lse_ptr + offsets, lse, mask=i < T)
+    if unround_ptr is not None:
+        unround_ptr = head_pointer(unround_ptr, lse_strides, b, h, start_q)
+        unround = tl.where(lse == float("-inf"), 1.0, tl.math.exp2(base_2(lse) - m_i) / l_i)
+        tl.store(unround_ptr + offsets, unround, mask=i < T)
     store_tile(out_ptr, out_strides, first, rows, cols, T, acc / l_i[:, None], HEAD_DIM)

@@ -53,6 +53,18 @@ def _statistic_like(q: Tensor, varlen: bool) -> Tensor:
     return q.new_empty(shape, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
+def _outputs(q: Tensor, varlen: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """out, lse, and the factor for the backward that undoes the rounding of lse: empty for fp16 and bf16, where p
+    itself rounds to far less.
+    """
+    lse = _statistic_like(q, varlen)
+    return torch.empty_like(q), lse, torch.empty_like(lse) if q.dtype.itemsize > 2 else lse.new_empty(0)
+
+
+def _given(unround: Tensor) -> Tensor | None:
+    return unround if unround.dim() > 1 else None
+
+
 def _score_factors(scale: float, softcap: float) -> tuple[float | None, float]:
     """What a score is multiplied by inside tanh (None without softcap) and in the base-2 exponent."""
     return (scale / softcap, softcap * LOG2E) if softcap > 0 else (None, scale * LOG2E)
@@ -91,19 +103,20 @@ def flash_attention_fwd(
     right: int | None,
     scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     varlen = cu_seqlens_q is not None
     B, H, K, T, S = _sizes(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
-    out, lse = torch.empty_like(q), _statistic_like(q, varlen)
+    out, lse, unround = _outputs(q, varlen)
     sinks, *ends = _contiguous(sinks, cu_seqlens_q, cu_seqlens_k)
     strides = (_strides(x, varlen) for x in (q, k, v, out, lse))
     sizes = (H, K, T, S, left, right, *_score_factors(scale, softcap))
-    _run(_flash_attention_fwd_kernel, "fwd", q, T, B * H, (q, k, v, sinks, out, lse, *ends, *strides, *sizes))
-    return out, lse
+    tensors = (q, k, v, sinks, out, lse, _given(unround))
+    _run(_flash_attention_fwd_kernel, "fwd", q, T, B * H, (*tensors, *ends, *strides, *sizes))
+    return out, lse, unround
 
 
-def _fake_fwd(q: Tensor, k: Tensor, v: Tensor, sinks: Any, cu_seqlens_q: Any, *args: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), _statistic_like(q, cu_seqlens_q is not None)
+def _fake_fwd(q: Tensor, k: Any, v: Any, sinks: Any, cu_seqlens_q: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(q, cu_seqlens_q is not None)
 
 
 def flash_attention_bwd(
@@ -114,6 +127,7 @@ def flash_attention_bwd(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    unround: Tensor,
     sinks: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
@@ -136,7 +150,7 @@ def flash_attention_bwd(
         (out, dout, lse, dlse, lse2, delta, ends[0], so, sdo, sdlse, slse, H, T),
     )  # fmt: skip
     sizes = (H, K, T, S, left, right, scale, *_score_factors(scale, softcap))
-    inputs = (q, k, v, dout, lse2, delta)
+    inputs = (q, k, v, dout, lse2, delta, _given(unround))
     _run(
         _flash_attention_bwd_dkdv_kernel, "dkdv", q, S, B * K,
         (*inputs, dk, dv, *ends, sq, sk, sv, sdo, slse, sdk, sdv, *sizes),
@@ -156,7 +170,7 @@ def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor, varlen: bool) -> T
 
 
 def _fake_bwd(
-    dout: Tensor, dlse: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, sinks: Tensor | None, *args: Any
+    dout: Any, dlse: Any, q: Tensor, k: Tensor, v: Tensor, out: Any, lse: Any, unround: Any, sinks: Any, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
@@ -182,13 +196,14 @@ def _lengths(cu_seqlens: Tensor, longest: int) -> list[int]:
     return [longest] * (cu_seqlens.shape[0] - 1)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output, sinks, cu_seqlens_q, cu_seqlens_k)
+    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
     q, k, v, out, *rest = ctx.saved_tensors
     if dout is None:
         if dlse is None:
@@ -213,7 +228,7 @@ class FlashAttentionFunction(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         output = call(fwd_op, *inputs)
         _save(ctx, inputs, output)
-        return output
+        return output[:2]
 
     backward = staticmethod(_backward)
 
@@ -225,6 +240,6 @@ def _fwd_flops(q: Any, k: Any, v: Any, sinks: Any, *args: Any, **_: Any) -> int:
 
 @register_flop_formula(bwd_op.overloadpacket, get_raw=True)
 def _bwd_flops(
-    dout: Any, dlse: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, sinks: Any, *args: Any, **kw: Any
+    dout: Any, dlse: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, unround: Any, sinks: Any, *args: Any, **kw: Any
 ) -> int:
     return _flops(True, q, k, *args[:6])

@@ -25,10 +25,11 @@ def attention(head_dim: int, dtype: str, features: bool = False, backward: bool 
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         ends = torch.tensor([0, 256, 512], dtype=torch.int32)
         bounds, mask, softcap, sinks = (ends, ends, 256, 256), (128, 0), 30.0, torch.zeros(4)
-    out, lse = fwd_op(q, k, v, sinks, *bounds, *mask, 0.1, softcap)
+    out, lse, unround = fwd_op(q, k, v, sinks, *bounds, *mask, 0.1, softcap)
     if not backward:
         return
-    bwd_op(torch.zeros_like(out), lse if features else None, q, k, v, out, lse, sinks, *bounds, *mask, 0.1, softcap)
+    dlse = lse if features else None
+    bwd_op(torch.zeros_like(out), dlse, q, k, v, out, lse, unround, sinks, *bounds, *mask, 0.1, softcap)
 
 
 def short(artifact: Artifact) -> str:

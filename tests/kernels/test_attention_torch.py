@@ -52,9 +52,9 @@ def operator_arguments(device, *, varlen, sinks, requires_grad):
 def test_opcheck(varlen, sinks, device):
     torch.library.opcheck(fwd_op, operator_arguments(device, varlen=varlen, sinks=sinks, requires_grad=True))
     args = operator_arguments(device, varlen=varlen, sinks=sinks, requires_grad=False)
-    out, lse = fwd_op(*args)
-    dlse = torch.ones_like(lse) if sinks else None
-    torch.library.opcheck(bwd_op, (torch.ones_like(out), dlse, *args[:3], out, lse, *args[3:]))
+    out, *statistics = fwd_op(*args)
+    dlse = torch.ones_like(statistics[0]) if sinks else None
+    torch.library.opcheck(bwd_op, (torch.ones_like(out), dlse, *args[:3], out, *statistics, *args[3:]))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -242,8 +242,8 @@ def test_no_score_matrix_in_memory(device):
     leaves = [x.requires_grad_() for x in draw(1, 1, 1, T, T, 16, torch.float32, device).values()]
     with tile(64, 64), _Allocations() as allocations:
         args = (*(x.detach() for x in leaves), None, None, None, T, T, None, 0, 0.25, 0.0)
-        out, lse = fwd_op(*args)
-        bwd_op(torch.ones_like(out), None, *args[:3], out, lse, *args[3:])
+        out, *statistics = fwd_op(*args)
+        bwd_op(torch.ones_like(out), None, *args[:3], out, *statistics, *args[3:])
     assert 0 < allocations.largest <= T * 16 < T * T
 
 
