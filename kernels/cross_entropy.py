@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import cost, reference
 from .dispatch import call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
+from .elementwise import tanh
 from .rows import row_layout, statistics, tile_offsets
 
 __all__ = ["CrossEntropyFunction", "check_target", "cross_entropy", "reduce_losses", "row_gradients", "row_losses"]
@@ -29,20 +30,10 @@ WARPS = 8
 
 
 @triton.jit
-def _tanh(x):
-    """tanh by exp, since the interpreter has no tanh; a Taylor polynomial where 1 - exp(-2|x|) would cancel."""
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    s = x * x
-    near = x * (1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835 - s * (1382.0 / 155925))))))
-    return tl.where(s < 0.0625, near, tl.where(x < 0, -far, far))
-
-
-@triton.jit
 def _load_logits(x_ptr, offsets, mask, softcap, CAPPED: tl.constexpr, DTYPE: tl.constexpr):
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(DTYPE)
     if CAPPED:
-        x = softcap * _tanh(x / softcap)
+        x = softcap * tanh(x / softcap)
     return x
 
 

@@ -13,6 +13,7 @@ order: no atomics, bitwise the same in every run. The dk/dv program of a key-val
 import triton
 import triton.language as tl
 
+from ..elementwise import tanh
 from .blocks import (
     base_2,
     head_pointer,
@@ -22,7 +23,6 @@ from .blocks import (
     row_offsets,
     sequence,
     store_tile,
-    tanh,
     visible_blocks,
 )
 

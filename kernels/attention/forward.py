@@ -15,6 +15,7 @@ is good to 1e-7. For fp32 inputs the forward therefore saves `unround` = e^(lse 
 import triton
 import triton.language as tl
 
+from ..elementwise import tanh
 from .blocks import (
     base_2,
     head_pointer,
@@ -24,7 +25,6 @@ from .blocks import (
     row_offsets,
     sequence,
     store_tile,
-    tanh,
     visible_blocks,
 )
 
