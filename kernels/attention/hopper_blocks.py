@@ -1,0 +1,150 @@
+"""What the Hopper attention kernels share: names that Triton renamed, descriptors, rings of buffers, visible blocks.
+
+The kernels are written in Gluon (triton.experimental.gluon): partitions of warps that run different code side by side
+and meet only at mbarriers in shared memory. An mbarrier counts arrivals, and the bytes of the TMA loads it expects,
+through phases: `wait(barrier, parity)` passes once the phase of that parity is complete, so a fresh barrier passes
+parity 1 at once. Buffer g of a ring of STAGES stands in slot g % STAGES and is the slot's (g // STAGES)-th use: whoever
+fills it waits for `empty` with parity (g // STAGES + 1) & 1, whoever reads it for `full` with (g // STAGES) & 1.
+
+Importing this module imports Gluon: the launchers do it only when a Hopper kernel is to run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import blocks
+
+__all__ = [
+    "ELEMENT",
+    "as_heads",
+    "block_order",
+    "describe",
+    "fence_async_shared",
+    "gl",
+    "gluon",
+    "load_rows",
+    "masked_block",
+    "mbarrier",
+    "new_barriers",
+    "partition_barrier",
+    "sequence",
+    "slot",
+    "tile_of",
+    "tma",
+    "tma_obstacle",
+    "tma_store",
+    "visible_blocks",
+    "warpgroup_mma",
+    "warpgroup_mma_wait",
+]
+
+# Triton 3.6 and 3.7 say async_copy_*, 3.9 async_*; 3.6 says thread_barrier.
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+partition_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+visible_blocks = gluon.jit(blocks.visible_blocks.fn)
+sequence = gluon.jit(blocks.sequence.fn)
+
+
+def as_heads(x: Tensor, varlen: bool) -> Tensor:
+    """x as (b, h, row, d): packed sequences (total, H, D) are one batch of `total` rows."""
+    return x.transpose(0, 1)[None] if varlen else x
+
+
+def tma_obstacle(name: str, x: Tensor, varlen: bool) -> str | None:
+    """Why TMA cannot address x, or None: 16-byte alignment, unit stride along d, extents and strides in range."""
+    x = as_heads(x, varlen)
+    sizes, strides = x.shape, x.stride()
+    if strides[3] != 1:
+        return f"{name} is not contiguous along the head size"
+    if x.data_ptr() % 16 or any(n > 1 and s * x.element_size() % 16 for n, s in zip(sizes, strides[:3], strict=False)):
+        return f"{name} is not aligned to 16 bytes"
+    if any(n > 1 and not 0 < s * x.element_size() < 1 << 40 for n, s in zip(sizes, strides[:3], strict=False)):
+        return f"{name} is expanded"
+    if max(sizes) >= 1 << 31:
+        return f"{name} is too long"
+    return None
+
+
+def describe(x: Tensor, rows: int, varlen: bool) -> Any:
+    """The TMA descriptor of x as (b, h, row, d), for tiles of `rows` rows; loads past an end read zeros."""
+    x = as_heads(x, varlen)
+    head_dim = x.shape[3]
+    strides = [s if n > 1 else head_dim for n, s in zip(x.shape[:3], x.stride(), strict=False)]
+    block = [1, 1, rows, head_dim]
+    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENT[x.dtype])
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
+
+
+@gluon.jit
+def slot(g, STAGES: gl.constexpr):
+    """Slot and parity of buffer g of a ring."""
+    return g % STAGES, g // STAGES % 2
+
+
+@gluon.jit
+def new_barriers(N: gl.constexpr, COUNT: gl.constexpr):
+    """N mbarriers whose phases complete after COUNT arrivals."""
+    barriers = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(barriers.index(i), count=COUNT)
+    return barriers
+
+
+@gluon.jit
+def load_rows(desc, b, h, row, full, buffer):
+    """Start the load of a tile of rows (b, h, row ...) into `buffer`; `full` completes when it has landed."""
+    mbarrier.expect(full, desc.block_type.nbytes)
+    tma_load(desc, [b, h, row, 0], full, buffer)
+
+
+@gluon.jit
+def tile_of(t, n_tile, n_head, GROUP):
+    """(b * H + h, row tile) of the t-th tile to start.
+
+    Heads go in groups of GROUP, whose keys and values stay in the L2 cache together; within a group the last rows, which
+    see the most keys under a causal mask, start first, so that the short ones fill the gaps at the end.
+    """
+    section = t // (GROUP * n_tile)
+    size = gl.minimum(GROUP, n_head - section * GROUP)
+    r = t - section * GROUP * n_tile
+    return section * GROUP + r % size, n_tile - 1 - r // size
+
+
+@gluon.jit
+def block_order(first, last, lower, upper, length, BLOCK: gl.constexpr):
+    """The blocks of keys that rows first..last see, in the order they are visited: (hi, full_hi, n_whole, n_masked, n).
+
+    The n_masked blocks that the mask or the end of the keys cuts come first, then the whole ones, each from the right.
+    There is always one block, wholly masked where no key is visible.
+    """
+    lo, full_lo, full_hi, hi = visible_blocks(first, last, lower, upper, length, BLOCK)
+    lo = lo // BLOCK
+    hi = gl.maximum((hi + BLOCK - 1) // BLOCK, lo + 1)
+    full_hi = full_hi // BLOCK
+    n_whole = full_hi - full_lo // BLOCK
+    return hi, full_hi, n_whole, hi - lo - n_whole, hi - lo
+
+
+@gluon.jit
+def masked_block(i, hi, full_hi, n_whole):
+    """Position of the i-th masked block: from hi down, stepping over the whole ones."""
+    n = hi - 1 - i
+    return gl.where(n < full_hi, n - n_whole, n)

@@ -1,0 +1,175 @@
+"""Who runs in an emulated Gluon program: partitions hand over to each other, asynchronous work happens in between."""
+
+from __future__ import annotations
+
+import linecache
+import random
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from support.gluon_hardware import Barrier, Mma, Shared, Transfer
+
+
+class EmulationError(AssertionError):
+    """The kernel did what the hardware does not forgive."""
+
+
+class DeadlockError(EmulationError):
+    """Nobody can go on."""
+
+
+class RaceError(EmulationError):
+    """The result depends on timing."""
+
+
+class ProtocolError(EmulationError):
+    """A barrier or an asynchronous operation was used against its rules."""
+
+
+class _Stop(BaseException):
+    """Another partition failed."""
+
+
+# ---------------------------------------------------------------- who runs
+
+
+class Partition:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.go = threading.Semaphore(0)
+        self.is_done = False
+        self.ready: Callable[[], bool] = lambda: True
+        self.waits_for = ""
+        self.mmas: list[Mma] = []  # in flight, oldest first
+        self.stores: list[Transfer] = []  # still to read shared memory
+
+
+class Program:
+    """One program of the grid: its partitions, its memory, what is in flight."""
+
+    def __init__(self, index: tuple[int, ...], grid: tuple[int, ...], seed: str) -> None:
+        self.index, self.grid = index, grid
+        self.random = random.Random(seed)
+        # How soon asynchronous work happens, and how long a partition keeps running, differ from run to run.
+        self.eagerness = self.random.choice((0.02, 0.3, 0.9))
+        self.stickiness = self.random.choice((0.0, 0.5, 0.95))
+        self.running = Partition("the program")
+        self.partitions = [self.running]
+        self.loads: list[Transfer] = []
+        self.memory: list[Shared] = []
+        self.barriers: list[Barrier] = []
+        self.failure: BaseException | None = None
+
+    def _in_flight(self) -> list[Callable[[], None]]:
+        """What the hardware could do next: wgmmas of one partition and its stores go in order, loads in any."""
+        actions = [load.happen for load in self.loads]
+        for partition in self.partitions:
+            actions += [m.happen for m in partition.mmas if m.result is None][:1]
+            actions += [s.happen for s in partition.stores][:1]
+        return actions
+
+    def pause(self, ready: Callable[[], bool] = lambda: True, waits_for: str = "") -> None:
+        """Let others run; come back once `ready`."""
+        me = self.running
+        me.ready, me.waits_for = ready, waits_for
+        chosen = self._next(me)
+        if chosen is not me:
+            self.running = chosen
+            chosen.go.release()
+            me.go.acquire()
+            if self.failure is not None:
+                raise _Stop
+        me.ready, me.waits_for = lambda: True, ""
+
+    def _next(self, me: Partition) -> Partition:
+        while True:
+            actions = self._in_flight()
+            able = [p for p in self.partitions if not p.is_done and p.ready()]
+            if actions and (not able or self.random.random() < self.eagerness):
+                self.random.choice(actions)()
+            elif me in able and self.random.random() < self.stickiness:
+                return me
+            elif able:
+                return self.random.choice(able)
+            else:
+                waiting = [f"{p.name} waits for {p.waits_for}" for p in self.partitions if not p.is_done]
+                raise DeadlockError("; ".join(waiting))
+
+    def specialize(self, functions: list[tuple[Callable[..., Any], tuple[Any, ...]]], *_: Any) -> None:
+        """gl.warp_specialize: run every partition to its end."""
+        parent = self.running
+        children = [Partition(f"partition {i} ({function.__name__})") for i, (function, _) in enumerate(functions)]
+
+        def body(partition: Partition, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+            partition.go.acquire()
+            try:
+                if self.failure is not None:
+                    return
+                current.program = self
+                function(*args)
+                self._finish(partition)
+            except _Stop:
+                pass
+            except BaseException as error:
+                self._fail(error, partition)
+
+        threads = [
+            threading.Thread(target=body, args=(child, *pair), daemon=True)
+            for child, pair in zip(children, functions, strict=True)
+        ]
+        self.partitions = children
+        for thread in threads:
+            thread.start()
+        self.running = self.random.choice(children)
+        self.running.go.release()
+        for thread in threads:
+            thread.join()
+        if self.failure is not None:
+            raise self.failure
+        self.partitions, self.running = [parent], parent
+
+    def _finish(self, partition: Partition) -> None:
+        if partition.mmas or partition.stores:
+            raise ProtocolError(f"{partition.name} ended with {len(partition.mmas)} wgmmas and "
+                           f"{len(partition.stores)} TMA stores in flight")  # fmt: skip
+        partition.is_done = True
+        if not all(p.is_done for p in self.partitions):
+            self.running = self._next(partition)
+            self.running.go.release()
+
+    def _fail(self, error: BaseException, partition: Partition) -> None:
+        if self.failure is None:
+            error.add_note(f"in {partition.name} of program {self.index}")
+            self.failure = error
+            for other in self.partitions:
+                other.go.release()
+
+    def finish(self) -> None:
+        """The end of the program: nothing may be left in flight."""
+        for barrier in self.barriers:
+            if barrier.bytes:
+                raise ProtocolError(f"{barrier.name} still expects {barrier.bytes} bytes at the end of the program")
+        if self.loads:
+            raise ProtocolError(f"the program ends while {self.loads[0].what} is in flight")
+
+
+current = threading.local()
+
+
+def current_program() -> Program:
+    return current.program
+
+
+def name_of_allocation() -> str:
+    """What the kernel calls what it allocates: the left side of the assignment outside every helper."""
+    frame: Any = sys._getframe(1)
+    line = ""
+    while frame is not None and frame.f_code.co_name != "run_program":
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        if frame.f_back is not None and frame.f_back.f_code.co_name == "run_program":
+            break
+        frame = frame.f_back
+    return line.split("=")[0].strip() if "=" in line.split("(")[0] else line
