@@ -98,6 +98,9 @@ MUTANTS = (
     Mutant("attention: rows past the end stored", "attention/blocks.py",
            "mask = (first + rows < length)[:, None] & (cols < HEAD_DIM)[None, :]\n    tl.store",
            "mask = (first + rows <= length)[:, None] & (cols < HEAD_DIM)[None, :]\n    tl.store", ATTENTION),
+    Mutant("attention: log-sum-exp's rounding left in dv", "attention/backward.py",
+           "            p *= _load_rows(unround_ptr", "            p *= 1.0 + 0 * _load_rows(unround_ptr",
+           ("test_attention_fuzz.py",)),
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from support.attention import DTYPES, LAYOUTS, draw, draw_packed, draw_sinks, ju
 from support.tolerance import gaussian
 
 CASES = 2500
-DEFAULT = 20
+DEFAULT = {*range(20), 759, 815}  # the last two: fp32, where the log-sum-exp's own rounding would show in dv
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def run_case(case: Case, seed: int, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    "seed", [seed if seed < DEFAULT else pytest.param(seed, marks=pytest.mark.slow) for seed in range(CASES)]
+    "seed", [seed if seed in DEFAULT else pytest.param(seed, marks=pytest.mark.slow) for seed in range(CASES)]
 )
 def test_case(seed, device):
     case = draw_case(seed)
