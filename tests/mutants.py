@@ -122,7 +122,16 @@ def survives(mutant: Mutant) -> tuple[bool, str]:
         source.write_text(text.replace(mutant.original, mutant.bug), encoding="utf-8")
         tests = [f"tests/kernels/{name}" for name in mutant.tests]
         done = subprocess.run(
-            [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))", "-x", "-q", *tests],
+            [
+                sys.executable,
+                "-c",
+                "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))",
+                "-x",
+                "-q",
+                "-m",
+                "not slow",
+                *tests,
+            ],
             cwd=copy,
             env=os.environ | {"PYTHONPATH": str(copy / "site"), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": "1"},
             capture_output=True,
