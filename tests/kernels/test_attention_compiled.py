@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import pytest
 import torch
 
@@ -10,8 +12,10 @@ from support.aot import SHARED_LIMIT, Artifact, compile_cases
 KERNELS = {"fwd", "delta", "bwd_dkdv", "bwd_dq"}
 TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "UTC.*MMA|HMMA", "gfx942": "v_mfma"}  # the others: HMMA
 
-# Instructions that store or load a spilled register, at most: measured, triton 3.6 to 3.9.
-BUDGET: dict[tuple[str, str, int], int] = {("sm_80", "fwd", 64): 8, ("sm_90", "bwd_dkdv", 128): 48}
+# Instructions that store or load a spilled register, at most: none, but for triton 3.6 where it was measured so.
+BUDGET: dict[tuple[str, str, int], int] = {("sm_90", "bwd_dkdv", 64): 12, ("sm_90", "bwd_dkdv", 128): 6}
+if not version("triton").startswith("3.6."):
+    BUDGET = {}
 
 
 def attention(head_dim: int, dtype: str, features: bool = False, backward: bool = True) -> None:
@@ -46,7 +50,7 @@ def check(artifacts: list[Artifact], target: str, head_dim: int) -> None:
             assert artifact.count(TENSOR_CORE.get(target, "HMMA")) > 0, artifact
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_common_head_sizes(target):
     sizes = (64, 128)
     cases = [(attention, {"head_dim": size, "dtype": "bfloat16"}) for size in sizes]
