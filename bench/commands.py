@@ -84,6 +84,11 @@ def estimate(
     causal: Annotated[str, typer.Option(help="exact: visible pairs only; full: T^2, the usual convention.")] = "exact",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations per block.")] = False,
     gpus: Annotated[int, typer.Option(min=1, help="Devices that parameters and optimizer are sharded over.")] = 1,
+    optimizer: Annotated[str, typer.Option(help="adamw, or muon for the blocks' matrices.")] = "adamw",
+    ops: Annotated[
+        str | None,
+        typer.Option(help="Whose memory: triton (on a GPU), cpu or eager; by default as the ceilings were measured."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw where the FLOPs go, small to XL and by length.")] = None,
 ) -> None:
@@ -95,9 +100,12 @@ def estimate(
     from ..model import estimate as closed_form
     from ..training.loop import resolve_device
     from .ceilings import load_ceilings
+    from .kernel_rates import ops_on
     from .validate import read_model
 
     name, model = read_model(config)
+    place = resolve_device("auto")
+    measured = load_ceilings(place)
     result = closed_form(
         model,
         batch_size=batch_size,
@@ -106,7 +114,9 @@ def estimate(
         causal=causal,
         checkpointing=checkpointing,
         gpus=gpus,
-        ceilings=load_ceilings(resolve_device("auto")),
+        ceilings=measured,
+        ops=ops or (ops_on(place)[0] if measured else "triton"),
+        optimizer=optimizer,
     )
     if as_json:
         print(json.dumps(result.to_dict(), indent=1))
@@ -141,6 +151,7 @@ def validate(
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 8,
     context_length: Annotated[int | None, typer.Option(help="Tokens per sequence; the model's own by default.")] = None,
     dtype: Annotated[str, typer.Option(help="Of activations and products.")] = "bfloat16",
+    optimizer: Annotated[str, typer.Option(help="adamw, or muon for the blocks' matrices.")] = "adamw",
     device: Device = "auto",
     compiled: Annotated[bool, typer.Option("--compile", help="Also time the step under torch.compile.")] = False,
     json_path: Annotated[Path, typer.Option("--json", help="The results; the prediction goes beside it.")] = Path(
@@ -166,6 +177,7 @@ def validate(
             batch_size=batch_size,
             context_length=context_length,
             dtype=dtype,
+            optimizer=optimizer,
             compiled=compiled,
             predictions=predictions,
             progress=status.update,
@@ -204,6 +216,28 @@ def kernels(
     console.print(table(done))
     if json_path:
         write_json(json_path, {"kind": "kernels", "machine": where, "measurements": as_records(done)})
+
+
+@bench.command()
+def paths(
+    arch: Annotated[str | None, typer.Option(help="sm_90, gfx942, cpu, ...; this machine's GPU when left out.")] = None,
+) -> None:
+    """Which path serves which attention call, and why."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..kernels.attention.paths import table
+    from ..training.loop import resolve_device
+    from .tune import this_gpu
+
+    device = resolve_device("auto")
+    here = this_gpu(device).architecture if device.type == "cuda" else "cpu"
+    out = Table(title=f"attention on {arch or here}")
+    for column in ("path", "why", "pass", "head sizes", "dtypes", "options"):
+        out.add_column(column)
+    for *call, choice in table(arch or here, device if arch in (None, here) else None):
+        out.add_row(choice.path, choice.why, *call)
+    Console().print(out)
 
 
 @bench.command()

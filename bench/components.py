@@ -50,9 +50,16 @@ class Bench:
     """Makes the tasks of a model's components, for B sequences of T tokens in `dtype`."""
 
     def __init__(
-        self, config: ModelConfig, batch_size: int, context_length: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        context_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        optimizer: str = "adamw",
     ) -> None:
         self.config, self.B, self.T, self.dtype, self.device = config, batch_size, context_length, dtype, device
+        self.optimizer = optimizer
         with device:
             self.model = Transformer(config, ops_on(device)[1])
         self.N = batch_size * context_length
@@ -93,7 +100,7 @@ class Bench:
         yield self._once("logits", self._loss)
         if self.dtype != torch.float32:
             yield self._casts()
-        yield self._adamw()
+        yield self._update()
 
     def _layers(self, component: str, width: int, make_call: Callable[[Leaves], Call]) -> list[Task]:
         """One layer's call on each of several sets of inputs, `width` numbers wide for every token."""
@@ -182,13 +189,13 @@ class Bench:
 
         return self._pair("casts", (forward, backward), 1)
 
-    def _adamw(self) -> list[Task]:
+    def _update(self) -> list[Task]:
         from ..training.optim import build_optimizers
 
         for p in self.model.parameters():
             p.grad = torch.randn_like(p)
-        (optimizer,) = build_optimizers(self.model, optimizer="adamw", lr=1e-3)
-        return [Task("AdamW", "update", optimizer.step, 1)]
+        optimizers = build_optimizers(self.model, optimizer=self.optimizer, lr=1e-3, muon_dtype=self.dtype)
+        return [Task(type(each).__name__, "update", each.step, 1) for each in optimizers]
 
 
 def _as_tuple(y: Any) -> tuple[Tensor, ...]:
@@ -212,11 +219,12 @@ def measure_components(
     dtype: torch.dtype,
     device: torch.device,
     *,
+    optimizer: str = "adamw",
     seconds: float = 1.0,
     progress: Callable[[str], object] = lambda what: None,
 ) -> dict[str, Timed]:
     """Each component's seconds in one step, for about `seconds` each; named as the rows of the estimate."""
-    bench = Bench(config, batch_size, context_length, dtype, device)
+    bench = Bench(config, batch_size, context_length, dtype, device, optimizer)
     times: dict[str, dict[str, float]] = {}
     with on_capture_stream(device):
         for tasks in bench.tasks():

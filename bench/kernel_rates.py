@@ -18,16 +18,17 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels import dispatch, reference
-from ..kernels.cost import flash_attention_cost, linear_cross_entropy_cost, matmul_cost
+from ..kernels.cost import flash_attention_cost, linear_cross_entropy_cost, matmul_cost, muon_cost
 from ..model.ceilings import Sizes
 from ..model.parts import BACKWARD
-from ..training.optim import AdamW
+from ..training.optim import AdamW, Muon
 from .clock import Call, median_seconds, on_capture_stream
 
 SECONDS = 0.5  # for a kernel's sizes, forward and backward together
 HEADS = 4  # of the q that is rotated, and of the k
 WIDTH = 256  # of the embedding's rows
 TENSOR = 2**18  # elements of one parameter that AdamW updates
+MATRICES = 4  # of one shape, that Muon updates at once
 ATTENTION_ROWS = {"cpu": 2**13, "cuda": 2**19}  # heads x tokens: enough to fill the device
 
 
@@ -131,6 +132,13 @@ def _adamw(make: Leaves, elements: int) -> Call:
     return AdamW(parameters).step
 
 
+def _muon(make: Leaves, short: int, long: int) -> Call:
+    matrices = [make(short, long, dtype=torch.float32) for _ in range(MATRICES)]
+    for matrix in matrices:
+        matrix.grad = torch.randn_like(matrix)
+    return Muon(matrices, dtype=make.dtype).step
+
+
 @dataclass(frozen=True)
 class Kernel:
     """How a kernel is made, the sizes it is timed at on each kind of device, and what its rate counts."""
@@ -154,6 +162,10 @@ def _gemm_flops(device: torch.device, backward: bool, M: int, N: int, K: int) ->
     return matmul_cost(M, N, K, backward=backward).flops
 
 
+def _muon_flops(device: torch.device, backward: bool, short: int, long: int) -> int:
+    return MATRICES * muon_cost(short, long).flops
+
+
 def _loss_flops(device: torch.device, backward: bool, M: int, N: int, V: int) -> int:
     return linear_cross_entropy_cost(M, N, V, backward=backward).flops
 
@@ -171,6 +183,10 @@ ELEMENTS = (2**15, 2**17, 2**19, 2**21, 2**23), (2**18, 2**21, 2**24, 2**27)
 FLAT = _grid((ELEMENTS[0],), (ELEMENTS[1],))
 ROWS = _grid((ELEMENTS[0], (32, 256)), (ELEMENTS[1], (64, 1024, 4096)))
 WIDE = _grid((ELEMENTS[0], (512,)), (ELEMENTS[1], (4096,)))
+MATRIX = {
+    kind: tuple((short, times * short) for short in sides for times in (1, 4))
+    for kind, sides in {"cpu": (64, 128, 256, 512), "cuda": (512, 1024, 2048, 4096)}.items()
+}
 
 KERNELS: dict[str, Kernel] = {
     "gemm": Kernel(
@@ -203,6 +219,7 @@ KERNELS: dict[str, Kernel] = {
     "embedding": Kernel(_embedding, FLAT, _embedding_elements),
     "cast": Kernel(_cast, FLAT),
     "adamw": Kernel(_adamw, FLAT, backward=False),
+    "muon": Kernel(_muon, MATRIX, _muon_flops, "FLOP", backward=False),
 }
 
 

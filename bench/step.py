@@ -13,7 +13,7 @@ from .memory import peak_bytes
 
 
 class Step:
-    """Forward, backward and AdamW, as the training loop runs them, for B sequences of T tokens."""
+    """Forward, backward and update, as the training loop runs them, for B sequences of T tokens."""
 
     def __init__(
         self,
@@ -24,13 +24,14 @@ class Step:
         device: torch.device,
         *,
         compiled: bool = False,
+        optimizer: str = "adamw",
     ) -> None:
         self.device, self.dtype = device, dtype
         with device:
             self.model = Transformer(config, ops_on(device)[1])
             tokens = torch.randint(config.vocab_size, (batch_size, context_length + 1))
         self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        self.optimizers = build_optimizers(self.model, optimizer="adamw", lr=1e-4)
+        self.optimizers = build_optimizers(self.model, optimizer=optimizer, lr=1e-4, muon_dtype=dtype)
         self.forward = torch.compile(self.model) if compiled else self.model
 
     def __call__(self) -> None:
@@ -46,7 +47,9 @@ class Step:
     def peak_bytes(self) -> int:
         """The step's peak memory: parameters and moments, and what the step allocates besides."""
         self()  # the moments are allocated in the first
-        states = sum(3 * p.nbytes for p in self.model.parameters())
+        states = sum(p.nbytes for p in self.model.parameters())
+        moments = (x for o in self.optimizers for state in o.state.values() for x in state.values())
+        states += sum(x.nbytes for x in moments if isinstance(x, torch.Tensor))
         return states + peak_bytes(self, self.device)
 
 

@@ -27,6 +27,7 @@ from .kernel_rates import ops_on
 from .step import Step, count_flops
 
 STEP_SECONDS = 5.0  # for the median of the whole step
+TITLES = {"adamw": "AdamW", "muon": "Muon and AdamW"}
 JOINED = {"loss": "logits"}  # one kernel computes both: their rows are measured, and compared, together
 
 
@@ -158,7 +159,13 @@ def read_model(text: str) -> tuple[str, ModelConfig]:
 
 
 def predict(
-    config: ModelConfig, *, batch_size: int, context_length: int | None, dtype: str, device: torch.device
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    context_length: int | None,
+    dtype: str,
+    device: torch.device,
+    optimizer: str = "adamw",
 ) -> Estimate:
     """The closed form on this machine's ceilings; ValueError when none were measured or an argument is impossible."""
     return estimate(
@@ -169,6 +176,7 @@ def predict(
         causal="full",  # as torch's FlopCounterMode counts
         ceilings=require_ceilings(device),
         ops=ops_on(device)[0],
+        optimizer=optimizer,
     )
 
 
@@ -179,13 +187,21 @@ def validate(
     batch_size: int,
     context_length: int | None = None,
     dtype: str = "bfloat16",
+    optimizer: str = "adamw",
     compiled: bool = False,
     predictions: Path,
     progress: Callable[[str], object] = lambda what: None,
 ) -> list[Validation]:
     """Predict every model's step, write that to `predictions` (JSON), then measure them one after another."""
     predicted = {
-        name: predict(config, batch_size=batch_size, context_length=context_length, dtype=dtype, device=device)
+        name: predict(
+            config,
+            batch_size=batch_size,
+            context_length=context_length,
+            dtype=dtype,
+            device=device,
+            optimizer=optimizer,
+        )
         for name, config in models.items()
     }
     written = {name: e.to_dict() for name, e in predicted.items()}
@@ -198,15 +214,17 @@ def _measure(
 ) -> Validation:
     sizes = e.config, e.batch_size, e.context_length, getattr(torch, e.dtype), device
     progress(f"{name}: FLOPs, memory")
-    rows = [*_counted(e), _memory(e, Step(*sizes).peak_bytes())]
-    components = measure_components(*sizes, progress=lambda what: progress(f"{name}: {what}"))
+    rows = [*_counted(e), _memory(e, Step(*sizes, optimizer=e.optimizer).peak_bytes())]
+    components = measure_components(*sizes, optimizer=e.optimizer, progress=lambda what: progress(f"{name}: {what}"))
     progress(f"{name}: step")
-    (seconds,) = median_seconds([Step(*sizes)], device, seconds=STEP_SECONDS, capture=False)
-    rows += _times(e, seconds, "eager, AdamW")
+    step = Step(*sizes, optimizer=e.optimizer)
+    (seconds,) = median_seconds([step], device, seconds=STEP_SECONDS, capture=False)
+    rows += _times(e, seconds, f"eager, {TITLES[e.optimizer]}")
     if compiled:
         progress(f"{name}: step, compiled")
-        (fused,) = median_seconds([Step(*sizes, compiled=True)], device, seconds=STEP_SECONDS, capture=False)
-        rows += _times(e, fused, "torch.compile, AdamW", ", compiled")
+        step = Step(*sizes, compiled=True, optimizer=e.optimizer)
+        (fused,) = median_seconds([step], device, seconds=STEP_SECONDS, capture=False)
+        rows += _times(e, fused, f"torch.compile, {TITLES[e.optimizer]}", ", compiled")
     return Validation(name, e, tuple(rows), tuple(_side_by_side(e, components)), seconds)
 
 
@@ -243,11 +261,15 @@ def _side_by_side(e: Estimate, measured: dict[str, Timed]) -> list[ComponentRow]
 def validate_step(run: TrainConfig, device: torch.device, measured: TrainResult) -> Validation:
     """Hold the closed form of a run's training step against a step of its own, and the run's time against both."""
     ceilings_of(device, run.dtype)
-    e = predict(run.model, batch_size=run.batch_size, context_length=None, dtype=run.dtype, device=device)
-    step = Step(run.model, run.batch_size, e.context_length, getattr(torch, run.dtype), device, compiled=run.compile)
+    sizes = {"batch_size": run.batch_size, "context_length": run.model.context_length}
+    e = predict(run.model, **sizes, dtype=run.dtype, device=device, optimizer=run.optimizer)
+    step = Step(
+        run.model, **sizes, dtype=getattr(torch, run.dtype), device=device, compiled=run.compile,
+        optimizer=run.optimizer,
+    )  # fmt: skip
     memory = _memory(e, step.peak_bytes())
     (seconds,) = median_seconds([step], device, seconds=STEP_SECONDS, capture=False)
-    rows = [*_counted(e), memory, *_times(e, seconds, "one step alone, AdamW")]
-    what = f"the run: {run.optimizer}, data, clipping"
+    rows = [*_counted(e), memory, *_times(e, seconds, f"one step alone, {TITLES[e.optimizer]}")]
+    what = "the run: with data, clipping, logging"
     rows.append(Row("step time in training", "ms", (e.seconds or 0) * 1e3, measured.step_seconds * 1e3, what))
     return Validation("One training step", e, tuple(rows), (), seconds)

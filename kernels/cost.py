@@ -258,3 +258,17 @@ def embedding_cost(M: int, N: int, V: int, dtype: DType = "bfloat16", *, backwar
 def adamw_cost(parameters: int, dtype: DType = "float32", *, state_dtype: DType = "float32") -> Cost:
     """One step of AdamW: reads parameter, gradient and two moments, writes parameter and moments; ~15 FLOPs each."""
     return Cost(15 * parameters, parameters * (3 * itemsize(dtype) + 4 * itemsize(state_dtype)))
+
+
+def muon_cost(
+    rows: int, columns: int, dtype: DType = "bfloat16", *, steps: int = 5, state_dtype: DType = "float32"
+) -> Cost:
+    """One step of Muon on a matrix: momentum, then `steps` of Newton-Schulz in `dtype`, three products each.
+
+    With s the shorter side and l the longer, a step is X Xᵀ (s, s), its square, and their polynomial times X (s, l).
+    Bytes: the parameter and the momentum, read and written, the gradient, and each product's operands and result.
+    """
+    short, long = sorted((rows, columns))
+    products = 2 * (2 * short * short * long) + 2 * short**3
+    moved = (3 * short * long + 4 * short * short) * itemsize(dtype)
+    return Cost(steps * products, steps * moved + 5 * rows * columns * itemsize(state_dtype))

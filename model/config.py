@@ -143,3 +143,13 @@ def preset(name: str) -> ModelConfig:
     if name not in PRESETS:
         raise ValueError(f"preset: no preset {name!r}{_suggestion(name, PRESETS)}")
     return PRESETS[name]
+
+
+def hidden_matrices(c: ModelConfig) -> dict[tuple[int, int], int]:
+    """The blocks' matrices, which Muon takes where it is the optimizer: {(shorter side, longer side): how many}."""
+    q, kv = (c.n_head * c.head_dim, c.d_model), (c.n_kv_head * c.head_dim, c.d_model)
+    found: dict[tuple[int, int], int] = {}
+    for shape in [q, kv, kv, q] + [(c.d_ff, c.d_model)] * (3 if c.ffn == "swiglu" else 2):
+        short, long = sorted(shape)
+        found[short, long] = found.get((short, long), 0) + c.n_layer
+    return found

@@ -26,7 +26,7 @@ from rich.table import Table
 from ..kernels.cost import Cost, itemsize
 from .ceilings import Ceilings
 from .config import ModelConfig
-from .memory import OPS, Memory, memory, saved_activations
+from .memory import OPS, OPTIMIZERS, Memory, memory, saved_activations
 from .parts import LEDGERS, PARAMETER_BYTES, Work, parts
 
 __all__ = ["Ceilings", "Component", "Estimate", "Memory", "Pass", "estimate", "largest_batch"]
@@ -100,6 +100,7 @@ class Estimate:
     checkpointing: bool
     gpus: int
     ops: str
+    optimizer: str
     components: tuple[Component, ...]
     memory: Memory
     ceilings: Ceilings | None = None
@@ -173,7 +174,7 @@ class Estimate:
         for column in columns + (["time", "bound by"] if timed else []):
             table.add_column(column, justify="left" if column in ("component", "bound by") else "right")
         for c in self.components:
-            work = c.flops or c.elementwise_flops
+            work = c.flops or c.elementwise_flops or c.update.executed_flops
             row = [
                 c.name,
                 f"{c.parameters:,}" if c.parameters else "",
@@ -207,7 +208,7 @@ class Estimate:
             for name, flops in self.ledgers.items()
         )
         m = self.memory
-        held = {"parameters": m.parameters, "gradients": m.gradients, "AdamW": m.optimizer, "casts": m.casts}
+        held = {"parameters": m.parameters, "gradients": m.gradients, "moments": m.optimizer, "casts": m.casts}
         held |= {"activations": m.activations}
         parts = ", ".join(f"{name} {_quantity(size, 'B')}" for name, size in held.items() if size)
         lines = [
@@ -226,7 +227,7 @@ class Estimate:
         if self.ceilings.memory_bytes is not None:
             fits = largest_batch(
                 self.config, self.ceilings.memory_bytes, context_length=self.context_length, dtype=self.dtype,
-                checkpointing=self.checkpointing, gpus=self.gpus, ops=self.ops,
+                checkpointing=self.checkpointing, gpus=self.gpus, ops=self.ops, optimizer=self.optimizer,
             )  # fmt: skip
             lines.append(f"largest batch in the device's {_quantity(self.ceilings.memory_bytes, 'B')}: {fits}")
         return lines
@@ -268,6 +269,7 @@ def estimate(
     ceilings: Ceilings | None = None,
     gpus: int = 1,
     ops: str = "triton",
+    optimizer: str = "adamw",
 ) -> Estimate:
     """What one training step of `config` costs per device.
 
@@ -277,6 +279,7 @@ def estimate(
     moments are sharded over.  ceilings: measured rates; without them no time is predicted.
     ops: whose memory it is, "triton" (rooflight.kernels on a GPU), "cpu" (the same on a plain CPU) or "eager" (the
     oracles).
+    optimizer: "adamw" for every parameter, or "muon" for the blocks' matrices beside it, on one device.
     Raises ValueError naming the argument.
     """
     T = config.context_length if context_length is None else context_length
@@ -289,8 +292,9 @@ def estimate(
         raise ValueError(f"causal: expected 'exact' or 'full', got {causal!r}")
     if ops not in OPS:
         raise ValueError(f"ops: expected one of {', '.join(OPS)}, got {ops!r}")
+    _check_optimizer(optimizer, gpus)
     itemsize(dtype)
-    rows = parts(config, batch_size, T, dtype, checkpointing=checkpointing, gpus=gpus)
+    rows = parts(config, batch_size, T, dtype, checkpointing=checkpointing, gpus=gpus, optimizer=optimizer)
     parameters = sum(row.parameters for row in rows)
     saved = saved_activations(config, batch_size * T, T, dtype, ops)
 
@@ -308,9 +312,18 @@ def estimate(
     )
     held = memory(
         config, parameters, batch_size=batch_size, context_length=T, dtype=dtype, checkpointing=checkpointing,
-        gpus=gpus, ops=ops,
+        gpus=gpus, ops=ops, optimizer=optimizer,
     )  # fmt: skip
-    return Estimate(config, batch_size, T, dtype, causal, checkpointing, gpus, ops, components, held, ceilings)
+    return Estimate(
+        config, batch_size, T, dtype, causal, checkpointing, gpus, ops, optimizer, components, held, ceilings
+    )
+
+
+def _check_optimizer(optimizer: str, gpus: int) -> None:
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+    if optimizer == "muon" and gpus > 1:
+        raise ValueError(f"optimizer: expected 'adamw' on {gpus} GPUs, got 'muon', which needs whole matrices")
 
 
 def _roofline(works: Sequence[Work], ceilings: Ceilings, dtype: str) -> tuple[float, str]:
@@ -331,14 +344,18 @@ def largest_batch(
     checkpointing: bool = False,
     gpus: int = 1,
     ops: str = "triton",
+    optimizer: str = "adamw",
 ) -> int:
     """The most sequences per device whose training step fits in `memory_bytes`; 0 when one does not."""
     parameters = sum(part.parameters for part in parts(config, 1, 1, dtype, checkpointing=False, gpus=1))
     T = config.context_length if context_length is None else context_length
 
     def fits(batch_size: int) -> bool:
-        keywords = {"context_length": T, "dtype": dtype, "checkpointing": checkpointing, "gpus": gpus, "ops": ops}
-        return memory(config, parameters, batch_size=batch_size, **keywords).peak <= memory_bytes  # type: ignore[arg-type]
+        held = memory(
+            config, parameters, batch_size=batch_size, context_length=T, dtype=dtype, checkpointing=checkpointing,
+            gpus=gpus, ops=ops, optimizer=optimizer,
+        )  # fmt: skip
+        return held.peak <= memory_bytes
 
     low, high = 0, 1
     while fits(high):

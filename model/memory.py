@@ -17,20 +17,21 @@ from dataclasses import dataclass
 
 from ..kernels.cost import INDEX, STATISTIC, itemsize
 from ..kernels.linear_cross_entropy import CHUNK_LOGITS
-from .config import ModelConfig
+from .config import ModelConfig, hidden_matrices
 
 FP32 = 4
 OPS = ("triton", "cpu", "eager")
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. Parameters, gradients and AdamW's two moments are fp32, sharded over the devices.
+    """Bytes on one device. Parameters, gradients and moments (AdamW's two, Muon's one) are fp32, sharded.
 
     casts        the weights in the products' dtype: autocast's copies, or of sharded ones what is gathered at a time
     activations  what the forward pass keeps for the backward pass
     peak         the most that is held at once
-    peak_at      when: in the backward pass of the component of that name, or in the "AdamW" step
+    peak_at      when: in the backward pass of the component of that name, or in the "AdamW" or "Muon" step
     """
 
     parameters: int
@@ -138,6 +139,7 @@ def memory(
     checkpointing: bool = False,
     gpus: int = 1,
     ops: str = "triton",
+    optimizer: str = "adamw",
 ) -> Memory:
     """The memory of one training step of a model with that many parameters; see Memory."""
     n_token, size = batch_size * context_length, itemsize(dtype)
@@ -153,7 +155,10 @@ def memory(
     gathered = 0 if gpus == 1 else size * (2 * block_weights + last[-1].weights)  # this block's weights and the next's
 
     peak, peak_at = 0, ""
-    held = 3 * state + activations + gathered
+    matrices = hidden_matrices(config) if optimizer == "muon" else {}
+    turned = sum(short * long * n for (short, long), n in matrices.items()) * FP32  # bytes of what Muon updates
+    moments = 2 * state - turned
+    held = state + moments + activations + gathered
     # with checkpointing the casts of the blocks go when the forward pass ends
     held += 0 if checkpointing else casts
 
@@ -177,5 +182,13 @@ def memory(
         if checkpointing:
             held += shared - stream
     see(held + embedding.working, embedding.name)
-    see(5 * state, "AdamW")  # the roots of the second moments, all at once
-    return Memory(state, state, 2 * state, casts or gathered, activations, peak, peak_at)
+    see(2 * state + moments + state - turned, "AdamW")  # the roots of the second moments, all at once
+    for (
+        short,
+        long,
+    ), n in matrices.items():
+        # every update, then one shape's: stacked, normalised, and in the products
+        stack, square = n * short * long, n * short * short
+        normalised = stack * (FP32 + size * (size < FP32))
+        see(2 * state + moments + turned + stack * FP32 + max(normalised, 2 * (stack + square) * size), "Muon")
+    return Memory(state, state, moments, casts or gathered, activations, peak, peak_at)

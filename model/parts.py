@@ -17,13 +17,14 @@ from ..kernels.cost import (
     itemsize,
     linear_cross_entropy_cost,
     matmul_cost,
+    muon_cost,
     rms_norm_cost,
     rope_cost,
     swiglu_cost,
     tiled_pairs,
 )
 from .ceilings import Ceilings
-from .config import ModelConfig
+from .config import ModelConfig, hidden_matrices
 
 LEDGERS = ("full", "exact", "executed")
 FP32 = "float32"  # parameters, gradients and both moments; products run in the estimate's dtype
@@ -94,7 +95,9 @@ class Part:
     update: tuple[Work, ...] = ()
 
 
-def parts(c: ModelConfig, B: int, T: int, dtype: str, *, checkpointing: bool, gpus: int) -> list[Part]:
+def parts(
+    c: ModelConfig, B: int, T: int, dtype: str, *, checkpointing: bool, gpus: int, optimizer: str = "adamw"
+) -> list[Part]:
     """The step's components in the model's order, for B sequences of T tokens on each of `gpus` devices."""
     N, L, d, H, K, D, V = B * T, c.n_layer, c.d_model, c.n_head, c.n_kv_head, c.head_dim, c.vocab_size
     low = dtype != FP32
@@ -173,8 +176,17 @@ def parts(c: ModelConfig, B: int, T: int, dtype: str, *, checkpointing: bool, gp
         *([Part("casts", 0, (casts[0],), (casts[1],))] if low else []),
     ]
     parameters = sum(part.parameters for part in parts)
-    owned = -(-parameters // gpus)
-    return [*parts, Part("AdamW", update=(_elementwise(adamw_cost(owned), "adamw", owned),))]
+    matrices_of = hidden_matrices(c) if optimizer == "muon" else {}
+    owned = -(-(parameters - sum(short * long * n for (short, long), n in matrices_of.items())) // gpus)
+    parts.append(Part("AdamW", update=(_elementwise(adamw_cost(owned), "adamw", owned),)))
+    if matrices_of:
+        parts.append(Part("Muon", update=tuple(_muon(*shape, dtype) * n for shape, n in matrices_of.items())))
+    return parts
+
+
+def _muon(short: int, long: int, dtype: str) -> Work:
+    cost = muon_cost(short, long, dtype)  # products of the optimizer: in no ledger of the model's
+    return Work(cost, "muon", (short, long), cost.flops, executed=cost.flops)
 
 
 def _attention(c: ModelConfig, B: int, T: int, dtype: str) -> tuple[Work, Work]:

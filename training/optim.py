@@ -178,16 +178,20 @@ class Muon(_GroupedOptimizer):
         torch._foreach_lerp_(means, grads, 1 - momentum)
         updates = torch._foreach_lerp(grads, means, momentum) if group["nesterov"] else means
 
-        batches: dict[tuple[int, int], list[int]] = defaultdict(list)
+        batches: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, p in enumerate(params):
-            batches[min(p.shape), max(p.shape)].append(i)
+            batches[tuple(sorted(p.shape))].append(i)
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        for indices in batches.values():
-            tall = [params[i].shape[0] > params[i].shape[1] for i in indices]
-            wide = torch.stack([updates[i].mT if t else updates[i] for i, t in zip(indices, tall, strict=True)])
-            for i, t, update in zip(indices, tall, orthogonalize(wide, dtype=self.dtype), strict=True):
-                rows, columns = params[i].shape
-                params[i].add_(update.mT if t else update, alpha=-lr * math.sqrt(max(1.0, rows / columns)))
+        for batch in batches.values():
+            self._turn([params[i] for i in batch], [updates[i] for i in batch], lr)
+
+    def _turn(self, params: list[Tensor], updates: list[Tensor], lr: float) -> None:
+        """Move matrices of one shape, or its transpose, along their orthogonalized updates."""
+        tall = [p.shape[0] > p.shape[1] for p in params]
+        wide = torch.stack([u.mT if t else u for u, t in zip(updates, tall, strict=True)])
+        for p, t, update in zip(params, tall, orthogonalize(wide, dtype=self.dtype), strict=True):
+            rows, columns = p.shape
+            p.add_(update.mT if t else update, alpha=-lr * math.sqrt(max(1.0, rows / columns)))
 
 
 def build_optimizers(

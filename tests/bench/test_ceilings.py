@@ -119,7 +119,7 @@ def test_every_kernel_of_a_step_has_its_rate():
     """What the estimate asks for is what is measured, by the same names and as many sizes."""
     asked = {}
     for config in (PRESETS["tiny"], dataclasses.replace(PRESETS["gpt2-small"], qk_norm=True)):
-        for part in parts(config, 2, 64, "bfloat16", checkpointing=False, gpus=1):
+        for part in parts(config, 2, 64, "bfloat16", checkpointing=False, gpus=1, optimizer="muon"):
             for work in (*part.forward, *part.backward, *part.update):
                 asked[work.kernel] = len(work.sizes)
     timed = {}

@@ -54,6 +54,12 @@ def test_a_step_and_its_components(dtype: str, tmp_path: Path):
     assert written["predictions"]["small"]["seconds"] == done.predicted.seconds
 
 
+def test_muon_beside_adamw(tmp_path: Path):
+    (done,) = validate({"small": SMALL}, CPU, batch_size=1, optimizer="muon", predictions=tmp_path / "predicted.json")
+    assert {"AdamW", "Muon"} <= {row.name for row in done.components if row.measured > 0}
+    assert "Muon" in next(row.what for row in done.rows if row.quantity == "step time")
+
+
 def test_the_prediction_is_on_disk_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     predictions = tmp_path / "predicted.json"
     seen = []

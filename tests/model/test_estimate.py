@@ -12,8 +12,10 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from rooflight.kernels import reference
+from rooflight.kernels.cost import muon_cost
 from rooflight.model import PRESETS, Ceilings, ModelConfig, Transformer, estimate
 from rooflight.model.estimate import Estimate, largest_batch
+from rooflight.training.optim import split_parameters
 
 XL = PRESETS["gpt2-xl"]
 # every option that changes a product: grouped heads, a head size of its own, a window, q/k norm, no square FFN
@@ -207,6 +209,22 @@ class TestTime:
         assert e.components[-1].name == "AdamW"
         assert e.components[-1].seconds == pytest.approx(28 * e.parameters / 1e6)
 
+    def test_muon_takes_the_blocks_matrices(self) -> None:
+        plain, muon = (
+            estimate(self.config, batch_size=1, dtype="float32", ceilings=self.ceilings, optimizer=name)
+            for name in ("adamw", "muon")
+        )
+        with torch.device("meta"):
+            hidden, _, _ = split_parameters(Transformer(self.config, reference))
+        assert plain.flops == muon.flops  # the optimizer's products are none of the model's
+        assert [c.name for c in muon.components[-2:]] == ["AdamW", "Muon"]
+        rest = muon.parameters - sum(p.numel() for p in hidden)
+        assert muon.components[-2].bytes == 28 * rest
+        products = sum(muon_cost(*p.shape).flops for p in hidden)
+        assert muon.components[-1].update.executed_flops == products
+        assert muon.components[-1].bound_by == "memory"  # at 1e6 bytes/s
+        assert muon.memory.optimizer == 8 * rest + 4 * (muon.parameters - rest)
+
     def test_totals(self) -> None:
         e = estimate(self.config, batch_size=3, ceilings=self.ceilings)
         assert e.seconds == pytest.approx(sum(c.seconds or 0 for c in e.components))
@@ -327,6 +345,8 @@ class TestOutput:
         ({"context_length": 1025}, "context_length: expected at most the model's 1024 positions, got 1025"),
         ({"context_length": 0}, "context_length: expected a whole number >= 1, got 0"),
         ({"gpus": 1.5}, "gpus: expected a whole number >= 1, got 1.5"),
+        ({"optimizer": "sgd"}, "optimizer: expected one of adamw, muon, got 'sgd'"),
+        ({"optimizer": "muon", "gpus": 8}, "optimizer: expected 'adamw' on 8 GPUs, got 'muon'"),
         ({"causal": "yes"}, "causal: expected 'exact' or 'full', got 'yes'"),
         ({"dtype": "int8"}, "dtype: expected a floating-point dtype such as 'bfloat16', got 'int8'"),
         ({"dtype": "float16", "ceilings": TestOutput.ceilings}, "ceilings: no GEMM rate for dtype 'float16'"),

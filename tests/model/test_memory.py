@@ -11,6 +11,7 @@ import torch
 
 from rooflight import kernels
 from rooflight.bench.memory import peak_bytes
+from rooflight.bench.step import Step
 from rooflight.kernels import reference
 from rooflight.model import PRESETS, ModelConfig, Transformer, estimate
 from rooflight.model.memory import saved_activations
@@ -72,6 +73,18 @@ def test_the_peak_of_a_training_step(shape: str, dtype: str, checkpointing: bool
     e = estimate(
         config, batch_size=batch_size, context_length=length, dtype=dtype, checkpointing=checkpointing, ops=ops[0]
     )
+    assert e.memory_bytes == pytest.approx(measured, rel=0.015)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU's allocator")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("d_ff", [64, 2048])
+def test_the_peak_where_muon_needs_the_most(d_ff: int, dtype: str) -> None:
+    """So few tokens that the update is the peak: of the square matrices, or of the FFN's."""
+    config = ModelConfig(64, 16, 3, 4, d_model=256, d_ff=d_ff)
+    measured = Step(config, 1, 16, getattr(torch, dtype), torch.device("cpu"), optimizer="muon").peak_bytes()
+    e = estimate(config, batch_size=1, dtype=dtype, ops="eager", optimizer="muon")
+    assert e.memory.peak_at == "Muon"
     assert e.memory_bytes == pytest.approx(measured, rel=0.015)
 
 

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from rooflight.kernels.cost import muon_cost
 from rooflight.training.optim import AdamW, Muon, build_optimizers, clip_grad_norm, orthogonalize, split_parameters
 
 
@@ -85,6 +87,16 @@ def test_muon_step_for_step(nesterov):
     got = _run(nn.ParameterList(parameters), Muon(parameters, **arguments, dtype=torch.float64), 6)
     for a, b in zip(got, _muon_by_svd(6, **arguments), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_muons_products_are_those_of_its_cost():
+    shapes = [(8, 24), (24, 8), (8, 8), (24, 40)]
+    matrices = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for matrix in matrices:
+        matrix.grad = torch.randn_like(matrix)
+    with FlopCounterMode(display=False) as counter:
+        Muon(matrices).step()
+    assert counter.get_total_flops() == sum(muon_cost(*shape).flops for shape in shapes)
 
 
 def test_muon_in_bfloat16_is_as_accurate_as_torchs():
