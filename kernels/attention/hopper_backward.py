@@ -23,7 +23,6 @@ import math
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -46,35 +45,21 @@ from .hopper_blocks import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .hopper_dq import _flash_attention_dq_kernel, first_row_tile, fragment_layout, to_fragments
 
 BLOCK_M = 64  # queries: twice as many spill registers
 BLOCK_N = 128  # keys, 64 in each warpgroup
 STAGES = 2
 GROUP = 16  # heads in flight together: fewer wait longer for their turns, more share less of the L2 cache
-CONSUMER_REGISTERS, OTHER_REGISTERS = 240, 24
+CONSUMER_REGISTERS = 240  # and 24 remain for each thread of the producer
 
 head_pointer = gluon.jit(blocks.head_pointer.fn)
-is_visible = gluon.jit(blocks.is_visible.fn)
-
-
-def fragment_layout(cols: int) -> gl.DistributedLinearLayout:
-    """Where a (64, cols) accumulator stands after `to_fragments`: 16 bytes a thread side by side."""
-    registers = [[1], [2]] + [[512 << i] for i in range((cols // 8).bit_length() - 1)]
-    lanes, warps = [[4 << i] for i in range(5)], [[128], [256]]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [64 * cols])
-
-
-@gluon.jit
-def to_fragments(x, COLS: gl.constexpr):
-    """A (64, COLS) accumulator flat, each thread's registers in groups of four: no data moves."""
-    x = gl.reshape(x, [4, 2, 8, COLS // 8, 4, 2])  # warp, half, row, column, lane, pair
-    return gl.reshape(gl.permute(x, [3, 0, 2, 4, 1, 5]), [64 * COLS])
 
 
 @gluon.jit
 def _tile(sizes, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """Where this program stands: b, key-value head, first key, the range of query tiles, the bounds of its sequence."""
-    cu_seqlens_q_ptr, cu_seqlens_k_ptr, K, group, T, S, left, right, n_head, n_tile, GROUP = sizes
+    cu_seqlens_q_ptr, cu_seqlens_k_ptr, K, _, T, S, left, right, n_head, n_tile, GROUP = sizes
     head, n = tile_of(gl.program_id(0), n_tile, n_head, GROUP)
     first = (n_tile - 1 - n) * BLOCK_N
     b = head // K
@@ -93,27 +78,41 @@ def _tile(sizes, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def _first_tile(cu_seqlens_q_ptr, b, start_q, T, BLOCK_M: gl.constexpr):
-    """Number of a sequence's first row tile among those of dq's accumulator."""
-    return b * ((T + BLOCK_M - 1) // BLOCK_M) if cu_seqlens_q_ptr is None else start_q // BLOCK_M + b
+def _wait_for_turn(counter, before, turn):
+    """Admit this program to a row tile of dq once `before` programs, those of the keys to the left, have added."""
+    while gl.atomic_add(counter, 0, sem="acquire", scope="gpu") != before:
+        pass
+    mbarrier.arrive(turn.index(0), count=1)
 
 
 @gluon.jit
-def _produce(descs, stats, buffers, barriers, sizes, lse_strides, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-             STAGES: gl.constexpr):  # fmt: skip
+def _end_turn(counter, empty, g, STAGES: gl.constexpr):
+    """Once both warpgroups have added tile g, let the next program in."""
+    s, parity = slot(g, STAGES)
+    mbarrier.wait(empty.index(s), parity)
+    gl.atomic_add(counter, 1, sem="release", scope="gpu")
+
+
+@gluon.jit
+def _produce(descs, stats, buffers, barriers, sizes, lse_strides, added_ptr, n_row_tile, BLOCK_M: gl.constexpr,
+             BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr):  # fmt: skip
+    """Load the tiles, STAGES ahead, and take turns: while tile g - 1 is worked on, load g, end g - 2, ask for g - 1."""
     q_desc, dout_desc, k_desc, v_desc = descs
     lse2_desc, delta_desc = stats
-    q_buf, dout_buf, k_buf, v_buf, lse2_buf, delta_buf, ds_buf = buffers
-    kv_full, full, empty, ds_full, turn, added = barriers
-    b, h_kv, first, start_q, start_k, T, S, lo, full_lo, full_hi, n_block = _tile(sizes, BLOCK_M, BLOCK_N)
-    group = sizes[3]
+    q_buf, dout_buf, k_buf, v_buf, lse2_buf, delta_buf, _ = buffers
+    kv_full, full, empty, _, turn = barriers
+    gl.static_assert(STAGES == 2)
+    b, h_kv, first, start_q, start_k, T, S, lo, _, _, n_block = _tile(sizes, BLOCK_M, BLOCK_N)
+    group, left = sizes[3], sizes[6]
     row = b * lse_strides[0] + h_kv * group * lse_strides[1] + start_q
+    tile = h_kv * group * n_row_tile + first_row_tile(sizes[0], b, start_q, T, BLOCK_M)
     if sizes[0] is not None:
         b = 0
     some = n_block > 0
     mbarrier.expect(kv_full.index(0), 2 * k_desc.block_type.nbytes, pred=some)
     tma_load(k_desc, [b, h_kv, start_k + first, 0], kv_full.index(0), k_buf, pred=some)
     tma_load(v_desc, [b, h_kv, start_k + first, 0], kv_full.index(0), v_buf, pred=some)
+    last, last_before, last_but_one = 0, 0, 0  # row tiles g - 1 and g - 2
     g = 0
     for h in range(h_kv * group, h_kv * group + group):
         for i in range(n_block):
@@ -125,32 +124,25 @@ def _produce(descs, stats, buffers, barriers, sizes, lse_strides, BLOCK_M: gl.co
             tma_load(dout_desc, [b, h, start_q + m, 0], full.index(s), dout_buf.index(s))
             tma_load(lse2_desc, [row + m], full.index(s), lse2_buf.index(s))
             tma_load(delta_desc, [row + m], full.index(s), delta_buf.index(s))
+            if ORDERED:
+                if g > 1:
+                    _end_turn(added_ptr + last_but_one, empty, g - 2, STAGES)
+                if g > 0:
+                    _wait_for_turn(added_ptr + last, last_before, turn)
+                last_but_one = last
+                last = tile + m // BLOCK_M
+                last_before = first // BLOCK_N
+                if left is not None:  # less the first tile of keys that these rows see
+                    last_before -= gl.maximum(m + S - T - left, 0) // BLOCK_N
             g += 1
         row += lse_strides[1]
-
-
-@gluon.jit
-def _take_turns(added_ptr, barriers, sizes, n_row_tile, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Admit this program to a row tile of dq when every program of keys to the left has added its part."""
-    kv_full, full, empty, ds_full, turn, added = barriers
-    b, h_kv, first, start_q, start_k, T, S, lo, full_lo, full_hi, n_block = _tile(sizes, BLOCK_M, BLOCK_N)
-    group, left = sizes[3], sizes[6]
-    tile = h_kv * group * n_row_tile + _first_tile(sizes[0], b, start_q, T, BLOCK_M)
-    g = 0
-    for h in range(group):
-        for i in range(n_block):
-            m = lo + (n_block - 1 - i) * BLOCK_M
-            before = first // BLOCK_N
-            if left is not None:  # the first keys that these rows see
-                before -= gl.maximum(m + S - T - left, 0) // BLOCK_N
-            counter = added_ptr + tile + m // BLOCK_M
-            while gl.atomic_add(counter, 0, sem="acquire", scope="gpu") != before:
-                pass
-            mbarrier.arrive(turn.index(0), count=1)
-            mbarrier.wait(added.index(0), g % 2)
-            gl.atomic_add(counter, 1, sem="release", scope="gpu")
-            g += 1
         tile += n_row_tile
+    if ORDERED:
+        if g > 1:
+            _end_turn(added_ptr + last_but_one, empty, g - 2, STAGES)
+        if g > 0:
+            _wait_for_turn(added_ptr + last, last_before, turn)
+            _end_turn(added_ptr + last, empty, g - 1, STAGES)
 
 
 @gluon.jit
@@ -171,7 +163,7 @@ def _consume(work, c: gl.constexpr,
     grads, buffers, barriers, sizes, n_row_tile, scale, exp_scale = work
     dq_ptr, dk_ptr, dv_ptr, dk_strides, dv_strides = grads
     q_buf, dout_buf, k_buf, v_buf, lse2_buf, delta_buf, ds_buf = buffers
-    kv_full, full, empty, ds_full, turn, added = barriers
+    kv_full, full, empty, ds_full, turn = barriers
     KEYS: gl.constexpr = BLOCK_N // 2
     COLS: gl.constexpr = HEAD_DIM // 2
     DTYPE: gl.constexpr = q_buf.dtype
@@ -182,22 +174,23 @@ def _consume(work, c: gl.constexpr,
     row_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
     b, h_kv, first, start_q, start_k, T, S, lo, full_lo, full_hi, n_block = _tile(sizes, BLOCK_M, BLOCK_N)
     group, left, right = sizes[3], sizes[6], sizes[7]
-    lower = None if left is None else S - T - left
-    upper = None if right is None else S - T + right
     k = k_buf.reshape([BLOCK_N, HEAD_DIM]).slice(c * KEYS, KEYS)
     v = v_buf.reshape([BLOCK_N, HEAD_DIM]).slice(c * KEYS, KEYS)
     k_cols = k_buf.reshape([BLOCK_N, HEAD_DIM]).slice(c * COLS, COLS, 1)
     j = first + c * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, s_layout))
     rows = gl.arange(0, BLOCK_M, row_layout)
+    # key j is seen by the queries since .. until
+    since = gl.where(j < S, 0 if right is None else T - S - right + j, T)
+    until = T - 1 + 0 * j if left is None else gl.minimum(T - 1, T - S + left + j)
     dk = gl.zeros([KEYS, HEAD_DIM], gl.float32, dk_layout)
     dv = gl.zeros([KEYS, HEAD_DIM], gl.float32, dk_layout)
     zero_s = gl.zeros([KEYS, BLOCK_M], gl.float32, s_layout)
     zero_dq = gl.zeros([BLOCK_M, COLS], gl.float32, dq_layout)
-    tile = h_kv * group * n_row_tile + _first_tile(sizes[0], b, start_q, T, BLOCK_M)
+    tile = h_kv * group * n_row_tile + first_row_tile(sizes[0], b, start_q, T, BLOCK_M)
     dq_ptr += gl.cast(tile, gl.int64) * (BLOCK_M * HEAD_DIM) + c * BLOCK_M * COLS
     mbarrier.wait(kv_full.index(0), 0, pred=n_block > 0)
     g = 0
-    for h in range(group):
+    for _ in range(group):
         for n in range(n_block):
             m = lo + (n_block - 1 - n) * BLOCK_M
             s, parity = slot(g, STAGES)
@@ -211,12 +204,11 @@ def _consume(work, c: gl.constexpr,
             p = gl.exp2(z * exp_scale - lse2[None, :])
             if (m < full_lo) | (m >= full_hi):
                 i = m + rows
-                p = gl.where((i < T)[None, :] & is_visible(i[None, :], j[:, None], lower, upper, S), p, 0.0)
+                p = gl.where((i[None, :] >= since[:, None]) & (i[None, :] <= until[:, None]), p, 0.0)
             delta = delta_buf.index(s).load(row_layout)
-            p16 = gl.convert_layout(gl.cast(p, DTYPE), p_layout)
             dp = warpgroup_mma_wait(0, [dp])
-            dv = warpgroup_mma(p16, dout, dv, is_async=True)
             ds = gl.cast(p * (dp - delta[None, :]), DTYPE)
+            dv = warpgroup_mma(gl.convert_layout(gl.cast(p, DTYPE), p_layout), dout, dv, is_async=True)
             ds_tile = ds_buf.index(g % 2)
             ds_tile.slice(c * KEYS, KEYS).store(ds)
             fence_async_shared()
@@ -224,16 +216,13 @@ def _consume(work, c: gl.constexpr,
             dk = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
             mbarrier.wait(ds_full.index(0), g % 2)
             dq = warpgroup_mma(ds_tile.permute((1, 0)), k_cols, zero_dq, use_acc=False, is_async=True)
-            dv, dk = warpgroup_mma_wait(1, [dv, dk])
-            mbarrier.arrive(empty.index(s), count=1)
-            dq = warpgroup_mma_wait(0, [dq])
+            dv, dk, dq = warpgroup_mma_wait(0, [dv, dk, dq])
             dq = gl.convert_layout(to_fragments(dq, COLS), FRAGMENTS)
             offsets = gl.arange(0, BLOCK_M * COLS, FRAGMENTS)
             if ORDERED:
                 mbarrier.wait(turn.index(0), g % 2)
             gl.atomic_add(dq_ptr + m * HEAD_DIM + offsets, dq, sem="relaxed")
-            if ORDERED:
-                mbarrier.arrive(added.index(0), count=1)
+            mbarrier.arrive(empty.index(s), count=1)
             g += 1
         dq_ptr += gl.cast(n_row_tile, gl.int64) * (BLOCK_M * HEAD_DIM)
     _store_rows(dv_ptr, dv_strides, b, h_kv, start_k, first + c * KEYS, S, dv, dk_layout)
@@ -258,11 +247,10 @@ def _flash_attention_bwd_hopper_kernel(
     FRAGMENTS: gl.constexpr,
     ORDERED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
-    OTHER_REGISTERS: gl.constexpr,
 ):
     q_desc, dout_desc, k_desc, v_desc = descs
     DTYPE: gl.constexpr = q_desc.dtype
-    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], DTYPE)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     q_buf = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, HEAD_DIM], q_desc.layout)
     dout_buf = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, HEAD_DIM], dout_desc.layout)
     k_buf = gl.allocate_shared_memory(DTYPE, [1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
@@ -275,65 +263,20 @@ def _flash_attention_bwd_hopper_kernel(
     empty = new_barriers(STAGES, 2)
     ds_full = new_barriers(1, 2)
     turn = new_barriers(1, 1)
-    added = new_barriers(1, 2)
     buffers = (q_buf, dout_buf, k_buf, v_buf, lse2_buf, delta_buf, ds_buf)
-    barriers = (kv_full, full, empty, ds_full, turn, added)
+    barriers = (kv_full, full, empty, ds_full, turn)
     work = (grads, buffers, barriers, sizes, n_row_tile, scale, exp_scale)
-    if ORDERED:
-        gl.warp_specialize(
-            [
-                (_consume, (work, 0, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED)),
-                (_consume, (work, 1, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED)),
-                (_produce, (descs, stats, buffers, barriers, sizes, lse_strides, BLOCK_M, BLOCK_N, STAGES)),
-                (_take_turns, (added_ptr, barriers, sizes, n_row_tile, BLOCK_M, BLOCK_N)),
-            ],
-            [4, 1, 1],
-            [CONSUMER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_consume, (work, 0, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED)),
-                (_consume, (work, 1, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED)),
-                (_produce, (descs, stats, buffers, barriers, sizes, lse_strides, BLOCK_M, BLOCK_N, STAGES)),
-            ],
-            [4, 1],
-            [CONSUMER_REGISTERS, OTHER_REGISTERS],
-        )
-
-
-@triton.jit
-def _flash_attention_dq_kernel(
-    accumulator_ptr,
-    dq_ptr,
-    cu_seqlens_q_ptr,
-    dq_strides,
-    H,
-    T,
-    n_row_tile,
-    scale,
-    BLOCK_M: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-):
-    """dq = scale * accumulator, out of the order of the registers."""
-    n_tile = tl.cdiv(T, BLOCK_M)
-    pid = tl.program_id(0)
-    b = pid // n_tile // H
-    h = pid // n_tile % H
-    first = pid % n_tile * BLOCK_M
-    start, length = blocks.sequence(cu_seqlens_q_ptr, b, T)
-    if first >= length:
-        return
-    tile = pid % n_tile + (b * n_tile if cu_seqlens_q_ptr is None else start // BLOCK_M + b)
-    COLS: tl.constexpr = HEAD_DIM // 2
-    accumulator_ptr += (tl.cast(h, tl.int64) * n_row_tile + tile) * BLOCK_M * HEAD_DIM
-    dq_ptr = blocks.head_pointer(dq_ptr, dq_strides, b, h, start)
-    rows = tl.arange(0, BLOCK_M)
-    for c in tl.static_range(2):
-        x = tl.load(accumulator_ptr + c * BLOCK_M * COLS + tl.arange(0, BLOCK_M * COLS))
-        x = tl.permute(tl.reshape(x, [COLS // 8, 4, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5])
-        x = tl.reshape(x, [BLOCK_M, COLS])
-        blocks.store_tile(dq_ptr, dq_strides, first, rows, c * COLS + tl.arange(0, COLS), length, x * scale, HEAD_DIM)
+    # the producer comes first: ptxas would hoist the first partition's addresses out of its loop, and spill them
+    gl.warp_specialize(
+        [
+            (_produce, (descs, stats, buffers, barriers, sizes, lse_strides, added_ptr, n_row_tile,
+                        BLOCK_M, BLOCK_N, STAGES, ORDERED)),
+            (_consume, (work, 0, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED)),
+            (_consume, (work, 1, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED)),
+        ],
+        [4, 4],
+        [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
+    )  # fmt: skip
 
 
 def supports(
@@ -418,7 +361,6 @@ def launch_backward(
         fragment_layout(head_dim // 2),
         ordered,
         CONSUMER_REGISTERS,
-        OTHER_REGISTERS,
         num_warps=4,
     )
     _flash_attention_dq_kernel[(n_sequence * H * triton.cdiv(T, BLOCK_M),)](

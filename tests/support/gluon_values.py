@@ -146,6 +146,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "zeros": lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
     "full": lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
     "convert_layout": lambda x, layout, **_: x,
+    "reshape": lambda x, shape: x.reshape(shape),
+    "permute": lambda x, order: x.permute(order),
     "set_auto_layout": lambda x, layout: x,
     "static_range": range,
     "static_assert": lambda *_: None,

@@ -1,0 +1,66 @@
+"""dq's fp32 accumulator: how the Hopper backward lays it out, and the kernel that rounds it to dq.
+
+It holds row tiles of BLOCK_M queries, (H, row tiles, BLOCK_M * D), sequence after sequence. Inside a row tile each half
+of the head size stands for itself, in the order in which a warpgroup's threads hold an accumulator: a thread's values
+in groups of four, side by side with its neighbours', so that a warp adds 512 contiguous bytes with one instruction.
+"""
+
+import triton
+import triton.language as tl
+
+from . import blocks
+from .hopper_blocks import gl, gluon
+
+
+def fragment_layout(cols: int) -> gl.DistributedLinearLayout:
+    """Where a (64, cols) accumulator stands after `to_fragments`: 16 bytes a thread side by side."""
+    registers = [[1], [2]] + [[512 << i] for i in range((cols // 8).bit_length() - 1)]
+    lanes, warps = [[4 << i] for i in range(5)], [[128], [256]]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [64 * cols])
+
+
+@gluon.jit
+def to_fragments(x, COLS: gl.constexpr):
+    """A (64, COLS) accumulator flat, each thread's registers in groups of four: no data moves."""
+    x = gl.reshape(x, [4, 2, 8, COLS // 8, 4, 2])  # warp, half, row, column, lane, pair
+    return gl.reshape(gl.permute(x, [3, 0, 2, 4, 1, 5]), [64 * COLS])
+
+
+@gluon.jit
+def first_row_tile(cu_seqlens_q_ptr, b, start_q, T, BLOCK_M: gl.constexpr):
+    """Sequence b's first row tile; packed sequences, each starting at start_q, have room to round up."""
+    return b * ((T + BLOCK_M - 1) // BLOCK_M) if cu_seqlens_q_ptr is None else start_q // BLOCK_M + b
+
+
+@triton.jit
+def _flash_attention_dq_kernel(
+    accumulator_ptr,
+    dq_ptr,
+    cu_seqlens_q_ptr,
+    dq_strides,
+    H,
+    T,
+    n_row_tile,
+    scale,
+    BLOCK_M: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """dq = scale * accumulator, out of the order of the registers."""
+    n_tile = tl.cdiv(T, BLOCK_M)
+    pid = tl.program_id(0)
+    b = pid // n_tile // H
+    h = pid // n_tile % H
+    first = pid % n_tile * BLOCK_M
+    start, length = blocks.sequence(cu_seqlens_q_ptr, b, T)
+    if first >= length:
+        return
+    tile = pid % n_tile + (b * n_tile if cu_seqlens_q_ptr is None else start // BLOCK_M + b)
+    COLS: tl.constexpr = HEAD_DIM // 2
+    accumulator_ptr += (tl.cast(h, tl.int64) * n_row_tile + tile) * BLOCK_M * HEAD_DIM
+    dq_ptr = blocks.head_pointer(dq_ptr, dq_strides, b, h, start)
+    rows = tl.arange(0, BLOCK_M)
+    for c in tl.static_range(2):
+        x = tl.load(accumulator_ptr + c * BLOCK_M * COLS + tl.arange(0, BLOCK_M * COLS))
+        x = tl.permute(tl.reshape(x, [COLS // 8, 4, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5])
+        x = tl.reshape(x, [BLOCK_M, COLS])
+        blocks.store_tile(dq_ptr, dq_strides, first, rows, c * COLS + tl.arange(0, COLS), length, x * scale, HEAD_DIM)
