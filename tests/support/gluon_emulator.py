@@ -35,6 +35,7 @@ from support import gluon_hardware as hardware
 from support.gluon_scheduler import (
     DeadlockError,
     EmulationError,
+    Machine,
     Program,
     ProtocolError,
     RaceError,
@@ -122,19 +123,20 @@ def _argument(value: Any) -> Any:
 class _Kernel:
     """A kernel to launch as kernel[grid](*args, **constants and options)."""
 
-    def __init__(self, kernel: JITFunction, seed: int) -> None:
+    def __init__(self, kernel: JITFunction, seed: int, resident: int) -> None:
         self.function = _bind(kernel, {})  # before any name in the module is replaced
         self.names = kernel.arg_names
         self.constants = {p.name for p in kernel.params if p.is_constexpr}
-        self.seed = seed
+        self.seed, self.resident = seed, resident
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **kwargs: Any) -> None:
             given = dict(zip(self.names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in self.names}
             values = {k: v if k in self.constants else _argument(v) for k, v in given.items()}
             sizes = (*grid, 1, 1)[:3]
-            for index in ((x, y, z) for z in range(sizes[2]) for y in range(sizes[1]) for x in range(sizes[0])):
-                self.run_program(Program(index, sizes, f"{self.seed} {index}"), values)
+            indices = ((x, y, z) for z in range(sizes[2]) for y in range(sizes[1]) for x in range(sizes[0]))
+            programs = (Program(index, sizes, f"{self.seed} {index}") for index in indices)
+            Machine().run(programs, self.resident, lambda program: self.run_program(program, values))
 
         return launch
 
@@ -148,10 +150,13 @@ class _Kernel:
 
 
 @contextmanager
-def emulated(*modules: types.ModuleType, seed: int = 0) -> Iterator[None]:
-    """Inside, the Gluon kernels of these modules run here, with the interleaving that `seed` gives."""
+def emulated(*modules: types.ModuleType, seed: int = 0, resident: int = 1) -> Iterator[None]:
+    """Inside, the Gluon kernels of these modules run here, with the interleaving that `seed` gives.
+
+    resident: how many programs of a grid run side by side; they start in order.
+    """
     kernels = [
-        (module, name, _Kernel(value, seed))
+        (module, name, _Kernel(value, seed, resident))
         for module in modules
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and value.fn.__module__ == module.__name__

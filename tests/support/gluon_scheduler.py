@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import linecache
 import random
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,10 +48,64 @@ class Partition:
         self.stores: list[Transfer] = []  # still to read shared memory
 
 
+class Machine:
+    """The programs that run side by side, of which one partition runs at a time."""
+
+    def __init__(self) -> None:
+        self.programs: list[Program] = []
+        self.failure: BaseException | None = None
+        self.polls = 0  # since anything else happened
+
+    def run(self, programs: Iterable[Program], resident: int, body: Callable[[Program], None]) -> None:
+        """body(program) for each program, `resident` at a time, started in their order."""
+        waiting, done = iter(programs), threading.Semaphore(0)
+
+        def enter(program: Program) -> None:
+            program.machine = self
+            self.programs.append(program)
+            threading.Thread(target=life, args=(program, program.running), daemon=True).start()
+
+        def life(program: Program, me: Partition) -> None:
+            me.go.acquire()
+            try:
+                if self.failure is None:
+                    body(program)
+                    me.is_done = True
+                    self.programs.remove(program)
+                    for newcomer in itertools.islice(waiting, 1):
+                        enter(newcomer)
+                    if self.programs:
+                        program.hand_over(me)
+                    else:
+                        done.release()
+            except _Stop:
+                pass
+            except BaseException as error:
+                self.fail(error)
+            if self.failure is not None:
+                done.release()
+
+        for program in itertools.islice(waiting, resident):
+            enter(program)
+        if self.programs:
+            self.programs[0].running.go.release()
+            done.acquire()
+        if self.failure is not None:
+            raise self.failure
+
+    def fail(self, error: BaseException) -> None:
+        if self.failure is None:
+            self.failure = error
+            for program in self.programs:
+                for partition in program.partitions:
+                    partition.go.release()
+
+
 class Program:
     """One program of the grid: its partitions, its memory, what is in flight."""
 
     def __init__(self, index: tuple[int, ...], grid: tuple[int, ...], seed: str) -> None:
+        self.machine = Machine()
         self.index, self.grid = index, grid
         self.random = random.Random(seed)
         # How soon asynchronous work happens, and how long a partition keeps running, differ from run to run.
@@ -61,7 +116,6 @@ class Program:
         self.loads: list[Transfer] = []
         self.memory: list[Shared] = []
         self.barriers: list[Barrier] = []
-        self.failure: BaseException | None = None
 
     def _in_flight(self) -> list[Callable[[], None]]:
         """What the hardware could do next: wgmmas of one partition and its stores go in order, loads in any."""
@@ -71,32 +125,43 @@ class Program:
             actions += [s.happen for s in partition.stores][:1]
         return actions
 
-    def pause(self, ready: Callable[[], bool] = lambda: True, waits_for: str = "") -> None:
-        """Let others run; come back once `ready`."""
+    def pause(self, ready: Callable[[], bool] = lambda: True, waits_for: str = "", polls: bool = False) -> None:
+        """Let others run; come back once `ready`. `polls`: nothing happened but a look at global memory."""
         me = self.running
         me.ready, me.waits_for = ready, waits_for
-        chosen = self._next(me)
-        if chosen is not me:
-            self.running = chosen
-            chosen.go.release()
-            me.go.acquire()
-            if self.failure is not None:
-                raise _Stop
+        self.machine.polls = self.machine.polls + 1 if polls else 0
+        self.hand_over(me)
         me.ready, me.waits_for = lambda: True, ""
 
-    def _next(self, me: Partition) -> Partition:
+    def hand_over(self, me: Partition) -> None:
+        """Choose who runs; unless that is `me`, or `me` is done, come back when chosen again."""
+        program, chosen = self._next(me)
+        program.running = chosen
+        if chosen is not me:
+            chosen.go.release()
+            if not me.is_done:
+                me.go.acquire()
+                if self.machine.failure is not None:
+                    raise _Stop
+
+    def _next(self, me: Partition) -> tuple[Program, Partition]:
         while True:
-            actions = self._in_flight()
-            able = [p for p in self.partitions if not p.is_done and p.ready()]
+            actions = [action for program in self.machine.programs for action in program._in_flight()]
+            able = [(x, p) for x in self.machine.programs for p in x.partitions if not p.is_done and p.ready()]
             if actions and (not able or self.random.random() < self.eagerness):
                 self.random.choice(actions)()
-            elif me in able and self.random.random() < self.stickiness:
-                return me
-            elif able:
-                return self.random.choice(able)
-            else:
-                waiting = [f"{p.name} waits for {p.waits_for}" for p in self.partitions if not p.is_done]
+            elif self.machine.polls > 100 * len(able) or not able:
+                waiting = [
+                    f"{p.name} waits for {p.waits_for or 'global memory'}"
+                    for program in self.machine.programs
+                    for p in program.partitions
+                    if not p.is_done
+                ]
                 raise DeadlockError("; ".join(waiting))
+            elif (self, me) in able and self.random.random() < self.stickiness:
+                return self, me
+            else:
+                return self.random.choice(able)
 
     def specialize(self, functions: list[tuple[Callable[..., Any], tuple[Any, ...]]], *_: Any) -> None:
         """gl.warp_specialize: run every partition to its end."""
@@ -106,15 +171,15 @@ class Program:
         def body(partition: Partition, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
             partition.go.acquire()
             try:
-                if self.failure is not None:
-                    return
-                current.program = self
-                function(*args)
-                self._finish(partition)
+                if self.machine.failure is None:
+                    current.program = self
+                    function(*args)
+                    self._finish(partition)
             except _Stop:
                 pass
             except BaseException as error:
-                self._fail(error, partition)
+                error.add_note(f"in {partition.name} of program {self.index}")
+                self.machine.fail(error)
 
         threads = [
             threading.Thread(target=body, args=(child, *pair), daemon=True)
@@ -127,8 +192,8 @@ class Program:
         self.running.go.release()
         for thread in threads:
             thread.join()
-        if self.failure is not None:
-            raise self.failure
+        if self.machine.failure is not None:
+            raise _Stop
         self.partitions, self.running = [parent], parent
 
     def _finish(self, partition: Partition) -> None:
@@ -137,15 +202,7 @@ class Program:
                            f"{len(partition.stores)} TMA stores in flight")  # fmt: skip
         partition.is_done = True
         if not all(p.is_done for p in self.partitions):
-            self.running = self._next(partition)
-            self.running.go.release()
-
-    def _fail(self, error: BaseException, partition: Partition) -> None:
-        if self.failure is None:
-            error.add_note(f"in {partition.name} of program {self.index}")
-            self.failure = error
-            for other in self.partitions:
-                other.go.release()
+            self.hand_over(partition)
 
     def finish(self) -> None:
         """The end of the program: nothing may be left in flight."""

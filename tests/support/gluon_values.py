@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
+from support.gluon_scheduler import current_program
+
 __all__ = ["FUNCTIONS", "TORCH_DTYPE", "Int", "Long", "Pointer", "integer"]
 
 TORCH_DTYPE = {
@@ -108,6 +110,7 @@ def _store(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> None:
 
 
 def _atomic_add(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> Any:
+    current_program().pause(polls=isinstance(value, int) and value == 0)
     before = _load(pointer, mask)
     offsets, live = pointer.where(mask)
     values = torch.as_tensor(value).to(pointer.tensor.dtype).expand(offsets.shape)
