@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import triton
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from rooflight.kernels import cost, cross_entropy, linear_cross_entropy, rope, swiglu
@@ -86,6 +87,36 @@ def test_compiles_without_a_graph_break(device, name):
     ours, eager = (torch.autograd.grad(f(*inputs), inputs) for f in (compiled, loss))
     for a, b in zip(ours, eager, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def of_length(name, n):
+    """Arguments for n tokens: (tensors that need a gradient, the others)."""
+    leaves = {"rope": [(2, 3, n, 8), (2, 1, n, 8)], "swiglu": [(n, 6), (n, 6)], "cross_entropy": [(n, 9)],
+              "linear_cross_entropy": [(n, 6), (9, 6)]}[name]  # fmt: skip
+    others = {"rope": [torch.rand(n, 4), torch.rand(n, 4)], "swiglu": []}.get(name, [torch.arange(n) % 9])
+    return [torch.randn(shape) for shape in leaves], others
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_one_compilation_serves_every_length(device, name):
+    function = {"rope": rope, "swiglu": swiglu, "cross_entropy": cross_entropy,
+                "linear_cross_entropy": linear_cross_entropy}[name]  # fmt: skip
+    counter = CompileCounterWithBackend("inductor" if device.type == "cuda" else "aot_eager")
+
+    def loss(*args):
+        return scalar(function(*args))
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    graphs = []
+    for n in (5, 8, 13):
+        leaves, others = of_length(name, n)
+        leaves = [x.to(device).requires_grad_() for x in leaves]
+        others = [x.to(device) for x in others]
+        ours, eager = (torch.autograd.grad(f(*leaves, *others), leaves) for f in (compiled, loss))
+        for a, b in zip(ours, eager, strict=True):
+            torch.testing.assert_close(a, b)
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[-1]  # the first call may start over, to take an option's value for a constant
 
 
 @pytest.mark.parametrize("name", OPS)
