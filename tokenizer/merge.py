@@ -5,19 +5,28 @@ it occurs are kept (Pairs); a merge rewrites its places, and what happens around
 whose left neighbour was L loses a pair (L, a) and gains a pair (L, ab), and likewise on the right. One sort of
 (neighbour, place) groups the gains and the losses alike.
 
-A merge alone would be too small for an array operation, so merges are done in batches: the longest run of pairs from
-the top of the ranking that cannot disturb each other. The ranking is by count, and by the pair of bytes where counts
-are equal, greatest first. Let p_1, ..., p_k be its first pairs.
+A merge alone would be too small for an array operation, so many are done at once, most of them before their turn. The
+ranking is by count, and by the pair of bytes where counts are equal, greatest first. Two pairs conflict when a token is
+the left one of the one pair and the right one of the other; only such pairs can overlap.
 
-    Invariant. Suppose that no p_j's left token is a p_i's right token (a pair of twice the same token is a batch of its
-    own), and that no pair which merging p_1, ..., p_i can create ranks above any of p_{i+1}, ..., p_k. Then merging one
-    pair at a time merges p_1, ..., p_k in this order, and merging them at once leaves the same tokens.
+    Theorem. A pair p = (a, b) of count c may be merged before its turn, and the merges to come stay the same, if
+    1. every pair that conflicts with p ranks below it (so p is no pair of twice the same token), and
+    2. for every pair (x, a) of count c, in one word where it occurs, each token before a is less than a and does not
+       start a; for every pair (b, y) of count c, in one word, no token after b starts a or is started by a.
+    The first of the ranking may always be merged: it is its turn.
 
-    Proof. Occurrences of different p_i do not overlap, so none of these merges changes another one's count, and counts
-    of other old pairs only fall. A new pair holds a new token, so it comes from an old pair q = (b, y), (x, a) or
-    (b, c), where p_i = (a, b) and p_j = (c, d). It occurs at most as often as q, which is not one of the p_i and so
-    ranks below p_k. Hence it can rank above a p_j only if q, p_j and p_k have equal counts, and by its bytes.
-    Ranking._safe looks for such q and ends the batch before the first p_j at risk.
+    Proof. Counts of old pairs only fall, and a pair made by a merge occurs at most as often as the one it comes from.
+    First, nothing touches p before its turn. What conflicts with it later is an (X, a) from an (x, a), or a (b, Y) from
+    a (b, y). To rank above p it must have count c, and so must the pair it comes from; then X stands before a wherever
+    x stood, is made of tokens of 2., and is less than a. And b < a, since (b, y) ranks below p.
+    Second, the pairs that p's merge makes early disturb nothing that goes before p. Say that one of them, n, is merged
+    before a pair q which it conflicts with and which ranks above p. n comes from a pair below p, so both have count c.
+    If n is (X, P) and q is (E, X), where X ends before a: q above p means E >= a, n above q means X >= E, but X < a.
+    If n is (P, Y) and q is (Y, V), where Y begins after b: Y >= a and P >= Y. P begins with an X, which is less than a
+    in its first bytes, or with a; so Y begins with a, which 2. excludes.
+    Of several such pairs each keeps 1. and 2. when another one is merged, so all may be merged at once.
+
+The order of merges done early is restored at the end (Turns): of those whose tokens exist, the one that ranks first.
 
 Pairs below a threshold count are not watched. When the watched ones are used up, the array is compacted and the pairs
 are counted again with a lower threshold: a new epoch.
@@ -26,14 +35,17 @@ are counted again with a lower threshold: a new epoch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from .count import Words
-from .ranking import Groups, Pairs, Ranking
+from .ranking import Groups, Pairs, Ranking, Turns
 
 MAX_TOKENS = 1 << 21
 _MAX_BATCH = 1 << 11
+_SLICE = 1 << 18
+_TRIES, _REACH = 8, 64
 _BOUNDARY = np.int32(2**31 - 1)  # between words
 
 
@@ -47,31 +59,32 @@ def learn_merges(
     Raises ValueError when the words are too long in all for 31-bit positions.
     """
     tokens = [bytes([byte]) for byte in range(256)]
-    corpus = _Corpus(words, len(tokens) + n_merges)
+    corpus = _Corpus(words)
     merges: list[tuple[bytes, bytes]] = []
     while len(merges) < n_merges:
-        found = corpus.pairs()
-        if not len(found.counts):
+        pairs = corpus.pairs(partial(_threshold, n_merges=n_merges, n_done=len(merges)))
+        if not len(pairs):
             break
-        threshold = _threshold(found.counts, n_merges, len(merges))
-        pairs = Pairs(threshold)
-        ranking = Ranking(pairs, tokens)
-        pairs.watch(found)
-        del found
-        while batch := ranking.take(min(_MAX_BATCH, n_merges - len(merges))):
-            names = [pairs.names[index] for index in batch]
+        ranking = Ranking(pairs, tokens, corpus.context)
+        turns = Turns()
+        room = n_merges - len(merges)
+        while len(merges) < n_merges and (batch := ranking.take(max(1, min(room, _MAX_BATCH)))):
+            names = [pairs.names[entry[3]] for entry in batch]
             first_id = len(tokens)
-            merges += [(tokens[a], tokens[b]) for a, b in names]
-            tokens += [tokens[a] + tokens[b] for a, b in names]
-            made = corpus.merge([pairs.positions[index] for index in batch], np.array(names).T, first_id)
-            pairs.retire(batch)
-            ranking.update(np.concatenate([pairs.subtract(groups) for groups in made]))
-            for groups in made:
-                ranking.add(pairs.watch(groups))
-            advance(len(batch))
+            tokens += [left + right for _, left, right, _ in batch]
+            indices = [entry[3] for entry in batch]
+            made = corpus.merge([pairs.positions[index] for index in indices], np.array(names).T, first_id)
+            pairs.retire(indices)
+            ranking.update(pairs.subtract(made))
+            ranking.add(pairs.watch(made))
+            turns.add(batch, names, first_id)
+            in_turn = turns.release(ranking.first())
+            merges += in_turn
+            room -= len(batch)
+            advance(min(len(in_turn), n_merges - len(merges) + len(in_turn)))
         if len(merges) < n_merges:
             corpus.compact()
-    return merges
+    return merges[:n_merges]
 
 
 def _threshold(counts: np.ndarray, n_merges: int, n_done: int) -> int:
@@ -93,7 +106,7 @@ class _Corpus:
     negative. So a token can be told from either end, and its neighbours are found next to its ends.
     """
 
-    def __init__(self, words: Words, n_tokens: int) -> None:
+    def __init__(self, words: Words) -> None:
         keep = words.lengths > 1
         lengths = words.lengths[keep]
         size = int(lengths.sum()) + len(lengths) + 1
@@ -108,32 +121,70 @@ class _Corpus:
         inside[np.cumsum(lengths + 1) - lengths - 1] = False
         inside[-1] = False
         self.tokens[inside] = np.frombuffer(words.data, np.uint8)[np.repeat(keep, words.lengths)]
-        self.span = np.ones(n_tokens, np.int32)
+        self.span = np.ones(256, np.int32)
 
-    def pairs(self) -> Groups:
-        """Every pair; every token must span 1."""
-        inside = self.tokens != _BOUNDARY
-        inside = inside[:-1] & inside[1:]
-        n_tokens = int(self.tokens[:-1][inside].max(initial=0)) + 1
-        n_tokens = max(n_tokens, int(self.tokens[1:][inside].max(initial=0)) + 1)
+    def pairs(self, threshold_of: Callable[[np.ndarray], int]) -> Pairs:
+        """Counts every pair and watches those whose counts reach threshold_of(all counts). Every token spans 1.
+
+        Slice by slice: a slice's arrays stay in the processor's cache, and what is kept of it are its places, in the
+        order of their pairs.
+        """
+        n_tokens = 1 + int(self.tokens.max(where=self.tokens != _BOUNDARY, initial=0))
         wide = np.uint16 if n_tokens <= 1 << 8 else np.uint32 if n_tokens <= 1 << 16 else np.uint64
-        code = self.tokens[:-1][inside].astype(wide)
-        code *= wide(n_tokens)
-        code += self.tokens[1:][inside].astype(wide)
+        slices = []
+        for at in range(0, len(self.tokens) - 1, _SLICE):
+            tokens = self.tokens[at : at + _SLICE + 1]
+            inside = tokens != _BOUNDARY
+            places = np.flatnonzero(inside[:-1] & inside[1:])
+            if not len(places):
+                continue
+            code = tokens[places].astype(wide)
+            code *= wide(n_tokens)
+            code += tokens[places + 1].astype(wide)
+            order = _stable_order(code)
+            code, counts, starts, stops = _group(code, order, self.weights[at : at + _SLICE][places])
+            slices.append((code, counts, stops - starts, (places[order] + at).astype(np.int32)))
+        if not slices:
+            return Pairs(1)
+        code, counts, sizes = (np.concatenate(column) for column in list(zip(*slices, strict=True))[:3])
         order = _stable_order(code)
-        code, counts, starts, stops = _group(code, order, self.weights[:-1][inside])
-        first, second = np.divmod(code.astype(np.int64), n_tokens)
-        positions = np.flatnonzero(inside).astype(np.int32)
-        return Groups(first, second, first, second, np.zeros_like(first), counts, starts, stops, order, positions)
+        names, counts, starts, _ = _group(code, order, counts)
+        threshold = threshold_of(counts)
+        hot = np.flatnonzero(counts >= threshold)
+        # Where the places of each slice's groups go: to their pair's, after those of the slices before.
+        group = np.empty(len(code), np.int64)
+        group[order] = np.repeat(np.arange(len(names)), np.diff(np.append(starts, len(code))))
+        is_hot = (counts >= threshold)[group]
+        target = np.empty(len(code), np.int64)
+        kept = np.where(is_hot, sizes, 0)[order]
+        target[order] = np.cumsum(kept) - kept
+        positions = np.empty(kept.sum(), np.int32)
+        done = 0
+        for codes, _, sizes, places in slices:
+            part = slice(done, done + len(codes))
+            shift = np.repeat(target[part] - (np.cumsum(sizes) - sizes), sizes)
+            shift += np.arange(len(places))
+            chosen = np.repeat(is_hot[part], sizes)
+            positions[shift[chosen]] = places[chosen]
+            done += len(codes)
+        bounds = np.append(0, np.cumsum(np.add.reduceat(kept, starts)[hot]))
+        pairs = Pairs(threshold)
+        first, second = np.divmod(names[hot].astype(np.int64), n_tokens)
+        pairs.add(first, second, counts[hot], positions, bounds)
+        return pairs
 
-    def merge(self, positions: list[np.ndarray], names: np.ndarray, first_id: int) -> list[Groups]:
+    def merge(self, positions: list[np.ndarray], names: np.ndarray, first_id: int) -> Groups:
         """Joins the pairs names[:, i] into tokens first_id + i wherever they occur: among positions[i].
 
         Returns the pairs that this makes with left and with right neighbours.
         """
-        tokens, span = self.tokens, self.span
+        tokens = self.tokens
         a, b = names
-        new = np.arange(first_id, first_id + len(a), dtype=np.int32)
+        n = len(a)
+        new = np.arange(first_id, first_id + n, dtype=np.int32)
+        while first_id + n > len(self.span):
+            self.span = np.append(self.span, np.ones_like(self.span))
+        span = self.span
         span[new] = span[a] + span[b]
         places, sizes = self._occurrences(positions, a, b)
         end = places + _repeat(span[new], sizes)
@@ -144,22 +195,58 @@ class _Corpus:
         left = tokens[places - 1]
         left ^= left >> 31  # ~id where the neighbour is longer than 1
         right = tokens[end]
-        member = np.repeat(np.arange(len(new), dtype=np.int16), sizes)
+        member = np.repeat(np.arange(n, dtype=np.int16), sizes)
         weights = self.weights[places]
 
-        i = np.flatnonzero(left != _BOUNDARY)
-        neighbour, of, counts, starts, stops, order = _group_neighbours(left[i], member[i], weights[i])
-        # Where the left neighbour is itself new, the second part of its pair stood there before.
-        before = np.where(neighbour < first_id, neighbour, b[np.maximum(neighbour - first_id, 0)])
-        shifts = span[neighbour]  # the pair starts with the neighbour
-        lefts = Groups(neighbour, new[of], before, a[of], shifts, counts, starts, stops, order, places[i])
-
         # A new token on the right sees this place on its left: the pair of the two is met once, there.
-        i = np.flatnonzero((right == right_before) & (right != _BOUNDARY))
-        neighbour, of, counts, starts, stops, order = _group_neighbours(right[i], member[i], weights[i])
-        shifts = np.zeros_like(neighbour)
-        rights = Groups(new[of], neighbour, b[of], neighbour, shifts, counts, starts, stops, order, places[i])
-        return [lefts, rights]
+        i, j = np.flatnonzero(left != _BOUNDARY), np.flatnonzero((right == right_before) & (right != _BOUNDARY))
+        neighbour, of, counts, starts, stops, order = _group_neighbours(
+            np.concatenate([left[i], right[j]]),
+            np.concatenate([member[i], member[j] + np.int16(n)]),
+            np.concatenate([weights[i], weights[j]]),
+        )
+        on_left = of < n
+        of[~on_left] -= n
+        joined, a, b = new[of], a[of], b[of]
+        # Where the left neighbour is itself new, the second part of its pair stood there before.
+        before = np.where(neighbour < first_id, neighbour, names[1][np.maximum(neighbour - first_id, 0)])
+        return Groups(
+            np.where(on_left, neighbour, joined),
+            np.where(on_left, joined, neighbour),
+            np.where(on_left, before, b),
+            np.where(on_left, a, neighbour),
+            np.where(on_left, span[neighbour], 0),  # the pair starts with the left neighbour
+            counts,
+            starts,
+            stops,
+            order,
+            np.concatenate([places[i], places[j]]),
+        )
+
+    def context(self, positions: np.ndarray, name: tuple[int, int]) -> tuple[list[int], list[int]] | None:
+        """The tokens before and after the middle of the pair in one word where it occurs; None when that is not found
+        near at hand."""
+        a, b = name
+        tokens, span = self.tokens, self.span
+        for place in positions[:_TRIES].tolist():
+            middle = place + int(span[a])
+            if tokens[place] == a and tokens[middle] == b:
+                break
+        else:
+            return None
+        before, after = [], []
+        start = max(0, middle - _REACH)
+        near = tokens[start : middle + _REACH].tolist()
+        middle -= start
+        at = middle - 1
+        while at >= 0 and near[at] != _BOUNDARY:
+            before.append(near[at] ^ near[at] >> 31)
+            at -= int(span[before[-1]])
+        stop = middle
+        while stop < len(near) and near[stop] != _BOUNDARY:
+            after.append(near[stop])
+            stop += int(span[after[-1]])
+        return (before, after) if at >= 0 and stop < len(near) else None
 
     def _occurrences(self, positions: list[np.ndarray], a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where a[i] and b[i] meet now: the places by i, and how many for each i."""
@@ -208,11 +295,11 @@ def _repeat(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 def _group_neighbours(neighbour: np.ndarray, member: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, ...]:
     """Groups by neighbour and member: neighbour, member, counts, starts, stops, order. Comes ordered by member."""
     key = neighbour.astype(np.int64)
-    key *= _MAX_BATCH
+    key *= 2 * _MAX_BATCH
     key += member
     order = _stable_order(neighbour)
     key, counts, starts, stops = _group(key, order, weights)
-    return key // _MAX_BATCH, key % _MAX_BATCH, counts, starts, stops, order
+    return key // (2 * _MAX_BATCH), key % (2 * _MAX_BATCH), counts, starts, stops, order
 
 
 def _group(key: np.ndarray, order: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
 from itertools import islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 _FRONT = 512  # pairs kept sorted: several batches, at a cost well below one
+_DEPTH = 128
+_MAX_PLACES = 1 << 18
 _HASH = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd (Knuth, multiplicative hashing)
 _NOWHERE = np.empty(0, np.int32)
 
+Context = tuple[list[int], list[int]]
 _Entry = tuple[int, bytes, bytes, int]  # count, the pair's bytes, its index: the order of the ranking
 
 
@@ -50,27 +54,33 @@ class Pairs:
         self._codes = np.zeros(1 << self._bits, np.uint64)
         self._indices = np.zeros(1 << self._bits, np.int32)
 
+    def __len__(self) -> int:
+        return len(self.names) - 1
+
     def watch(self, groups: Groups) -> np.ndarray:
         """Watches the pairs that reach the threshold; returns their indices."""
         hot = np.flatnonzero(groups.counts >= self.threshold)
         if not len(hot):
             return hot
-        first, second = groups.first[hot], groups.second[hot]
-        added = range(len(self.names), len(self.names) + len(hot))
-        self.names += zip(first.tolist(), second.tolist(), strict=True)
         starts = groups.starts[hot]
         sizes = groups.stops[hot] - starts
-        stops = np.cumsum(sizes)
-        chosen = np.arange(stops[-1])
-        chosen += np.repeat(starts - stops + sizes, sizes)
+        bounds = np.append(0, np.cumsum(sizes))
+        chosen = np.arange(bounds[-1])
+        chosen += np.repeat(starts - bounds[:-1], sizes)
         positions = groups.positions[groups.order[chosen]]
         positions -= np.repeat(groups.shifts[hot], sizes)
-        positions = positions.astype(np.int32)
-        bounds = [0, *stops.tolist()]
-        self.positions += [positions[start:stop] for start, stop in pairwise(bounds)]
+        return self.add(groups.first[hot], groups.second[hot], groups.counts[hot], positions.astype(np.int32), bounds)
+
+    def add(
+        self, first: np.ndarray, second: np.ndarray, counts: np.ndarray, positions: np.ndarray, bounds: np.ndarray
+    ) -> np.ndarray:
+        """Watches new pairs, the i-th at positions[bounds[i]:bounds[i + 1]]; returns their indices."""
+        added = range(len(self.names), len(self.names) + len(first))
+        self.names += zip(first.tolist(), second.tolist(), strict=True)
+        self.positions += [positions[start:stop] for start, stop in pairwise(bounds.tolist())]
         while len(self.counts) < added.stop:
             self.counts = np.append(self.counts, np.zeros_like(self.counts))
-        self.counts[added.start : added.stop] = groups.counts[hot]
+        self.counts[added.start : added.stop] = counts
         if 4 * added.stop > len(self._codes):
             while 4 * added.stop > 1 << self._bits:
                 self._bits += 2
@@ -124,9 +134,12 @@ def _code(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 class Ranking:
     """The order in which watched pairs will be merged: the front, sorted, holds all pairs with counts above a bound."""
 
-    def __init__(self, pairs: Pairs, tokens: list[bytes]) -> None:
+    def __init__(
+        self, pairs: Pairs, tokens: list[bytes], context: Callable[[np.ndarray, tuple[int, int]], Context | None]
+    ) -> None:
         self._pairs = pairs
         self._tokens = tokens
+        self._context = context
         self._bound = 1 << 63
         self._front: list[_Entry] = []  # the first to merge comes last
         self._entries: dict[int, _Entry] = {}  # the front's entries by index
@@ -151,56 +164,53 @@ class Ranking:
             self._front += entries
             self._front.sort()
 
-    def take(self, room: int) -> list[int]:
-        """Takes out the next pairs to merge, in order, at most `room`; none when no watched pair is left."""
+    def first(self) -> _Entry | None:
+        """The pair that ranks first, None when no watched pair is left."""
         if len(self._front) <= _FRONT // 4:
             self._lower_bound()
+        return self._front[-1] if self._front else None
+
+    def take(self, room: int) -> list[_Entry]:
+        """Takes out pairs to merge at once, at most `room`; none when no watched pair is left.
+
+        They are the first of the ranking, and of the next ones those that may be merged before their turn: see merge.py.
+        """
+        if self.first() is None:
+            return []
         batch: list[_Entry] = []
-        names: list[tuple[int, int]] = []
-        lefts: dict[int, list[int]] = defaultdict(list)
-        rights: dict[int, list[int]] = defaultdict(list)
-        for entry in islice(reversed(self._front), room):
+        lefts: set[int] = set()
+        rights: set[int] = set()
+        n_places = 0
+        for entry in islice(reversed(self._front), _DEPTH):
             a, b = self._pairs.names[entry[3]]
-            if batch and (a in rights or b in lefts or a == b):
-                break
-            lefts[a].append(len(batch))
-            rights[b].append(len(batch))
-            batch.append(entry)
-            names.append((a, b))
-            if a == b:
-                break
-        batch = batch[: self._safe(batch, lefts, rights)]
+            if not batch or (a not in rights and b not in lefts and a != b and self._outranks_ties(entry, a, b)):
+                batch.append(entry)
+                n_places += len(self._pairs.positions[entry[3]])
+                if a == b or n_places > _MAX_PLACES or len(batch) == room:
+                    break
+            lefts.add(a)
+            rights.add(b)
         for entry in batch:
             self._remove(entry)
-        return [entry[3] for entry in batch]
+        return batch
 
-    def _safe(self, batch: list[_Entry], lefts: dict[int, list[int]], rights: dict[int, list[int]]) -> int:
-        """How many of the batch can be merged together although counts are equal: see the module's proof."""
-        size = len(batch)
-        if size < 2:
-            return size
-        count = batch[-1][0]
-        taken = {entry[3] for entry in batch}
-        touching = {index for b in rights for index in self._by_left.get(b, ())}
-        touching |= {index for a in lefts for index in self._by_right.get(a, ())}
-        for index in touching - taken:
-            entry = self._entries[index]
-            if entry[0] != count:
-                continue
-            x, y = self._pairs.names[index]
-            # What x and y can have become, and after which of the batch's merges.
-            new_x = [(-1, entry[1])] + [(i, batch[i][1] + batch[i][2]) for i in rights.get(x, ())]
-            new_y = [(-1, entry[2])] + [(i, batch[i][1] + batch[i][2]) for i in lefts.get(y, ())]
-            for i, left in new_x:
-                for j, right in new_y:
-                    made = max(i, j)
-                    if made < 0:
-                        continue
-                    for later in range(made + 1, size):
-                        if (count, left, right) > batch[later][:3]:
-                            size = later
-                            break
-        return size
+    def _outranks_ties(self, entry: _Entry, a: int, b: int) -> bool:
+        """The theorem's second condition, for the pair (a, b) that meets the first."""
+        count, left = entry[:2]
+        for before in self._contexts(self._by_right.get(a, ()), count, 0):
+            if before is None or any(token >= left or left.startswith(token) for token in before):
+                return False
+        for after in self._contexts(self._by_left.get(b, ()), count, 1):
+            if after is None or any(token.startswith(left) or left.startswith(token) for token in after):
+                return False
+        return True
+
+    def _contexts(self, indices: Collection[int], count: int, side: int) -> Iterator[list[bytes] | None]:
+        """Of each of these pairs that has this count, the tokens before (0) or after (1) its middle in one word."""
+        for index in indices:
+            if self._entries[index][0] == count:
+                context = self._context(self._pairs.positions[index], self._pairs.names[index])
+                yield None if context is None else [self._tokens[token] for token in context[side]]
 
     def update(self, indices: np.ndarray) -> None:
         """Ranks again those of the pairs that are in front, their counts having fallen."""
@@ -226,3 +236,36 @@ class Ranking:
         more = np.flatnonzero((counts >= lowest) & (counts <= self._bound))
         self._bound = lowest - 1
         self.add(more)
+
+
+class Turns:
+    """Merges done out of turn, given out in the order in which one at a time would be done.
+
+    Among merges whose tokens are both there, the one that ranks first goes first.
+    """
+
+    def __init__(self) -> None:
+        self._ready: list[_Entry] = []  # the first to go comes last
+        self._waiting: dict[int, list[tuple[_Entry, tuple[int, int]]]] = {}  # by a token that is not there yet
+
+    def add(self, batch: list[_Entry], names: list[tuple[int, int]], first_id: int) -> None:
+        for new, (entry, name) in enumerate(zip(batch, names, strict=True), first_id):
+            self._waiting[new] = []
+            self._put((*entry[:3], new), name)
+
+    def release(self, first: _Entry | None) -> list[tuple[bytes, bytes]]:
+        """The merges that go before the pair `first` and what may come of it; None: all."""
+        released = []
+        while self._ready and (first is None or self._ready[-1] > first):
+            _, left, right, token = self._ready.pop()
+            released.append((left, right))
+            for entry, name in self._waiting.pop(token):
+                self._put(entry, name)
+        return released
+
+    def _put(self, entry: _Entry, name: tuple[int, int]) -> None:
+        for token in name:
+            if token in self._waiting:
+                self._waiting[token].append((entry, name))
+                return
+        insort(self._ready, entry)
