@@ -19,6 +19,7 @@ from ..model import ModelConfig, estimate
 from ..model.estimate import Estimate
 from ..training.config import TrainConfig, model_config
 from ..training.loop import TrainResult
+from . import counters
 from .ceilings import ceilings_of, require_ceilings
 from .clock import median_seconds
 from .components import Timed, measure_components
@@ -70,6 +71,7 @@ class Validation:
     rows: tuple[Row, ...]
     components: tuple[ComponentRow, ...] = ()
     step_seconds: float | None = None
+    notes: tuple[str, ...] = ()  # what could not be measured, and why
 
     @property
     def residual(self) -> float | None:
@@ -120,7 +122,8 @@ class Validation:
         c = self.predicted.ceilings
         assert c is not None
         rates = ", ".join(f"{dtype} {rate / 1e12:.3f} TFLOP/s" for dtype, rate in c.gemm_flops.items())
-        return f"{c.device}, {c.date}: products {rates}; copy {c.copy_bandwidth / 1e9:.1f} GB/s"
+        machine = f"{c.device}, {c.date}: products {rates}; copy {c.copy_bandwidth / 1e9:.1f} GB/s"
+        return "\n".join((machine, *self.notes))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the totals, the components, the residual, and the ceilings that the prediction stands on."""
@@ -135,6 +138,7 @@ class Validation:
             "components": [asdict(row) | {"ratio": row.ratio} for row in self.components],
             "step_seconds": self.step_seconds,
             "residual_seconds": self.residual,
+            "notes": list(self.notes),
             "ceilings": e.ceilings.to_dict() if e.ceilings else None,
         }
 
@@ -225,7 +229,24 @@ def _measure(
         step = Step(*sizes, compiled=True, optimizer=e.optimizer)
         (fused,) = median_seconds([step], device, seconds=STEP_SECONDS, capture=False)
         rows += _times(e, fused, f"torch.compile, {TITLES[e.optimizer]}", ", compiled")
-    return Validation(name, e, tuple(rows), tuple(_side_by_side(e, components)), seconds)
+    notes: list[str] = []
+    if counters.available(device, e.dtype):
+        progress(f"{name}: the GPU's counters")
+        try:
+            rows += _executed(e, *counters.count_step(e, device))
+        except RuntimeError as error:
+            notes.append(str(error))
+    return Validation(name, e, tuple(rows), tuple(_side_by_side(e, components)), seconds, tuple(notes))
+
+
+def _executed(e: Estimate, operations: float, moved: float) -> list[Row]:
+    """What the kernels really did, and the closed form of it."""
+    predicted = sum(e.ledgers["executed"].values()) + sum(c.update.executed_flops for c in e.components)
+    least = sum(c.bytes for c in e.components)
+    return [
+        Row("executed FLOPs", "TFLOP", predicted / 1e12, operations / 1e12, "the tensor cores' counters, by ncu"),
+        Row("bytes moved", "GB", least / 1e9, moved / 1e9, "DRAM, by ncu; predicted: the least of each kernel"),
+    ]
 
 
 def _counted(e: Estimate) -> list[Row]:
