@@ -86,10 +86,8 @@ def _wait_for_turn(counter, before, turn):
 
 
 @gluon.jit
-def _end_turn(counter, empty, g, STAGES: gl.constexpr):
-    """Once both warpgroups have added tile g, let the next program in."""
-    s, parity = slot(g, STAGES)
-    mbarrier.wait(empty.index(s), parity)
+def _end_turn(counter):
+    """Let the next program in, after both warpgroups have added."""
     gl.atomic_add(counter, 1, sem="release", scope="gpu")
 
 
@@ -125,8 +123,8 @@ def _produce(descs, stats, buffers, barriers, sizes, lse_strides, added_ptr, n_r
             tma_load(lse2_desc, [row + m], full.index(s), lse2_buf.index(s))
             tma_load(delta_desc, [row + m], full.index(s), delta_buf.index(s))
             if ORDERED:
-                if g > 1:
-                    _end_turn(added_ptr + last_but_one, empty, g - 2, STAGES)
+                if g > 1:  # `empty` says that tile g - 2 is in
+                    _end_turn(added_ptr + last_but_one)
                 if g > 0:
                     _wait_for_turn(added_ptr + last, last_before, turn)
                 last_but_one = last
@@ -139,10 +137,14 @@ def _produce(descs, stats, buffers, barriers, sizes, lse_strides, added_ptr, n_r
         tile += n_row_tile
     if ORDERED:
         if g > 1:
-            _end_turn(added_ptr + last_but_one, empty, g - 2, STAGES)
+            s, parity = slot(g - 2, STAGES)
+            mbarrier.wait(empty.index(s), parity)
+            _end_turn(added_ptr + last_but_one)
         if g > 0:
             _wait_for_turn(added_ptr + last, last_before, turn)
-            _end_turn(added_ptr + last, empty, g - 1, STAGES)
+            s, parity = slot(g - 1, STAGES)
+            mbarrier.wait(empty.index(s), parity)
+            _end_turn(added_ptr + last)
 
 
 @gluon.jit
@@ -221,7 +223,7 @@ def _consume(work, c: gl.constexpr,
             offsets = gl.arange(0, BLOCK_M * COLS, FRAGMENTS)
             if ORDERED:
                 mbarrier.wait(turn.index(0), g % 2)
-            gl.atomic_add(dq_ptr + m * HEAD_DIM + offsets, dq, sem="relaxed")
+            gl.atomic_add(dq_ptr + gl.cast(m, gl.int64) * HEAD_DIM + offsets, dq, sem="relaxed")
             mbarrier.arrive(empty.index(s), count=1)
             g += 1
         dq_ptr += gl.cast(n_row_tile, gl.int64) * (BLOCK_M * HEAD_DIM)
@@ -341,8 +343,11 @@ def launch_backward(
     added = q.new_zeros((H, n_row_tile) if ordered else (1,), dtype=torch.int32)
 
     def strides(x: Tensor) -> tuple[int, ...]:
-        return as_heads(x, varlen).stride()
+        b, h, row, d = as_heads(x, varlen).stride()
+        return 0 if varlen else b, h, row, d
 
+    # past both lengths a window is none; as they stand, the kernel counts in 32 bits
+    left, right = (None if n is None else min(n, T + S) for n in (left, right))
     sizes = (cu_seqlens_q, cu_seqlens_k, K, H // K, T, S, left, right, n_sequence * K, n_tile, GROUP)
     _flash_attention_bwd_hopper_kernel[(n_sequence * K * n_tile,)](
         (*(describe(x, BLOCK_M, varlen) for x in (q, dout)), *(describe(x, BLOCK_N, varlen) for x in (k, v))),

@@ -1,0 +1,289 @@
+"""The Hopper attention backward, run from its own source by the Gluon emulator, and bugs that must not pass."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rooflight.kernels import reference
+from rooflight.kernels.attention import checks, hopper_backward
+from support.attention import DTYPES, LAYOUTS, draw, draw_packed, lay_out_grad
+from support.gluon_emulator import DeadlockError, EmulationError, RaceError, emulated
+from support.tolerance import judge
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+class Hopper(torch.autograd.Function):
+    """The oracle's forward, rounded as a kernel rounds it, with launch_backward in the emulator behind it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, ends: tuple[Any, ...], options: dict[str, Any], run: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        exact = (x.double() for x in (q, k, v))
+        forward = reference.flash_attention_varlen if ends else reference.flash_attention
+        out, lse = forward(*exact, *ends, return_lse=True, **options)
+        out, lse = torch.empty_like(q).copy_(out), lse.float()
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.ends, ctx.options, ctx.run = ends, options, run
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = (x.detach() for x in ctx.saved_tensors)
+        delta = (out.float() * dout.float()).sum(-1)
+        delta = ((delta.T if ctx.ends else delta) - dlse).contiguous()
+        lse2 = torch.where(lse == -math.inf, math.inf, lse * math.log2(math.e)).contiguous()
+        grads = dq, dk, dv = tuple(torch.empty_like(x) for x in (q, k, v))
+        cu_q, cu_k, T, S = ctx.ends or (None, None, q.shape[2], k.shape[2])
+        assert hopper_backward.supports(q, k, v, dout, cu_q) is None
+        left, right = checks.reach(ctx.options["causal"], ctx.options.get("window"))
+        scale = checks.score_scale(ctx.options.get("scale"), 0.0, q.shape[-1])
+        run = {"module": hopper_backward, "seed": 0, "resident": 3, "ordered": True} | ctx.run
+        module, ordered = run.pop("module"), run.pop("ordered")
+        with emulated(module, **run):
+            module.launch_backward(
+                q, k, v, dout, lse2, delta, dq, dk, dv, cu_q, cu_k, T, S, left, right, scale, ordered=ordered
+            )
+        return *grads, None, None, None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *ends: Any, run: Any = None, **options: Any) -> tuple[Tensor, Tensor]:
+    return Hopper.apply(q, k, v, ends, options, run or {})
+
+
+def judge_backward(inputs: dict[str, Any], *, run: Any = None, grad: Any = None, **options: Any) -> None:
+    """Every gradient, of the output and of the log-sum-exp, against the oracle in fp64."""
+    varlen = "cu_seqlens_q" in inputs
+    oracle = reference.flash_attention_varlen if varlen else reference.flash_attention
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+        ends = [rest.pop(f"{x}_{side}") for x in ("cu_seqlens", "max_seqlen") for side in "qk"] if varlen else []
+        return attend(q, k, v, *ends, run=run, **rest)
+
+    judge(
+        ours,
+        lambda **k: oracle(return_lse=True, **k),
+        inputs,
+        **({"grad": grad} if grad else {}),
+        **options,
+    )
+
+
+# (B, H, K, T, S, D), dtype, options
+DENSE: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
+    "one query, one key": ((1, 1, 1, 1, 1, 64), BF16, {"causal": True}),
+    "causal, ragged ends, grouped queries": ((1, 4, 2, 150, 150, 64), BF16, {"causal": True}),
+    "causal, three tiles of keys, D 128": ((1, 1, 1, 320, 320, 128), BF16, {"causal": True}),
+    "full, whole tiles": ((2, 1, 1, 128, 256, 64), FP16, {"causal": False}),
+    "full, ragged, D 128": ((1, 2, 1, 70, 190, 128), FP16, {"causal": False}),
+    "more keys than queries": ((1, 1, 1, 100, 300, 64), BF16, {"causal": True}),
+    "rows that see no key": ((1, 2, 2, 300, 100, 64), BF16, {"causal": True}),
+    "window": ((1, 2, 1, 400, 400, 64), BF16, {"causal": True, "window": 100}),
+    "window of one key": ((1, 1, 1, 300, 300, 64), BF16, {"causal": True, "window": 0}),
+    "window on both sides": ((1, 1, 1, 330, 270, 64), FP16, {"causal": False, "window": (40, 90)}),
+    "window wider than 32 bits": ((1, 1, 1, 100, 140, 64), BF16, {"causal": True, "window": 1 << 40}),
+    "another scale": ((1, 1, 1, 90, 90, 64), BF16, {"causal": True, "scale": 0.3}),
+}
+
+
+@pytest.mark.parametrize("case", DENSE)
+def test_gradients(case: str) -> None:
+    sizes, dtype, options = DENSE[case]
+    judge_backward(draw(*sizes, dtype), **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("case", DENSE)
+def test_gradients_of_many_schedules(case: str, seed: int, ordered: bool) -> None:
+    sizes, dtype, options = DENSE[case]
+    run = {"seed": seed, "resident": 1 + seed % 5, "ordered": ordered}
+    judge_backward(draw(*sizes, dtype, seed=seed), run=run, **options)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("options", [{"causal": True}, {"causal": False}, {"causal": True, "window": 30}])
+def test_packed_sequences(options: dict[str, Any], D: int) -> None:
+    """Empty ones on either side, and ends inside tiles that hold a neighbour's rows."""
+    judge_backward(draw_packed([70, 0, 1, 130, 40], [130, 5, 0, 64, 200], 2, 1, D, BF16), **options)
+
+
+@pytest.mark.parametrize("layout", ["(B, T, H, D)", "(T, B, H, D)", "fused"])
+def test_layouts(layout: str) -> None:
+    inputs = {name: LAYOUTS[layout](x) for name, x in draw(2, 2, 2, 70, 70, 64, BF16).items()}
+    judge_backward(inputs, grad=lay_out_grad(layout), causal=True)
+
+
+def test_without_turns() -> None:
+    judge_backward(draw(1, 2, 1, 300, 300, 64, BF16), run={"ordered": False}, causal=True)
+
+
+# ---------------------------------------------------------------- one order
+
+
+def gradients(module: ModuleType = hopper_backward, *, n_key: int = 500, **run: Any) -> tuple[Tensor, ...]:
+    inputs = draw(1, 1, 1, 130, n_key, 64, BF16)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    out, _ = attend(*leaves, run={"module": module, "resident": 4} | run, causal=False)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return torch.autograd.grad(out, leaves, dout)
+
+
+@cache
+def correct() -> tuple[Tensor, ...]:
+    return gradients(resident=1)
+
+
+@pytest.mark.parametrize("resident", [1, 2, 8])
+def test_dq_is_bitwise_the_same_in_every_schedule(resident: int) -> None:
+    expected = correct()
+    for seed in range(1, 4):
+        for name, grad, other in zip("qkv", expected, gradients(seed=seed, resident=resident), strict=True):
+            assert torch.equal(grad, other), f"d{name} of seed {seed}"
+
+
+def test_dq_depends_on_the_schedule_without_turns() -> None:
+    """What the test above would see: the schedules do differ in who adds first."""
+    found = {gradients(seed=seed, resident=8, ordered=False)[0].float().sum().item() for seed in range(6)}
+    assert len(found) > 1
+
+
+# ---------------------------------------------------------------- bugs that must not pass
+
+
+@pytest.fixture
+def mutate(tmp_path: Path) -> Iterator[Any]:
+    """A copy of the kernel's module with some of its text replaced."""
+    name = "rooflight.kernels.attention.hopper_backward_mutant"
+
+    def load(*replacements: tuple[str, str]) -> ModuleType:
+        source = Path(hopper_backward.__file__).read_text()
+        for old, new in replacements:
+            assert source.count(old) == 1, f"{source.count(old)} times in the kernel: {old}"
+            source = source.replace(old, new)
+        path = tmp_path / "hopper_backward_mutant.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    sys.modules.pop(name, None)
+
+
+def caught(module: ModuleType, seeds: int = 6) -> BaseException | None:
+    """What the first of some schedules raises, a wrong gradient included."""
+    expected = correct()
+    for seed in range(seeds):
+        try:
+            found = gradients(module, seed=seed)
+            assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True)), "other bits"
+        except (EmulationError, AssertionError) as error:
+            return error
+    return None
+
+
+RELEASE = "            mbarrier.arrive(empty.index(s), count=1)\n"
+RETIRE = "            dv, dk, dq = warpgroup_mma_wait(0, [dv, dk, dq])\n"
+
+BUGS: dict[str, tuple[type[BaseException], list[tuple[str, str]]]] = {
+    "q and dout released while they are read": (RaceError, [(RELEASE, ""), (RETIRE, RELEASE + RETIRE)]),
+    "no fence between ds and its wgmma": (RaceError, [("            fence_async_shared()\n", "")]),
+    "ds read before the other warpgroup has stored its half": (
+        EmulationError,
+        [("            mbarrier.wait(ds_full.index(0), g % 2)\n", "")],
+    ),
+    "ds stored where the other warpgroup still reads": (AssertionError, [("ds_buf.index(g % 2)", "ds_buf.index(0)")]),
+    "scores used in flight": (RaceError, [("warpgroup_mma_wait(1, [z])", "warpgroup_mma_wait(2, [z])")]),
+    "dp used in flight": (RaceError, [("warpgroup_mma_wait(0, [dp])", "warpgroup_mma_wait(1, [dp])")]),
+    "no phase flip of full": (
+        EmulationError,
+        [("mbarrier.wait(full.index(s), parity)", "mbarrier.wait(full.index(s), 0)")],
+    ),
+    "no phase flip of empty": (
+        EmulationError,
+        [("mbarrier.wait(empty.index(s), parity ^ 1)", "mbarrier.wait(empty.index(s), 1)")],
+    ),
+    "keys used before they land": (
+        EmulationError,
+        [("    mbarrier.wait(kv_full.index(0), 0, pred=n_block > 0)\n", "")],
+    ),
+    "one warpgroup releases for both": (
+        EmulationError,
+        [("empty = new_barriers(STAGES, 2)", "empty = new_barriers(STAGES, 1)")],
+    ),
+    "statistics not counted": (
+        EmulationError,
+        [("2 * (q_desc.block_type.nbytes + lse2_desc.block_type.nbytes)", "2 * q_desc.block_type.nbytes")],
+    ),
+    "dq added out of turn": (
+        AssertionError,
+        [
+            (
+                "            if ORDERED:\n                mbarrier.wait(turn",
+                "            if False:\n                mbarrier.wait(turn",
+            )
+        ],
+    ),
+    "nobody waits for an earlier program": (AssertionError, [("!= before:", "< 0:")]),
+    "the turn ends before dq is added": (
+        AssertionError,
+        [
+            (
+                "_end_turn(added_ptr + last_but_one)\n                if g > 0",
+                "_end_turn(added_ptr + last)\n                if g > 0",
+            )
+        ],
+    ),
+    "turns against the order in which programs start": (
+        DeadlockError,
+        [("first = (n_tile - 1 - n) * BLOCK_N", "first = n * BLOCK_N")],
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_bug_is_caught(bug: str, mutate: Any) -> None:
+    kind, replacements = BUGS[bug]
+    error = caught(mutate(*replacements))
+    assert isinstance(error, kind), repr(error)
+
+
+def test_no_bug_is_not_caught(mutate: Any) -> None:
+    assert caught(mutate()) is None
+
+
+# ---------------------------------------------------------------- what it serves
+
+
+def test_supports() -> None:
+    def reason(D: int = 64, dtype: torch.dtype = BF16, S: int = 8, **changes: Any) -> str | None:
+        tensors = draw(1, 2, 1, 8, S, D, dtype)
+        tensors["dout"] = tensors["q"]
+        options = {name: changes.pop(name) for name in ("softcap",) if name in changes}
+        return hopper_backward.supports(*(tensors | changes).values(), None, **options)
+
+    assert reason() is None
+    assert reason(dtype=FP16, D=128) is None
+    assert "float32" in str(reason(dtype=DTYPES[0]))
+    assert "80" in str(reason(D=80))
+    assert "softcap" in str(reason(softcap=1.0))
+    assert "no keys" in str(reason(S=0))
+    assert "dout" in str(reason(dout=torch.zeros(1, 2, 8, 1, dtype=BF16).expand(1, 2, 8, 64)))
+    assert "q" in str(reason(q=torch.zeros(1, 2, 8, 66, dtype=BF16)[..., 1:-1]))
