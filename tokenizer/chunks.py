@@ -24,7 +24,7 @@ from .pretokenize import GPT2_PATTERN, SEPARATOR, Specials, compile_pattern, is_
 
 # Chunks that stay in the second-level cache with their class and boundary arrays.
 CHUNK_SIZE = 1 << 18
-RANGE_SIZE = 1 << 23
+RANGE_SIZE = 1 << 22
 _WINDOW = 1 << 16
 
 _WORD_END = re.compile(rb"(?<=[0-9A-Za-z])[^0-9A-Za-z\x80-\xff]")

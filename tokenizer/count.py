@@ -20,6 +20,7 @@ _HASH = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd (Knuth, multip
 _SLICE = 1 << 16
 _CACHE_BITS = 15  # slots of 16 bytes and more: fits the second-level cache
 _MIN_BITS = 18
+_NO_COUNTS = np.empty(0, np.int64)
 
 
 class Words(NamedTuple):
@@ -45,6 +46,13 @@ class Words(NamedTuple):
         keep = self.counts > np.partition(self.counts, len(self.counts) - n - 1)[len(self.counts) - n - 1]
         data = np.frombuffer(self.data, np.uint8)[np.repeat(keep, self.lengths)]
         return Words(data.tobytes(), self.lengths[keep], self.counts[keep])
+
+
+class Tally(NamedTuple):
+    """A WordCounter's counts as they are passed between processes: keys and counts of each table, and long words."""
+
+    tables: list[tuple[list[np.ndarray], np.ndarray]]
+    long: Counter[bytes]
 
 
 class WordCounter:
@@ -80,6 +88,15 @@ class WordCounter:
         else:
             for (i, j), count in zip(spans, counts.tolist(), strict=True):
                 self._long[data[i:j]] += count
+
+    def tally(self) -> Tally:
+        return Tally([table.entries() for table in self._tables], self._long)
+
+    def add_tally(self, tally: Tally) -> None:
+        """Adds the counts of another counter."""
+        for table, (keys, counts) in zip(self._tables, tally.tables, strict=True):
+            table.add_entries(keys, counts)
+        self._long.update(tally.long)
 
     def words(self) -> Words:
         parts = [table.words() for table in self._tables]
@@ -195,19 +212,26 @@ class _Table:
         if self._used <= len(self._counts) // 4:
             return
         keys, counts = [key[full] for key in self._keys], self._counts[full]
-        self._allocate(self._bits + 2)
-        for at in range(0, len(full), _SLICE):
+        self._keys, self._counts = [], _NO_COUNTS  # freed before the larger ones are made
+        self._allocate(self._bits + 1)
+        self.add_entries(keys, counts)
+
+    def add_entries(self, keys: list[np.ndarray], counts: np.ndarray) -> None:
+        """Adds the counts of different words, given by their keys."""
+        for at in range(0, len(counts), _SLICE):
             part = [key[at : at + _SLICE] for key in keys]
             self._count(part, self._mix(part), counts[at : at + _SLICE])
 
-    def words(self) -> Words:
+    def entries(self) -> tuple[list[np.ndarray], np.ndarray]:
+        """The keys of every word, and its counts."""
         cached = np.flatnonzero(self._cache_keys[-1])
-        keys = [key[cached] for key in self._cache_keys]
-        self._count(keys, self._mix(keys), self._cache_counts[cached])
+        self.add_entries([key[cached] for key in self._cache_keys], self._cache_counts[cached])
         self._clear_cache()
         full = np.flatnonzero(self._keys[-1])
-        keys = [key[full] for key in self._keys]
-        counts = self._counts[full]
+        return [key[full] for key in self._keys], self._counts[full]
+
+    def words(self) -> Words:
+        keys, counts = self.entries()
         lengths = (keys[-1] & np.uint64(0xFF)).view(np.int64)
         keys[-1] >>= ((self.max_length + 1 - lengths) * 8).view(np.uint64)
         table = np.stack(keys, axis=1).astype("<u8").view(np.uint8)

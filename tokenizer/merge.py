@@ -130,7 +130,6 @@ class _Corpus:
         order of their pairs.
         """
         n_tokens = 1 + int(self.tokens.max(where=self.tokens != _BOUNDARY, initial=0))
-        wide = np.uint16 if n_tokens <= 1 << 8 else np.uint32 if n_tokens <= 1 << 16 else np.uint64
         slices = []
         for at in range(0, len(self.tokens) - 1, _SLICE):
             tokens = self.tokens[at : at + _SLICE + 1]
@@ -138,9 +137,7 @@ class _Corpus:
             places = np.flatnonzero(inside[:-1] & inside[1:])
             if not len(places):
                 continue
-            code = tokens[places].astype(wide)
-            code *= wide(n_tokens)
-            code += tokens[places + 1].astype(wide)
+            code = _pair_codes(tokens[places], tokens[places + 1], n_tokens)
             order = _stable_order(code)
             code, counts, starts, stops = _group(code, order, self.weights[at : at + _SLICE][places])
             slices.append((code, counts, stops - starts, (places[order] + at).astype(np.int32)))
@@ -275,6 +272,12 @@ class _Corpus:
         single[:-1] |= single[1:]
         self.tokens, self.weights = tokens[~single], weights[~single]
         self.span[:] = 1
+
+
+def _pair_codes(first: np.ndarray, second: np.ndarray, n_tokens: int) -> np.ndarray:
+    """first * n_tokens + second, in the narrowest type that holds it: the order of pairs, quick to sort."""
+    wide = np.dtype(np.uint16 if n_tokens <= 1 << 8 else np.uint32 if n_tokens <= 1 << 16 else np.uint64)
+    return first.astype(wide) * wide.type(n_tokens) + second.astype(wide)
 
 
 def _stable_order(code: np.ndarray) -> np.ndarray:

@@ -173,7 +173,7 @@ class Ranking:
     def take(self, room: int) -> list[_Entry]:
         """Takes out pairs to merge at once, at most `room`; none when no watched pair is left.
 
-        They are the first of the ranking, and of the next ones those that may be merged before their turn: see merge.py.
+        They are the first of the ranking, and of the next ones those that may be merged before their turn (merge.py).
         """
         if self.first() is None:
             return []

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from .chunks import Cutter, document_chunks, file_ranges, read_chunks
-from .count import WordCounter, Words
+from .count import Tally, WordCounter, Words
 from .merge import MAX_TOKENS, learn_merges
 from .pretokenize import GPT2_PATTERN, Specials, pretokenize
 from .progress import progress_bars
@@ -115,13 +115,8 @@ class _Trainer:
         with Crew(make, self.num_workers) as crew:
             for n_bytes in crew.map(tasks):
                 advance(n_bytes)
-            parts = crew.finish()
-        if len(parts) == 1:
-            return parts[0]
-        total = WordCounter()
-        for part in parts:
-            total.add(part.pretokens(), part.counts)
-        return total.words()
+            counter = crew.finish().counter
+        return counter.words()
 
 
 class _Counting:
@@ -129,7 +124,7 @@ class _Counting:
 
     def __init__(self, special_tokens: Sequence[str], pattern: str) -> None:
         self._cutter = Cutter(Specials(special_tokens), pattern)
-        self._counter = WordCounter()
+        self.counter = WordCounter()
 
     def run(self, task: bytes | tuple[str, int, int]) -> int:
         """Returns the number of bytes read."""
@@ -137,8 +132,11 @@ class _Counting:
         n_bytes = 0
         for chunk in chunks:
             n_bytes += len(chunk)
-            self._counter.add(pretokenize(chunk, self._cutter.pattern))
+            self.counter.add(pretokenize(chunk, self._cutter.pattern))
         return n_bytes
 
-    def finish(self) -> Words:
-        return self._counter.words()
+    def finish(self) -> Tally:
+        return self.counter.tally()
+
+    def join(self, tally: Tally) -> None:
+        self.counter.add_tally(tally)

@@ -2,7 +2,7 @@
 
     with Crew(make, num_workers) as crew:
         for result in crew.map(tasks): ...        # worker.run(task), in the order of the tasks
-        finals = crew.finish()                    # worker.finish() of every process
+        worker = crew.finish()                    # this process's worker, all others' worker.finish() joined to it
 
 make() builds one worker in every process; it and the tasks, results and exceptions are pickled. This process works too,
 so num_workers=1 starts nothing and small jobs end before a started process is ready.
@@ -33,9 +33,9 @@ _FINISH = object()
 
 
 class Worker(Protocol):
-    def run(self, task: Any) -> Any: ...
+    """Those of a crew that calls finish() also have finish() -> final and join(final)."""
 
-    def finish(self) -> Any: ...
+    def run(self, task: Any) -> Any: ...
 
 
 def default_num_workers() -> int:
@@ -58,10 +58,10 @@ class Crew:
     An exception in a worker is raised here; a process that dies is a RuntimeError that says how.
     """
 
-    def __init__(self, make: Callable[[], Worker], num_workers: int) -> None:
+    def __init__(self, make: Callable[[], Any], num_workers: int) -> None:
         self._make = make
         self._n_processes = num_workers - 1 if sys.executable else 0
-        self._worker: Worker | None = None
+        self._worker: Any = None
         self._processes: list[_Process] = []
         self._tasks: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
@@ -109,28 +109,41 @@ class Crew:
                 yield done.pop(given)
                 given += 1
 
-    def finish(self) -> list[Any]:
-        """worker.finish() of every process that ran a task."""
-        done: dict[int, Any] = {}
+    def finish(self) -> Any:
+        """This process's worker, after worker.join(final) for the worker.finish() of every other that ran a task.
+
+        One at a time, so that no more than one of them is in memory.
+        """
+        worker = self._own_worker()
         for _ in self._processes:
             self._tasks.put((0, _FINISH))
-        own = [] if self._worker is None else [self._worker.finish()]
-        while not all(process.pid in done for process in self._processes if process.has_run):
-            self._collect(done, wait=True)
-        return own + list(done.values())
+        waiting = {process.pid for process in self._processes if process.has_run}
+        while waiting:
+            pid, final = self._next()
+            worker.join(final)
+            waiting.discard(pid)
+        return worker
 
-    def _run(self, task: Any) -> Any:
+    def _own_worker(self) -> Any:
         if self._worker is None:
             self._worker = self._make()
-        return self._worker.run(task)
+        return self._worker
+
+    def _run(self, task: Any) -> Any:
+        return self._own_worker().run(task)
 
     def _collect(self, done: dict[int, Any], wait: bool) -> None:
         while wait or not self._results.empty():
-            index, result = self._results.get()
-            if isinstance(result, BaseException):
-                raise result
+            index, result = self._next()
             done[index] = result
             wait = False
+
+    def _next(self) -> tuple[int, Any]:
+        """The next result there is, or will be."""
+        index, result = self._results.get()
+        if isinstance(result, BaseException):
+            raise result
+        return index, result
 
 
 class _Process:
