@@ -5,17 +5,10 @@ Only typer and the standard library are imported here; what a command needs, it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from .cases import Case
-    from .harness import Measurement
 
 bench = typer.Typer(help="Measure this machine and hold the estimates against it.", no_args_is_help=True)
 
@@ -197,25 +190,67 @@ def validate(
 def kernels(
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the measurements here.")] = None,
     device: Device = "auto",
+    seconds: Annotated[float, typer.Option(help="Stop after these; what was not measured by then is missing.")] = 510.0,
 ) -> None:
-    """Check and time every kernel case beside its peers."""
+    """Check and time every kernel case beside its peers: the machine's ceilings first, results before speed."""
     from rich.console import Console
 
     from ..training.loop import resolve_device
-    from .cases import cases
-    from .harness import as_records, machine, measure, write_json
-    from .report import table
+    from .harness import machine, write_json
+    from .report import failures_table, kernel_results, table
+    from .worker import kernels as run
 
     place = resolve_device(device)
     where = machine(place)
     console = Console()
     console.print("  ".join(f"{key} {value}" for key, value in where.items()))
-    done: list[Measurement] = []
-    for case in console_progress(console, cases(place)):
-        done += measure(case, place)
-    console.print(table(done))
+    heard: list[dict[str, Any]] = []
+
+    def hear(line: dict[str, Any]) -> None:
+        if "at" in line:
+            status.update(" ".join(line["at"]))
+            return
+        heard.append(line)
+        if json_path and "done" in line:  # what is measured stays measured, whatever comes
+            write_json(json_path, kernel_results(where, heard))
+
+    with console.status("starting") as status:
+        run(place.type, seconds, hear)
+    results = kernel_results(where, heard)
+    console.print(table(results["measurements"], results["ceilings"]))
+    if results["failures"]:
+        console.print(failures_table(results["failures"]))
     if json_path:
-        write_json(json_path, {"kind": "kernels", "machine": where, "measurements": as_records(done)})
+        write_json(json_path, results)
+
+
+@bench.command()
+def tune(
+    kernel: Annotated[list[str] | None, typer.Option(help="fwd, dkdv or dq; all of them when left out.")] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(help="Head sizes; 64 and 128 when left out.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bfloat16, float16, float32; bfloat16 by default.")] = None,
+) -> None:
+    """Time attention's tiles and paths on this GPU and keep the fastest for yourself; they are checked first."""
+    from rich.console import Console
+
+    from ..kernels.attention.tuned import KERNELS
+    from ..training.loop import resolve_device
+    from .tune import read_dtypes, require_gpu, save, this_gpu, trials_table
+    from .tune import tune as run
+
+    place = resolve_device("auto")
+    require_gpu(place)
+    console = Console()
+    with console.status("") as status:
+        trials = run(
+            place,
+            names=kernel or KERNELS,
+            head_dims=head_dim or (64, 128),
+            dtypes=read_dtypes(dtype or ["bfloat16"]),
+            progress=status.update,
+        )
+    console.print(trials_table(trials))
+    console.print(f"Kept in {save(trials, this_gpu(place))}")
 
 
 @bench.command()
@@ -254,10 +289,3 @@ def report(
 
         write_page(html)
         print(f"{html}: written")
-
-
-def console_progress(console: Console, items: Sequence[Case]) -> Iterable[Case]:
-    """items, with a progress bar on the console."""
-    from rich.progress import track
-
-    return track(items, description="cases", console=console, transient=True)

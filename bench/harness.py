@@ -11,7 +11,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,16 @@ class Measurement:
     gigabytes_per_second: float
     teraflops: float
     peak_mib: float | None  # device memory above the inputs; None on a CPU
+    host_microseconds: float | None = None  # to launch the call; None on a CPU
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A provider that does not run a case, or runs it wrong."""
+
+    case: str
+    provider: str
+    error: str
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -59,9 +70,22 @@ def machine(device: torch.device) -> dict[str, Any]:
         "triton": triton.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),
+        "gpu": _gpu(device) if cuda else None,
         "commit": commit or "unknown",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
+
+
+def _gpu(device: torch.device) -> dict[str, str] | None:
+    """Driver, clocks and power limit, as nvidia-smi says; None where it is not."""
+    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "ecc.mode.current")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    values = done.stdout.splitlines()[device.index or 0].split(", ")
+    return dict(zip(fields, values, strict=False))
 
 
 def _processor() -> str:
@@ -71,37 +95,71 @@ def _processor() -> str:
     return platform.processor() or "unknown CPU"
 
 
-def _gradients(output: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(output, inputs, upstream.to(output.dtype), retain_graph=True)
+Results = tuple[Tensor, ...]
 
 
-def _upstream(output: Tensor) -> Tensor:
-    generator = torch.Generator(output.device).manual_seed(1)
-    return torch.randn(output.shape, generator=generator, device=output.device).to(output.dtype)
+def _outputs(result: Tensor | Results) -> Results:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _gradients(outputs: Results, inputs: Results, upstream: Results) -> Results:
+    given = [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
+    return torch.autograd.grad(outputs, inputs, given, retain_graph=True)
+
+
+def _upstream(outputs: Results) -> Results:
+    generator = torch.Generator(outputs[0].device).manual_seed(1)
+    return tuple(torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype) for o in outputs)
+
+
+class Checker:
+    """A case's truth, worked out once, that any provider's results are held against."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.inputs = case, case.inputs(device)
+        self.exact = torch.float64 if device.type == "cpu" else torch.float32
+        precise = tuple(x.detach().to(self.exact).requires_grad_() for x in self.inputs)
+        outputs = _outputs(case.truth(*precise))
+        self.n_output = len(outputs)
+        self.upstream = tuple(u.to(case.dtype) for u in _upstream(outputs))
+        self.truths = [x.detach() for x in (*outputs, *_gradients(outputs, precise, self.upstream))]
+        del outputs, precise
+        self.allowed = self._errors(case.truth)
+
+    def _errors(self, provider: Provider) -> list[float]:
+        outputs = _outputs(provider(*self.inputs))
+        results = [*outputs, *_gradients(outputs, self.inputs, self.upstream)]
+        return [(r.detach().to(self.exact) - t).abs().max().item() for r, t in zip(results, self.truths, strict=True)]
+
+    def check(self, name: str) -> None:
+        """Raises WrongResult, and whatever the provider raises."""
+        case, provider = self.case, self.case.providers[name]
+        epsilon = torch.finfo(case.dtype).eps
+        with case.path(name):
+            errors = self._errors(provider)
+        for position, (error, peer, expected) in enumerate(zip(errors, self.allowed, self.truths, strict=True)):
+            gradient = position - self.n_output
+            limit = (2 if gradient < 0 else 3) * peer + ULPS * epsilon * expected.abs().max().item()
+            if not error <= limit:
+                what = f"gradient {gradient}" if gradient >= 0 else f"output {position}" if position else "output"
+                raise WrongResult(f"{case.name}: {name}'s {what} is off by {error:.3g}; at most {limit:.3g} is allowed")
+
+    def check_repeats(self, name: str) -> None:
+        """Raises WrongResult unless `repeats` backward runs agree to the last bit."""
+        case = self.case
+        with case.path(name):
+            outputs = _outputs(case.providers[name](*self.inputs))
+            first = _gradients(outputs, self.inputs, self.upstream)
+            for run in range(1, case.repeats):
+                if not all(map(torch.equal, first, _gradients(outputs, self.inputs, self.upstream))):
+                    raise WrongResult(f"{case.name}: {name}'s backward {run} differs from its first")
 
 
 def check(case: Case, device: torch.device) -> None:
     """Compare every provider with the truth, output and gradients; raises WrongResult."""
-    inputs = case.inputs(device)
-    exact = torch.float64 if device.type == "cpu" else torch.float32
-    precise = tuple(x.detach().to(exact).requires_grad_() for x in inputs)
-    truth = case.truth(*precise)
-    upstream = _upstream(truth).to(case.dtype)
-    truths = [truth, *_gradients(truth, precise, upstream)]
-
-    def errors(provider: Provider) -> list[float]:
-        output = provider(*inputs)
-        results = [output, *_gradients(output, inputs, upstream)]
-        return [(r.to(exact) - t).abs().max().item() for r, t in zip(results, truths, strict=True)]
-
-    allowed = errors(case.truth)
-    epsilon = torch.finfo(case.dtype).eps
-    for name, provider in case.providers.items():
-        for position, (error, peer, expected) in enumerate(zip(errors(provider), allowed, truths, strict=True)):
-            limit = (3 if position else 2) * peer + ULPS * epsilon * expected.abs().max().item()
-            if not error <= limit:
-                what = f"gradient {position - 1}" if position else "output"
-                raise WrongResult(f"{case.name}: {name}'s {what} is off by {error:.3g}; at most {limit:.3g} is allowed")
+    checker = Checker(case, device)
+    for name in case.providers:
+        checker.check(name)
 
 
 def task(case: Case, provider: Provider, mode: str, device: torch.device) -> Callable[[], object]:
@@ -110,9 +168,9 @@ def task(case: Case, provider: Provider, mode: str, device: torch.device) -> Cal
     if mode == "forward":
         inputs = tuple(x.detach() for x in inputs)
         return lambda: provider(*inputs)
-    output = provider(*inputs)
-    upstream = _upstream(output)
-    return lambda: _gradients(output, inputs, upstream)
+    outputs = _outputs(provider(*inputs))
+    upstream = _upstream(outputs)
+    return lambda: _gradients(outputs, inputs, upstream)
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> tuple[float, float, float]:
@@ -128,34 +186,82 @@ def seconds(call: Callable[[], object], device: torch.device) -> tuple[float, fl
     return low, median, high
 
 
-def measure(case: Case, device: torch.device) -> Iterable[Measurement]:
-    """Check the case, then time every provider, forward and backward."""
-    check(case, device)
-    for mode in ("forward", "backward"):
-        cost = case.cost(mode == "backward")
-        for name, provider in case.providers.items():
-            call = task(case, provider, mode, device)
-            peak = None
-            if device.type == "cuda":
-                call()  # compile and warm up before memory is counted
-                torch.cuda.reset_peak_memory_stats(device)
-                held = torch.cuda.memory_allocated(device)
-                call()
-                peak = (torch.cuda.max_memory_allocated(device) - held) / 2**20
-            low, median, high = seconds(call, device)
-            yield Measurement(
-                operation=case.operation,
-                mode=mode,
-                shape=dict(case.shape),
-                dtype=str(case.dtype).removeprefix("torch."),
-                provider=name,
-                milliseconds=median * 1e3,
-                milliseconds_p20=low * 1e3,
-                milliseconds_p80=high * 1e3,
-                gigabytes_per_second=cost.bytes / median / 1e9,
-                teraflops=cost.flops / median / 1e12,
-                peak_mib=peak,
-            )
+def host_microseconds(call: Callable[[], object], device: torch.device, calls: int = 50) -> float | None:
+    """How long the host takes to launch the call, the best of five rounds; None on a CPU, where nothing is launched."""
+    if device.type != "cuda":
+        return None
+    best = float("inf")
+    for _ in range(5):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        best = min(best, (time.perf_counter() - start) / calls)
+    torch.cuda.synchronize(device)
+    return best * 1e6
+
+
+def measure(
+    case: Case,
+    device: torch.device,
+    *,
+    without: Container[str] = (),
+    progress: Callable[[str], object] = lambda provider: None,
+) -> Iterator[Measurement | Failure]:
+    """Check each provider of the case, then time it, forward and backward; one that fails loses nobody else's time."""
+    checker = Checker(case, device)
+    right = []
+    for name in case.providers:
+        if name in without:
+            continue
+        progress(name)
+        try:
+            checker.check(name)
+            if case.repeats:
+                checker.check_repeats(name)
+            right.append(name)
+        except Exception as error:
+            yield Failure(case.name, name, _sentence(error))
+    del checker
+    for name in right if case.timed else ():
+        progress(name)
+        try:
+            with case.path(name):
+                yield from [_timed(case, name, mode, device) for mode in ("forward", "backward")]
+        except Exception as error:
+            yield Failure(case.name, name, _sentence(error))
+
+
+def _sentence(error: Exception) -> str:
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return first if isinstance(error, WrongResult) else f"{type(error).__name__}: {first}"
+
+
+def _timed(case: Case, name: str, mode: str, device: torch.device) -> Measurement:
+    cost = case.cost(mode == "backward")
+    call = task(case, case.providers[name], mode, device)
+    peak = None
+    if device.type == "cuda":
+        call()  # compile and warm up before memory is counted
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        call()
+        peak = (torch.cuda.max_memory_allocated(device) - held) / 2**20
+    low, median, high = seconds(call, device)
+    return Measurement(
+        operation=case.operation,
+        mode=mode,
+        shape=dict(case.shape),
+        dtype=str(case.dtype).removeprefix("torch."),
+        provider=name,
+        milliseconds=median * 1e3,
+        milliseconds_p20=low * 1e3,
+        milliseconds_p80=high * 1e3,
+        gigabytes_per_second=cost.bytes / median / 1e9,
+        teraflops=cost.flops / median / 1e12,
+        peak_mib=peak,
+        host_microseconds=host_microseconds(call, device),
+    )
 
 
 def write_text(path: Path, text: str) -> None:

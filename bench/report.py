@@ -14,37 +14,85 @@ from typing import Any
 
 from rich.table import Table
 
-from .harness import Measurement, write_text
+from .harness import write_text
 
 RESULTS = Path(__file__).parent / "results"
 PREDICTED = ".predicted.json"  # `bench validate` writes it beside the measurement, before there is one
 BEGIN, END = "<!-- results: written by `rooflight bench report` -->", "<!-- end of results -->"
 
 
-def table(measurements: Iterable[Measurement]) -> Table:
+def kernel_results(machine: dict[str, Any], heard: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The content of a results file, from what the workers of `bench kernels` said."""
+    measurements: dict[str, dict] = {}  # a case that is begun anew measures some of its providers again
+    failures, ceilings = [], {}
+    for line in heard:
+        if "measurement" in line:
+            m = line["measurement"]
+            key = " ".join((m["operation"], _shape(m["shape"]), m["dtype"], m["mode"], m["provider"]))
+            measurements[key] = m
+        elif "failure" in line:
+            failures.append(line["failure"])
+        elif "ceilings" in line:
+            ceilings = line["ceilings"]
+    return {
+        "kind": "kernels",
+        "machine": machine,
+        "ceilings": ceilings,
+        "measurements": list(measurements.values()),
+        "failures": failures,
+    }
+
+
+def of_roof(m: dict[str, Any], ceilings: dict[str, float]) -> float | None:
+    """A measurement's share of the ceiling that bounds it: products for attention, copies for the rest."""
+    if not ceilings:
+        return None
+    if m["operation"] == "flash_attention":
+        return m["teraflops"] / ceilings["gemm_teraflops"]
+    return m["gigabytes_per_second"] / ceilings["copy_gigabytes_per_second"]
+
+
+def table(measurements: Iterable[dict[str, Any]], ceilings: dict[str, float]) -> Table:
     """One row per provider and mode, in the order measured."""
-    out = Table(title="Kernels, ours beside their peers (median; p20 to p80)")
+    roof = (
+        f"; products {ceilings['gemm_teraflops']:.1f} TFLOP/s, copies {ceilings['copy_gigabytes_per_second']:.0f} GB/s"
+        if ceilings
+        else ""
+    )
+    out = Table(title=f"Kernels, ours beside their peers (median; p20 to p80{roof})")
     for column in ("operation", "mode", "shape", "dtype", "provider"):
         out.add_column(column)
-    for column in ("ms", "p20-p80", "GB/s", "TFLOP/s", "peak MiB"):
+    for column in ("ms", "p20-p80", "GB/s", "TFLOP/s", "% of roof", "peak MiB", "host us"):
         out.add_column(column, justify="right")
     before = None
     for m in measurements:
-        if before not in (None, (m.operation, m.mode, m.shape)):
+        if before not in (None, (m["operation"], m["mode"], m["shape"])):
             out.add_section()
-        before = (m.operation, m.mode, m.shape)
+        before = (m["operation"], m["mode"], m["shape"])
+        share = of_roof(m, ceilings)
         out.add_row(
-            m.operation,
-            m.mode,
-            _shape(m.shape),
-            m.dtype,
-            m.provider,
-            f"{m.milliseconds:.3f}",
-            f"{m.milliseconds_p20:.3f}-{m.milliseconds_p80:.3f}",
-            f"{m.gigabytes_per_second:.1f}",
-            f"{m.teraflops:.3f}",
-            "" if m.peak_mib is None else f"{m.peak_mib:.0f}",
+            m["operation"],
+            m["mode"],
+            _shape(m["shape"]),
+            m["dtype"],
+            m["provider"],
+            f"{m['milliseconds']:.3f}",
+            f"{m['milliseconds_p20']:.3f}-{m['milliseconds_p80']:.3f}",
+            f"{m['gigabytes_per_second']:.1f}",
+            f"{m['teraflops']:.3f}",
+            "" if share is None else f"{100 * share:.1f}",
+            "" if m["peak_mib"] is None else f"{m['peak_mib']:.0f}",
+            "" if m["host_microseconds"] is None else f"{m['host_microseconds']:.1f}",
         )
+    return out
+
+
+def failures_table(failures: Iterable[dict[str, str]]) -> Table:
+    out = Table(title="Not measured")
+    for column in ("case", "provider", "because"):
+        out.add_column(column)
+    for failure in failures:
+        out.add_row(failure["case"], failure["provider"] or "all", failure["error"])
     return out
 
 
@@ -72,6 +120,8 @@ def _kernels(results: dict[str, Any]) -> str:
         grouped.setdefault((m["operation"], m["mode"], _shape(m["shape"]), m["dtype"]), {})[m["provider"]] = m
     rows = []
     for (operation, mode, shape, dtype), providers in grouped.items():
+        if "rooflight" not in providers:
+            continue
         ours = providers.pop("rooflight")
         if operation == "rms_norm":
             rate = f"{ours['gigabytes_per_second']:,.0f} GB/s"

@@ -21,9 +21,10 @@ from torch import Tensor
 from ..dispatch import INTERPRETED
 from .tuned import PATHS, architecture, table_of
 
-__all__ = ["OPTIONS", "Call", "Choice", "choose", "decide", "table", "use"]
+__all__ = ["OPTIONS", "Call", "Choice", "choose", "decide", "forget", "table", "use"]
 
 OPTIONS = ("window", "packed", "softcap", "sinks")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "cpu")
 HOPPER_HEADS, HOPPER_DTYPES = (64, 128), (torch.bfloat16, torch.float16)
 
 
@@ -96,6 +97,12 @@ def _decided(asked: str | None, pass_: str, head_dim: int, dtype: torch.dtype, d
     return decide(Call(pass_, architecture(), head_dim, dtype, options), asked=asked, measured=measured).path
 
 
+def forget() -> None:
+    """Read the user's table anew at the next launch."""
+    table_of.cache_clear()
+    _decided.cache_clear()
+
+
 def choose(pass_: str, q: Tensor, *, window: bool, packed: bool, softcap: bool, sinks: bool) -> str:
     """The path of a call on a GPU: "hopper" or "portable"."""
     if INTERPRETED:
@@ -108,7 +115,10 @@ def table(target: str, device: torch.device | None = None) -> list[tuple[str, st
     """Every choice on a GPU of this architecture: (passes, head sizes, dtypes, options, choice).
 
     Calls with the same choice share a row. device: a GPU whose user's table counts.
+    Raises ValueError on an architecture that nothing is known of.
     """
+    if target not in ARCHITECTURES:
+        raise ValueError(f"arch: expected one of {', '.join(ARCHITECTURES)}, got {target!r}")
     heads, dtypes = (64, 128, 0), (torch.bfloat16, torch.float16, torch.float32)  # 0: any other
     options = [
         frozenset[str](),

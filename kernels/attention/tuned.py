@@ -78,7 +78,7 @@ class UserTable:
                 raise ValueError(f"{name}: expected {value!r}, got {content.get(name)!r}")
         tiles, paths = {}, {}
         for entry in _list(content, "tiles"):
-            sizes = [entry.get(name) for name in Tile.__dataclass_fields__]
+            sizes: list[Any] = [entry.get(name) for name in Tile.__dataclass_fields__]
             block_m, block_n, num_warps, num_stages = sizes
             if not (_power(block_m, 16, 256) and _power(block_n, 16, 256) and _power(num_warps, 1, 32)):
                 raise ValueError(

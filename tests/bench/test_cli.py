@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 
 def rooflight(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -37,6 +38,7 @@ def test_version():
         (("estimate", "gpt2-xxl"), "did you mean 'gpt2-xl'"),
         (("estimate", "nowhere.toml"), "nowhere.toml"),
         (("estimate", "tiny", "--context-length", "4096"), "at most the model's 256 positions, got 4096"),
+        (("bench", "paths", "--arch", "sm_9000"), "arch: expected one of"),
         (("demo", "--text", "nowhere.txt", "--out", "{tmp}/demo"), "nowhere.txt: no such file"),
         (("generate", "{tmp}/no-run", "--tokenizer", "{tmp}/no-tokenizer"), "no-tokenizer"),
     ],
@@ -54,3 +56,21 @@ def test_estimate_prints_the_published_figures():
     assert result.returncode == 0, result.stderr
     assert '"parameters": 1555126400' in result.stdout
     assert '"forward_flops": 3506703564800' in result.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can be tuned for")
+def test_tuning_without_a_gpu_is_one_sentence():
+    result = rooflight("bench", "tune")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "rooflight: bench tune: expected a GPU to time on, found none; the tiles that ship work without\n"
+    )
+
+
+def test_the_paths_of_a_gpu_that_is_not_here_are_shown():
+    result = rooflight("bench", "paths", "--arch", "sm_90")
+    assert result.returncode == 0, result.stderr
+    shown = " ".join(result.stdout.split())
+    assert "attention on sm_90" in shown
+    for word in ("portable", "measured", "softcap", "fp32"):
+        assert word in shown

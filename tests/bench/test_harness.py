@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 
 from rooflight.bench import harness
-from rooflight.bench.cases import Case, attention_case, cases, rms_norm_case
+from rooflight.bench.cases import Case, _flex, attention_case, cases, document_lengths, probes, rms_norm_case
 from rooflight.kernels import reference
 
 CPU = torch.device("cpu")
@@ -60,8 +62,85 @@ def test_the_attention_case_agrees_with_its_peers():
     harness.check(attention_case(1, 4, 2, 32, 16, True, torch.float32, CPU), CPU)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        attention_case(1, 2, 1, 50, 16, True, torch.float32, CPU, window=12),
+        attention_case(1, 2, 1, 40, 16, True, torch.float32, CPU, lengths=(7, 1, 32)),
+        attention_case(1, 2, 1, 40, 16, False, torch.float32, CPU, lengths=(25, 15)),
+        rms_norm_case(6, 24, torch.float32, CPU, residual=True),
+    ],
+    ids=lambda case: case.name,
+)
+def test_a_truth_of_its_own_agrees_with_the_kernels(case):
+    harness.check(case, CPU)
+
+
+def test_flex_attention_gets_the_same_mask(monkeypatch):
+    """As a GPU would compile it, but eagerly."""
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(flex_attention, "setup_compilation_env", lambda: nullcontext("eager"))
+    lengths, ends = (7, 1, 32), torch.tensor([0, 7, 8, 40], dtype=torch.int32)
+    for case, flex in [
+        (attention_case(1, 2, 1, 40, 16, True, torch.float32, CPU), _flex(40, True, None, None, CPU)),
+        (attention_case(1, 2, 1, 40, 16, False, torch.float32, CPU), _flex(40, False, None, None, CPU)),
+        (attention_case(1, 2, 1, 40, 16, True, torch.float32, CPU, window=12), _flex(40, True, 12, None, CPU)),
+        (
+            attention_case(1, 2, 1, 40, 16, True, torch.float32, CPU, lengths=lengths),
+            _flex(40, True, None, ends, CPU),
+        ),
+    ]:
+        q, k, v = (x.detach() for x in case.inputs(CPU))
+        torch.testing.assert_close(flex(q, k, v), case.truth(q, k, v))
+
+
+def test_one_provider_that_fails_loses_no_other():
+    def broken(x, weight):
+        raise RuntimeError("no kernel\nfor this")
+
+    case = small_norm(broken=broken, wrong=lambda x, w: reference.rms_norm(x, w) * 1.01)
+    asked: list[str] = []
+    found = list(harness.measure(case, CPU, progress=asked.append))
+    failures = {f.provider: f.error for f in found if isinstance(f, harness.Failure)}
+    assert failures["broken"] == "RuntimeError: no kernel"
+    assert "wrong's output is off by" in failures["wrong"]
+    assert [m.provider for m in found if isinstance(m, harness.Measurement)] == ["eager", "eager"]
+    assert asked == ["eager", "broken", "wrong", "eager"]
+    assert list(harness.measure(case, CPU, without={"eager", "broken", "wrong"})) == []
+
+
+def test_repeats_must_agree_to_the_last_bit():
+    noise = torch.Generator().manual_seed(0)
+
+    class Noisy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * (1 + 1e-7 * torch.rand((), generator=noise))
+
+    def noisy(x, weight):
+        return reference.rms_norm(Noisy.apply(x), weight)
+
+    case = dataclasses.replace(small_norm(noisy=noisy), timed=False, repeats=20)
+    (failure,) = harness.measure(case, CPU)
+    assert failure.provider == "noisy"
+    assert "differs from its first" in failure.error
+
+
+def test_documents_are_drawn_once_and_for_all():
+    lengths = document_lengths(16384, 2048)
+    assert sum(lengths) == 16384
+    assert lengths == document_lengths(16384, 2048)
+    assert min(lengths) >= 1
+    assert len(lengths) > 4
+
+
 def test_case_names_are_unique():
-    names = [case.name for case in cases(CPU)]
+    names = [case.name for case in cases(CPU) + probes(CPU)]
     assert len(set(names)) == len(names)
 
 
