@@ -22,7 +22,7 @@ from . import encode_file as _files
 from . import formats
 from .decode import IncrementalDecoder, TokenBytes
 from .encode import SHORT_TEXT, Encoder, SpecialIds, cut_stream
-from .encode_words import Merges
+from .encode_words import WordEncoder
 from .pretokenize import GPT2_PATTERN, Specials, compile_pattern, repair, utf8
 
 AllowedSpecial = Literal["all", "none", "none_raise"] | set[str] | frozenset[str]
@@ -68,11 +68,12 @@ class Tokenizer:
         }
         _check_holes(self.vocab, set(self.special_tokens.values()))
         self.vocab_size = max(self.vocab) + 1
-        merges_by_id = Merges([id_of[bytes([b])] for b in range(256)], _check_merges(self.merges, id_of))
+        byte_ids = [id_of[bytes([b])] for b in range(256)]
+        pairs = _check_merges(self.merges, id_of)
         special_ids = set(self.special_tokens.values())
         whole = {t: i for t, i in id_of.items() if i not in special_ids} if ignore_merges else {}
         self._tokens = TokenBytes(self.vocab)
-        self._encoder = Encoder(merges_by_id, pattern, self._tokens, whole)
+        self._encoder = Encoder(WordEncoder(byte_ids, pairs, self._tokens, whole), pattern, self._tokens)
         self.special_ids = SpecialIds(self.special_tokens, pattern)
 
     def __repr__(self) -> str:
@@ -113,14 +114,14 @@ class Tokenizer:
         offsets: also return, for each id, the (start, end) of its characters in `text`. Tokens that split one character
         between them all have that character's.
         """
-        allowed = self._allowed(allowed_special)
+        allowed = self.special_ids if allowed_special == "all" else self._allowed(allowed_special)
         if allowed_special == "none_raise":
             self._refuse_specials(text)
         if offsets:
             return self._encoder.encode_with_offsets(text, allowed)
         if len(text) < SHORT_TEXT:
             return self._encoder.encode_short(text, allowed)
-        return self._encoder.encode_long(utf8(text), allowed).tolist()
+        return self._encoder.encode_long(cut_stream([utf8(text)], allowed.cutter), allowed).tolist()
 
     def encode_iterable(self, iterable: Iterable[str], *, allowed_special: AllowedSpecial = "all") -> Iterator[int]:
         """The ids of "".join(iterable), one by one, in bounded memory: pieces may end anywhere, inside a word too.
@@ -134,7 +135,7 @@ class Tokenizer:
         for data in cut_stream(map(utf8, iterable), cutter):
             if allowed_special == "none_raise":
                 self._refuse_specials(data.decode())
-            yield from self._encoder.encode_long(data, allowed).tolist()
+            yield from self._encoder.encode_long([data], allowed).tolist()
 
     def encode_batch(
         self, texts: Iterable[str], *, num_workers: int | None = None, allowed_special: AllowedSpecial = "all"
@@ -165,7 +166,8 @@ class Tokenizer:
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """Token ids (int32) of UTF-8 text, special tokens included; invalid sequences are read as U+FFFD."""
-        return self._encoder.encode_long(repair(data), self.special_ids)
+        pieces = map(repair, cut_stream([data], self.special_ids.cutter))
+        return self._encoder.encode_long(pieces, self.special_ids)
 
     def _allowed(self, allowed: AllowedSpecial) -> SpecialIds:
         if allowed == "all":

@@ -6,20 +6,23 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from itertools import chain
+from typing import cast
 
 import numpy as np
+import regex
 
 from .chunks import Cutter
 from .decode import TokenBytes
 from .encode_text import TextEncoder
-from .encode_words import Merges
+from .encode_words import WordEncoder
 from .pretokenize import SEPARATOR, Specials, compile_pattern, is_vectorised, pretokenize, utf8
 
 # Bytes of text encoded at a time; what the arrays hold for them is some ten times as much.
-PIECE = 1 << 20
+PIECE = 1 << 22
 # Characters below which a dictionary look-up for each word costs less than starting up the arrays.
-SHORT_TEXT = 3 << 10
+SHORT_TEXT = 1 << 12
 # Words that short texts left behind; past it all are forgotten, so that no text makes the memory grow without bound.
 MAX_WORDS = 1 << 16
 # Longer words than this are rarely met again and are not remembered.
@@ -28,10 +31,22 @@ MAX_WORD_CHARACTERS = 1 << 8
 # Stands between texts that are encoded together; no vocabulary has such an id.
 _END = np.iinfo(np.int32).max
 
-# GPT-2's pattern on ASCII text, for Python's own engine, which takes half the time of `regex`.
-_ASCII_WORDS = re.compile(
-    r"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^ \t-\rA-Za-z0-9]+|[ \t-\r]+(?![^ \t-\r])|[ \t-\r]+"
-)
+
+@cache
+def gpt2_below_u10000() -> re.Pattern:
+    """GPT-2's pattern for Python's own engine, which takes half the time of `regex`, on text below U+10000.
+
+    Python has no \\p{L}; sets of single characters and ranges it looks up in a bitmap, if all are below U+10000.
+    """
+    plane = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)]))
+    sets = []
+    for name in (r"\p{L}", r"\p{N}", r"\s"):
+        found = regex.findall(f"{name}+", plane)
+        sets.append("".join(f"{re.escape(run[0])}-{re.escape(run[-1])}" for run in found))
+    letter, number, space = sets
+    other = f"[^{space}{letter}{number}]"
+    runs = rf" ?[{letter}]+| ?[{number}]+| ?{other}+|[{space}]+(?![^{space}])|[{space}]+"
+    return re.compile(rf"'(?:[sdmt]|ll|ve|re)|{runs}")
 
 
 class SpecialIds:
@@ -48,9 +63,10 @@ class SpecialIds:
     def split(self, text: str) -> list[str]:
         """The text's parts: ordinary text and special tokens, alternating."""
         # Looking for each token by itself is the faster, and mostly there is none.
-        if self._pattern is None or not any(token in text for token in self.id_of):
-            return [text]
-        return self._pattern.split(text)
+        for token in self.id_of:
+            if token in text:
+                return cast(re.Pattern, self._pattern).split(text)
+        return [text]
 
     def mask(self, data: bytes) -> tuple[bytes, np.ndarray]:
         """The text with a SEPARATOR for each special token, and the special tokens' ids."""
@@ -63,33 +79,34 @@ class SpecialIds:
 
 
 class Encoder:
-    """Encodes texts, remembering words.
+    """Encodes texts, remembering words."""
 
-    tokens: the bytes of every id.  whole: words that are one token whatever the merges make of them.
-    """
-
-    def __init__(self, merges: Merges, pattern: str, tokens: TokenBytes, whole: Mapping[bytes, int]) -> None:
+    def __init__(self, words: WordEncoder, pattern: str, tokens: TokenBytes) -> None:
         self.pattern = pattern
         self._sizes = tokens.sizes
-        self._compiled = compile_pattern(pattern)
+        self._regex = compile_pattern(pattern)
         self._vectorised = is_vectorised(pattern)
-        self._words = _Words(merges, whole)
-        self._make_text_encoder = lambda: TextEncoder(merges, tokens, whole)
+        self._word_encoder = words
+        self._words = _Words(words)
         # One for each thread: its tables are written to by every call. No lock, which a fork might copy while held.
         self._local = threading.local()
+        self._local.text_encoder = TextEncoder(words, pattern)
 
     def encode_short(self, text: str, allowed: SpecialIds) -> list[int]:
+        parts = allowed.split(text)
+        if len(parts) == 1:
+            return list(chain.from_iterable(map(self._words.__getitem__, self._split(text))))
         ids: list[int] = []
-        for i, part in enumerate(allowed.split(text)):
+        for i, part in enumerate(parts):
             if i % 2:
                 ids.append(allowed.id_of[part])
             else:
                 ids.extend(chain.from_iterable(map(self._words.__getitem__, self._split(part))))
         return ids
 
-    def encode_long(self, data: bytes, allowed: SpecialIds) -> np.ndarray:
-        """Ids (int32) of UTF-8 text."""
-        parts = [self._encode_masked(*allowed.mask(piece)) for piece in cut_stream([data], allowed.cutter)]
+    def encode_long(self, pieces: Iterable[bytes], allowed: SpecialIds) -> np.ndarray:
+        """Ids (int32) of UTF-8 text, in pieces as cut_stream makes them."""
+        parts = [self._encode_masked(*allowed.mask(piece)) for piece in pieces]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
     def encode_many(self, texts: list[bytes], allowed: SpecialIds) -> tuple[np.ndarray, list[int]]:
@@ -113,8 +130,8 @@ class Encoder:
 
     def _encode_masked(self, data: bytes, special_ids: np.ndarray) -> np.ndarray:
         if not hasattr(self._local, "text_encoder"):
-            self._local.text_encoder = self._make_text_encoder()
-        return self._local.text_encoder.encode(pretokenize(data, self.pattern), special_ids)
+            self._local.text_encoder = TextEncoder(self._word_encoder, self.pattern)
+        return self._local.text_encoder.encode(data, special_ids)
 
     def encode_with_offsets(self, text: str, allowed: SpecialIds) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and the (start, end) of each one's characters in `text`."""
@@ -145,21 +162,21 @@ class Encoder:
 
     def _split(self, text: str) -> list[str]:
         if not self._vectorised:
-            return [match[0] for match in self._compiled.finditer(text)]
-        return (_ASCII_WORDS if text.isascii() else self._compiled).findall(text)
+            return [match[0] for match in self._regex.finditer(text)]
+        if text.isascii() or len(text.encode("utf-16-le", "surrogatepass")) == 2 * len(text):
+            return gpt2_below_u10000().findall(text)
+        return self._regex.findall(text)
 
 
 class _Words(dict[str, list[int]]):
     """Words and their ids, filled as words are asked for."""
 
-    def __init__(self, merges: Merges, whole: Mapping[bytes, int]) -> None:
+    def __init__(self, encoder: WordEncoder) -> None:
         super().__init__()
-        self._merges = merges
-        self._whole = whole
+        self._encoder = encoder
 
     def __missing__(self, word: str) -> list[int]:
-        data = utf8(word)
-        ids = [self._whole[data]] if data in self._whole else self._merges.encode_word(data)
+        ids = self._encoder.encode_word(utf8(word))
         if len(word) <= MAX_WORD_CHARACTERS:
             if len(self) >= MAX_WORDS:
                 self.clear()

@@ -9,16 +9,15 @@ The work is linear in the length, unlike that of merging the whole word.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .decode import TokenBytes, ranges
-from .encode_words import Merges
 from .pretokenize import PADDING
 
-# (data, starts, lengths) to (ids, counts): spans of padded bytes to the ids of all and how many each span has.
-EncodeSpans = Callable[[bytes, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+if TYPE_CHECKING:
+    from .encode_words import WordEncoder
 
 # Bytes of a window. A power of two, since runs of one character have tokens of such lengths.
 WINDOW = 32
@@ -27,13 +26,12 @@ _GROWTH = 8
 
 
 class LongEncoder:
-    """Encodes words longer than `longest` bytes; `encode_spans` encodes those that are not."""
+    """Encodes words longer than `longest` bytes; `words` encodes those that are not."""
 
-    def __init__(self, merges: Merges, tokens: TokenBytes, longest: int, encode_spans: EncodeSpans) -> None:
-        self._merges = merges
+    def __init__(self, words: WordEncoder, tokens: TokenBytes, longest: int) -> None:
+        self._words = words
         self._tokens = tokens
         self._longest = longest
-        self._encode_spans = encode_spans
 
     def encode(
         self, data: bytes, starts: np.ndarray, lengths: np.ndarray, window: int = WINDOW
@@ -90,19 +88,13 @@ class LongEncoder:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids of the spans, and where in `data` each id's bytes start."""
         parts = []
-        short = lengths <= self._longest
-        if short.any():
-            parts.append((starts[short], *self._encode_spans(data, starts[short], lengths[short])))
-        longer = lengths > _GROWTH * window
+        longer = lengths > max(self._longest, _GROWTH * window)
         if longer.any():
             spans = starts[longer], lengths[longer]
             parts.append((spans[0], *self.encode(data, *spans, _GROWTH * window)))
-        rest = np.flatnonzero(~short & ~longer)
+        rest = np.flatnonzero(~longer)
         if len(rest):
-            words = [data[i : i + n] for i, n in zip(starts[rest].tolist(), lengths[rest].tolist(), strict=True)]
-            known = {word: self._merges.encode_word(word) for word in dict.fromkeys(words)}
-            counts = np.array([len(known[word]) for word in words])
-            parts.append((starts[rest], np.array([i for word in words for i in known[word]], np.int32), counts))
+            parts.append((starts[rest], *self._encode_different(data, starts[rest], lengths[rest])))
 
         ids = np.concatenate([part[1] for part in parts])
         at = np.concatenate([self._places(*part) for part in parts])
@@ -110,6 +102,17 @@ class LongEncoder:
             order = np.argsort(at, kind="stable")
             ids, at = ids[order], at[order]
         return ids, at
+
+    def _encode_different(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of the spans and how many each has, of many alike only one encoded."""
+        number: dict[bytes, int] = {}
+        spans = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
+        numbers = np.array([number.setdefault(data[i:j], len(number)) for i, j in spans])
+        lengths = np.fromiter(map(len, number), np.int64, len(number))
+        ids, counts = self._words.merge_words(b"".join(number), np.cumsum(lengths) - lengths, lengths)
+        offsets = np.cumsum(counts) - counts
+        counts = counts.take(numbers)
+        return ids.take(ranges(offsets.take(numbers), counts)), counts
 
     def _places(self, starts: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Where each token starts: counts[i] tokens follow one another from starts[i] on."""

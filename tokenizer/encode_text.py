@@ -1,202 +1,217 @@
-"""Pre-tokens of a text to token ids, as whole-array operations: no Python object per word.
+"""Whole texts to token ids by array operations: no Python object per word.
 
-A word of at most 39 bytes is one, two or five 64-bit integers, and these are the key of an open hash table of the words
-met so far. Words not met yet are made unique, encoded together by `Merges.encode_matrix`, and put into the table. Of
-the table's values, an id >= 0 is a word of one token; a negative one says where in a store the word's ids are.
+Every different word has a number. A word of at most 63 bytes is one, two, four or eight 64-bit integers, and these are
+the key of an open hash table of numbers; longer words are numbered by a dictionary. All words of a text are numbered
+first; then those not met before are encoded together; then the numbers are replaced by ids. A number's value is an id,
+for a word of one token, or negative and says where the word's ids are stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from itertools import repeat
 
 import numpy as np
 
-from .decode import TokenBytes, ranges
-from .encode_long import LongEncoder
-from .encode_words import MULTIPLIER, Merges
-from .pretokenize import PADDING, SEPARATOR, Pretokens
+from .chunks import Cutter
+from .decode import ranges
+from .encode_words import MULTIPLIER, WordEncoder
+from .pretokenize import PADDING, SEPARATOR, Specials, pretokenize
 
-# Words remembered; past it all are forgotten, so that no text makes the memory grow without bound.
-MAX_WORDS = 1 << 18
+# Words that each table remembers, and ids of words; past either all are forgotten, so that no text makes the memory
+# grow without bound.
+MAX_WORDS = 1 << 17
+MAX_IDS = 1 << 22
 # Longer words than this are rarely met again and are not remembered.
 MAX_WORD_BYTES = 1 << 10
-# Pre-tokens looked up at a time.
-_BLOCK = 1 << 18
+# Bytes of text cut into words at a time, and words looked up at a time, so that the arrays stay in the cache.
+_PIECE = 1 << 18
+_BLOCK = 1 << 16
 
-# New words of fewer bytes in all are encoded one by one; starting up the arrays for them would cost more.
-_FEW_BYTES = 1 << 11
-_FEW_LONG_BYTES = 1 << 14
-
-# 64-bit integers per word, of which the last one's top byte is the word's length: one more word length in each class.
-_WIDTHS = (1, 2, 5)
-_MISSING = np.int32(-(2**31))
+# 64-bit integers of a word, of which the last one's top byte is its length: up to 7, 15, 31 and 63 bytes.
+_WIDTHS = (1, 2, 4, 8)
+# Slots of a table: at most three quarters are used, by MAX_WORDS and one block.
+_TABLE_BITS = 18
+_MASKS = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
 
 
 class TextEncoder:
-    """Encodes pre-tokens and remembers words.
+    """Encodes texts and remembers their words."""
 
-    whole: words that are one token whatever the merges make of them (see Tokenizer's ignore_merges).
-    """
-
-    def __init__(self, merges: Merges, tokens: TokenBytes, whole: Mapping[bytes, int]) -> None:
-        self._merges = merges
-        self._whole = whole
-        self._windows = LongEncoder(merges, tokens, 8 * _WIDTHS[-1] - 1, self._encode_spans)
+    def __init__(self, words: WordEncoder, pattern: str) -> None:
+        self._words = words
+        self._pattern = pattern
+        self._cutter = Cutter(Specials(()), pattern)
         self._forget()
-
-    def encode(self, pretokens: Pretokens, special_ids: np.ndarray) -> np.ndarray:
-        """Ids (int32) of the pre-tokens. special_ids: those of the pre-tokens that are separators, in their order."""
-        data, starts, lengths = pretokens
-        parts = []
-        for i in range(0, len(starts), _BLOCK):
-            if self._n_words > MAX_WORDS:
-                self._forget()
-            values = self._look_up(data, starts[i : i + _BLOCK], lengths[i : i + _BLOCK])
-            if len(special_ids):
-                first = np.frombuffer(data, np.uint8).take(starts[i : i + _BLOCK])
-                separators = np.flatnonzero(first == SEPARATOR[0])
-                values[separators] = special_ids[: len(separators)]
-                special_ids = special_ids[len(separators) :]
-            parts.append(self._expand(values)[0])
-        return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
     def _forget(self) -> None:
         self._tables = [_WordTable(width) for width in _WIDTHS]
         self._long: dict[bytes, int] = {}
+        # Word 0 is the separator, whose one id is -1.
         self._n_words = 0
-        # The ids of words of several tokens: word i has counts[i] of them, from offsets[i] of flat.
-        self._counts, self._offsets, self._flat = _Growing(np.int64), _Growing(np.int64), _Growing(np.int32)
-        for word, token in self._whole.items():
-            self._long[word] = token
-        by_table = [[w for w in self._whole if 8 * low <= len(w) < 8 * high] for low, high in ((0, 1), (1, 2), (2, 5))]
-        for table, words in zip(self._tables, by_table, strict=True):
-            if words:
-                data = b"".join(word.ljust(8 * table.width, b"\0") for word in words)
-                keys = [*np.frombuffer(data, "<u8").reshape(-1, table.width).T.copy()]
-                keys[-1] |= np.array([len(word) for word in words], np.uint64) << np.uint64(56)
-                table.insert(keys, np.array([self._whole[word] for word in words], np.int32))
+        self._values, self._ids = _Growing(1 << 18), _Growing(1 << 20)
+        self._new: list[tuple[np.ndarray, np.ndarray]] = []  # starts and lengths of words without a value
+        self._number(SEPARATOR + PADDING, np.zeros(1, np.int64), np.ones(1, np.int64))
+        self._new.clear()
+        self._remember(np.array([-1], np.int32), np.array([1]))
 
-    def _look_up(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """The value (int32) of each pre-token."""
-        values = np.empty(len(starts), np.int32)
-        # Eight bytes from every offset. The padding of `data` keeps the loads of the last words inside it.
-        loads = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))
+    def encode(self, data: bytes, special_ids: np.ndarray) -> np.ndarray:
+        """Ids (int32) of UTF-8 text with separators, whose ids are `special_ids`."""
+        padded = data + PADDING
+        numbers: list[np.ndarray] = []
+        ids: list[np.ndarray] = []
+        for start, piece in self._pieces(data):
+            _, starts, lengths = pretokenize(piece, self._pattern)
+            starts += start
+            for i in range(0, len(starts), _BLOCK):
+                if self._is_full():
+                    ids += self._resolve(padded, numbers)
+                    numbers.clear()
+                    self._forget()
+                numbers.append(self._number(padded, starts[i : i + _BLOCK], lengths[i : i + _BLOCK]))
+        ids += self._resolve(padded, numbers)
+        joined = np.concatenate(ids) if ids else np.empty(0, np.int32)
+        if len(special_ids):
+            joined[joined < 0] = special_ids
+        return joined
+
+    def _is_full(self) -> bool:
+        most = max(len(self._long), *[table.n for table in self._tables])
+        return most > MAX_WORDS or len(self._ids) > MAX_IDS
+
+    def _pieces(self, data: bytes) -> Iterator[tuple[int, bytes]]:
+        start = 0
+        while (cut := self._cutter.find(data, start + _PIECE)) >= 0:
+            yield start, data[start:cut]
+            start = cut
+        yield start, data[start:]
+
+    def _number(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The numbers of the words; those met first are added to self._new, in the order of their numbers."""
+        # load(i): the eight bytes from offset i on. The padding of `data` keeps the loads of the last word inside it.
+        origin, end = int(starts[0]), int(starts[-1] + lengths[-1])
+        loads = np.ndarray(end - origin + len(PADDING) - 7, "<u8", data, origin, (1,))
+        load = loads.copy().take if end - origin < 16 * len(starts) else loads.__getitem__
+        numbers = np.empty(len(starts), np.int32)
         shortest = 0
         for table in self._tables:
             longest = 8 * table.width - 1
-            chosen = np.flatnonzero((lengths >= shortest) & (lengths <= longest))
+            chosen = ((lengths >= shortest) & (lengths <= longest)).nonzero()[0]
             shortest = longest + 1
             if len(chosen):
-                keys = _pack(loads, starts.take(chosen), lengths.take(chosen), table.width)
-                found = table.find(keys)
-                missing = np.flatnonzero(found == _MISSING)
-                if len(missing):
-                    found[missing] = self._add(table, [key.take(missing) for key in keys])
-                values[chosen] = found
-        chosen = np.flatnonzero(lengths >= shortest)
+                start, length = starts.take(chosen), lengths.take(chosen)
+                at = start - origin
+                keys = [load(at + 8 * i if i else at) for i in range(table.width)]
+                # The first half of the integers are full, by the choice of the widths.
+                for i in range(table.width // 2, table.width):
+                    keys[i] &= _MASKS.take(length - 8 * i if i else length, mode="clip")
+                keys[-1] |= length.view(np.uint64) << np.uint64(56)
+                numbers[chosen], new = table.number(keys, self._n_words)
+                if len(new):
+                    self._n_words += len(new)
+                    self._new.append((start.take(new), length.take(new)))
+        chosen = (lengths >= shortest).nonzero()[0]
         if len(chosen):
-            spans = zip(starts[chosen].tolist(), lengths[chosen].tolist(), strict=True)
-            values[chosen] = self._look_up_long([data[i : i + n] for i, n in spans])
-        return values
+            numbers[chosen] = self._number_long(data, starts[chosen], lengths[chosen])
+        return numbers
 
-    def _add(self, table: _WordTable, keys: list[np.ndarray]) -> np.ndarray:
-        """Encode the words of `keys`, which the table lacks, some more than once; their values."""
-        first, inverse = _unique(keys)
-        keys = [key.take(first) for key in keys]
-        text = np.stack(keys, axis=1).astype("<u8", copy=False).view(np.uint8)
-        lengths = text[:, -1].astype(np.int64)
-        if lengths.sum() < _FEW_BYTES:
-            spans = zip(text, lengths.tolist(), strict=True)
-            values = self._remember(*self._one_by_one([row[:n].tobytes() for row, n in spans]))
-        else:
-            values = self._remember(*self._merges.encode_matrix(text[:, :-1], lengths))
-        table.insert(keys, values)
-        return values.take(inverse)
-
-    def _look_up_long(self, words: list[bytes]) -> list[int]:
-        new = [word for word in dict.fromkeys(words) if word not in self._long]
+    def _number_long(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> list[int]:
+        spans = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
+        words = [data[i:j] for i, j in spans]
+        numbers = list(map(self._long.get, words, repeat(-1)))
+        new = []
+        for i in [i for i, number in enumerate(numbers) if number < 0]:
+            number = self._long.get(words[i], -1)
+            if number < 0:  # met first here, and not a moment ago
+                number = self._n_words
+                self._n_words += 1
+                new.append(i)
+                if len(words[i]) <= MAX_WORD_BYTES:
+                    self._long[words[i]] = number
+            numbers[i] = number
         if new:
-            lengths = np.array([len(word) for word in new])
-            if self._whole or lengths.sum() < _FEW_LONG_BYTES:  # of whole words the tables may have parts of these
-                values = self._remember(*self._one_by_one(new))
-            else:
-                data = b"".join(new) + PADDING
-                values = self._remember(*self._windows.encode(data, np.cumsum(lengths) - lengths, lengths))
-            self._long.update(zip(new, values.tolist(), strict=True))
-        found = [self._long[word] for word in words]
-        for word in new:
-            if len(word) > MAX_WORD_BYTES:
-                del self._long[word]
-        return found
+            self._new.append((starts[new], lengths[new]))
+        return numbers
 
-    def _one_by_one(self, words: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        encoded = [self._merges.encode_word(word) for word in words]
-        return np.array([i for ids in encoded for i in ids], np.int32), np.array([len(ids) for ids in encoded])
+    def _resolve(self, data: bytes, numbers: list[np.ndarray]) -> list[np.ndarray]:
+        """Ids of the numbers, after all new words were encoded."""
+        if self._new:
+            starts = np.concatenate([start for start, _ in self._new])
+            lengths = np.concatenate([length for _, length in self._new])
+            self._new.clear()
+            self._remember(*self._words.encode_words(data, starts, lengths))
+        return [self._expand(self._values.array.take(block)) for block in numbers]
 
-    def _encode_spans(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._expand(self._look_up(data, starts, lengths))
-
-    def _remember(self, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Values (int32) for words of counts[0], counts[1], ... of `ids`."""
-        starts = np.cumsum(counts) - counts
-        values = ids.take(starts)
-        several = np.flatnonzero(counts > 1)
-        values[several] = ~(len(self._counts) + np.arange(len(several), dtype=np.int32))
-        self._counts.extend(counts[several])
-        self._offsets.extend(len(self._flat) + starts[several])
-        self._flat.extend(ids)
-        self._n_words += len(counts)
-        return values
-
-    def _expand(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The ids that the values of a text's words stand for, and how many each has."""
-        several = np.flatnonzero(values < 0)
+    def _expand(self, values: np.ndarray) -> np.ndarray:
+        several = (values < 0).nonzero()[0]
         if not len(several):
-            return values, np.ones(len(values), np.int64)
-        entries = ~values.take(several)
-        n = self._counts.array.take(entries)
+            return values
+        at = ~values.take(several)
+        n = self._ids.array.take(at)
         counts = np.ones(len(values), np.int64)
         counts[several] = n
         ids = np.repeat(values, counts)
-        ids[ids < 0] = self._flat.array.take(ranges(self._offsets.array.take(entries), n))
-        return ids, counts
+        ids[ids < 0] = self._ids.array.take(ranges(at + 1, n))
+        return ids
+
+    def _remember(self, ids: np.ndarray, counts: np.ndarray) -> None:
+        """Values for the next words, which have counts[0], counts[1], ... of `ids`: one id, or where ids are stored."""
+        offsets = np.cumsum(counts) - counts
+        # Stored are each word's count and then its ids.
+        at = offsets + np.arange(len(counts))
+        stored = np.empty(len(ids) + len(counts), np.int32)
+        is_id = np.ones(len(stored), bool)
+        is_id[at] = False
+        stored[at] = counts
+        stored[is_id] = ids
+        several = ~(at + len(self._ids))
+        self._values.extend(np.where((counts == 1) & (ids.take(offsets) >= 0), ids.take(offsets), several))
+        self._ids.extend(stored)
 
 
 class _WordTable:
-    """An open hash table from words of at most 8 * width - 1 bytes to values.
+    """An open hash table from words of at most 8 * width - 1 bytes to numbers.
 
     A word is `width` uint64, its bytes in order and zeros after them, with its length in the last one's top byte.
     """
 
     def __init__(self, width: int) -> None:
         self.width = width
-        self._n = 0
-        self._allocate(12)
+        self.n = 0
+        # Memory that is never touched costs nothing.
+        self._keys = np.zeros((width, 1 << _TABLE_BITS), np.uint64)
+        self._numbers = np.zeros(1 << _TABLE_BITS, np.int32)
 
-    def _allocate(self, bits: int) -> None:
-        self._bits = bits
-        self._keys = np.zeros((self.width, 1 << bits), np.uint64)
-        self._values = np.zeros(1 << bits, np.int32)
-
-    def _slots(self, keys: list[np.ndarray]) -> np.ndarray:
-        return (_mix(keys) >> np.uint64(64 - self._bits)).view(np.int64)
-
-    def find(self, keys: list[np.ndarray]) -> np.ndarray:
-        """The value (int32) of each word, _MISSING where the table has none."""
-        slots = self._slots(keys)
-        values = self._values.take(slots)
-        going = np.flatnonzero(~self._equal(slots, keys))
+    def number(self, keys: list[np.ndarray], n: int) -> tuple[np.ndarray, np.ndarray]:
+        """The number (int32) of each word, and the indices of those that the table lacked: numbered n, n + 1, ..."""
+        slots = (_mix(keys) >> np.uint64(64 - _TABLE_BITS)).view(np.int64)
+        numbers = self._numbers.take(slots)
+        going = (~self._equal(slots, keys)).nonzero()[0]
+        if not len(going):
+            return numbers, going
+        new = [going[:0]]
         while len(going):
             at = slots.take(going)
-            empty = self._keys[-1].take(at) == 0
-            values[going[empty]] = _MISSING
-            going = going[~empty]
-            at = at[~empty] + 1 & (1 << self._bits) - 1
-            slots[going] = at
-            equal = self._equal(at, [key.take(going) for key in keys])
-            values[going[equal]] = self._values.take(at[equal])
-            going = going[~equal]
-        return values
+            keys_left = [key.take(going) for key in keys]
+            free = (self._keys[-1].take(at) == 0).nonzero()[0]
+            if len(free):
+                # Of several words for one free slot the last gets it; the slot's number says for now which that is.
+                claimed, claims = at.take(free), going.take(free)
+                self._numbers[claimed] = claims
+                won = self._numbers.take(claimed) == claims
+                claimed, claims = claimed[won], claims[won]
+                for column, key in zip(self._keys, keys, strict=True):
+                    column[claimed] = key.take(claims)
+                self._numbers[claimed] = n + np.arange(len(claims))
+                n += len(claims)
+                new.append(claims)
+            equal = self._equal(at, keys_left)
+            numbers[going[equal]] = self._numbers.take(at[equal])
+            going, at = going[~equal], at[~equal]
+            slots[going] = at + 1 & (1 << _TABLE_BITS) - 1
+        found = np.concatenate(new)
+        self.n += len(found)
+        return numbers, found
 
     def _equal(self, slots: np.ndarray, keys: list[np.ndarray]) -> np.ndarray:
         equal = self._keys[0].take(slots) == keys[0]
@@ -204,34 +219,12 @@ class _WordTable:
             equal &= mine.take(slots) == key
         return equal
 
-    def insert(self, keys: list[np.ndarray], values: np.ndarray) -> None:
-        """Add words that the table lacks, each once."""
-        self._n += len(values)
-        if 2 * self._n > 1 << self._bits:
-            used = np.flatnonzero(self._keys[-1])
-            keys = [np.concatenate(both) for both in zip(self._keys[:, used], keys, strict=True)]
-            values = np.concatenate([self._values[used], values])
-            self._allocate((4 * self._n).bit_length())
-        slots = self._slots(keys)
-        going = np.arange(len(values), dtype=np.int32)
-        while len(going):
-            at = slots.take(going)
-            free = self._keys[-1].take(at) == 0
-            # Of several words for one free slot the last one gets it; the slot's value says for now which that is.
-            self._values[at[free]] = going[free]
-            won = free & (self._values.take(at) == going)
-            for mine, key in zip(self._keys, keys, strict=True):
-                mine[at[won]] = key[going[won]]
-            self._values[at[won]] = values[going[won]]
-            going = going[~won]
-            slots[going] = at[~won] + 1 & (1 << self._bits) - 1
-
 
 class _Growing:
-    """An array that is added to at its end."""
+    """An int32 array that is added to at its end."""
 
-    def __init__(self, dtype: type) -> None:
-        self.array: np.ndarray = np.empty(1 << 10, dtype)
+    def __init__(self, capacity: int) -> None:
+        self.array: np.ndarray = np.empty(capacity, np.int32)
         self._n = 0
 
     def __len__(self) -> int:
@@ -240,27 +233,11 @@ class _Growing:
     def extend(self, more: np.ndarray) -> None:
         end = self._n + len(more)
         if end > len(self.array):
-            grown = np.empty(2 * end, self.array.dtype)
+            grown = np.empty(2 * end, np.int32)
             grown[: self._n] = self.array[: self._n]
             self.array = grown
         self.array[self._n : end] = more
         self._n = end
-
-
-_MASKS = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
-
-
-def _pack(loads: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: int) -> list[np.ndarray]:
-    """The words as _WordTable keys; `loads` has the eight bytes from every offset."""
-    keys = []
-    for i in range(width):
-        key = loads[starts + 8 * i if i else starts]
-        # All eight bytes of the integers before the last that the word reaches, none of those after it.
-        if i >= width // 2:
-            key &= _MASKS.take(lengths - 8 * i if i else lengths, mode="clip")
-        keys.append(key)
-    keys[-1] |= lengths.astype(np.uint64) << np.uint64(56)
-    return keys
 
 
 def _mix(keys: list[np.ndarray]) -> np.ndarray:
@@ -270,12 +247,3 @@ def _mix(keys: list[np.ndarray]) -> np.ndarray:
         mixed += key
         mixed *= MULTIPLIER
     return mixed
-
-
-def _unique(keys: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of one of each different word, and for each word which of those it equals."""
-    _, first, inverse = np.unique(_mix(keys), return_index=True, return_inverse=True)
-    if any(np.any(key != key.take(first).take(inverse)) for key in keys):
-        # Two words with one hash.
-        _, first, inverse = np.unique(np.stack(keys, axis=1), axis=0, return_index=True, return_inverse=True)
-    return first, inverse.reshape(-1)

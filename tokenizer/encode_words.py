@@ -1,47 +1,117 @@
-"""Merges applied to single words: the bytes of pre-tokens in, token ids out.
+"""Merges applied to words, the bytes of single pre-tokens: bytes in, token ids out.
 
 Of all adjacent pairs that the merges list names, the one listed first is merged; where it occurs more than once, the
 leftmost occurrence; one merge at a time until no pair is listed. That is the order of `tokenizers`, and of `tiktoken`
 on every vocabulary that `Tokenizer.export_tiktoken` accepts.
 
-`encode_word` takes one word; `encode_matrix` takes thousands at once, one column each, and does one merge in every
-column per step.
+`encode_word` takes one word. `encode_words` takes thousands at once, one column of a matrix each, and does one merge in
+every column per step; words too long for a column are cut into windows (encode_long.py).
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from itertools import chain, pairwise
 
 import numpy as np
 
+from .decode import TokenBytes, ranges
+from .encode_long import LongEncoder
+
 # Above this length the scan for the lowest rank (quadratic) costs more than a heap.
 _HEAP_FROM = 64
-# Columns of a matrix that are worked on together: a matrix of 15 rows then stays in the second-level cache.
-_COLUMNS = 1 << 12
+# Bytes of words that are worked on together: all arrays of a matrix then stay in the second-level cache or near it.
+_CELLS = 1 << 16
+# Words that are fewer bytes in all than so many times the longest are encoded one by one: starting up the arrays costs
+# as much for one word as for hundreds.
+_FEW = 32
 # Fibonacci hashing: 2^64 / golden ratio.
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 _EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
-_ROW_BITS = 6
+_ROW_BITS = 8
+# Bytes of the longest word that is a column.
+LONGEST = (1 << _ROW_BITS) - 1
 
 
-class Merges:
-    """The merges list, as tables from pairs of ids to ranks.
+class WordEncoder:
+    """Encodes words; remembers none.
 
     byte_ids: 256 ids, of the single bytes.  pairs: (left id, right id, merged id) of every merge, lowest rank first.
+    tokens: the bytes of every id.  whole: words that are one token whatever the merges make of them.
     """
 
-    def __init__(self, byte_ids: Sequence[int], pairs: Sequence[tuple[int, int, int]]) -> None:
+    def __init__(
+        self,
+        byte_ids: Sequence[int],
+        pairs: Sequence[tuple[int, int, int]],
+        tokens: TokenBytes,
+        whole: Mapping[bytes, int],
+    ) -> None:
         self._byte_ids = list(byte_ids)
         self._rank = {(left, right): rank for rank, (left, right, _) in enumerate(pairs)}
         self._merged = [merged for _, _, merged in pairs]
         self._none = len(pairs)  # a rank above every other: the pair is in no merge
-        self._table: _PairTable | None = None
+        self._table = _PairTable(self._byte_ids, np.array(pairs, np.int64).reshape(-1, 3))
+        self._whole = whole
+        self._long = LongEncoder(self, tokens, LONGEST)
 
     def encode_word(self, word: bytes) -> list[int]:
-        """Token ids of one pre-token. Takes O(n log n) however long the word is."""
+        """Token ids of one word. Takes O(n log n) however long the word is."""
+        return [self._whole[word]] if word in self._whole else self.merge_word(word)
+
+    def encode_words(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of many words.
+
+        data: bytes.  starts, lengths: (n,) int64, where in `data` the words are.
+        Returns ids (total,) int32, the words' ids one after another, and counts (n,) int64, how many each word has.
+        """
+        rest = np.arange(len(lengths))
+        parts = []
+        if self._whole:
+            spans = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
+            known = np.array([self._whole.get(data[i:j], -1) for i, j in spans], np.int32)
+            parts.append((rest[known >= 0], known[known >= 0], np.ones(np.count_nonzero(known >= 0), np.int64)))
+            rest = rest[known < 0]
+        is_long = lengths[rest] > LONGEST
+        for chosen, encode in (rest[~is_long], self.merge_words), (rest[is_long], self._long.encode):
+            if len(chosen):
+                parts.append((chosen, *encode(data, starts[chosen], lengths[chosen])))
+        return _in_order(parts)
+
+    def merge_words(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """encode_words by the merges alone; words that are too long for a column one by one."""
+        # Words of one length beside one another, so that no matrix is higher than it must be.
+        order = np.argsort(np.minimum(lengths, LONGEST + 1).astype(np.uint16), kind="stable")
+        starts, lengths = starts[order], lengths[order]
+        n_short = int(np.searchsorted(lengths, LONGEST, side="right"))
+        parts = []
+        i = 0
+        while i < n_short:
+            j = int(np.searchsorted(lengths[:n_short], 3 * lengths[i] // 2 + 2, side="right"))
+            j = min(j, i + _CELLS // int(lengths[j - 1]))
+            parts.append((order[i:j], *self._merge_group(data, starts[i:j], lengths[i:j])))
+            i = j
+        if n_short < len(lengths):
+            parts.append((order[n_short:], *self._one_by_one(data, starts[n_short:], lengths[n_short:])))
+        return _in_order(parts)
+
+    def _merge_group(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        height = int(lengths[-1])
+        if lengths.sum() < _FEW * height:
+            return self._one_by_one(data, starts, lengths)
+        # What is past a word's end is ignored, so that it may be anything past the end of the data.
+        text = np.frombuffer(data, np.uint8).take(starts + np.arange(height)[:, None], mode="clip")
+        return self._table.merge(text, lengths)
+
+    def _one_by_one(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        spans = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
+        encoded = [self.merge_word(data[i:j]) for i, j in spans]
+        return np.array(list(chain.from_iterable(encoded)), np.int32), np.array([len(ids) for ids in encoded])
+
+    def merge_word(self, word: bytes) -> list[int]:
+        """encode_word by the merges alone."""
         ids = [self._byte_ids[byte] for byte in word]
         if len(ids) >= _HEAP_FROM:
             return self._merge_with_heap(ids)
@@ -84,37 +154,33 @@ class Merges:
                 heapq.heappush(heap, (new, before))
         return [token for token in ids if token >= 0]
 
-    def encode_matrix(self, words: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of many words.
 
-        words: (n, width) uint8, one word a row, width < 64; bytes from its length on are ignored.  lengths: (n,).
-        Returns ids (total,) int32, the words' ids one after another, and counts (n,) int64, how many each word has.
-        """
-        if self._table is None:
-            self._table = _PairTable(self._byte_ids, self._rank, self._merged)
-        parts = [
-            self._table.merge(words[i : i + _COLUMNS].T, lengths[i : i + _COLUMNS])
-            for i in range(0, len(words), _COLUMNS)
-        ]
-        return np.concatenate([ids for ids, _ in parts]), np.concatenate([counts for _, counts in parts])
+def _in_order(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and counts of words 0, 1, ...; each part has some words' numbers, their ids and counts."""
+    if not parts:
+        return np.empty(0, np.int32), np.empty(0, np.int64)
+    number, ids, sizes = (np.concatenate(column) for column in zip(*parts, strict=True))
+    counts, offsets = np.empty(len(number), np.int64), np.empty(len(number), np.int64)
+    counts[number] = sizes
+    offsets[number] = np.cumsum(sizes) - sizes
+    return ids.take(ranges(offsets, counts)), counts
 
 
 class _PairTable:
     """Ranks of pairs, looked up for whole arrays: an open hash table whose 64-bit entries hold pair and rank."""
 
-    def __init__(self, byte_ids: list[int], rank: dict[tuple[int, int], int], merged: list[int]) -> None:
+    def __init__(self, byte_ids: list[int], pairs: np.ndarray) -> None:
+        n = len(pairs)
         # The id after the largest stands for "no token"; no pair has it.
-        self._no_token = max(byte_ids + merged) + 1
+        self._no_token = int(max(*byte_ids, pairs.max(initial=0))) + 1
         self._id_bits = np.uint64(self._no_token.bit_length())
-        self._rank_bits = np.uint64(len(rank).bit_length())
+        self._rank_bits = np.uint64(n.bit_length())
         if 2 * self._id_bits + self._rank_bits > 64:
-            raise ValueError(
-                f"vocab: {len(rank)} merges of ids up to {self._no_token - 1} are more than can be encoded"
-            )
-        self._none = np.int32(len(rank))
-        self._merged = np.array(merged, np.int32)
+            raise ValueError(f"vocab: {n} merges of ids up to {self._no_token - 1} are more than can be encoded")
+        self._none = np.int32(n)
+        self._merged = pairs[:, 2].astype(np.int32)
         self._byte_ids = np.array(byte_ids, np.int32)
-        self._fill(np.array(list(rank), np.uint64).reshape(-1, 2))
+        self._fill(pairs[:, :2].astype(np.uint64))
         left = np.repeat(self._byte_ids, 256)
         self._rank_of_bytes = self.ranks(left, np.tile(self._byte_ids, 256)) << _ROW_BITS
 
@@ -152,7 +218,7 @@ class _PairTable:
         return ranks
 
     def merge(self, text: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """encode_matrix for text (width, n), a word a column.
+        """Ids and counts, as encode_words, of the words in text (width, n) uint8, a word a column.
 
         Arrays are (width + 1, n) and indexed flat. tokens: the id of the token that starts at each byte, -1 inside a
         token. following, preceding: the index of the neighbouring token. keys: rank << 6 | row of the token's pair with

@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rooflight.tokenizer import GPT2_PATTERN, Tokenizer
 from rooflight.tokenizer.chunks import Cutter
-from rooflight.tokenizer.encode import cut_stream
+from rooflight.tokenizer.encode import cut_stream, gpt2_below_u10000
 from rooflight.tokenizer.pretokenize import Specials
 from support import bpe_reference
 
@@ -46,6 +47,17 @@ def test_encode_equals_the_reference_and_decodes_to_the_text(tokenizer: Tokenize
     assert ids == bpe_reference.encode(text, tokenizer.vocab, MERGES, (END, END + END))
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode_bytes(ids) == text.encode()
+
+
+def test_short_texts_are_split_as_the_pattern_says_at_every_code_point_of_the_first_plane() -> None:
+    characters = [chr(c) for c in range(0x10000) if not 0xD800 <= c < 0xE000]
+    text = "".join(f"x{c}1{c}!{c} {c}{c}  {c}'{c}s'll{c}\n" for c in characters)
+    assert gpt2_below_u10000().findall(text) == regex.findall(GPT2_PATTERN, text)
+
+
+def test_short_texts_above_the_first_plane(tokenizer: Tokenizer) -> None:
+    text = "a\U00010400b \U0001f600\U0001f601 \U0001d7d81 \U000323afx"  # letters, symbols and a digit up there
+    assert tokenizer.encode(text) == bpe_reference.encode(text, tokenizer.vocab, MERGES)
 
 
 @given(text=texts, cuts=st.lists(st.integers(0, 100), max_size=8))

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rooflight.tokenizer import Tokenizer, encode_text
-from rooflight.tokenizer.encode_words import Merges
+from rooflight.tokenizer import Tokenizer, encode_text, encode_words
+from rooflight.tokenizer.decode import TokenBytes
+from rooflight.tokenizer.encode_words import WordEncoder
 from support import bpe_reference
 
 ALPHABET = [b"a", b"b", b" ", "é".encode(), "日".encode(), b"\x00"]
@@ -49,8 +50,7 @@ def few(request: pytest.FixtureRequest) -> Iterator[None]:
     """Arrays and windows for every word, however few there are; then one by one where that is the faster."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param is not None:
-            patch.setattr(encode_text, "_FEW_BYTES", request.param)
-            patch.setattr(encode_text, "_FEW_LONG_BYTES", request.param)
+            patch.setattr(encode_words, "_FEW", request.param)
         TOKENIZERS[:] = [tokenizer_of(merges) for merges in MERGES]  # that have met no words yet
         yield
 
@@ -65,8 +65,8 @@ def test_words_of_every_length_equal_the_reference(tokenizer: Tokenizer, words: 
 @given(tokenizers, words)
 @settings(max_examples=100, deadline=None)
 def test_one_word_by_list_and_by_heap_equals_the_reference(tokenizer: Tokenizer, word: bytes) -> None:
-    merges = tokenizer._encoder._words._merges
-    for ids in (merges.encode_word(word), merges._merge_with_heap(list(word))):
+    encoder = tokenizer._encoder._word_encoder
+    for ids in (encoder.encode_word(word), encoder._merge_with_heap(list(word))):
         assert [tokenizer.vocab[i] for i in ids] == bpe_reference.encode_word(word, tokenizer.merges)
 
 
@@ -77,7 +77,7 @@ def test_words_of_many_windows_equal_the_heap(tokenizer: Tokenizer, seed: int, n
     rng = random.Random(seed)
     part = b"".join(rng.choices(ALPHABET[:n_different], k=rng.randrange(1, 2000)))
     word = part * rng.randrange(1, 4)
-    assert tokenizer.encode_bytes(word).tolist() == tokenizer._encoder._words._merges.encode_word(word)
+    assert tokenizer.encode_bytes(word).tolist() == tokenizer._encoder._word_encoder.encode_word(word)
 
 
 def test_tables_that_forget_and_grow_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_tables_that_forget_and_grow_change_nothing(monkeypatch: pytest.MonkeyPa
     tokenizer = tokenizer_of(trained)
     assert np.array_equal(tokenizer.encode_bytes(text), expected)
     assert np.array_equal(tokenizer.encode_bytes(text), expected)
-    assert tokenizer._encoder._local.text_encoder._n_words < 300
+    assert tokenizer._encoder._local.text_encoder._n_words < 600
 
 
 def test_words_with_one_hash_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +119,5 @@ def test_a_million_characters_take_linear_time(unit: bytes) -> None:
 
 def test_pair_tables_refuse_more_merges_than_they_hold() -> None:
     big = 1 << 40
-    merges = Merges(list(range(256)), [(97, 98, big)])
     with pytest.raises(ValueError, match="more than can be encoded"):
-        merges.encode_matrix(np.zeros((1, 7), np.uint8), np.ones(1, np.int64))
+        WordEncoder(list(range(256)), [(97, 98, big)], TokenBytes({i: bytes([i]) for i in range(256)}), {})
