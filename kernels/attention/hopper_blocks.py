@@ -78,8 +78,8 @@ def tma_obstacle(name: str, x: Tensor, varlen: bool) -> str | None:
         return f"{name} is not aligned to 16 bytes"
     if any(n > 1 and not 0 < s * x.element_size() < 1 << 40 for n, s in zip(sizes, strides[:3], strict=False)):
         return f"{name} is expanded"
-    if max(sizes) >= 1 << 31:
-        return f"{name} is too long"
+    if max(sizes) >= 1 << 30:
+        return f"{name} is longer than 2^30 rows"
     return None
 
 
@@ -95,8 +95,10 @@ def describe(x: Tensor, rows: int, varlen: bool) -> Any:
 
 @gluon.jit
 def slot(g, STAGES: gl.constexpr):
-    """Slot and parity of buffer g of a ring."""
-    return g % STAGES, g // STAGES % 2
+    """Slot and parity of buffer g of a ring of 2 or 4."""
+    gl.static_assert(STAGES == 2 or STAGES == 4)
+    SHIFT: gl.constexpr = 1 if STAGES == 2 else 2
+    return g & (STAGES - 1), (g >> SHIFT) & 1
 
 
 @gluon.jit
@@ -119,8 +121,8 @@ def load_rows(desc, b, h, row, full, buffer):
 def tile_of(t, n_tile, n_head, GROUP):
     """(b * H + h, row tile) of the t-th tile to start.
 
-    Heads go in groups of GROUP, whose keys and values stay in the L2 cache together; within a group the last rows, which
-    see the most keys under a causal mask, start first, so that the short ones fill the gaps at the end.
+    Heads go in groups of GROUP, whose keys and values stay in the L2 cache together; within a group the last rows,
+    which see the most keys under a causal mask, start first, so that the short ones fill the gaps at the end.
     """
     section = t // (GROUP * n_tile)
     size = gl.minimum(GROUP, n_head - section * GROUP)

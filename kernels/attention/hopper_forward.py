@@ -1,82 +1,102 @@
-"""The forward kernel for Hopper: draft."""
+"""The forward kernel for Hopper, in the structure of FlashAttention-3 (Shah et al. 2024), written in Gluon.
+
+The recurrence is that of forward.py. What differs is who does what, and when. A program takes BLOCK_M rows of queries
+and runs partitions of warps side by side:
+
+    producer    one warp, 24 registers a thread: starts the TMA loads of queries, then of keys and values block by
+                block into a ring of STAGES slots each, whenever a slot comes free
+    consumers   BLOCK_M / 64 warpgroups, 64 rows each, up to 240 registers: all of the arithmetic
+
+Barriers, by who waits for whom (hopper_blocks explains parities):
+
+    q_full[c]   consumer c waits for its rows of queries         q_empty[c]  the producer, for c's output to have left
+    k_full[s]   consumers wait for the keys in slot s            k_empty[s]  the producer, for every consumer's q k^T
+    v_full[s]   consumers wait for the values in slot s          v_empty[s]  the producer, for every consumer's p v
+    v_clean     consumers wait for each other's part of the values past a packed sequence's end to be zeroed
+    turn[c]     with PING_PONG consumer c waits for its turn to issue products, while the others do softmax
+
+Each consumer overlaps its softmax with its products. In step n, with z, p, o in registers:
+
+    issue z = q k[n]^T            as soon as p v[n-2] is done: the tensor cores get work first
+    o *= rescale, p -> bf16       under q k[n]^T
+    wait v_full[n-1]; issue o += p v[n-1]
+    wait until one product is left: z is there; arrive k_empty[n]
+    mask z, p = exp2(z - m), m, l, rescale: under p v[n-1]
+    wait k_full[n+1]
+    wait until none is left: o is there; arrive v_empty[n-1]
+
+p stays in fp32 from one step to the next: as bf16 it would be unpacked and packed again, 64 instructions a step. The
+wait for the next keys stands where it does for a second reason: it ends a basic block, and without one ptxas moves the
+wait for o above the exponentials, so that they run with idle tensor cores. Tests hold the machine code to both.
+
+Blocks that the mask or the end of the keys cuts come first, the rightmost (under a causal mask the diagonal) before the
+loop; whole ones follow unmasked. Row tiles start with the last, the heaviest under a causal mask, and head by head in
+groups whose keys and values fit in the L2 cache.
+
+TMA descriptors span the whole tensor as (b, h, row, d). A dense tile's rows past the end read as zeros and are not
+written. In packed sequences they are the neighbour's: its keys are masked; its values meet p = 0, but 0 x inf is NaN,
+so the consumers zero them in shared memory; and a tile of rows that crosses the end is stored by masked pointers.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .hopper_blocks import (
     ELEMENT,
     as_heads,
-    block_order,
     describe,
     fence_async_shared,
     gl,
     gluon,
-    load_rows,
     masked_block,
     mbarrier,
     new_barriers,
-    partition_barrier,
-    sequence,
     slot,
-    tile_of,
     tma,
     tma_obstacle,
     tma_store,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .hopper_loads import Problem, Shared, produce, tile_at
 
 LN2: gl.constexpr = gl.constexpr(math.log(2))
 
+# BLOCK_M, BLOCK_N and STAGES by head size: what compiles for sm_90 without a spill in the loop (triton 3.6 to 3.9) and,
+# of that, has the least issue slots to a product. At D = 64 keys of 128 rows leave a fifth of them free, tiles of 192
+# rows by 64 keys none; four stages cover the latency of a load there, where a step is half as long.
+TILES = {64: (128, 128, 4), 128: (128, 128, 2), 256: (128, 64, 2)}
+
+# Registers a thread of consumers and producer by BLOCK_M: of 65,536, in multiples of 8.
+REGISTERS = {128: (240, 24), 192: (160, 32)}
+
+# Keys and values of the heads that run together; the L2 cache of H100 and H200 has 50 MB, for all that passes through.
+L2_BYTES = 32 << 20
+
+
+class Output(NamedTuple):
+    """Where out and lse go, strides (b, h, row)."""
+
+    out_ptr: Any
+    out_strides: Any
+    lse_ptr: Any
+    lse_strides: Any
+
 
 @gluon.jit
-def _tile(t, sizes, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """What the t-th tile is: where it stands, and the blocks of keys it visits."""
-    cu_seqlens_q_ptr, cu_seqlens_k_ptr, H, T, S, left, right, n_head, n_tile, GROUP = sizes
-    bh, m = tile_of(t, n_tile, n_head, GROUP)
-    b = bh // H
-    first = m * BLOCK_M
-    start_q, T = sequence(cu_seqlens_q_ptr, b, T)
-    start_k, S = sequence(cu_seqlens_k_ptr, b, S)
-    lower = None if left is None else S - T - left
-    upper = None if right is None else S - T + right
-    order = block_order(first, gl.minimum(first + BLOCK_M, T) - 1, lower, upper, S, BLOCK_N)
-    if cu_seqlens_q_ptr is not None:
-        b = 0
-    return b, bh % H, first, start_q, start_k, T, S, order
-
-
-@gluon.jit
-def _produce(q_desc, k_desc, v_desc, buffers, barriers, sizes, groups,
-             BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    CONSUMERS: gl.constexpr = BLOCK_M // 64
-    q_buf, k_buf, v_buf = buffers
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, v_clean, turn = barriers
-    n_total = sizes[7] * sizes[8]
-    D: gl.constexpr = q_desc.block_shape[3]
-    g = 0
-    n_done = 0
-    for t in range(gl.program_id(0), n_total, gl.num_programs(0)):
-        b, h, first, start_q, start_k, T, S, order = _tile(t, sizes, BLOCK_M, BLOCK_N)
-        hi, full_hi, n_whole, n_masked, n_block = order
-        if first < T:
-            for c in gl.static_range(CONSUMERS):
-                mbarrier.wait(q_empty.index(c), (n_done + 1) % 2)
-                load_rows(q_desc, b, h, start_q + first + c * 64, q_full.index(c), q_buf.index(c))
-            for i in range(n_block):
-                n = gl.where(i < n_masked, masked_block(i, hi, full_hi, n_whole), full_hi - 1 - (i - n_masked))
-                row = start_k + n * BLOCK_N
-                s, parity = slot(g + i, STAGES)
-                mbarrier.wait(k_empty.index(s), parity ^ 1)
-                load_rows(k_desc, b, h // groups, row, k_full.index(s), k_buf.index(s))
-                mbarrier.wait(v_empty.index(s), parity ^ 1)
-                load_rows(v_desc, b, h // groups, row, v_full.index(s), v_buf.index(s))
-            g += n_block
-            n_done += 1
+def _mask(z, i, j, lower, upper, S):
+    """Scores z of queries i against keys j, -inf where hidden."""
+    last = S - 1
+    if upper is not None:
+        last = gl.minimum(i + upper, last)[:, None]
+    visible = j[None, :] <= last
+    if lower is not None:
+        visible = visible & (j[None, :] >= (i + lower)[:, None])
+    return gl.where(visible, z, float("-inf"))
 
 
 @gluon.jit
@@ -91,136 +111,192 @@ def _softmax(z, m_i, l_i, exp_scale, MASK: gl.constexpr):
 
 
 @gluon.jit
-def _mask(z, i, j, lower, upper, S):
-    visible = (j < S)[None, :]
-    if upper is not None:
-        visible = visible & (j[None, :] <= (i + upper)[:, None])
-    if lower is not None:
-        visible = visible & (j[None, :] >= (i + lower)[:, None])
-    return gl.where(visible, z, float("-inf"))
+def _issue_scores(q, k):
+    """Start q k^T: (64, D) x (BLOCK_N, D)."""
+    BLOCK_N: gl.constexpr = k.shape[0]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    zero = gl.zeros([64, BLOCK_N], gl.float32, layout)
+    return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _consume(q_desc, work, buffers, barriers, sizes, exp_scale, c: gl.constexpr,
-             BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr):  # fmt: skip
+def _issue_values(p, v, o, rescale):
+    """Start o rescale + p v: (64, BLOCK_N) x (BLOCK_N, D)."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, v.shape[1], 16])
+    o = o * gl.convert_layout(rescale, gl.SliceLayout(1, layout))[:, None]
+    p = gl.convert_layout(p.to(v.dtype), gl.DotOperandLayout(0, layout, 2))
+    return warpgroup_mma(p, v, o, is_async=True)
+
+
+@gluon.jit
+def _clean_values(v, length, v_clean, parity, c: gl.constexpr):
+    """Zero the rows of a block of values from `length` on, half by consumer 0 and half by 1, and wait for all."""
+    HALF: gl.constexpr = v.shape[0] // 2
+    HEAD_DIM: gl.constexpr = v.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    if c < 2:
+        part = v.slice(c * HALF, HALF)
+        j = c * HALF + gl.arange(0, HALF, gl.SliceLayout(1, layout))
+        part.store(gl.where((j < length)[:, None], part.load(layout), 0.0))
+        fence_async_shared()  # wgmma reads through the asynchronous proxy
+    mbarrier.arrive(v_clean, count=1)
+    mbarrier.wait(v_clean, parity)
+
+
+@gluon.jit
+def _store_output(o, lse, buffer, out_desc, output, tile, c: gl.constexpr, ROWS: gl.constexpr, VARLEN: gl.constexpr):
+    """Rows c * 64 ... of the tile: o by TMA from where the queries were, or by masked pointers across a packed end."""
+    first = tile.first + c * 64
+    b, h = gl.cast(tile.b, gl.int64), gl.cast(tile.h, gl.int64)
+    rows = gl.arange(0, 64, ROWS)
+    lse_ptr = output.lse_ptr + b * output.lse_strides[0] + h * output.lse_strides[1]
+    lse_offsets = (tile.start_q + first + rows).to(gl.int64) * output.lse_strides[2]
+    gl.store(lse_ptr + lse_offsets, lse, mask=first + rows < tile.T)
+    buffer.store(o.to(buffer.dtype))
+    if VARLEN and first + 64 > tile.T:
+        HEAD_DIM: gl.constexpr = buffer.shape[1]
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+        i = first + gl.arange(0, 64, gl.SliceLayout(1, layout))
+        cols = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
+        out_ptr = output.out_ptr + b * output.out_strides[0] + h * output.out_strides[1]
+        offsets = (tile.start_q + i).to(gl.int64) * output.out_strides[2]
+        mask = (i < tile.T)[:, None] & (cols < HEAD_DIM)[None, :]
+        gl.store(out_ptr + (offsets[:, None] + cols[None, :]), buffer.load(layout), mask=mask)
+    else:
+        fence_async_shared()  # TMA reads through the asynchronous proxy
+        tma_store(out_desc, [tile.b, tile.h, tile.start_q + first, 0], buffer)
+        tma.store_wait(0)
+
+
+@gluon.jit
+def _consume_tile(
+    t, g, n_done, n_clean, out_desc, output, shared, problem, exp_scale,
+    c: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PING_PONG: gl.constexpr,
+):  # fmt: skip
+    """Rows c * 64 ... of the t-th tile.
+
+    Before it came g blocks of keys, n_done tiles and n_clean cleaned blocks of values; returns them as they are after.
+    """
+    VARLEN: gl.constexpr = problem.cu_seqlens_q is not None
+    STAGES: gl.constexpr = shared.k.shape[0]
+    HEAD_DIM: gl.constexpr = shared.q.shape[2]
     CONSUMERS: gl.constexpr = BLOCK_M // 64
-    q_buf, k_buf, v_buf = buffers
-    out_desc, out_ptr, lse_ptr, out_strides, lse_strides = work
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, v_clean, turn = barriers
-    HEAD_DIM: gl.constexpr = q_desc.block_shape[3]
-    DTYPE: gl.constexpr = q_desc.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
-    q = q_buf.index(c).reshape([64, HEAD_DIM])
-    zero = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
-    cols = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+    tile = tile_at(t, problem, BLOCK_M, BLOCK_N)
+    if tile.first < tile.T:
+        S = tile.S
+        lower = None if problem.left is None else S - tile.T - problem.left
+        upper = None if problem.right is None else S - tile.T + problem.right
+        q = shared.q.index(c)
+        i = tile.first + c * 64 + gl.arange(0, 64, rows)
+        cols = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+        m_i = gl.full([64], float("-inf"), gl.float32, rows)
+        l_i = gl.full([64], 0.0, gl.float32, rows)
+        o = gl.zeros([64, HEAD_DIM], gl.float32, o_layout)
+
+        s, parity = slot(g, STAGES)
+        mbarrier.wait(shared.q_full.index(c), n_done & 1)
+        mbarrier.wait(shared.k_full.index(s), parity)
+        z = warpgroup_mma_wait(0, [_issue_scores(q, shared.k.index(s))])
+        mbarrier.arrive(shared.k_empty.index(s), count=1)
+        z = _mask(z, i, (tile.hi - 1) * BLOCK_N + cols, lower, upper, S)
+        p, rescale, m_i, l_i = _softmax(z, m_i, l_i, exp_scale, True)
+        if VARLEN:
+            n_valid = S - (tile.hi - 1) * BLOCK_N
+            if n_valid < BLOCK_N:
+                mbarrier.wait(shared.v_full.index(s), parity)
+                _clean_values(shared.v.index(s), n_valid, shared.v_clean.index(0), n_clean & 1, c)
+                n_clean += 1
+        s_next, parity_next = slot(g + 1, STAGES)
+        mbarrier.wait(shared.k_full.index(s_next), parity_next, pred=tile.n_block > 1)
+        for MASK in gl.static_range(1, -1, -1):
+            start = 1 if MASK else gl.maximum(tile.n_masked, 1)
+            stop = tile.n_masked if MASK else tile.n_block
+            for n in range(start, stop):
+                s, parity = slot(g + n, STAGES)
+                s_v, parity_v = slot(g + n - 1, STAGES)
+                if PING_PONG:
+                    mbarrier.wait(shared.turn.index(c), (g - n_done + n - 1 + (c == 0)) & 1)
+                z = _issue_scores(q, shared.k.index(s))
+                mbarrier.wait(shared.v_full.index(s_v), parity_v)
+                o = _issue_values(p, shared.v.index(s_v), o, rescale)
+                if PING_PONG:
+                    mbarrier.arrive(shared.turn.index((c + 1) % CONSUMERS), count=1)
+                z = warpgroup_mma_wait(1, [z])
+                mbarrier.arrive(shared.k_empty.index(s), count=1)
+                if MASK:
+                    first_key = masked_block(n, tile.hi, tile.full_hi, tile.n_whole) * BLOCK_N
+                    z = _mask(z, i, first_key + cols, lower, upper, S)
+                p, rescale, m_i, l_i = _softmax(z, m_i, l_i, exp_scale, MASK)
+                s_next, parity_next = slot(g + n + 1, STAGES)
+                mbarrier.wait(shared.k_full.index(s_next), parity_next, pred=n + 1 < tile.n_block)
+                o = warpgroup_mma_wait(0, [o])
+                mbarrier.arrive(shared.v_empty.index(s_v), count=1)
+        s, parity = slot(g + tile.n_block - 1, STAGES)
+        mbarrier.wait(shared.v_full.index(s), parity)
+        o = warpgroup_mma_wait(0, [_issue_values(p, shared.v.index(s), o, rescale)])
+        mbarrier.arrive(shared.v_empty.index(s), count=1)
+
+        l_i = gl.where(l_i == 0, 1.0, l_i)  # no visible key: o is 0 and m_i is -inf
+        o = o * gl.convert_layout(1.0 / l_i, gl.SliceLayout(1, o_layout))[:, None]
+        lse = (m_i + gl.log2(l_i)) * LN2
+        _store_output(o, lse, shared.q.index(c), out_desc, output, tile, c, rows, VARLEN)
+        mbarrier.arrive(shared.q_empty.index(c), count=1)
+        g += tile.n_block
+        n_done += 1
+    return g, n_done, n_clean
+
+
+@gluon.jit
+def _consume(
+    out_desc, output, shared, problem, exp_scale,
+    c: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PING_PONG: gl.constexpr, PERSISTENT: gl.constexpr,
+):  # fmt: skip
+    """Consumer warpgroup c."""
     g = 0
     n_done = 0
-    for t in range(gl.program_id(0), sizes[7] * sizes[8], gl.num_programs(0)):
-        b, h, first, start_q, start_k, T, S, order = _tile(t, sizes, BLOCK_M, BLOCK_N)
-        hi, full_hi, n_whole, n_masked, n_block = order
-        if first < T:
-            lower = None if sizes[5] is None else S - T - sizes[5]
-            upper = None if sizes[6] is None else S - T + sizes[6]
-            i = first + c * 64 + gl.arange(0, 64, row_layout)
-            m_i = gl.full([64], float("-inf"), gl.float32, row_layout)
-            l_i = gl.full([64], 0.0, gl.float32, row_layout)
-            o = gl.zeros([64, HEAD_DIM], gl.float32, o_layout)
-            s, parity = slot(g, STAGES)
-            mbarrier.wait(q_full.index(c), n_done % 2)
-            mbarrier.wait(k_full.index(s), parity)
-            z = warpgroup_mma(
-                q, k_buf.index(s).reshape([BLOCK_N, HEAD_DIM]).permute((1, 0)), zero, use_acc=False, is_async=True
+    n_clean = 0
+    if PERSISTENT:
+        for t in range(gl.program_id(0), problem.n_head * problem.n_tile, gl.num_programs(0)):
+            g, n_done, n_clean = _consume_tile(
+                t, g, n_done, n_clean, out_desc, output, shared, problem, exp_scale, c, BLOCK_M, BLOCK_N, PING_PONG
             )
-            z = warpgroup_mma_wait(0, [z])
-            mbarrier.arrive(k_empty.index(s), count=1)
-            z = _mask(z, i, (hi - 1) * BLOCK_N + cols, lower, upper, S)
-            p, rescale, m_i, l_i = _softmax(z, m_i, l_i, exp_scale, True)
-            p = gl.convert_layout(p.to(DTYPE), p_layout)
-            s, parity = slot(g + 1, STAGES)
-            mbarrier.wait(k_full.index(s), parity, pred=n_block > 1)
-            for MASK in gl.static_range(1, -1, -1):
-                start = 1 if MASK else gl.maximum(n_masked, 1)
-                stop = n_masked if MASK else n_block
-                for n in range(start, stop):
-                    s, parity = slot(g + n, STAGES)
-                    z = warpgroup_mma(
-                        q,
-                        k_buf.index(s).reshape([BLOCK_N, HEAD_DIM]).permute((1, 0)),
-                        zero,
-                        use_acc=False,
-                        is_async=True,
-                    )
-                    s_v, parity_v = slot(g + n - 1, STAGES)
-                    mbarrier.wait(v_full.index(s_v), parity_v)
-                    o = warpgroup_mma(p, v_buf.index(s_v).reshape([BLOCK_N, HEAD_DIM]), o, is_async=True)
-                    z = warpgroup_mma_wait(1, [z])
-                    mbarrier.arrive(k_empty.index(s), count=1)
-                    if MASK:
-                        z = _mask(z, i, masked_block(n, hi, full_hi, n_whole) * BLOCK_N + cols, lower, upper, S)
-                    p_new, rescale, m_i, l_i = _softmax(z, m_i, l_i, exp_scale, MASK)
-                    s_n, parity_n = slot(g + n + 1, STAGES)
-                    mbarrier.wait(k_full.index(s_n), parity_n, pred=n + 1 < n_block)
-                    o = warpgroup_mma_wait(0, [o])
-                    mbarrier.arrive(v_empty.index(s_v), count=1)
-                    o = o * gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))[:, None]
-                    p = gl.convert_layout(p_new.to(DTYPE), p_layout)
-            s, parity = slot(g + n_block - 1, STAGES)
-            mbarrier.wait(v_full.index(s), parity)
-            o = warpgroup_mma(p, v_buf.index(s).reshape([BLOCK_N, HEAD_DIM]), o, is_async=True)
-            o = warpgroup_mma_wait(0, [o])
-            mbarrier.arrive(v_empty.index(s), count=1)
-            l_i = gl.where(l_i == 0, 1.0, l_i)
-            lse = (m_i + gl.log2(l_i)) * LN2
-            gl.store(
-                lse_ptr
-                + gl.cast(b, gl.int64) * lse_strides[0]
-                + gl.cast(h, gl.int64) * lse_strides[1]
-                + (start_q + i) * lse_strides[2],
-                lse,
-                mask=i < T,
-            )
-            o = o * gl.convert_layout(1.0 / l_i, gl.SliceLayout(1, o_layout))[:, None]
-            q.store(o.to(DTYPE))
-            fence_async_shared()
-            tma_store(out_desc, [b, h, start_q + first + c * 64, 0], q_buf.index(c))
-            tma.store_wait(0)
-            mbarrier.arrive(q_empty.index(c), count=1)
-            g += n_block
-            n_done += 1
+    else:
+        t = gl.program_id(0)
+        _consume_tile(
+            t, g, n_done, n_clean, out_desc, output, shared, problem, exp_scale, c, BLOCK_M, BLOCK_N, PING_PONG
+        )
 
 
 @gluon.jit
 def _flash_attention_fwd_hopper_kernel(
-    q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, out_strides, lse_strides, sizes, groups, exp_scale,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    PING_PONG: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    q_desc, k_desc, v_desc, out_desc, output, problem, exp_scale,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr,
+    PERSISTENT: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     CONSUMERS: gl.constexpr = BLOCK_M // 64
     HEAD_DIM: gl.constexpr = q_desc.block_shape[3]
-    q_buf = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 1, 1, 64, HEAD_DIM], q_desc.layout)
-    k_buf = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
-    v_buf = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout)
-    barriers = (
-        new_barriers(CONSUMERS, 1),
-        new_barriers(CONSUMERS, 1),
-        new_barriers(STAGES, 1),
-        new_barriers(STAGES, CONSUMERS),
-        new_barriers(STAGES, 1),
-        new_barriers(STAGES, CONSUMERS),
-        new_barriers(1, CONSUMERS),
-        new_barriers(CONSUMERS, 1),
-    )
-    work = (out_desc, out_ptr, lse_ptr, out_strides, lse_strides)
-    buffers = (q_buf, k_buf, v_buf)
+    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    q = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 64, HEAD_DIM], layout)
+    k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
+    v = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
+    q_full = new_barriers(CONSUMERS, 1)
+    q_empty = new_barriers(CONSUMERS, 1)
+    k_full = new_barriers(STAGES, 1)
+    k_empty = new_barriers(STAGES, CONSUMERS)
+    v_full = new_barriers(STAGES, 1)
+    v_empty = new_barriers(STAGES, CONSUMERS)
+    v_clean = new_barriers(1, CONSUMERS)
+    turn = new_barriers(CONSUMERS, 1)
+    shared = Shared(q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, v_clean, turn)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
-                (_consume, (q_desc, work, buffers, barriers, sizes, exp_scale, 0, BLOCK_M, BLOCK_N, STAGES, PING_PONG)),
-                (_consume, (q_desc, work, buffers, barriers, sizes, exp_scale, 1, BLOCK_M, BLOCK_N, STAGES, PING_PONG)),
-                (_produce, (q_desc, k_desc, v_desc, buffers, barriers, sizes, groups, BLOCK_M, BLOCK_N, STAGES)),
+                (_consume, (out_desc, output, shared, problem, exp_scale, 0, BLOCK_M, BLOCK_N, PING_PONG, PERSISTENT)),
+                (_consume, (out_desc, output, shared, problem, exp_scale, 1, BLOCK_M, BLOCK_N, PING_PONG, PERSISTENT)),
+                (produce, (q_desc, k_desc, v_desc, shared, problem, BLOCK_M, BLOCK_N, PERSISTENT)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -228,58 +304,84 @@ def _flash_attention_fwd_hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (q_desc, work, buffers, barriers, sizes, exp_scale, 0, BLOCK_M, BLOCK_N, STAGES, PING_PONG)),
-                (_consume, (q_desc, work, buffers, barriers, sizes, exp_scale, 1, BLOCK_M, BLOCK_N, STAGES, PING_PONG)),
-                (_consume, (q_desc, work, buffers, barriers, sizes, exp_scale, 2, BLOCK_M, BLOCK_N, STAGES, PING_PONG)),
-                (_produce, (q_desc, k_desc, v_desc, buffers, barriers, sizes, groups, BLOCK_M, BLOCK_N, STAGES)),
+                (_consume, (out_desc, output, shared, problem, exp_scale, 0, BLOCK_M, BLOCK_N, PING_PONG, PERSISTENT)),
+                (_consume, (out_desc, output, shared, problem, exp_scale, 1, BLOCK_M, BLOCK_N, PING_PONG, PERSISTENT)),
+                (_consume, (out_desc, output, shared, problem, exp_scale, 2, BLOCK_M, BLOCK_N, PING_PONG, PERSISTENT)),
+                (produce, (q_desc, k_desc, v_desc, shared, problem, BLOCK_M, BLOCK_N, PERSISTENT)),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )
 
 
-def launch_forward(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    T,
-    S,
-    left,
-    right,
-    scale,
-    tile=(128, 128, 2),
-    pp=False,
-    regs=(24, 240),
-):
+def supports(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, softcap: float = 0.0, has_sinks: bool = False
+) -> str | None:
+    """None where launch_forward computes this attention on sm_90, else why it does not."""
+    if q.dtype not in ELEMENT:
+        return f"no {q.dtype} kernel"
+    if q.shape[-1] not in TILES:
+        return f"head size {q.shape[-1]}, not {', '.join(map(str, TILES))}"
+    if softcap != 0 or has_sinks:
+        return "softcap" if softcap != 0 else "sinks"
+    if q.numel() == 0 or k.numel() == 0:
+        return "no queries or no keys"
     varlen = cu_seqlens_q is not None
-    BM, BN, NS = tile
+    return next((why for name, x in (("q", q), ("k", k), ("v", v)) if (why := tma_obstacle(name, x, varlen))), None)
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    T: int,
+    S: int,
+    left: int | None,
+    right: int | None,
+    scale: float,
+    *,
+    ping_pong: bool = False,
+    n_program: int | None = None,
+) -> None:
+    """Write out and lse (natural log, fp32) for inputs that `supports` accepts; out = torch.empty_like(q).
+
+    Shapes as in launch.py: (B, H, T, D), (B, K, S, D), lse (B, H, T), or packed (total, H, D), (total, K, D), lse
+    (H, total) with cu_seqlens, int32 and contiguous. T, S: of the longest sequence.  left, right: how far a query sees
+    from its own position, None without end.  A row with no visible key gives output 0 and lse -inf.
+    ping_pong: consumers take turns to issue products.  n_program: persistent programs; None is one for each tile.
+    """
+    varlen = cu_seqlens_q is not None
+    block_m, block_n, stages = TILES[q.shape[-1]]
+    consumer_registers, producer_registers = REGISTERS[block_m]
+    n_batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
     H, K = q.shape[1], k.shape[1]
-    n_head = (cu_seqlens_q.shape[0] - 1 if varlen else q.shape[0]) * H
-    n_tile = -(-T // BM)
-    GROUP = 4
-    sizes = (cu_seqlens_q, cu_seqlens_k, H, T, S, left, right, n_head, n_tile, GROUP)
-    grid = (n_head * n_tile,)
+    n_head, n_tile = n_batch * H, -(-T // block_m)
+    kept = max(1, L2_BYTES // (2 * S * k.shape[-1] * k.element_size())) if S > 0 else 1
+    left, right = (None if bound is None else min(bound, T + S) for bound in (left, right))  # 32 bits
+    problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, T, S, n_head, n_tile, min(kept * (H // K), n_head))
+    lse_strides = (0, *lse.stride()) if varlen else lse.stride()
+    grid = (min(n_program or n_head * n_tile, n_head * n_tile),)
+    if grid[0] == 0:
+        return
     _flash_attention_fwd_hopper_kernel[grid](
         describe(q, 64, varlen),
-        describe(k, BN, varlen),
-        describe(v, BN, varlen),
+        describe(k, block_n, varlen),
+        describe(v, block_n, varlen),
         describe(out, 64, varlen),
-        out,
-        lse,
-        as_heads(out, varlen).stride()[:3],
-        (0, *lse.stride()) if varlen else lse.stride(),
-        sizes,
-        H // K,
+        Output(out, as_heads(out, varlen).stride()[:3], lse, lse_strides),
+        problem,
         scale * math.log2(math.e),
-        BM,
-        BN,
-        NS,
-        pp,
-        *regs,
-        num_warps=4,
-        maxnreg=None,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        STAGES=stages,
+        PING_PONG=ping_pong,
+        PERSISTENT=n_program is not None,
+        PRODUCER_REGISTERS=producer_registers,
+        CONSUMER_REGISTERS=consumer_registers,
+        num_warps=4,  # of a consumer
+        enable_fp_fusion=True,
     )

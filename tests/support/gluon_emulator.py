@@ -114,7 +114,8 @@ def _argument(value: Any) -> Any:
     if isinstance(value, Tensor):
         return Pointer(value)
     if isinstance(value, tuple):
-        return tuple(_argument(x) for x in value)
+        converted = [_argument(x) for x in value]
+        return type(value)(*converted) if hasattr(value, "_fields") else tuple(converted)
     if isinstance(value, int) and not isinstance(value, bool):
         return integer(value)
     return hardware.Descriptor(value) if hasattr(value, "block_shape") else value
