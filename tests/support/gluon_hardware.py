@@ -206,6 +206,7 @@ class Transfer:
 
     def __init__(self, what: str, home: list[Transfer], action: Callable[[], None]) -> None:
         self.what, self.home, self.action = what, home, action
+        self.is_late = current_program().random.random() < 0.1  # comes when nothing else can happen
         home.append(self)
 
     def happen(self) -> None:

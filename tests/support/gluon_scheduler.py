@@ -44,6 +44,7 @@ class Partition:
         self.is_done = False
         self.ready: Callable[[], bool] = lambda: True
         self.waits_for = ""
+        self.polls = False  # it only looks at global memory, again and again
         self.mmas: list[Mma] = []  # in flight, oldest first
         self.stores: list[Transfer] = []  # still to read shared memory
 
@@ -117,9 +118,9 @@ class Program:
         self.memory: list[Shared] = []
         self.barriers: list[Barrier] = []
 
-    def _in_flight(self) -> list[Callable[[], None]]:
+    def _in_flight(self, stragglers: bool) -> list[Callable[[], None]]:
         """What the hardware could do next: wgmmas of one partition and its stores go in order, loads in any."""
-        actions = [load.happen for load in self.loads]
+        actions = [load.happen for load in self.loads if stragglers or not load.is_late]
         for partition in self.partitions:
             actions += [m.happen for m in partition.mmas if m.result is None][:1]
             actions += [s.happen for s in partition.stores][:1]
@@ -128,10 +129,10 @@ class Program:
     def pause(self, ready: Callable[[], bool] = lambda: True, waits_for: str = "", polls: bool = False) -> None:
         """Let others run; come back once `ready`. `polls`: nothing happened but a look at global memory."""
         me = self.running
-        me.ready, me.waits_for = ready, waits_for
+        me.ready, me.waits_for, me.polls = ready, waits_for, polls
         self.machine.polls = self.machine.polls + 1 if polls else 0
         self.hand_over(me)
-        me.ready, me.waits_for = lambda: True, ""
+        me.ready, me.waits_for, me.polls = lambda: True, "", False
 
     def hand_over(self, me: Partition) -> None:
         """Choose who runs; unless that is `me`, or `me` is done, come back when chosen again."""
@@ -146,11 +147,14 @@ class Program:
 
     def _next(self, me: Partition) -> tuple[Program, Partition]:
         while True:
-            actions = [action for program in self.machine.programs for action in program._in_flight()]
             able = [(x, p) for x in self.machine.programs for p in x.partitions if not p.is_done and p.ready()]
-            if actions and (not able or self.random.random() < self.eagerness):
+            polls = self.machine.polls if all(p.polls for _, p in able) else 0
+            stuck = not able or polls > 10
+            actions = [action for program in self.machine.programs for action in program._in_flight(stuck)]
+            if actions and (stuck or self.random.random() < self.eagerness):
+                self.machine.polls = 0
                 self.random.choice(actions)()
-            elif self.machine.polls > 100 * len(able) or not able:
+            elif not able or polls > 100 * len(able):
                 waiting = [
                     f"{p.name} waits for {p.waits_for or 'global memory'}"
                     for program in self.machine.programs
@@ -158,7 +162,7 @@ class Program:
                     if not p.is_done
                 ]
                 raise DeadlockError("; ".join(waiting))
-            elif (self, me) in able and self.random.random() < self.stickiness:
+            elif (self, me) in able and not polls and self.random.random() < self.stickiness:
                 return self, me
             else:
                 return self.random.choice(able)
