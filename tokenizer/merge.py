@@ -185,15 +185,15 @@ class _Corpus:
         span[new] = span[a] + span[b]
         places, sizes = self._occurrences(positions, a, b)
         end = places + _repeat(span[new], sizes)
-        right_before = tokens[end]
+        right_before = tokens.take(end)
         tokens[places + _repeat(span[a], sizes)] = -1
         tokens[end - 1] = _repeat(~new, sizes)
         tokens[places] = _repeat(new, sizes)
-        left = tokens[places - 1]
+        left = tokens.take(places - 1)
         left ^= left >> 31  # ~id where the neighbour is longer than 1
-        right = tokens[end]
+        right = tokens.take(end)
         member = np.repeat(np.arange(n, dtype=np.int16), sizes)
-        weights = self.weights[places]
+        weights = self.weights.take(places)
 
         # A new token on the right sees this place on its left: the pair of the two is met once, there.
         i, j = np.flatnonzero(left != _BOUNDARY), np.flatnonzero((right == right_before) & (right != _BOUNDARY))
@@ -248,12 +248,12 @@ class _Corpus:
     def _occurrences(self, positions: list[np.ndarray], a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where a[i] and b[i] meet now: the places by i, and how many for each i."""
         sizes = np.array([len(part) for part in positions])
-        places = np.concatenate(positions).astype(np.int64)
-        here = self.tokens[places] == _repeat(a, sizes)
+        places = np.concatenate(positions, dtype=np.int64)
+        here = self.tokens.take(places) == _repeat(a, sizes)
         after = places + _repeat(self.span[a], sizes)
         after *= here  # a place that a has left may be too near the end
-        here &= self.tokens[after] == _repeat(b, sizes)
-        places = places[here]
+        here &= self.tokens.take(after) == _repeat(b, sizes)
+        places = places.compress(here)
         if len(sizes) == 1:
             if a[0] == b[0]:
                 places = _every_other(places, int(self.span[a[0]]))

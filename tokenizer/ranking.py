@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 _FRONT = 512  # pairs kept sorted: several batches, at a cost well below one
+_NEAR = 1 << 13
 _DEPTH = 128
 _MAX_PLACES = 1 << 18
 _HASH = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd (Knuth, multiplicative hashing)
@@ -140,7 +141,8 @@ class Ranking:
         self._pairs = pairs
         self._tokens = tokens
         self._context = context
-        self._bound = 1 << 63
+        self._bound = self._near_bound = 1 << 63
+        self._near = np.empty(0, np.int64)  # the other pairs with counts above a lower bound, where the next are sought
         self._front: list[_Entry] = []  # the first to merge comes last
         self._entries: dict[int, _Entry] = {}  # the front's entries by index
         self._by_left: dict[int, set[int]] = defaultdict(set)  # the front's indices by left token
@@ -150,6 +152,7 @@ class Ranking:
         """Puts those of the pairs that belong there into the front, where they are not yet."""
         counts = self._pairs.counts[indices]
         above = counts > self._bound
+        self._near = np.append(self._near, indices[~above & (counts > self._near_bound)])
         entries = []
         for index, count in zip(indices[above].tolist(), counts[above].tolist(), strict=True):
             a, b = self._pairs.names[index]
@@ -229,13 +232,23 @@ class Ranking:
 
     def _lower_bound(self) -> None:
         """Puts the _FRONT greatest counts into the front, and all that equal the least of them."""
-        counts = self._pairs.counts[: len(self._pairs.names)]
-        lowest = self._pairs.threshold
-        if len(counts) > _FRONT:
-            lowest = max(lowest, int(np.partition(counts, -_FRONT)[-_FRONT]))
-        more = np.flatnonzero((counts >= lowest) & (counts <= self._bound))
+        threshold = self._pairs.threshold
+        near = self._near
+        near = near[self._pairs.counts[near] > self._near_bound]  # others have fallen
+        if len(near) < _FRONT and self._near_bound >= threshold:
+            counts = self._pairs.counts[: len(self._pairs.names)]
+            self._near_bound = _greatest(counts[counts <= self._bound], _NEAR, threshold) - 1
+            near = np.flatnonzero((counts > self._near_bound) & (counts <= self._bound))
+        counts = self._pairs.counts[near]
+        lowest = _greatest(counts, _FRONT, threshold)
+        self._near = near[counts < lowest]
         self._bound = lowest - 1
-        self.add(more)
+        self.add(near[counts >= lowest])
+
+
+def _greatest(counts: np.ndarray, rank: int, least: int) -> int:
+    """The rank-th greatest count, `least` when that is less or there are not so many."""
+    return max(least, int(np.partition(counts, -rank)[-rank])) if len(counts) >= rank else least
 
 
 class Turns:

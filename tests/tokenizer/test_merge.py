@@ -56,6 +56,7 @@ def test_many_epochs_and_a_short_front(counts, n_merges, rank):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merge, "_threshold", lambda found, **_: int(np.sort(found)[-rank:][0]))
         patch.setattr(ranking, "_FRONT", rank)
+        patch.setattr(ranking, "_NEAR", 2 * rank)
         assert learn_merges(words_of(counts), n_merges) == naive(counts, n_merges)
 
 
