@@ -6,13 +6,17 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    """tanh from one exponential (the interpreter has no libdevice), relative error of a few ulps in fp32."""
-    e = tl.math.exp2(tl.abs(x) * -2.8853900817779268)  # exp(-2 |x|), never overflows
-    y = tl.where(x < 0, e - 1.0, 1.0 - e) / (1.0 + e)
+    """tanh without libdevice, which the interpreter lacks: fp32 to one and a half units in the last place, as libm's.
+
+    1 - 2 / (e^2|x| + 1) loses digits as x falls: below 1 stands x + x^3 P(x^2), P fitted for the least relative error
+    (5e-9) by iterated weighted least squares.
+    """
+    y = 1.0 - 2.0 / (tl.math.exp2(tl.abs(x) * 2.8853900817779268) + 1.0)
+    y = tl.where(x < 0, -y, y)
     if x.dtype == tl.float32:
-        # 1 - e cancels for small x: the odd series to x^11 is exact to fp32 below 1/4
-        x2 = x * x
-        series = x2 * (62.0 / 2835.0 + x2 * (-1382.0 / 155925.0))
-        series = x2 * (-1.0 / 3.0 + x2 * (2.0 / 15.0 + x2 * (-17.0 / 315.0) + x2 * series))
-        y = tl.where(tl.abs(x) < 0.25, x + x * series, y)
+        z = x * x
+        series = 2.301363032e-03 + z * -3.584515346e-04
+        series = -5.387980228e-02 + z * (2.148665625e-02 + z * (-7.946104384e-03 + z * series))
+        series = -3.333329543e-01 + z * (1.333234457e-01 + z * series)
+        y = tl.where(z < 1.0, x + x * (z * series), y)
     return y

@@ -90,7 +90,8 @@ def stages(
     ffn = N * F * (activation + s)
     # the activation's backward: the gradients of its output and its inputs, when its output is freed
     gradients = 3 * FP32 if eager and swiglu else (3 if swiglu else 2) * s
-    ffn_working = stream + N * F * (gradients - s)
+    # by then the second matrix has its gradient, and its cast is gone
+    ffn_working = stream + N * F * (gradients - s) + d * F * (FP32 - s * (s < FP32))
     rope = context_length * c.head_dim * FP32 if eager else 0  # the tables' rows
     qk_norm = norm(rows, c.head_dim) + norm(N * c.n_kv_head, c.head_dim) if c.qk_norm else 0
 
@@ -182,7 +183,7 @@ def memory(
         if checkpointing:
             held += shared - stream
     see(held + embedding.working, embedding.name)
-    see(2 * state + moments + state - turned, "AdamW")  # the roots of the second moments, all at once
+    see(2 * state + moments, "AdamW")  # in place
     for (
         short,
         long,

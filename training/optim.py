@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 
 # Jordan et al. 2024: the slope at zero as steep as it goes, for singular values that land in about [0.7, 1.2].
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -75,7 +76,7 @@ class AdamW(_GroupedOptimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2).
 
     params: tensors or parameter groups, float32 or float64 (mixed precision is torch.autocast's work).
-    All tensors of a group are updated by one call per operation (torch._foreach_*), with no synchronisation.
+    A group is updated by one fused kernel, torch's own: 28 bytes moved a parameter, no temporaries, no synchronisation.
     Raises ValueError on a value out of range or a parameter of another dtype.
     """
 
@@ -87,7 +88,9 @@ class AdamW(_GroupedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        # "fused" tells torch, when it loads a state, to put the step beside its parameter
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
+        super().__init__(params, defaults)
         for group in self.param_groups:
             _check("lr", group["lr"], 0.0)
             _check("betas[0]", group["betas"][0], 0.0, 1.0)
@@ -98,25 +101,18 @@ class AdamW(_GroupedOptimizer):
                 _check_parameter(parameter)
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        (beta1, beta2), lr = group["betas"], group["lr"]
-        states = [self.state[p] for p in params]
-        for state, p in zip(states, params, strict=True):
+        for p in params:
+            state = self.state[p]
             if not state:
-                state["step"] = 0
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 state["exp_avg"] = torch.zeros_like(p)
                 state["exp_avg_sq"] = torch.zeros_like(p)
-            state["step"] += 1  # a Python int: the corrections below never wait for the device
-        means = [state["exp_avg"] for state in states]
-        squares = [state["exp_avg_sq"] for state in states]
-
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_lerp_(means, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-        denominators = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominators, [math.sqrt(1 - beta2 ** state["step"]) for state in states])
-        torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_addcdiv_(params, means, denominators, [-lr / (1 - beta1 ** state["step"]) for state in states])
+        means, squares, steps = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
+        beta1, beta2 = group["betas"]
+        adamw(
+            params, grads, means, squares, [], steps, fused=True, amsgrad=False, maximize=False, beta1=beta1,
+            beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+        )  # fmt: skip
 
 
 def orthogonalize(matrices: Tensor, *, steps: int = NEWTON_SCHULZ_STEPS, dtype: torch.dtype | None = None) -> Tensor:

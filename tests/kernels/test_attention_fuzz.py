@@ -99,7 +99,8 @@ def run_case(case: Case, seed: int, device: torch.device) -> None:
     frozen = case.frozen
     if case.sinks is not None:
         inputs["sinks"] = draw_sinks(case.H, case.sinks, device, seed)
-        if case.sinks == torch.float32:  # a sum for each of so few heads that eager's error is often small by luck
+        # a sum for each of so few heads that eager's error is often small by luck: test_attention judges them
+        if case.sinks == torch.float32 or case.H < 4:
             frozen += ("sinks",)
     with tile(*case.tile):
         judge_attention(inputs, varlen=case.varlen, grad=grad, frozen=frozen, **dict(case.options))
