@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..cost import flash_attention_cost, flash_attention_varlen_cost
 from ..dispatch import call, define_op
-from . import tiles
+from . import paths, tiles
 from .backward import _flash_attention_bwd_dkdv_kernel, _flash_attention_bwd_dq_kernel, _flash_attention_delta_kernel
 from .forward import _flash_attention_fwd_kernel
 
@@ -76,6 +76,24 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if opted and torch.version.hip is None else "ieee"
 
 
+def _takes_hopper(
+    pass_: str, q: Tensor, k: Tensor, bounds: tuple[Any, ...], softcap: float, sinks: Tensor | None, *others: Any
+) -> bool:
+    """Whether the hopper path serves this call (paths.py); bounds: cu_seqlens_q, left, right; others: v, dout."""
+    ends, left, right = bounds
+
+    def obstacle() -> str | None:
+        from . import hopper_backward, hopper_forward
+
+        if pass_ == "forward":
+            return hopper_forward.supports(q, k, *others, ends, softcap, sinks is not None)
+        return hopper_backward.supports(q, k, *others, ends, softcap)
+
+    window = left is not None or bool(right)
+    options = {"window": window, "packed": ends is not None, "softcap": softcap > 0, "sinks": sinks is not None}
+    return paths.choose(pass_, q, k, obstacle, **options) == "hopper"
+
+
 def _run(kernel: Any, name: str, q: Tensor, n_row: int, n_head: int, args: tuple[Any, ...]) -> None:
     """Launch one program for each tile of rows of each head; `name` "dkdv" walks keys, the others queries."""
     tile = tiles.choose(name, q.shape[-1], q.dtype, q.device)
@@ -108,6 +126,11 @@ def flash_attention_fwd(
     B, H, K, T, S = _sizes(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
     out, lse, unround = _outputs(q, varlen)
     sinks, *ends = _contiguous(sinks, cu_seqlens_q, cu_seqlens_k)
+    if _takes_hopper("forward", q, k, (ends[0], left, right), softcap, sinks, v):
+        from .hopper_forward import launch_forward
+
+        launch_forward(q, k, v, out, lse, *ends, T, S, left, right, scale)
+        return out, lse, unround
     strides = (_strides(x, varlen) for x in (q, k, v, out, lse))
     sizes = (H, K, T, S, left, right, *_score_factors(scale, softcap))
     tensors = (q, k, v, sinks, out, lse, _given(unround))
@@ -149,16 +172,21 @@ def flash_attention_bwd(
         _flash_attention_delta_kernel, "delta", q, T, B * H,
         (out, dout, lse, dlse, lse2, delta, ends[0], so, sdo, sdlse, slse, H, T),
     )  # fmt: skip
-    sizes = (H, K, T, S, left, right, scale, *_score_factors(scale, softcap))
-    inputs = (q, k, v, dout, lse2, delta, _given(unround))
-    _run(
-        _flash_attention_bwd_dkdv_kernel, "dkdv", q, S, B * K,
-        (*inputs, dk, dv, *ends, sq, sk, sv, sdo, slse, sdk, sdv, *sizes),
-    )  # fmt: skip
-    _run(
-        _flash_attention_bwd_dq_kernel, "dq", q, T, B * H,
-        (*inputs, dq, *ends, sq, sk, sv, sdo, slse, sdq, *sizes),
-    )  # fmt: skip
+    if _takes_hopper("backward", q, k, (ends[0], left, right), softcap, sinks, v, dout):
+        from .hopper_backward import launch_backward
+
+        launch_backward(q, k, v, dout, lse2, delta, dq, dk, dv, *ends, T, S, left, right, scale)
+    else:
+        sizes = (H, K, T, S, left, right, scale, *_score_factors(scale, softcap))
+        inputs = (q, k, v, dout, lse2, delta, _given(unround))
+        _run(
+            _flash_attention_bwd_dkdv_kernel, "dkdv", q, S, B * K,
+            (*inputs, dk, dv, *ends, sq, sk, sv, sdo, slse, sdk, sdv, *sizes),
+        )  # fmt: skip
+        _run(
+            _flash_attention_bwd_dq_kernel, "dq", q, T, B * H,
+            (*inputs, dq, *ends, sq, sk, sv, sdo, slse, sdq, *sizes),
+        )  # fmt: skip
     return dq, dk, dv, _sink_gradient(sinks, lse, delta, varlen) if sinks is not None else q.new_empty(0)
 
 

@@ -1,7 +1,7 @@
 """Which path serves which call, and why: the one table that the launchers ask and `rooflight bench paths` prints.
 
 portable: the Triton kernels of forward.py and backward.py; every call on every GPU, and under the interpreter.
-hopper: the Gluon kernels of hopper_forward.py and hopper_backward.py; what OBSTACLES leaves over.
+hopper: the Gluon kernels of hopper_forward.py and hopper_backward.py; what `_obstacle` leaves to them.
 sdpa, eager: a plain CPU tensor runs torch's scaled_dot_product_attention where it has the semantics, else the oracle.
 
 A path is the default only where it was measured to win. The hopper path was not measured yet, so `portable` is the
@@ -25,7 +25,9 @@ __all__ = ["OPTIONS", "Call", "Choice", "choose", "decide", "forget", "table", "
 
 OPTIONS = ("window", "packed", "softcap", "sinks")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "cpu")
-HOPPER_HEADS, HOPPER_DTYPES = (64, 128), (torch.bfloat16, torch.float16)
+HOPPER_HEADS = {"forward": (64, 128, 256), "backward": (64, 128)}
+HOPPER_DTYPES = (torch.bfloat16, torch.float16)
+NOT_IN_HOPPER = {"forward": {"softcap", "sinks"}, "backward": {"softcap"}}  # a sink is in the log-sum-exp by then
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,18 @@ class Choice:
     why: str
 
 
-# What keeps a call from the hopper path, by what it depends on, in the order in which it is looked at.
-OBSTACLES: dict[str, tuple[str, Callable[[Call], bool]]] = {
-    "architecture": ("its wgmma and TMA are sm_90's alone", lambda call: call.architecture != "sm_90"),
-    "dtype": ("no wgmma multiplies in IEEE fp32", lambda call: call.dtype not in HOPPER_DTYPES),
-    "head size": ("compiled for head sizes 64 and 128", lambda call: call.head_dim not in HOPPER_HEADS),
-    "options": ("softcap and sinks are not in its inner loop", lambda call: bool(call.options & {"softcap", "sinks"})),
-}
+def _obstacle(call: Call) -> str | None:
+    """What keeps a call from the hopper path, or None."""
+    if call.architecture != "sm_90":
+        return "its wgmma and setmaxnreg are sm_90's alone"
+    if call.dtype not in HOPPER_DTYPES:
+        return "no wgmma multiplies in IEEE fp32"
+    if call.head_dim not in HOPPER_HEADS[call.pass_]:
+        return f"its {call.pass_} has tiles for head sizes {', '.join(map(str, HOPPER_HEADS[call.pass_]))}"
+    if missing := call.options & NOT_IN_HOPPER[call.pass_]:
+        return f"no {' and '.join(sorted(missing))} in its inner loop"
+    return None
+
 
 _asked: str | None = None
 
@@ -79,7 +86,7 @@ def decide(call: Call, *, asked: str | None = None, measured: str | None = None)
         if call.options:
             return Choice("eager", "torch's scaled_dot_product_attention has no window, packing, softcap or sinks")
         return Choice("sdpa", "torch's own, where causal lengths agree and no log-sum-exp is asked for; else eager")
-    obstacle = next((why for why, stands in OBSTACLES.values() if stands(call)), None)
+    obstacle = _obstacle(call)
     if asked == "hopper" and obstacle:
         raise ValueError(f"use('hopper'): expected a call that path serves, but {obstacle}; got {call}")
     if asked:
@@ -91,24 +98,45 @@ def decide(call: Call, *, asked: str | None = None, measured: str | None = None)
     return Choice("portable", "hopper serves it too, but was not measured yet")
 
 
-@cache
-def _decided(asked: str | None, pass_: str, head_dim: int, dtype: torch.dtype, device: torch.device, options: frozenset[str]) -> str:  # fmt: skip # noqa: E501
-    measured = table_of(device).paths.get((pass_, str(dtype).removeprefix("torch."), head_dim))
-    return decide(Call(pass_, architecture(), head_dim, dtype, options), asked=asked, measured=measured).path
-
-
 def forget() -> None:
     """Read the user's table anew at the next launch."""
     table_of.cache_clear()
     _decided.cache_clear()
 
 
-def choose(pass_: str, q: Tensor, *, window: bool, packed: bool, softcap: bool, sinks: bool) -> str:
-    """The path of a call on a GPU: "hopper" or "portable"."""
-    if INTERPRETED:
+@cache
+def _decided(
+    asked: str | None, pass_: str, head_dim: int, dtype: torch.dtype, device: torch.device, used: tuple[bool, ...]
+) -> str:
+    measured = table_of(device).paths.get((pass_, str(dtype).removeprefix("torch."), head_dim))
+    options = frozenset(name for name, is_used in zip(OPTIONS, used, strict=True) if is_used)
+    return decide(Call(pass_, architecture(), head_dim, dtype, options), asked=asked, measured=measured).path
+
+
+def choose(
+    pass_: str,
+    q: Tensor,
+    k: Tensor,
+    obstacle: Callable[[], str | None],
+    *,
+    window: bool,
+    packed: bool,
+    softcap: bool,
+    sinks: bool,
+) -> str:
+    """The path of a call on a GPU: "hopper" or "portable".
+
+    obstacle: what in these very tensors (alignment, strides) keeps the hopper path from them, or None; asked last.
+    Raises ValueError where `use` asked for a path that does not serve the call.
+    """
+    if INTERPRETED or q.numel() == 0 or k.numel() == 0:
         return "portable"
-    used = frozenset(name for name, is_used in zip(OPTIONS, (window, packed, softcap, sinks), strict=True) if is_used)
-    return _decided(_asked, pass_, q.shape[-1], q.dtype, q.device, used)
+    path = _decided(_asked, pass_, q.shape[-1], q.dtype, q.device, (window, packed, softcap, sinks))
+    if path == "hopper" and (why := obstacle()):
+        if _asked == "hopper":
+            raise ValueError(f"use('hopper'): expected tensors that path serves, but {why}")
+        return "portable"
+    return path
 
 
 def table(target: str, device: torch.device | None = None) -> list[tuple[str, str, str, str, Choice]]:
@@ -119,7 +147,7 @@ def table(target: str, device: torch.device | None = None) -> list[tuple[str, st
     """
     if target not in ARCHITECTURES:
         raise ValueError(f"arch: expected one of {', '.join(ARCHITECTURES)}, got {target!r}")
-    heads, dtypes = (64, 128, 0), (torch.bfloat16, torch.float16, torch.float32)  # 0: any other
+    heads, dtypes = (64, 128, 256, 0), (torch.bfloat16, torch.float16, torch.float32)  # 0: any other
     options = [
         frozenset[str](),
         frozenset({"window"}),

@@ -18,17 +18,19 @@ if not version("triton").startswith("3.6."):
     BUDGET = {}
 
 
-def attention(head_dim: int, dtype: str, features: bool = False, backward: bool = True) -> None:
+def attention(head_dim: int, dtype: str, features: bool = False, packed: bool = False, backward: bool = True) -> None:
     """Launch every kernel once, on inputs aligned as a model's are."""
     from rooflight.kernels.attention.launch import bwd_op, fwd_op
 
     q, k, v = (torch.zeros(1, heads, 512, head_dim, dtype=getattr(torch, dtype)) for heads in (4, 2, 2))
     bounds: tuple = (None, None, 512, 512)
     mask, softcap, sinks = (None, 0), 0.0, None
-    if features:  # packed, a window, a softcap, sinks
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    if features or packed:
+        q, k, v = (torch.zeros_like(x[0].transpose(0, 1)) for x in (q, k, v))
         ends = torch.tensor([0, 256, 512], dtype=torch.int32)
-        bounds, mask, softcap, sinks = (ends, ends, 256, 256), (128, 0), 30.0, torch.zeros(4)
+        bounds = (ends, ends, 256, 256)
+    if features:  # a window, a softcap, sinks
+        mask, softcap, sinks = (128, 0), 30.0, torch.zeros(4)
     out, lse, unround = fwd_op(q, k, v, sinks, *bounds, *mask, 0.1, softcap)
     if not backward:
         return

@@ -81,10 +81,51 @@ def test_the_table_has_every_call_once():
     assert {choice.path for *_, choice in paths.table("cpu")} == {"sdpa", "eager"}
 
 
+PLAIN = {"window": False, "packed": False, "softcap": False, "sinks": False}
+
+
+def chosen(q, obstacle=lambda: None, **used):
+    return paths.choose("forward", q, q, obstacle, **(PLAIN | used))
+
+
 def test_the_interpreter_takes_the_portable_path():
-    q = torch.zeros(1, 1, 1, 128, dtype=BF16)
     with paths.use("hopper"):
-        assert paths.choose("forward", q, window=False, packed=False, softcap=False, sinks=False) == "portable"
+        assert chosen(torch.zeros(1, 1, 1, 128, dtype=BF16)) == "portable"
+
+
+def test_the_tensors_have_the_last_word(monkeypatch):
+    monkeypatch.setattr(paths, "INTERPRETED", False)
+    monkeypatch.setattr(paths, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(paths, "table_of", lambda device: TABLE)
+    paths._decided.cache_clear()
+    q = torch.zeros(1, 1, 1, 128, dtype=BF16)
+    assert chosen(q) == "hopper"  # as the user's table says
+    assert chosen(q, softcap=True) == "portable"
+    assert chosen(q, lambda: "q is not aligned") == "portable"
+    assert chosen(q[:, :, :0]) == "portable"
+    with paths.use("portable"):
+        assert chosen(q) == "portable"
+    with paths.use("hopper"), pytest.raises(ValueError, match="q is not aligned"):
+        chosen(q, lambda: "q is not aligned")
+    paths._decided.cache_clear()
+
+
+def test_the_rule_and_the_kernels_agree():
+    """What the rule leaves to the hopper path, its launchers take; where it names an obstacle, they do too."""
+    from rooflight.kernels.attention import hopper_backward, hopper_forward
+
+    for head_dim in (32, 64, 96, 128, 256, 512):
+        for dtype in (BF16, torch.float16, torch.float32):
+            for option in (None, "softcap", "sinks"):
+                q = torch.zeros(1, 1, 16, head_dim, dtype=dtype)
+                softcap, sinks = (30.0 if option == "softcap" else 0.0), option == "sinks"
+                taken = {
+                    "forward": hopper_forward.supports(q, q, q, None, softcap, sinks) is None,
+                    "backward": hopper_backward.supports(q, q, q, q, None, softcap) is None,
+                }
+                for pass_, takes in taken.items():
+                    call = Call(pass_, "sm_90", head_dim, dtype, frozenset({option} - {None}))
+                    assert (decide(call, measured="hopper").path == "hopper") == takes, call
 
 
 # ---------------------------------------------------------------- a user's own table

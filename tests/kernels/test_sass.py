@@ -39,6 +39,7 @@ def attention(*body: str, at: int = 0x100) -> str:
 def test_cycles_are_those_counted_by_hand():
     body = [TRY, MISSED, *S, *PV, WAIT1, *EXP, WAIT0]
     body += ["FFMA R1, R2, R3, R4"] * 10 + ["IMAD R1, R2, R3, R4"] * 3 + ["FMNMX R1, R2, R3, !PT"] * 7
+    body += ["STL [R1], R4", "LDL.64 R4, [R1]", "LDL R4, [R1]"]
     body += ["LDS.128 R4, [R5]", "LDSM.16.M88.4 R4, [R5]", "STS [R5], R4"]
     (bound,) = inner_loops(attention(*body), "sm_90", 8)
     assert bound.instructions == len(body) + 1  # and the branch, but not the block out of line
@@ -55,7 +56,7 @@ def test_cycles_are_those_counted_by_hand():
     assert bound.limit == "tensor"
     assert bound.ideal == 1.0
     assert bound.in_turn == pytest.approx(2048 / (2048 + 1056))
-    assert (bound.exponentials, bound.overlapped, bound.serialised) == (66, 66, 0)
+    assert (bound.exponentials, bound.overlapped, bound.serialised, bound.spills) == (66, 66, 0, 3)
 
 
 def test_a_wait_hoisted_above_the_exponentials_shows():

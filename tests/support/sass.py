@@ -53,6 +53,7 @@ class Bound:
 
     peak: the cycles its products would take at the data sheet's rate.  exponentials: how many, and how many of them
     stand where a product is in flight.  serialised: products cut by a wait between two of their own instructions.
+    spills: loads and stores of spilled registers.
     """
 
     warps: int
@@ -62,6 +63,7 @@ class Bound:
     exponentials: int
     overlapped: int
     serialised: int
+    spills: int = 0
     address: int = field(compare=False, default=0)
 
     @property
@@ -122,6 +124,7 @@ def together(bounds: Sequence[Bound]) -> Bound:
         exponentials=sum(b.exponentials for b in bounds),
         overlapped=sum(b.overlapped for b in bounds),
         serialised=sum(b.serialised for b in bounds),
+        spills=sum(b.spills for b in bounds),
         address=bounds[0].address,
     )
 
@@ -249,8 +252,9 @@ def _bound(body: list[Instruction], target: str, warps: int) -> Bound:
     }
     exponentials, overlapped = _overlap(body)
     peak = hgmma * quarter + hmma * HMMA_PEAK[target] * quarter
+    spills = names["LDL"] + names["STL"]
     return Bound(
-        warps, len(body), cycles, peak, exponentials, overlapped, _serialised(body), address=body[0].address
+        warps, len(body), cycles, peak, exponentials, overlapped, _serialised(body), spills, body[0].address
     )  # fmt: skip
 
 
