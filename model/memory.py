@@ -95,7 +95,8 @@ def stages(
     rope = context_length * c.head_dim * FP32 if eager else 0  # the tables' rows
     qk_norm = norm(rows, c.head_dim) + norm(N * c.n_kv_head, c.head_dim) if c.qk_norm else 0
 
-    norm_working = 4 * N * d * FP32 if eager else 3 * stream
+    # in low precision eager's copies stand beside the stream's own gradient; in fp32 they take its place
+    norm_working = 4 * N * d * FP32 + stream * (s < FP32) if eager else 3 * stream
     e = c.head_dim * (c.n_head + c.n_kv_head)
     block = [
         Stage("norms", norm(N, d) + qk_norm, norm_working),
