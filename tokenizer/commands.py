@@ -155,23 +155,50 @@ def inspect(
 
 @app.command()
 def bench(
-    tokenizer: TokenizerPath,
-    file: Annotated[Path, typer.Argument(help="Text file, UTF-8.")],
-    megabytes: Annotated[float, typer.Option(help="Of FILE, so much from its beginning.")] = 3.0,
-    repeats: Annotated[int, typer.Option(help="Runs of each, of which the fastest counts.")] = 3,
+    file: Annotated[Path, typer.Argument(help="Text file, UTF-8, its documents separated by <|endoftext|>.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", "-t", help="Encode with this one, and train none.")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Tokens to train, on the whole of FILE.")] = 10_000,
+    megabytes: Annotated[float, typer.Option(help="Of FILE, so much from its beginning is encoded.")] = 20.0,
+    repeats: Annotated[int, typer.Option(help="Runs of each, in turns, of which the fastest counts.")] = 3,
+    peer: Annotated[list[str] | None, typer.Option(help="Only this one; may be given several times.")] = None,
+    num_workers: Workers = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Results file to write.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No line for each run.")] = False,
 ) -> None:
-    """One thread's speed beside tiktoken and Hugging Face tokenizers, where they are installed, on the same text.
+    """Training, encoding and decoding beside whichever peers are installed, side by side in one table.
 
-    The ids must be the same, or no speed is shown.
+    Trainers: tokenizers, gigabpe, gigatoken, rustbpe, bpeasy, sentencepiece. Encoders: tiktoken, tokenizers, gigatoken;
+    their ids must be ours, or no speed is shown.
     """
+    import json
+
     from rich.console import Console
 
-    from .compare import compare, table
+    from .compare import compare, results, table
+    from .encode_file import atomic
+    from .workers import check_num_workers
 
-    loaded = _load(tokenizer)
-    with file.open("rb") as opened:
-        text = opened.read(int(megabytes * 1e6)).decode(errors="ignore")
-    Console().print(table(compare(loaded, text, repeats=repeats), text))
+    workers = check_num_workers(num_workers)
+    loaded = None if tokenizer is None else _load(tokenizer)
+    vocab_size = vocab_size if loaded is None else loaded.vocab_size
+    rows = compare(
+        file,
+        vocab_size=vocab_size,
+        tokenizer=loaded,
+        encode_bytes=int(megabytes * 1e6),
+        num_workers=workers,
+        repeats=repeats,
+        only=peer or None,
+        told=lambda line: None if quiet else typer.echo(line, err=True),
+    )
+    title = f"{file}, {file.stat().st_size / 1e6:,.1f} MB, {vocab_size:,} tokens, {workers} processes"
+    Console(width=120).print(table(rows, title))
+    if json_path is not None:
+        content = results(rows, file, vocab_size=vocab_size, encode_bytes=int(megabytes * 1e6), num_workers=workers)
+        with atomic(json_path) as written:
+            written.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
 def _load(path: Path) -> Tokenizer:
