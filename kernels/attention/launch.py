@@ -77,21 +77,21 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _takes_hopper(
-    pass_: str, q: Tensor, k: Tensor, bounds: tuple[Any, ...], softcap: float, sinks: Tensor | None, *others: Any
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, bounds: tuple[Any, ...], softcap: float, sinks: Tensor | None
 ) -> bool:
-    """Whether the hopper path serves this call (paths.py); bounds: cu_seqlens_q, left, right; others: v, dout."""
+    """Whether the hopper path serves this call (paths.py): a backward pass where dout is given."""
     ends, left, right = bounds
 
     def obstacle() -> str | None:
         from . import hopper_backward, hopper_forward
 
-        if pass_ == "forward":
-            return hopper_forward.supports(q, k, *others, ends, softcap, sinks is not None)
-        return hopper_backward.supports(q, k, *others, ends, softcap)
+        if dout is None:
+            return hopper_forward.supports(q, k, v, ends, softcap, sinks is not None)
+        return hopper_backward.supports(q, k, v, dout, ends, softcap)
 
-    window = left is not None or bool(right)
-    options = {"window": window, "packed": ends is not None, "softcap": softcap > 0, "sinks": sinks is not None}
-    return paths.choose(pass_, q, k, obstacle, **options) == "hopper"
+    used = {"window": left is not None or bool(right), "packed": ends is not None}
+    used |= {"softcap": softcap > 0, "sinks": sinks is not None}
+    return paths.choose("forward" if dout is None else "backward", q, k, obstacle, **used) == "hopper"
 
 
 def _run(kernel: Any, name: str, q: Tensor, n_row: int, n_head: int, args: tuple[Any, ...]) -> None:
@@ -126,10 +126,10 @@ def flash_attention_fwd(
     B, H, K, T, S = _sizes(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
     out, lse, unround = _outputs(q, varlen)
     sinks, *ends = _contiguous(sinks, cu_seqlens_q, cu_seqlens_k)
-    if _takes_hopper("forward", q, k, (ends[0], left, right), softcap, sinks, v):
+    if _takes_hopper(q, k, v, None, (ends[0], left, right), softcap, sinks):
         from .hopper_forward import launch_forward
 
-        launch_forward(q, k, v, out, lse, *ends, T, S, left, right, scale)
+        launch_forward(q, k, v, out, lse, ends[0], ends[1], T, S, left, right, scale)
         return out, lse, unround
     strides = (_strides(x, varlen) for x in (q, k, v, out, lse))
     sizes = (H, K, T, S, left, right, *_score_factors(scale, softcap))
@@ -172,10 +172,10 @@ def flash_attention_bwd(
         _flash_attention_delta_kernel, "delta", q, T, B * H,
         (out, dout, lse, dlse, lse2, delta, ends[0], so, sdo, sdlse, slse, H, T),
     )  # fmt: skip
-    if _takes_hopper("backward", q, k, (ends[0], left, right), softcap, sinks, v, dout):
+    if _takes_hopper(q, k, v, dout, (ends[0], left, right), softcap, sinks):
         from .hopper_backward import launch_backward
 
-        launch_backward(q, k, v, dout, lse2, delta, dq, dk, dv, *ends, T, S, left, right, scale)
+        launch_backward(q, k, v, dout, lse2, delta, dq, dk, dv, ends[0], ends[1], T, S, left, right, scale)
     else:
         sizes = (H, K, T, S, left, right, scale, *_score_factors(scale, softcap))
         inputs = (q, k, v, dout, lse2, delta, _given(unround))
