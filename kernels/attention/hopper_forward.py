@@ -153,6 +153,7 @@ def _store_output(o, lse, buffer, out_desc, output, tile, c: gl.constexpr, ROWS:
     lse_offsets = (tile.start_q + first + rows).to(gl.int64) * output.lse_strides[2]
     gl.store(lse_ptr + lse_offsets, lse, mask=first + rows < tile.T)
     buffer.store(o.to(buffer.dtype))
+    fence_async_shared()  # TMA reads it, or loads the next queries over it, through the asynchronous proxy
     if VARLEN and first + 64 > tile.T:
         HEAD_DIM: gl.constexpr = buffer.shape[1]
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
@@ -163,7 +164,6 @@ def _store_output(o, lse, buffer, out_desc, output, tile, c: gl.constexpr, ROWS:
         mask = (i < tile.T)[:, None] & (cols < HEAD_DIM)[None, :]
         gl.store(out_ptr + (offsets[:, None] + cols[None, :]), buffer.load(layout), mask=mask)
     else:
-        fence_async_shared()  # TMA reads through the asynchronous proxy
         tma_store(out_desc, [tile.b, tile.h, tile.start_q + first, 0], buffer)
         tma.store_wait(0)
 

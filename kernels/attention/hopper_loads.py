@@ -74,11 +74,20 @@ def tile_at(t, problem, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
+def _key_row(i, tile, BLOCK_N: gl.constexpr):
+    """First row of the i-th block of keys that the tile visits."""
+    masked = masked_block(i, tile.hi, tile.full_hi, tile.n_whole)
+    n = gl.where(i < tile.n_masked, masked, tile.full_hi - 1 - (i - tile.n_masked))
+    return tile.start_k + n * BLOCK_N
+
+
+@gluon.jit
 def _produce_tile(t, g, n_done, q_desc, k_desc, v_desc, shared, problem, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Load the t-th tile's queries, then its keys and values block by block.
+    """Load the t-th tile's queries, then its blocks of keys and values, keys one block ahead, as they are used.
 
     Before it came g blocks of keys and n_done tiles; returns both as they are after it.
     """
+    STAGES: gl.constexpr = shared.k.shape[0]
     tile = tile_at(t, problem, BLOCK_M, BLOCK_N)
     if tile.first < tile.T:
         h_k = tile.h // (problem.H // problem.K)
@@ -86,15 +95,17 @@ def _produce_tile(t, g, n_done, q_desc, k_desc, v_desc, shared, problem, BLOCK_M
             mbarrier.wait(shared.q_empty.index(c), (n_done & 1) ^ 1)
             row = tile.start_q + tile.first + c * 64
             load_rows(q_desc, tile.b, tile.h, row, shared.q_full.index(c), shared.q.index(c))
-        for i in range(tile.n_block):
-            n = tile.full_hi - 1 - (i - tile.n_masked)
-            n = gl.where(i < tile.n_masked, masked_block(i, tile.hi, tile.full_hi, tile.n_whole), n)
-            row = tile.start_k + n * BLOCK_N
-            s, parity = slot(g + i, shared.k.shape[0])
-            mbarrier.wait(shared.k_empty.index(s), parity ^ 1)
-            load_rows(k_desc, tile.b, h_k, row, shared.k_full.index(s), shared.k.index(s))
-            mbarrier.wait(shared.v_empty.index(s), parity ^ 1)
-            load_rows(v_desc, tile.b, h_k, row, shared.v_full.index(s), shared.v.index(s))
+        for i in range(tile.n_block + 1):
+            if i < tile.n_block:
+                s, parity = slot(g + i, STAGES)
+                mbarrier.wait(shared.k_empty.index(s), parity ^ 1)
+                row = _key_row(i, tile, BLOCK_N)
+                load_rows(k_desc, tile.b, h_k, row, shared.k_full.index(s), shared.k.index(s))
+            if i > 0:
+                s_v, parity_v = slot(g + i - 1, STAGES)
+                mbarrier.wait(shared.v_empty.index(s_v), parity_v ^ 1)
+                row_v = _key_row(i - 1, tile, BLOCK_N)
+                load_rows(v_desc, tile.b, h_k, row_v, shared.v_full.index(s_v), shared.v.index(s_v))
         g += tile.n_block
         n_done += 1
     return g, n_done

@@ -19,9 +19,12 @@ counts, too many arrivals, work still in flight at the end. Layouts and types ar
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -44,7 +47,7 @@ from support.gluon_scheduler import (
 )
 from support.gluon_values import FUNCTIONS, TORCH_DTYPE, Int, Pointer, integer
 
-__all__ = ["DeadlockError", "EmulationError", "ProtocolError", "RaceError", "emulated"]
+__all__ = ["DeadlockError", "EmulationError", "ProtocolError", "RaceError", "emulated", "mutated"]
 
 # ---------------------------------------------------------------- the kernel's names
 
@@ -166,3 +169,25 @@ def emulated(*modules: types.ModuleType, seed: int = 0, resident: int = 1) -> It
         for kernel in kernels:
             stack.enter_context(mock.patch.object(*kernel))
         yield
+
+
+def mutated(folder: Path, modules: tuple[types.ModuleType, ...], *replacements: tuple[str, str]) -> types.ModuleType:
+    """The last of `modules`, run from copies of their sources in `folder` in which each (old, new) is replaced.
+
+    The others are modules that it imports from; an old text must stand exactly once in all of them.
+    """
+    sources = {module.__name__: Path(str(module.__file__)).read_text() for module in modules}
+    for old, new in replacements:
+        count = sum(source.count(old) for source in sources.values())
+        assert count == 1, f"{count} times in the source: {old}"
+        sources = {name: source.replace(old, new) for name, source in sources.items()}
+    with mock.patch.dict(sys.modules):
+        for name, source in sources.items():
+            path = folder / f"{name.rpartition('.')[2]}.py"
+            path.write_text(source)
+            spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None
+            assert spec.loader is not None
+            module = sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+    return module

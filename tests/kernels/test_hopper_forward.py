@@ -1,0 +1,334 @@
+"""The Hopper attention forward, run from its own source by the Gluon emulator, and bugs that must not pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rooflight.kernels import reference
+from rooflight.kernels.attention import checks, hopper_blocks, hopper_forward, hopper_loads
+from support.attention import LAYOUTS, draw, draw_packed, draw_sinks
+from support.gluon_emulator import DeadlockError, EmulationError, ProtocolError, RaceError, emulated, mutated
+from support.tolerance import judge
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+MASKS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "full": {"causal": False},
+    "window": {"window": 70},  # narrower than a block: none is visible to every row
+    "wide window": {"window": 300},  # partial, whole and partial blocks
+    "two-sided window": {"causal": False, "window": (200, 40)},
+}
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    module: ModuleType = hopper_forward,
+    seed: int = 0,
+    causal: bool = True,
+    window: Any = None,
+    return_lse: bool = True,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """launch_forward in the emulator, called as the oracle is."""
+    assert module.supports(q, k, v, cu_seqlens_q) is None
+    shape = (q.shape[1], q.shape[0]) if cu_seqlens_q is not None else q.shape[:3]
+    out, lse = torch.empty_like(q), torch.empty(shape)
+    T, S = (q.shape[2], k.shape[2]) if cu_seqlens_q is None else (max_seqlen_q, max_seqlen_k)
+    left, right = checks.reach(causal, window)
+    scale = checks.score_scale(None, 0.0, q.shape[-1])
+    with emulated(module, seed=seed):
+        module.launch_forward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, T, S, left, right, scale, **options)
+    return out, lse
+
+
+def judge_forward(inputs: dict[str, Any], *, seed: int = 0, **options: Any) -> None:
+    """Output and log-sum-exp against the oracle in fp64."""
+    run = {name: options.pop(name) for name in ("ping_pong", "n_program") if name in options}
+    oracle = reference.flash_attention_varlen if "cu_seqlens_q" in inputs else reference.flash_attention
+
+    def ours(*args: Any, **given: Any) -> tuple[Tensor, Tensor]:
+        return attend(*args, seed=seed, **run, **given)
+
+    judge(ours, oracle, inputs, backward=False, return_lse=True, **options)
+
+
+# ---------------------------------------------------------------- results
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks(mask: str, head_dim: int) -> None:
+    judge_forward(draw(1, 2, 1, 300, 300, head_dim, BF16), seed=1, **MASKS[mask])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_fp16_and_every_head_size(head_dim: int) -> None:
+    judge_forward(draw(1, 1, 1, 200, 330, head_dim, FP16), seed=2)
+
+
+# One query (decoding), one key, a whole tile, one row more, fewer queries than keys, the other way (rows with no key)
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 300), (128, 128), (129, 257), (150, 400), (400, 150)], ids=str)
+@pytest.mark.parametrize("mask", ["causal", "two-sided window"])
+def test_lengths_align_at_the_bottom_right(mask: str, lengths: tuple[int, int]) -> None:
+    judge_forward(draw(1, 1, 1, *lengths, 64, BF16), seed=3, **MASKS[mask])
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (4, 2)], ids=str)
+def test_each_query_head_reads_its_own_key_value_head(heads: tuple[int, int]) -> None:
+    judge_forward(draw(2, *heads, 130, 130, 64, BF16), seed=4)
+
+
+# Empty sequences on either side and on both, a whole tile, ends within a tile, more queries than keys
+PACKED = ([130, 0, 128, 7, 50, 0, 1], [140, 20, 128, 0, 30, 0, 260])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("mask", ["causal", "full", "window"])
+def test_packed_sequences(mask: str, head_dim: int) -> None:
+    judge_forward(draw_packed(*PACKED, 2, 1, head_dim, BF16), seed=5, **MASKS[mask])
+
+
+@pytest.mark.parametrize("kind", ["dense", "packed"])
+@pytest.mark.parametrize("seed", range(6))
+def test_many_schedules(seed: int, kind: str) -> None:
+    inputs = draw(1, 1, 1, 300, 400, 64, BF16) if kind == "dense" else draw_packed([140, 60], [300, 60], 1, 1, 64, BF16)
+    judge_forward(inputs, seed=100 + seed)
+
+
+@pytest.mark.parametrize("ping_pong", [False, True])
+@pytest.mark.parametrize("n_program", [None, 1, 3])
+@pytest.mark.parametrize("packed", [False, True])
+def test_flags(packed: bool, n_program: int | None, ping_pong: bool) -> None:
+    inputs = draw_packed(*PACKED, 2, 1, 64, BF16) if packed else draw(1, 2, 1, 300, 300, 64, BF16)
+    judge_forward(inputs, seed=6, ping_pong=ping_pong, n_program=n_program)
+
+
+def test_three_consumers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(hopper_forward.TILES, 64, (192, 64, 4))
+    judge_forward(draw(1, 1, 1, 400, 300, 64, BF16), seed=7, ping_pong=True)
+    judge_forward(draw_packed(*PACKED, 1, 1, 64, BF16), seed=7)
+
+
+@pytest.mark.parametrize("layout", ["(B, T, H, D)", "(T, B, H, D)", "fused"])
+def test_layouts(layout: str) -> None:
+    inputs = {name: LAYOUTS[layout](x) for name, x in draw(2, 2, 2, 140, 140, 64, BF16).items()}
+    judge_forward(inputs, seed=8)
+
+
+def test_rows_past_a_packed_end_are_left_alone() -> None:
+    inputs = draw_packed([90, 70], [90, 70], 1, 1, 64, BF16)
+    padded = {name: torch.nn.functional.pad(inputs[name], (0, 0, 0, 0, 0, 50)) for name in "qkv"}
+    ends = inputs["cu_seqlens_q"]
+    out, lse = torch.full_like(padded["q"], 7.0), torch.full((1, 210), 7.0)
+    with emulated(hopper_forward):
+        hopper_forward.launch_forward(*padded.values(), out, lse, ends, ends, 90, 90, None, 0, 0.1)
+    assert (out[160:] == 7).all()
+    assert (lse[:, 160:] == 7).all()
+    # nor does one sequence write its neighbour's rows after the neighbour did
+    backwards = torch.full_like(padded["q"], 7.0)
+    with emulated(hopper_forward):
+        hopper_forward.launch_forward(*padded.values(), backwards, lse, ends[:2], ends[:2], 90, 90, None, 0, 0.1)
+    assert (backwards[90:] == 7).all()
+    assert torch.equal(backwards[:90], out[:90])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_of_a_packed_neighbour_do_not_reach_over(value: float) -> None:
+    inputs = draw_packed([90, 70, 60], [90, 70, 60], 1, 1, 64, BF16)
+    clean, _ = attend(**inputs, seed=9)
+    poisoned = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    for name in "kv":
+        poisoned[name][90:160] = value
+    out, _ = attend(**poisoned, seed=9)
+    for rows in (slice(0, 90), slice(160, 220)):
+        assert torch.equal(out[rows], clean[rows])
+
+
+def test_what_it_serves() -> None:
+    def reason(head_dim: int = 64, dtype: torch.dtype = BF16, S: int = 8, **changes: Any) -> str | None:
+        options = {name: changes.pop(name) for name in ("softcap", "has_sinks") if name in changes}
+        tensors = draw(2, 2, 2, 8, S, head_dim, dtype) | changes
+        return hopper_forward.supports(*tensors.values(), None, **options)
+
+    assert reason() is None
+    assert reason(256, FP16) is None
+    assert reason(dtype=torch.float32) == "no torch.float32 kernel"
+    assert reason(80) == "head size 80, not 64, 128, 256"
+    assert reason(softcap=1.0) == "softcap"
+    assert reason(has_sinks=draw_sinks(2, BF16) is not None) == "sinks"
+    assert reason(S=0) == "no queries or no keys"
+    x = draw(2, 2, 2, 8, 8, 64, BF16)["k"]
+    assert reason(k=LAYOUTS["every other"](x)) == "k is not contiguous along the head size"
+    assert reason(v=LAYOUTS["odd offset"](x)) == "v is not aligned to 16 bytes"
+    assert reason(k=LAYOUTS["expanded over B and H"](x)) == "k is expanded"
+    for layout in ("(B, T, H, D)", "fused"):
+        assert reason(k=LAYOUTS[layout](x)) is None
+    packed, ends = x[0].transpose(0, 1), torch.tensor([0, 8], dtype=torch.int32)
+    assert hopper_forward.supports(packed, packed, packed, ends) is None
+    assert hopper_forward.supports(packed, packed, packed[::2].repeat_interleave(2, 2)[..., ::2], ends) is not None
+
+
+# ---------------------------------------------------------------- bugs that must not pass
+
+FENCE_OUT = (
+    "    fence_async_shared()  # TMA reads it, or loads the next queries over it, through the asynchronous proxy\n"
+)
+RELEASE_K = "                mbarrier.arrive(shared.k_empty.index(s), count=1)\n"
+RELEASE_V = "                mbarrier.arrive(shared.v_empty.index(s_v), count=1)\n"
+WAIT_Z = "                z = warpgroup_mma_wait(1, [z])\n"
+WAIT_O = "                o = warpgroup_mma_wait(0, [o])\n"
+NEXT_K = "mbarrier.wait(shared.k_full.index(s_next), parity_next, pred=n + 1 < tile.n_block)"
+PERSISTENT, PING_PONG, PACK = {"n_program": 1}, {"ping_pong": True}, {"packed": True}
+
+BUGS: dict[str, tuple[type[BaseException], dict[str, Any], list[tuple[str, str]]]] = {
+    "k released before its product is done": (RaceError, {}, [(WAIT_Z + RELEASE_K, RELEASE_K + WAIT_Z)]),
+    "v released before its product is done": (RaceError, {}, [(WAIT_O + RELEASE_V, RELEASE_V + WAIT_O)]),
+    "no phase flip of k_full": (EmulationError, {}, [(NEXT_K, NEXT_K.replace("parity_next", "0"))]),
+    "no phase flip of v_full": (
+        EmulationError,
+        {},
+        [("mbarrier.wait(shared.v_full.index(s_v), parity_v)", "mbarrier.wait(shared.v_full.index(s_v), 0)")],
+    ),
+    "no phase flip of k_empty": (
+        EmulationError,
+        {},
+        [("mbarrier.wait(shared.k_empty.index(s), parity ^ 1)", "mbarrier.wait(shared.k_empty.index(s), 1)")],
+    ),
+    "no phase flip of v_empty": (
+        EmulationError,
+        {},
+        [("mbarrier.wait(shared.v_empty.index(s_v), parity_v ^ 1)", "mbarrier.wait(shared.v_empty.index(s_v), 1)")],
+    ),
+    "the next keys not waited for": (RaceError, {}, [(NEXT_K, "pass")]),
+    "queries not waited for": (RaceError, {}, [("mbarrier.wait(shared.q_full.index(c), n_done & 1)", "pass")]),
+    "turns swapped": (
+        DeadlockError,
+        PING_PONG,
+        [("shared.turn.index((c + 1) % CONSUMERS), count", "shared.turn.index(c), count")],
+    ),
+    "nobody has the first turn": (DeadlockError, PING_PONG, [("+ (c == 0)) & 1", ") & 1")]),
+    "no fence before the TMA store": (
+        RaceError,
+        {},
+        [
+            (
+                FENCE_OUT,
+                "",
+            )
+        ],
+    ),
+    "no fence after values are zeroed": (
+        RaceError,
+        PACK,
+        [("        fence_async_shared()  # wgmma reads through the asynchronous proxy\n", "")],
+    ),
+    "values zeroed before they land": (
+        RaceError,
+        PACK,
+        [("                mbarrier.wait(shared.v_full.index(s), parity)\n", "")],
+    ),
+    "values used before both halves are zeroed": (
+        EmulationError,
+        PACK,
+        [("    mbarrier.wait(v_clean, parity)\n", "")],
+    ),
+    "scores used in flight": (RaceError, {}, [("warpgroup_mma_wait(1, [z])", "warpgroup_mma_wait(2, [z])")]),
+    "output used in flight": (RaceError, {}, [("warpgroup_mma_wait(0, [o])", "warpgroup_mma_wait(1, [o])")]),
+    "too few bytes expected": (ProtocolError, {}, [("block_type.nbytes)", "block_type.nbytes // 2)")]),
+    "too many bytes expected": (DeadlockError, {}, [("block_type.nbytes)", "block_type.nbytes * 2)")]),
+    "one consumer releases for both": (
+        EmulationError,
+        {},
+        [("k_empty = new_barriers(STAGES, CONSUMERS)", "k_empty = new_barriers(STAGES, 1)")],
+    ),
+    "more releases than consumers": (
+        DeadlockError,
+        {},
+        [("v_empty = new_barriers(STAGES, CONSUMERS)", "v_empty = new_barriers(STAGES, CONSUMERS + 1)")],
+    ),
+    "program ends before its store": (ProtocolError, {}, [("        tma.store_wait(0)\n", "")]),
+    "queries reloaded under the output": (
+        RaceError,
+        PERSISTENT,
+        [("            mbarrier.wait(shared.q_empty.index(c), (n_done & 1) ^ 1)\n", "")],
+    ),
+    "blocks of earlier tiles not counted": (
+        EmulationError,
+        PERSISTENT,
+        [
+            (
+                "        g += tile.n_block\n        n_done += 1\n    return g, n_done\n",
+                "        n_done += 1\n    return g, n_done\n",
+            )
+        ],
+    ),
+    "a masked block left unmasked": (
+        AssertionError,
+        {},
+        [("masked_block(n, tile.hi,", "masked_block(0, tile.hi,")],
+    ),
+    "o not rescaled": (
+        AssertionError,
+        {},
+        [("o = o * gl.convert_layout(rescale, gl.SliceLayout(1, layout))[:, None]", "o = o * 1.0")],
+    ),
+    "packed ends stored whole": (
+        AssertionError,
+        PACK,
+        [("    if VARLEN and first + 64 > tile.T:\n", "    if False:\n")],
+    ),
+    "values past a packed end not zeroed": (
+        AssertionError,
+        PACK,
+        [("            if n_valid < BLOCK_N:\n", "            if False:\n")],
+    ),
+}
+
+
+def caught(module: ModuleType, run: dict[str, Any], seeds: int = 8) -> BaseException | None:
+    """What the first of some schedules raises, a wrong result included."""
+    options = dict(run)
+    if options.pop(
+        "packed", False
+    ):  # sequences, then rows that belong to none, which must stay as torch.empty left them
+        inputs = draw_packed([90, 130], [90, 130], 1, 1, 64, BF16)
+        for name, value in (("q", 1.0), ("k", torch.inf), ("v", torch.inf)):
+            inputs[name] = torch.nn.functional.pad(inputs[name], (0, 0, 0, 0, 0, 70), value=value)
+    else:
+        inputs = draw(1, 1, 1, 300, 900, 64, BF16)
+        options = {"window": 500} | options
+    expected = [x.nan_to_num(7) for x in attend(**inputs, **options)]
+    for seed in range(seeds):
+        try:
+            found = [x.nan_to_num(7) for x in attend(**inputs, module=module, seed=seed, **options)]
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), "another result"
+        except (EmulationError, AssertionError) as error:
+            return error
+    return None
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_bug_is_caught(bug: str, tmp_path: Path) -> None:
+    kind, run, replacements = BUGS[bug]
+    module = mutated(tmp_path, (hopper_blocks, hopper_loads, hopper_forward), *replacements)
+    error = caught(module, run)
+    assert isinstance(error, kind), repr(error)
+
+
+@pytest.mark.parametrize("run", [{}, PERSISTENT, PING_PONG, PACK], ids=str)
+def test_no_bug_is_not_caught(run: dict[str, Any], tmp_path: Path) -> None:
+    assert caught(mutated(tmp_path, (hopper_blocks, hopper_loads, hopper_forward)), run) is None
