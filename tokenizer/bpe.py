@@ -192,7 +192,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], errors: str = "replace") -> str:
         """The text that `ids` stand for; bytes that are no UTF-8 become U+FFFD unless `errors` says otherwise."""
-        return self.decode_bytes(ids).decode("utf-8", errors=errors)
+        return self._tokens.join(ids).decode("utf-8", errors)
 
     def decoder(self) -> IncrementalDecoder:
         """A decoder for ids that come one at a time."""

@@ -12,8 +12,9 @@ import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rooflight.tokenizer import GPT2_PATTERN, Tokenizer
+from rooflight.tokenizer import GPT2_PATTERN, Tokenizer, decode
 from rooflight.tokenizer.chunks import Cutter
+from rooflight.tokenizer.decode import TokenBytes
 from rooflight.tokenizer.encode import cut_stream, gpt2_below_u10000
 from rooflight.tokenizer.pretokenize import Specials
 from support import bpe_reference
@@ -180,6 +181,21 @@ def test_decode_refuses_ids_out_of_range(tokenizer: Tokenizer, ids) -> None:
 def test_decode_refuses_what_is_no_integer(tokenizer: Tokenizer, ids) -> None:
     with pytest.raises(ValueError, match=r"ids: .*expected"):
         tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("n", [1, 100, 255, 256, 3000])
+@pytest.mark.parametrize("gap", [0, 1000])
+def test_decoding_joins_tokens_of_any_length(n: int, gap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tokens of 1 to 60 bytes: none, one or several of eight bytes beyond the first, in every order.
+    rng = np.random.default_rng(n)
+    monkeypatch.setattr(decode, "_BLOCK", 700)
+    long = [bytes(rng.integers(0, 256, 1 + i % 60, np.uint8)) + bytes([i]) for i in range(1, 256)]
+    vocab = {i: bytes([i]) for i in range(256)} | {256 + gap + i: token for i, token in enumerate(long)}
+    tokens = TokenBytes(vocab)
+    ids = rng.choice(list(vocab), n)
+    expected = b"".join(vocab[i] for i in ids)
+    assert tokens.join(ids.tolist()) == tokens.join(ids) == tokens.join(ids.astype(np.uint16)) == expected
+    assert tokens.join(iter(ids)) == tokens.join(tuple(ids)) == tokens.join(ids.astype(np.uint64)) == expected
 
 
 def test_decode_takes_arrays(tokenizer: Tokenizer) -> None:
