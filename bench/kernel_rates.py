@@ -54,8 +54,8 @@ class Leaves:
     def ops(self) -> ModuleType:
         return ops_on(self.device)[1]
 
-    def __call__(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        leaf = torch.randn(shape, device=self.device).to(dtype or self.dtype).requires_grad_()
+    def __call__(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
+        leaf = (scale * torch.randn(shape, device=self.device)).to(dtype or self.dtype).requires_grad_()
         self.made.append(leaf)
         return leaf
 
@@ -110,7 +110,9 @@ def _add(make: Leaves, elements: int) -> Call:
 
 
 def _linear_cross_entropy(make: Leaves, M: int, N: int, V: int) -> Call:
-    x, weight, target = make(M, N), make(V, N, dtype=torch.float32), make.tokens(M, V)
+    # logits of a model's size: larger ones underflow in the softmax, and a CPU is ten times slower over denormals
+    weight = make(V, N, dtype=torch.float32, scale=N**-0.5)
+    x, target = make(M, N), make.tokens(M, V)
     return lambda: make.ops.linear_cross_entropy(x, weight, target)
 
 
