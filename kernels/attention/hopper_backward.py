@@ -7,14 +7,17 @@ ds leave the registers only once, as the shared tile that dq is multiplied from:
     s = k q^T      p = 2^(scale log2(e) s - lse2)      dp = v dout^T      ds = p (dp - delta)
     dv += p dout   dk += ds q                          dq += ds^T k       (dk and dq times scale at the end)
 
-Each warpgroup multiplies its own keys, except for dq, which sums over all keys of the program: there it takes one half
-of the head size. A warp loads the tiles by TMA, STAGES ahead.
+Each warpgroup multiplies its own keys, except for dq, which sums over all keys of the program: there it takes half of
+the columns, or of the rows where BLOCK_M is 128. Products are issued so that one is always under way while the
+exponentials and ds are computed: dp beside p, dv beside ds; and with 128 queries in two halves, the second half's
+scores beside the first half's p and the first half's dv and dk beside the second half's p.
 
-dq sums over programs, in fp32, in a buffer of its own (tile by tile in the order of the registers, 16 bytes a thread),
-which a second kernel rounds. fp32 addition is not associative, so programs take turns: a counter for each row tile says
-how many have added, and one warp admits its program when all keys to the left are in. Programs start in that order, so
-whom one waits for is always running. Walking rows from the last to the first, heavy tiles first, they wait least: in a
-simulation of 132 SMs within 4 % of no order at all, causal and full, from T = 4096 on. ordered=False drops the turns.
+dq sums over programs, in fp32, in a buffer of its own, which a second kernel rounds (hopper_gradients.py). fp32
+addition is not associative, so programs take turns: a counter for each row tile says how many have added, and the
+producer, which also loads the tiles by TMA, admits its program when all keys to the left are in. Programs start in that
+order, so whom one waits for is always running. Walking rows from the last to the first, heavy tiles first, they wait
+least: in a simulation of 132 SMs within 4 % of no order at all, causal and full, from T = 4096 on. ordered=False drops
+the turns.
 """
 
 from __future__ import annotations
@@ -26,7 +29,6 @@ import triton
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import blocks
 from .hopper_blocks import (
     ELEMENT,
     as_heads,
@@ -45,26 +47,25 @@ from .hopper_blocks import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .hopper_dq import _flash_attention_dq_kernel, first_row_tile, fragment_layout, to_fragments
+from .hopper_gradients import _flash_attention_dq_kernel, first_row_tile, fragment_layout, store_rows, to_fragments
+from .hopper_loads import Problem
 
-BLOCK_M = 64  # queries: twice as many spill registers
+BLOCK_M = {64: 128, 128: 64}  # queries, by head size: what the registers hold
 BLOCK_N = 128  # keys, 64 in each warpgroup
 STAGES = 2
 GROUP = 16  # heads in flight together: fewer wait longer for their turns, more share less of the L2 cache
 CONSUMER_REGISTERS = 240  # and 24 remain for each thread of the producer
 
-head_pointer = gluon.jit(blocks.head_pointer.fn)
-
 
 @gluon.jit
-def _tile(sizes, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+def _tile(problem, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
     """Where this program stands: b, key-value head, first key, the range of query tiles, the bounds of its sequence."""
-    cu_seqlens_q_ptr, cu_seqlens_k_ptr, K, _, T, S, left, right, n_head, n_tile, GROUP = sizes
-    head, n = tile_of(gl.program_id(0), n_tile, n_head, GROUP)
+    K, left, right, n_tile = problem.K, problem.left, problem.right, problem.n_tile
+    head, n = tile_of(gl.program_id(0), n_tile, problem.n_head, problem.group)
     first = (n_tile - 1 - n) * BLOCK_N
     b = head // K
-    start_q, T = sequence(cu_seqlens_q_ptr, b, T)
-    start_k, S = sequence(cu_seqlens_k_ptr, b, S)
+    start_q, T = sequence(problem.cu_seqlens_q, b, problem.T)
+    start_k, S = sequence(problem.cu_seqlens_k, b, problem.S)
     # key j is seen by the queries j - upper .. j - lower
     first_query = None if right is None else T - S - right
     last_query = None if left is None else T - S + left
@@ -86,13 +87,7 @@ def _wait_for_turn(counter, before, turn):
 
 
 @gluon.jit
-def _end_turn(counter):
-    """Let the next program in, after both warpgroups have added."""
-    gl.atomic_add(counter, 1, sem="release", scope="gpu")
-
-
-@gluon.jit
-def _produce(descs, stats, buffers, barriers, sizes, lse_strides, added_ptr, n_row_tile, BLOCK_M: gl.constexpr,
+def _produce(descs, stats, buffers, barriers, problem, lse_strides, added_ptr, n_row_tile, BLOCK_M: gl.constexpr,
              BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr):  # fmt: skip
     """Load the tiles, STAGES ahead, and take turns: while tile g - 1 is worked on, load g, end g - 2, ask for g - 1."""
     q_desc, dout_desc, k_desc, v_desc = descs
@@ -100,11 +95,11 @@ def _produce(descs, stats, buffers, barriers, sizes, lse_strides, added_ptr, n_r
     q_buf, dout_buf, k_buf, v_buf, lse2_buf, delta_buf, _ = buffers
     kv_full, full, empty, _, turn = barriers
     gl.static_assert(STAGES == 2)
-    b, h_kv, first, start_q, start_k, T, S, lo, _, _, n_block = _tile(sizes, BLOCK_M, BLOCK_N)
-    group, left = sizes[3], sizes[6]
+    b, h_kv, first, start_q, start_k, T, S, lo, _, _, n_block = _tile(problem, BLOCK_M, BLOCK_N)
+    group, left = problem.H // problem.K, problem.left
     row = b * lse_strides[0] + h_kv * group * lse_strides[1] + start_q
-    tile = h_kv * group * n_row_tile + first_row_tile(sizes[0], b, start_q, T, BLOCK_M)
-    if sizes[0] is not None:
+    tile = h_kv * group * n_row_tile + first_row_tile(problem.cu_seqlens_q, b, start_q, T, BLOCK_M)
+    if problem.cu_seqlens_q is not None:
         b = 0
     some = n_block > 0
     mbarrier.expect(kv_full.index(0), 2 * k_desc.block_type.nbytes, pred=some)
@@ -124,7 +119,7 @@ def _produce(descs, stats, buffers, barriers, sizes, lse_strides, added_ptr, n_r
             tma_load(delta_desc, [row + m], full.index(s), delta_buf.index(s))
             if ORDERED:
                 if g > 1:  # `empty` says that tile g - 2 is in
-                    _end_turn(added_ptr + last_but_one)
+                    gl.atomic_add(added_ptr + last_but_one, 1, sem="release", scope="gpu")
                 if g > 0:
                     _wait_for_turn(added_ptr + last, last_before, turn)
                 last_but_one = last
@@ -139,96 +134,122 @@ def _produce(descs, stats, buffers, barriers, sizes, lse_strides, added_ptr, n_r
         if g > 1:
             s, parity = slot(g - 2, STAGES)
             mbarrier.wait(empty.index(s), parity)
-            _end_turn(added_ptr + last_but_one)
+            gl.atomic_add(added_ptr + last_but_one, 1, sem="release", scope="gpu")
         if g > 0:
             _wait_for_turn(added_ptr + last, last_before, turn)
             s, parity = slot(g - 1, STAGES)
             mbarrier.wait(empty.index(s), parity)
-            _end_turn(added_ptr + last)
+            gl.atomic_add(added_ptr + last, 1, sem="release", scope="gpu")
 
 
 @gluon.jit
-def _store_rows(ptr, strides, b, h, start, first, length, tile, layout: gl.constexpr):
-    """Rows first .. of a head, those below `length`."""
-    rows = first + gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout))
-    cols = gl.arange(0, tile.shape[1], gl.SliceLayout(0, layout))
-    offsets = gl.cast(rows, gl.int64)[:, None] * strides[2] + gl.cast(cols, gl.int64)[None, :] * strides[3]
-    ptr = head_pointer(ptr, strides, b, h, start)
-    gl.store(ptr + offsets, gl.cast(tile, ptr.dtype.element_ty), mask=(rows < length)[:, None])
+def _probabilities(z, lse2, m, mask, exp_scale, layout: gl.constexpr):
+    """p of queries m .. against the keys of a warpgroup, (keys, queries)."""
+    masked, since, until = mask
+    p = gl.exp2(z * exp_scale - lse2[None, :])
+    if masked:
+        i = m + gl.arange(0, z.shape[1], gl.SliceLayout(0, layout))
+        p = gl.where((i[None, :] >= since[:, None]) & (i[None, :] <= until[:, None]), p, 0.0)
+    return p
 
 
 @gluon.jit
 def _consume(work, c: gl.constexpr,
              BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
              FRAGMENTS: gl.constexpr, ORDERED: gl.constexpr):  # fmt: skip
-    """Keys c * BLOCK_N / 2 .. of the program: dk and dv, and half of dq's columns."""
-    grads, buffers, barriers, sizes, n_row_tile, scale, exp_scale = work
+    """Keys c * BLOCK_N / 2 .. of the program: dk and dv, and part c of dq."""
+    grads, buffers, barriers, problem, n_row_tile, scale, exp_scale = work
     dq_ptr, dk_ptr, dv_ptr, dk_strides, dv_strides = grads
     q_buf, dout_buf, k_buf, v_buf, lse2_buf, delta_buf, ds_buf = buffers
     kv_full, full, empty, ds_full, turn = barriers
     KEYS: gl.constexpr = BLOCK_N // 2
-    COLS: gl.constexpr = HEAD_DIM // 2
+    COLS: gl.constexpr = HEAD_DIM * BLOCK_M // 128  # of dq's part: 64 rows of them
     DTYPE: gl.constexpr = q_buf.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, dk_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
-    b, h_kv, first, start_q, start_k, T, S, lo, full_lo, full_hi, n_block = _tile(sizes, BLOCK_M, BLOCK_N)
-    group, left, right = sizes[3], sizes[6], sizes[7]
-    k = k_buf.reshape([BLOCK_N, HEAD_DIM]).slice(c * KEYS, KEYS)
+    b, h_kv, first, start_q, start_k, T, S, lo, full_lo, full_hi, n_block = _tile(problem, BLOCK_M, BLOCK_N)
+    group, left, right = problem.H // problem.K, problem.left, problem.right
+    k_all = k_buf.reshape([BLOCK_N, HEAD_DIM])
+    k = k_all.slice(c * KEYS, KEYS)
     v = v_buf.reshape([BLOCK_N, HEAD_DIM]).slice(c * KEYS, KEYS)
-    k_cols = k_buf.reshape([BLOCK_N, HEAD_DIM]).slice(c * COLS, COLS, 1)
     j = first + c * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, s_layout))
-    rows = gl.arange(0, BLOCK_M, row_layout)
     # key j is seen by the queries since .. until
     since = gl.where(j < S, 0 if right is None else T - S - right + j, T)
     until = T - 1 + 0 * j if left is None else gl.minimum(T - 1, T - S + left + j)
     dk = gl.zeros([KEYS, HEAD_DIM], gl.float32, dk_layout)
     dv = gl.zeros([KEYS, HEAD_DIM], gl.float32, dk_layout)
-    zero_s = gl.zeros([KEYS, BLOCK_M], gl.float32, s_layout)
-    zero_dq = gl.zeros([BLOCK_M, COLS], gl.float32, dq_layout)
-    tile = h_kv * group * n_row_tile + first_row_tile(sizes[0], b, start_q, T, BLOCK_M)
-    dq_ptr += gl.cast(tile, gl.int64) * (BLOCK_M * HEAD_DIM) + c * BLOCK_M * COLS
+    zero_s = gl.zeros([KEYS, 64], gl.float32, s_layout)
+    zero_dq = gl.zeros([64, COLS], gl.float32, dq_layout)
+    tile = h_kv * group * n_row_tile + first_row_tile(problem.cu_seqlens_q, b, start_q, T, BLOCK_M)
+    dq_ptr += gl.cast(tile, gl.int64) * (BLOCK_M * HEAD_DIM) + c * 64 * COLS
     mbarrier.wait(kv_full.index(0), 0, pred=n_block > 0)
     g = 0
     for _ in range(group):
         for n in range(n_block):
             m = lo + (n_block - 1 - n) * BLOCK_M
+            mask = ((m < full_lo) | (m >= full_hi), since, until)
             s, parity = slot(g, STAGES)
             q = q_buf.index(s).reshape([BLOCK_M, HEAD_DIM])
             dout = dout_buf.index(s).reshape([BLOCK_M, HEAD_DIM])
-            mbarrier.wait(full.index(s), parity)
-            z = warpgroup_mma(k, q.permute((1, 0)), zero_s, use_acc=False, is_async=True)
-            dp = warpgroup_mma(v, dout.permute((1, 0)), zero_s, use_acc=False, is_async=True)
-            lse2 = lse2_buf.index(s).load(row_layout)
-            z = warpgroup_mma_wait(1, [z])
-            p = gl.exp2(z * exp_scale - lse2[None, :])
-            if (m < full_lo) | (m >= full_hi):
-                i = m + rows
-                p = gl.where((i[None, :] >= since[:, None]) & (i[None, :] <= until[:, None]), p, 0.0)
-            delta = delta_buf.index(s).load(row_layout)
-            dp = warpgroup_mma_wait(0, [dp])
-            ds = gl.cast(p * (dp - delta[None, :]), DTYPE)
-            dv = warpgroup_mma(gl.convert_layout(gl.cast(p, DTYPE), p_layout), dout, dv, is_async=True)
+            lse2 = lse2_buf.index(s)
+            delta = delta_buf.index(s)
             ds_tile = ds_buf.index(g % 2)
-            ds_tile.slice(c * KEYS, KEYS).store(ds)
-            fence_async_shared()
-            mbarrier.arrive(ds_full.index(0), count=1)
-            dk = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
+            mbarrier.wait(full.index(s), parity)
+            if BLOCK_M == 64:
+                z = warpgroup_mma(k, q.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                dp = warpgroup_mma(v, dout.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                z = warpgroup_mma_wait(1, [z])
+                p = _probabilities(z, lse2.load(row_layout), m, mask, exp_scale, s_layout)
+                dv = warpgroup_mma(gl.convert_layout(gl.cast(p, DTYPE), p_layout), dout, dv, is_async=True)
+                dp = warpgroup_mma_wait(1, [dp])
+                ds = gl.cast(p * (dp - delta.load(row_layout)[None, :]), DTYPE)
+                ds_tile.slice(c * KEYS, KEYS).store(ds)
+                fence_async_shared()
+                mbarrier.arrive(ds_full.index(0), count=1)
+                dk = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
+                ds_part = ds_tile
+                k_part = k_all.slice(c * COLS, COLS, 1)
+            else:
+                q0, q1 = q.slice(0, 64), q.slice(64, 64)
+                dout0, dout1 = dout.slice(0, 64), dout.slice(64, 64)
+                z0 = warpgroup_mma(k, q0.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                dp0 = warpgroup_mma(v, dout0.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                z1 = warpgroup_mma(k, q1.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                z0 = warpgroup_mma_wait(2, [z0])
+                p0 = _probabilities(z0, lse2.slice(0, 64).load(row_layout), m, mask, exp_scale, s_layout)
+                dp0 = warpgroup_mma_wait(1, [dp0])
+                dp1 = warpgroup_mma(v, dout1.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                ds0 = gl.cast(p0 * (dp0 - delta.slice(0, 64).load(row_layout)[None, :]), DTYPE)
+                dv = warpgroup_mma(gl.convert_layout(gl.cast(p0, DTYPE), p_layout), dout0, dv, is_async=True)
+                ds_tile.slice(c * KEYS, KEYS).slice(0, 64, 1).store(ds0)
+                dk = warpgroup_mma(gl.convert_layout(ds0, p_layout), q0, dk, is_async=True)
+                z1 = warpgroup_mma_wait(3, [z1])
+                p1 = _probabilities(z1, lse2.slice(64, 64).load(row_layout), m + 64, mask, exp_scale, s_layout)
+                dp1 = warpgroup_mma_wait(2, [dp1])
+                ds1 = gl.cast(p1 * (dp1 - delta.slice(64, 64).load(row_layout)[None, :]), DTYPE)
+                ds_tile.slice(c * KEYS, KEYS).slice(64, 64, 1).store(ds1)
+                fence_async_shared()
+                mbarrier.arrive(ds_full.index(0), count=1)
+                dv = warpgroup_mma(gl.convert_layout(gl.cast(p1, DTYPE), p_layout), dout1, dv, is_async=True)
+                dk = warpgroup_mma(gl.convert_layout(ds1, p_layout), q1, dk, is_async=True)
+                ds_part = ds_tile.slice(c * 64, 64, 1)
+                k_part = k_all
             mbarrier.wait(ds_full.index(0), g % 2)
-            dq = warpgroup_mma(ds_tile.permute((1, 0)), k_cols, zero_dq, use_acc=False, is_async=True)
+            dq = warpgroup_mma(ds_part.permute((1, 0)), k_part, zero_dq, use_acc=False, is_async=True)
             dv, dk, dq = warpgroup_mma_wait(0, [dv, dk, dq])
             dq = gl.convert_layout(to_fragments(dq, COLS), FRAGMENTS)
-            offsets = gl.arange(0, BLOCK_M * COLS, FRAGMENTS)
+            offsets = gl.arange(0, 64 * COLS, FRAGMENTS)
             if ORDERED:
                 mbarrier.wait(turn.index(0), g % 2)
             gl.atomic_add(dq_ptr + gl.cast(m, gl.int64) * HEAD_DIM + offsets, dq, sem="relaxed")
             mbarrier.arrive(empty.index(s), count=1)
             g += 1
         dq_ptr += gl.cast(n_row_tile, gl.int64) * (BLOCK_M * HEAD_DIM)
-    _store_rows(dv_ptr, dv_strides, b, h_kv, start_k, first + c * KEYS, S, dv, dk_layout)
-    _store_rows(dk_ptr, dk_strides, b, h_kv, start_k, first + c * KEYS, S, dk * scale, dk_layout)
+    store_rows(dv_ptr, dv_strides, b, h_kv, start_k, first + c * KEYS, S, dv, dk_layout)
+    store_rows(dk_ptr, dk_strides, b, h_kv, start_k, first + c * KEYS, S, dk * scale, dk_layout)
 
 
 @gluon.jit
@@ -238,7 +259,7 @@ def _flash_attention_bwd_hopper_kernel(
     grads,
     added_ptr,  # for each row tile of dq, the programs that have added to it
     n_row_tile,  # row tiles of a head
-    sizes,
+    problem,
     lse_strides,
     scale,
     exp_scale,
@@ -267,11 +288,11 @@ def _flash_attention_bwd_hopper_kernel(
     turn = new_barriers(1, 1)
     buffers = (q_buf, dout_buf, k_buf, v_buf, lse2_buf, delta_buf, ds_buf)
     barriers = (kv_full, full, empty, ds_full, turn)
-    work = (grads, buffers, barriers, sizes, n_row_tile, scale, exp_scale)
+    work = (grads, buffers, barriers, problem, n_row_tile, scale, exp_scale)
     # the producer comes first: ptxas would hoist the first partition's addresses out of its loop, and spill them
     gl.warp_specialize(
         [
-            (_produce, (descs, stats, buffers, barriers, sizes, lse_strides, added_ptr, n_row_tile,
+            (_produce, (descs, stats, buffers, barriers, problem, lse_strides, added_ptr, n_row_tile,
                         BLOCK_M, BLOCK_N, STAGES, ORDERED)),
             (_consume, (work, 0, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED)),
             (_consume, (work, 1, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED)),
@@ -300,10 +321,10 @@ def supports(
     return next((reason for name, x in tensors if (reason := tma_obstacle(name, x, varlen))), None)
 
 
-def _describe_rows(x: Tensor) -> TensorDescriptor:
+def _describe_rows(x: Tensor, rows: int) -> TensorDescriptor:
     """The TMA descriptor of one value a row, (b, h, row) flat."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    return TensorDescriptor(x, [x.numel()], [1], [BLOCK_M], layout)
+    return TensorDescriptor(x, [x.numel()], [1], [rows], layout)
 
 
 def launch_backward(
@@ -337,9 +358,10 @@ def launch_backward(
     varlen = cu_seqlens_q is not None
     H, K, head_dim = q.shape[1], k.shape[1], q.shape[-1]
     n_sequence = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
-    n_row_tile = q.shape[0] // BLOCK_M + n_sequence if varlen else n_sequence * triton.cdiv(T, BLOCK_M)
+    block_m = BLOCK_M[head_dim]
+    n_row_tile = q.shape[0] // block_m + n_sequence if varlen else n_sequence * triton.cdiv(T, block_m)
     n_tile = triton.cdiv(S, BLOCK_N)
-    accumulator = q.new_zeros((H, n_row_tile, BLOCK_M * head_dim), dtype=torch.float32)
+    accumulator = q.new_zeros((H, n_row_tile, block_m * head_dim), dtype=torch.float32)
     added = q.new_zeros((H, n_row_tile) if ordered else (1,), dtype=torch.int32)
 
     def strides(x: Tensor) -> tuple[int, ...]:
@@ -348,27 +370,27 @@ def launch_backward(
 
     # past both lengths a window is none; as they stand, the kernel counts in 32 bits
     left, right = (None if n is None else min(n, T + S) for n in (left, right))
-    sizes = (cu_seqlens_q, cu_seqlens_k, K, H // K, T, S, left, right, n_sequence * K, n_tile, GROUP)
+    problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, T, S, n_sequence * K, n_tile, GROUP)
     _flash_attention_bwd_hopper_kernel[(n_sequence * K * n_tile,)](
-        (*(describe(x, BLOCK_M, varlen) for x in (q, dout)), *(describe(x, BLOCK_N, varlen) for x in (k, v))),
-        (_describe_rows(lse2), _describe_rows(delta)),
+        (*(describe(x, block_m, varlen) for x in (q, dout)), *(describe(x, BLOCK_N, varlen) for x in (k, v))),
+        (_describe_rows(lse2, block_m), _describe_rows(delta, block_m)),
         (accumulator, dk, dv, strides(dk), strides(dv)),
         added,
         n_row_tile,
-        sizes,
+        problem,
         (0, q.shape[0]) if varlen else (H * T, T),
         scale,
         scale * math.log2(math.e),
-        BLOCK_M,
+        block_m,
         BLOCK_N,
         head_dim,
         STAGES,
-        fragment_layout(head_dim // 2),
+        fragment_layout(head_dim * block_m // 128),
         ordered,
         CONSUMER_REGISTERS,
         num_warps=4,
     )
-    _flash_attention_dq_kernel[(n_sequence * H * triton.cdiv(T, BLOCK_M),)](
-        accumulator, dq, cu_seqlens_q, strides(dq), H, T, n_row_tile, scale, BLOCK_M, head_dim,
+    _flash_attention_dq_kernel[(n_sequence * H * triton.cdiv(T, block_m),)](
+        accumulator, dq, cu_seqlens_q, strides(dq), H, T, n_row_tile, scale, block_m, head_dim,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

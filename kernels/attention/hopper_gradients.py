@@ -1,8 +1,9 @@
-"""dq's fp32 accumulator: how the Hopper backward lays it out, and the kernel that rounds it to dq.
+"""How the Hopper backward writes its gradients: rows of dk and dv, and dq's fp32 accumulator and what rounds it to dq.
 
-It holds row tiles of BLOCK_M queries, (H, row tiles, BLOCK_M * D), sequence after sequence. Inside a row tile each half
-of the head size stands for itself, in the order in which a warpgroup's threads hold an accumulator: a thread's values
-in groups of four, side by side with its neighbours', so that a warp adds 512 contiguous bytes with one instruction.
+The accumulator holds row tiles of BLOCK_M queries, (H, row tiles, BLOCK_M * D), sequence after sequence. A row tile has
+two parts, one from each warpgroup: the halves of its columns, or for BLOCK_M = 128 of its rows. A part stands in the
+order in which a warpgroup's threads hold a (64, COLS) product: a thread's values in groups of four, side by side with
+its neighbours', so that a warp adds 512 contiguous bytes with one instruction.
 """
 
 import triton
@@ -10,6 +11,8 @@ import triton.language as tl
 
 from . import blocks
 from .hopper_blocks import gl, gluon
+
+head_pointer = gluon.jit(blocks.head_pointer.fn)
 
 
 def fragment_layout(cols: int) -> gl.DistributedLinearLayout:
@@ -30,6 +33,16 @@ def to_fragments(x, COLS: gl.constexpr):
 def first_row_tile(cu_seqlens_q_ptr, b, start_q, T, BLOCK_M: gl.constexpr):
     """Sequence b's first row tile; packed sequences, each starting at start_q, have room to round up."""
     return b * ((T + BLOCK_M - 1) // BLOCK_M) if cu_seqlens_q_ptr is None else start_q // BLOCK_M + b
+
+
+@gluon.jit
+def store_rows(ptr, strides, b, h, start, first, length, tile, layout: gl.constexpr):
+    """Rows first .. of a head, those below `length`."""
+    rows = first + gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout))
+    cols = gl.arange(0, tile.shape[1], gl.SliceLayout(0, layout))
+    offsets = gl.cast(rows, gl.int64)[:, None] * strides[2] + gl.cast(cols, gl.int64)[None, :] * strides[3]
+    ptr = head_pointer(ptr, strides, b, h, start)
+    gl.store(ptr + offsets, gl.cast(tile, ptr.dtype.element_ty), mask=(rows < length)[:, None])
 
 
 @triton.jit
@@ -55,12 +68,16 @@ def _flash_attention_dq_kernel(
     if first >= length:
         return
     tile = pid % n_tile + (b * n_tile if cu_seqlens_q_ptr is None else start // BLOCK_M + b)
-    COLS: tl.constexpr = HEAD_DIM // 2
+    COLS: tl.constexpr = HEAD_DIM * BLOCK_M // 128
     accumulator_ptr += (tl.cast(h, tl.int64) * n_row_tile + tile) * BLOCK_M * HEAD_DIM
     dq_ptr = blocks.head_pointer(dq_ptr, dq_strides, b, h, start)
-    rows = tl.arange(0, BLOCK_M)
+    rows = tl.arange(0, 64)
+    cols = tl.arange(0, COLS)
     for c in tl.static_range(2):
-        x = tl.load(accumulator_ptr + c * BLOCK_M * COLS + tl.arange(0, BLOCK_M * COLS))
+        x = tl.load(accumulator_ptr + c * 64 * COLS + tl.arange(0, 64 * COLS))
         x = tl.permute(tl.reshape(x, [COLS // 8, 4, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5])
-        x = tl.reshape(x, [BLOCK_M, COLS])
-        blocks.store_tile(dq_ptr, dq_strides, first, rows, c * COLS + tl.arange(0, COLS), length, x * scale, HEAD_DIM)
+        x = tl.reshape(x, [64, COLS]) * scale
+        if BLOCK_M == 64:
+            blocks.store_tile(dq_ptr, dq_strides, first, rows, c * COLS + cols, length, x, HEAD_DIM)
+        else:
+            blocks.store_tile(dq_ptr, dq_strides, first, c * 64 + rows, cols, length, x, HEAD_DIM)
