@@ -143,18 +143,22 @@ class Bench:
             make.made += [block.attention.q_norm.weight, block.attention.k_norm.weight]
         return lambda: tuple(y for call in calls for y in _as_tuple(call()))
 
+    def _matrix(self, make: Leaves, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A weight that keeps what it multiplies at unit size, as a model's does: exponentials then stay in range."""
+        return make(rows, columns, dtype=dtype, scale=columns**-0.5)
+
     def _products(self, x: Tensor, widths: list[int], make: Leaves) -> Call:
         """x times a matrix for each width; the weights are already in the dtype (the casts are a row of their own)."""
-        weights = [make(width, x.shape[-1]) for width in widths]
+        weights = [self._matrix(make, width, x.shape[-1]) for width in widths]
         return lambda: tuple(F.linear(x, weight) for weight in weights)
 
     def _ffn(self, make: Leaves) -> Call:
         c, ops = self.config, self.model.ops
         x = make(self.B, self.T, c.d_model)
-        up, down = make(c.d_ff, c.d_model), make(c.d_model, c.d_ff)
+        up, down = self._matrix(make, c.d_ff, c.d_model), self._matrix(make, c.d_model, c.d_ff)
         if c.ffn == "gelu":
             return lambda: F.linear(F.gelu(F.linear(x, up), approximate="tanh"), down)
-        gate = make(c.d_ff, c.d_model)
+        gate = self._matrix(make, c.d_ff, c.d_model)
         return lambda: F.linear(ops.swiglu(F.linear(x, gate), F.linear(x, up)), down)
 
     def _sums(self) -> list[Task]:
@@ -171,7 +175,7 @@ class Bench:
     def _loss(self, make: Leaves) -> Call:
         c = self.config
         x, target = make(self.N, c.d_model), self._tokens().flatten()
-        weight = make(c.vocab_size, c.d_model, dtype=torch.float32)
+        weight = self._matrix(make, c.vocab_size, c.d_model, torch.float32)
         return lambda: self.model.ops.linear_cross_entropy(x, weight, target)
 
     def _casts(self) -> list[Task]:
