@@ -48,6 +48,12 @@ class Partition:
         self.mmas: list[Mma] = []  # in flight, oldest first
         self.stores: list[Transfer] = []  # still to read shared memory
 
+    def check_idle(self) -> None:
+        """The end of the partition: nothing of its own may be left in flight."""
+        if self.mmas or self.stores:
+            mmas, stores = len(self.mmas), len(self.stores)
+            raise ProtocolError(f"{self.name} ended with {mmas} wgmmas and {stores} TMA stores in flight")
+
 
 class Machine:
     """The programs that run side by side, of which one partition runs at a time."""
@@ -201,15 +207,14 @@ class Program:
         self.partitions, self.running = [parent], parent
 
     def _finish(self, partition: Partition) -> None:
-        if partition.mmas or partition.stores:
-            raise ProtocolError(f"{partition.name} ended with {len(partition.mmas)} wgmmas and "
-                           f"{len(partition.stores)} TMA stores in flight")  # fmt: skip
+        partition.check_idle()
         partition.is_done = True
         if not all(p.is_done for p in self.partitions):
             self.hand_over(partition)
 
     def finish(self) -> None:
         """The end of the program: nothing may be left in flight."""
+        self.running.check_idle()
         for barrier in self.barriers:
             if barrier.bytes:
                 raise ProtocolError(f"{barrier.name} still expects {barrier.bytes} bytes at the end of the program")
