@@ -87,11 +87,10 @@ def _wait_for_turn(counter, before, turn):
 
 
 @gluon.jit
-def _produce(descs, stats, buffers, barriers, problem, lse_strides, added_ptr, n_row_tile, BLOCK_M: gl.constexpr,
+def _produce(descs, buffers, barriers, problem, lse_strides, added_ptr, n_row_tile, BLOCK_M: gl.constexpr,
              BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr):  # fmt: skip
     """Load the tiles, STAGES ahead, and take turns: while tile g - 1 is worked on, load g, end g - 2, ask for g - 1."""
-    q_desc, dout_desc, k_desc, v_desc = descs
-    lse2_desc, delta_desc = stats
+    q_desc, dout_desc, k_desc, v_desc, lse2_desc, delta_desc = descs
     q_buf, dout_buf, k_buf, v_buf, lse2_buf, delta_buf, _ = buffers
     kv_full, full, empty, _, turn = barriers
     gl.static_assert(STAGES == 2)
@@ -254,8 +253,12 @@ def _consume(work, c: gl.constexpr,
 
 @gluon.jit
 def _flash_attention_bwd_hopper_kernel(
-    descs,  # q, dout, k, v
-    stats,  # lse2, delta: all rows of all heads, flat
+    q_desc,  # no tuples of descriptors: a launch takes them apart only here
+    dout_desc,
+    k_desc,
+    v_desc,
+    lse2_desc,  # all rows of all heads, flat
+    delta_desc,
     grads,
     added_ptr,  # for each row tile of dq, the programs that have added to it
     n_row_tile,  # row tiles of a head
@@ -271,28 +274,28 @@ def _flash_attention_bwd_hopper_kernel(
     ORDERED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
 ):
-    q_desc, dout_desc, k_desc, v_desc = descs
     DTYPE: gl.constexpr = q_desc.dtype
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     q_buf = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, HEAD_DIM], q_desc.layout)
     dout_buf = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, HEAD_DIM], dout_desc.layout)
     k_buf = gl.allocate_shared_memory(DTYPE, [1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
     v_buf = gl.allocate_shared_memory(DTYPE, [1, 1, BLOCK_N, HEAD_DIM], v_desc.layout)
-    lse2_buf = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], stats[0].layout)
-    delta_buf = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], stats[1].layout)
+    lse2_buf = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], lse2_desc.layout)
+    delta_buf = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], delta_desc.layout)
     ds_buf = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, BLOCK_M], ds_layout)
     kv_full = new_barriers(1, 1)
     full = new_barriers(STAGES, 1)
     empty = new_barriers(STAGES, 2)
     ds_full = new_barriers(1, 2)
     turn = new_barriers(1, 1)
+    descs = (q_desc, dout_desc, k_desc, v_desc, lse2_desc, delta_desc)
     buffers = (q_buf, dout_buf, k_buf, v_buf, lse2_buf, delta_buf, ds_buf)
     barriers = (kv_full, full, empty, ds_full, turn)
     work = (grads, buffers, barriers, problem, n_row_tile, scale, exp_scale)
     # the producer comes first: ptxas would hoist the first partition's addresses out of its loop, and spill them
     gl.warp_specialize(
         [
-            (_produce, (descs, stats, buffers, barriers, problem, lse_strides, added_ptr, n_row_tile,
+            (_produce, (descs, buffers, barriers, problem, lse_strides, added_ptr, n_row_tile,
                         BLOCK_M, BLOCK_N, STAGES, ORDERED)),
             (_consume, (work, 0, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED)),
             (_consume, (work, 1, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED)),
@@ -372,8 +375,9 @@ def launch_backward(
     left, right = (None if n is None else min(n, T + S) for n in (left, right))
     problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, T, S, n_sequence * K, n_tile, GROUP)
     _flash_attention_bwd_hopper_kernel[(n_sequence * K * n_tile,)](
-        (*(describe(x, block_m, varlen) for x in (q, dout)), *(describe(x, BLOCK_N, varlen) for x in (k, v))),
-        (_describe_rows(lse2, block_m), _describe_rows(delta, block_m)),
+        *(describe(x, block_m, varlen) for x in (q, dout)),
+        *(describe(x, BLOCK_N, varlen) for x in (k, v)),
+        *(_describe_rows(x, block_m) for x in (lse2, delta)),
         (accumulator, dk, dv, strides(dk), strides(dv)),
         added,
         n_row_tile,
