@@ -21,7 +21,7 @@ import numpy as np
 from . import encode_file as _files
 from . import formats
 from .decode import IncrementalDecoder, TokenBytes
-from .encode import SHORT_TEXT, Encoder, SpecialIds, cut_stream
+from .encode import SHORT_TEXT, STREAM_PIECE, Encoder, SpecialIds, cut_stream
 from .encode_words import WordEncoder
 from .pretokenize import GPT2_PATTERN, Specials, compile_pattern, repair, utf8
 
@@ -132,7 +132,7 @@ class Tokenizer:
         # Pieces that end inside no special token, allowed or not, so that "none_raise" sees each whole. With a custom
         # pattern they end at special tokens, so these must be allowed.
         cutter = self.special_ids.cutter if self.special_ids.cutter.inside_documents else allowed.cutter
-        for data in cut_stream(map(utf8, iterable), cutter):
+        for data in cut_stream(map(utf8, iterable), cutter, STREAM_PIECE):
             if allowed_special == "none_raise":
                 self._refuse_specials(data.decode())
             yield from self._encoder.encode_long([data], allowed).tolist()

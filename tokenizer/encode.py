@@ -21,6 +21,8 @@ from .pretokenize import SEPARATOR, Specials, compile_pattern, is_vectorised, pr
 
 # Bytes of text encoded at a time; what the arrays hold for them is some ten times as much.
 PIECE = 1 << 22
+# The same in streams, of which nothing but the piece is held: with its arrays it is less than a megabyte.
+STREAM_PIECE = 1 << 14
 # Characters below which a dictionary look-up for each word costs less than starting up the arrays.
 SHORT_TEXT = 1 << 12
 # Words that short texts left behind; past it all are forgotten, so that no text makes the memory grow without bound.
@@ -91,6 +93,8 @@ class Encoder:
         # One for each thread: its tables are written to by every call. No lock, which a fork might copy while held.
         self._local = threading.local()
         self._local.text_encoder = TextEncoder(words, pattern)
+        # What is made at the first use is made now, so that a stream takes next to no memory (see STREAM_PIECE).
+        self._encode_masked("é".encode(), np.empty(0, np.int32))
 
     def encode_short(self, text: str, allowed: SpecialIds) -> list[int]:
         parts = allowed.split(text)
