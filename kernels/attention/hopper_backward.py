@@ -16,8 +16,8 @@ dq sums over programs, in fp32, in a buffer of its own, which a second kernel ro
 addition is not associative, so programs take turns: a counter for each row tile says how many have added, and the
 producer, which also loads the tiles by TMA, admits its program when all keys to the left are in. Programs start in that
 order, so whom one waits for is always running. Walking rows from the last to the first, heavy tiles first, they wait
-least: in a simulation of 132 SMs within 4 % of no order at all, causal and full, from T = 4096 on. ordered=False drops
-the turns.
+least: in a simulation of 132 SMs and 16 heads, causal, D = 128, turns cost 6 % at T = 4096 and 3 % at 8192, and less
+under a full mask. ordered=False drops them.
 """
 
 from __future__ import annotations
