@@ -18,9 +18,10 @@ from rich.table import Table
 
 from ..model.ceilings import Ceilings, Sizes
 from ..model.parts import BACKWARD
+from ..training.files import write_json
 from ..training.throughput import measure_peak_flops
 from .clock import best_seconds
-from .harness import machine, write_json
+from .harness import machine
 from .kernel_rates import KERNELS, kernel_rates
 
 DTYPES = (torch.float32, torch.bfloat16)

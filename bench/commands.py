@@ -155,8 +155,9 @@ def validate(
     """Predict a training step, write that down, then measure it: every component by itself, and the whole."""
     from rich.console import Console
 
+    from ..training.files import write_json
     from ..training.loop import resolve_device
-    from .harness import machine, write_json
+    from .harness import machine
     from .validate import read_model
     from .validate import validate as run
 
@@ -195,8 +196,9 @@ def kernels(
     """Check and time every kernel case beside its peers: the machine's ceilings first, results before speed."""
     from rich.console import Console
 
+    from ..training.files import write_json
     from ..training.loop import resolve_device
-    from .harness import machine, write_json
+    from .harness import machine
     from .report import failures_table, kernel_results, table
     from .worker import kernels as run
 

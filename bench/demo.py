@@ -19,8 +19,9 @@ from ..model import ModelConfig, Transformer, generate
 from ..tokenizer import Tokenizer, train_bpe
 from ..training.checkpoint import load_model
 from ..training.config import TrainConfig
+from ..training.files import write_json
 from ..training.loop import TrainResult, resolve_device, train
-from .harness import machine, write_json
+from .harness import machine
 from .text import END_OF_TEXT, find_text, read_documents, split_text
 from .validate import validate_step
 

@@ -7,8 +7,6 @@ the error of torch's own operation in the same dtype (three times for gradients)
 from __future__ import annotations
 
 import datetime
-import json
-import os
 import platform
 import subprocess
 import time
@@ -262,25 +260,6 @@ def _timed(case: Case, name: str, mode: str, device: torch.device) -> Measuremen
         peak_mib=peak,
         host_microseconds=host_microseconds(call, device),
     )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a temporary file, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON as write_text does."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def as_records(measurements: Iterable[Measurement]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model import PRESETS
-from .harness import write_text
+from ..training.files import write_text
 from .plots import plot_kernels, plot_shares, plot_validation
 from .report import RESULTS, markdown_table, read_results, section
 

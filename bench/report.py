@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .harness import write_text
+from ..training.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 PREDICTED = ".predicted.json"  # `bench validate` writes it beside the measurement, before there is one

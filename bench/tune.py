@@ -22,8 +22,9 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from .. import kernels
 from ..kernels.attention import paths, tiles
 from ..kernels.attention.tuned import KERNELS, PASSES, PATHS, Identity, Tile, UserTable, architecture, read
+from ..training.files import write_json
 from .cases import HOPPER, Case, attention_case
-from .harness import Checker, WrongResult, seconds, task, write_json
+from .harness import Checker, WrongResult, seconds, task
 from .worker import STEP, command, right_kinds, run
 
 # What a candidate must save for the one that ships to be given up: less is noise.

@@ -18,12 +18,13 @@ from rich.table import Table
 from ..model import ModelConfig, estimate
 from ..model.estimate import Estimate
 from ..training.config import TrainConfig, model_config
+from ..training.files import write_json
 from ..training.loop import TrainResult
 from . import counters
 from .ceilings import ceilings_of, require_ceilings
 from .clock import median_seconds
 from .components import Timed, measure_components
-from .harness import machine, write_json
+from .harness import machine
 from .kernel_rates import ops_on
 from .step import Step, count_flops
 

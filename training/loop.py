@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import signal
 import statistics
 import threading
@@ -26,6 +24,7 @@ from ..model import Transformer, estimate
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .data import TokenFile, batch_generator, check_window, get_batch, open_tokens, validation_batches
+from .files import write_json
 from .optim import build_optimizers, clip_grad_norm
 from .progress import Display, RunLog
 from .throughput import PeakMemory, measure_peak_flops, mfu
@@ -158,7 +157,7 @@ class _Run:
     def train(self) -> TrainResult:
         config, totals = self.config, self.totals
         config.out_dir.mkdir(parents=True, exist_ok=True)
-        _write_json(config.out_dir / "config.json", config.to_dict())
+        write_json(config.out_dir / "config.json", config.to_dict())
         self.started = time.perf_counter() - totals.elapsed
         means: list[float] = []  # seconds per step, one mean per log interval
         with ExitStack() as stack:
@@ -379,13 +378,3 @@ def _ops(name: str, device: torch.device) -> ModuleType:
 
 def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else nullcontext()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +10,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from .files import write_text
 
 PLAIN_SECONDS = 5.0  # at least this long between two plain lines
 
@@ -21,12 +22,7 @@ class RunLog:
 
     def __init__(self, path: Path, *, keep_to: int | None = None) -> None:
         kept = [] if keep_to is None or not path.exists() else _records_to(path, keep_to)
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_text(path, "".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:

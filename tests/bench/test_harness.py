@@ -1,9 +1,7 @@
 """The harness refuses wrong results, measures right ones, and writes files whole."""
 
 import dataclasses
-import json
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -148,12 +146,3 @@ def test_machine_says_where_and_when():
     where = harness.machine(CPU)
     assert where["torch"] == torch.__version__
     assert all(where[key] for key in ("device", "threads", "triton", "python", "commit", "date"))
-
-
-def test_json_is_written_whole_or_not_at_all(tmp_path: Path):
-    path = tmp_path / "folder" / "results.json"
-    harness.write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        harness.write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [p.name for p in path.parent.iterdir()] == ["results.json"]
