@@ -11,6 +11,7 @@ Importing this module imports Gluon: the launchers do it only when a Hopper kern
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ __all__ = [
     "as_heads",
     "block_order",
     "describe",
+    "extents",
     "fence_async_shared",
     "gl",
     "gluon",
@@ -63,6 +65,14 @@ visible_blocks = gluon.jit(blocks.visible_blocks.fn)
 sequence = gluon.jit(blocks.sequence.fn)
 
 
+def extents(x: Tensor, varlen: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides of x as (b, h, row, d): packed sequences (total, H, D) are one batch of `total` rows."""
+    sizes, strides = x.shape, x.stride()
+    if varlen:
+        return (1, sizes[1], sizes[0], sizes[2]), (0, strides[1], strides[0], strides[2])
+    return tuple(sizes), strides
+
+
 def as_heads(x: Tensor, varlen: bool) -> Tensor:
     """x as (b, h, row, d): packed sequences (total, H, D) are one batch of `total` rows."""
     return x.transpose(0, 1)[None] if varlen else x
@@ -70,27 +80,42 @@ def as_heads(x: Tensor, varlen: bool) -> Tensor:
 
 def tma_obstacle(name: str, x: Tensor, varlen: bool) -> str | None:
     """Why TMA cannot address x, or None: 16-byte alignment, unit stride along d, extents and strides in range."""
-    x = as_heads(x, varlen)
-    sizes, strides = x.shape, x.stride()
+    sizes, strides = extents(x, varlen)
+    itemsize = x.element_size()
     if strides[3] != 1:
         return f"{name} is not contiguous along the head size"
-    if x.data_ptr() % 16 or any(n > 1 and s * x.element_size() % 16 for n, s in zip(sizes, strides[:3], strict=False)):
+    used = [stride * itemsize for size, stride in zip(sizes[:3], strides[:3], strict=True) if size > 1]
+    if x.data_ptr() % 16 or any(stride % 16 for stride in used):
         return f"{name} is not aligned to 16 bytes"
-    if any(n > 1 and not 0 < s * x.element_size() < 1 << 40 for n, s in zip(sizes, strides[:3], strict=False)):
+    if any(not 0 < stride < 1 << 40 for stride in used):
         return f"{name} is expanded"
     if max(sizes) >= 1 << 30:
         return f"{name} is longer than 2^30 rows"
     return None
 
 
-def describe(x: Tensor, rows: int, varlen: bool) -> Any:
-    """The TMA descriptor of x as (b, h, row, d), for tiles of `rows` rows; loads past an end read zeros."""
-    x = as_heads(x, varlen)
-    head_dim = x.shape[3]
-    strides = [s if n > 1 else head_dim for n, s in zip(x.shape[:3], x.stride(), strict=False)]
+@cache
+def _prototype(dtype: torch.dtype, rows: int, head_dim: int) -> dict[str, Any]:
+    """The fields of a descriptor of (b, h, row, d) for tiles of `rows` rows."""
     block = [1, 1, rows, head_dim]
-    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENT[x.dtype])
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], block, layout)
+    layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENT[dtype])
+    x = torch.empty((1, 1, 1, head_dim), dtype=dtype, device="cpu")
+    return vars(TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)) | {"base": None}
+
+
+def describe(x: Tensor, rows: int, varlen: bool) -> Any:
+    """The TMA descriptor of x as (b, h, row, d), for tiles of `rows` rows; loads past an end read zeros.
+
+    TensorDescriptor's own checks, which tma_obstacle has made already, would cost 10 us of every launch.
+    """
+    sizes, strides = extents(x, varlen)
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)
+    vars(descriptor).update(_prototype(x.dtype, rows, sizes[3]))
+    descriptor.base, descriptor.shape = x, list(sizes)
+    # the stride of a single element is any: one that TMA takes
+    descriptor.strides = [stride if size > 1 else sizes[3] for size, stride in zip(sizes[:3], strides, strict=False)]
+    descriptor.strides.append(1)
+    return descriptor
 
 
 @gluon.jit

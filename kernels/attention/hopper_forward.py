@@ -47,8 +47,8 @@ from torch import Tensor
 
 from .hopper_blocks import (
     ELEMENT,
-    as_heads,
     describe,
+    extents,
     fence_async_shared,
     gl,
     gluon,
@@ -372,7 +372,7 @@ def launch_forward(
         describe(k, block_n, varlen),
         describe(v, block_n, varlen),
         describe(out, 64, varlen),
-        Output(out, as_heads(out, varlen).stride()[:3], lse, lse_strides),
+        Output(out, extents(out, varlen)[1][:3], lse, lse_strides),
         problem,
         scale * math.log2(math.e),
         BLOCK_M=block_m,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from rooflight.kernels import reference
 from rooflight.kernels.attention import checks, hopper_blocks, hopper_forward, hopper_loads
@@ -180,6 +181,22 @@ def test_what_it_serves() -> None:
     packed, ends = x[0].transpose(0, 1), torch.tensor([0, 8], dtype=torch.int32)
     assert hopper_forward.supports(packed, packed, packed, ends) is None
     assert hopper_forward.supports(packed, packed, packed[::2].repeat_interleave(2, 2)[..., ::2], ends) is not None
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.parametrize("layout", ["(B, T, H, D)", "fused"])
+def test_descriptors_are_those_that_triton_makes(layout: str, varlen: bool) -> None:
+    x = LAYOUTS[layout](draw(2, 3, 3, 5, 5, 64, FP16)["q"])
+    if varlen:
+        x = x[0].transpose(0, 1)
+    ours, heads = hopper_blocks.describe(x, 128, varlen), hopper_blocks.as_heads(x, varlen)
+    strides = [n if size > 1 else 64 for n, size in zip(heads.stride(), heads.shape, strict=True)]
+    layout_in_memory = hopper_blocks.gl.NVMMASharedLayout.get_default_for([1, 1, 128, 64], hopper_blocks.gl.float16)
+    theirs = TensorDescriptor(heads, list(heads.shape), strides, [1, 1, 128, 64], layout_in_memory)
+    assert vars(ours).keys() == vars(theirs).keys()
+    for name, value in vars(theirs).items():
+        assert name == "base" or getattr(ours, name) == value, name
+    assert ours.base.data_ptr() == theirs.base.data_ptr()
 
 
 # ---------------------------------------------------------------- bugs that must not pass
