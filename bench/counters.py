@@ -40,8 +40,14 @@ def count_step(e: Estimate, device: torch.device, *, timeout: float = TIMEOUT) -
     Raises RuntimeError with ncu's last words where it fails or takes longer than `timeout` seconds.
     """
     operations = TENSOR_OPERATIONS[e.dtype]
-    request = {"model": e.config.to_dict(), "device": str(device), "optimizer": e.optimizer, "dtype": e.dtype}
-    request |= {"batch_size": e.batch_size, "context_length": e.context_length}
+    request = {
+        "model": e.config.to_dict(),
+        "batch_size": e.batch_size,
+        "context_length": e.context_length,
+        "dtype": e.dtype,
+        "optimizer": e.optimizer,
+        "device": str(device),
+    }
     command = ["ncu", "--profile-from-start", "off", "--csv", "--print-units", "base"]
     command += ["--metrics", ",".join((operations, *BYTES)), sys.executable, "-P", "-c"]
     command += ["from rooflight.bench.counters import main; main()", json.dumps(request)]

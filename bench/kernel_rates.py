@@ -185,7 +185,7 @@ ELEMENTS = (2**15, 2**17, 2**19, 2**21, 2**23), (2**18, 2**21, 2**24, 2**27)
 FLAT = _grid((ELEMENTS[0],), (ELEMENTS[1],))
 ROWS = _grid((ELEMENTS[0], (32, 256)), (ELEMENTS[1], (64, 1024, 4096)))
 WIDE = _grid((ELEMENTS[0], (512,)), (ELEMENTS[1], (4096,)))
-MATRIX = {
+MATRIX: dict[str, tuple[Sizes, ...]] = {
     kind: tuple((short, times * short) for short in sides for times in (1, 4))
     for kind, sides in {"cpu": (64, 128, 256, 512), "cuda": (512, 1024, 2048, 4096)}.items()
 }
