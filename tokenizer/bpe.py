@@ -267,12 +267,13 @@ def _build(parts: formats.Parts) -> Tokenizer:
 
 
 def _check_vocab(vocab: Mapping[int, bytes]) -> dict[bytes, int]:
-    id_of: dict[bytes, int] = {}
     for i, token in vocab.items():
-        if not isinstance(i, int) or i < 0 or not isinstance(token, bytes) or not token:
+        if type(i) is not int or i < 0 or type(token) is not bytes or not token:
             raise ValueError(f"vocab: {i!r}: {token!r}, expected an id >= 0 and non-empty bytes")
-        if id_of.setdefault(token, i) != i:
-            raise ValueError(f"vocab: ids {id_of[token]} and {i} are both {token!r}")
+    id_of = {token: i for i, token in vocab.items()}
+    if len(id_of) < len(vocab):
+        i, token = next((i, token) for i, token in vocab.items() if id_of[token] != i)
+        raise ValueError(f"vocab: ids {i} and {id_of[token]} are both {token!r}")
     for byte in range(256):
         if bytes([byte]) not in id_of:
             raise ValueError(f"vocab: the single byte {bytes([byte])!r} is missing, expected all 256")
@@ -287,12 +288,12 @@ def _check_holes(vocab: Mapping[int, bytes], special_ids: set[int]) -> None:
 
 
 def _check_merges(merges: Sequence[tuple[bytes, bytes]], id_of: Mapping[bytes, int]) -> list[tuple[int, int, int]]:
-    pairs = []
-    for rank, (left, right) in enumerate(merges):
-        for token in (left, right, left + right):
-            if token not in id_of:
-                raise ValueError(f"merges: {token!r} of merge {rank}, {(left, right)!r}, is not in the vocabulary")
-        pairs.append((id_of[left], id_of[right], id_of[left + right]))
+    try:
+        pairs = [(id_of[left], id_of[right], id_of[left + right]) for left, right in merges]
+    except KeyError as error:
+        token = error.args[0]
+        rank, merge = next((i, pair) for i, pair in enumerate(merges) if token in (*pair, pair[0] + pair[1]))
+        raise ValueError(f"merges: {token!r} of merge {rank}, {merge!r}, is not in the vocabulary") from None
     if len({(left, right) for left, right, _ in pairs}) < len(pairs):
         raise ValueError("merges: a pair is listed more than once")
     return pairs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from array import array
 from collections.abc import Iterable, Mapping
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,9 +33,9 @@ class TokenBytes:
     """
 
     def __init__(self, vocab: Mapping[int, bytes]) -> None:
-        self._tokens = [vocab.get(i, b"") for i in range(max(vocab) + 1)]
+        self._tokens = list(map(vocab.get, range(max(vocab) + 1), repeat(b"")))
         self._has_gaps = len(vocab) < len(self._tokens)
-        self.sizes = np.array([len(token) for token in self._tokens])
+        self.sizes = np.fromiter(map(len, self._tokens), np.int64, len(self._tokens))
         self._offsets = np.cumsum(self.sizes) - self.sizes
         # Eight bytes from every offset of the tokens' bytes, and those at which each token starts.
         data = b"".join(self._tokens) + bytes(8)
