@@ -147,6 +147,7 @@ def validate(
     optimizer: Annotated[str, typer.Option(help="adamw, or muon for the blocks' matrices.")] = "adamw",
     device: Device = "auto",
     compiled: Annotated[bool, typer.Option("--compile", help="Also time the step under torch.compile.")] = False,
+    runs: Annotated[int, typer.Option(min=1, help="Rounds over all models; the medians count.")] = 1,
     json_path: Annotated[Path, typer.Option("--json", help="The results; the prediction goes beside it.")] = Path(
         "runs/validation.json"
     ),
@@ -173,6 +174,7 @@ def validate(
             dtype=dtype,
             optimizer=optimizer,
             compiled=compiled,
+            runs=runs,
             predictions=predictions,
             progress=status.update,
         )

@@ -5,9 +5,10 @@ The prediction is written to disk before anything of it is measured.
 
 from __future__ import annotations
 
+import statistics
 import tomllib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,10 +195,14 @@ def validate(
     dtype: str = "bfloat16",
     optimizer: str = "adamw",
     compiled: bool = False,
+    runs: int = 1,
     predictions: Path,
     progress: Callable[[str], object] = lambda what: None,
 ) -> list[Validation]:
-    """Predict every model's step, write that to `predictions` (JSON), then measure them one after another."""
+    """Predict every model's step, write that to `predictions` (JSON), then measure them one after another.
+
+    runs: rounds over all models, of which each quantity's median counts.
+    """
     predicted = {
         name: predict(
             config,
@@ -211,7 +216,24 @@ def validate(
     }
     written = {name: e.to_dict() for name, e in predicted.items()}
     write_json(predictions, {"kind": "prediction", "machine": machine(device), "predictions": written})
-    return [_measure(name, e, device, compiled, progress) for name, e in predicted.items()]
+    rounds = [[_measure(name, e, device, compiled, progress) for name, e in predicted.items()] for _ in range(runs)]
+    return [_median(same) for same in zip(*rounds, strict=True)]
+
+
+def _median(same: tuple[Validation, ...]) -> Validation:
+    """One validation of several of the same model: what was measured becomes its median."""
+
+    def middle(key: str) -> list[Any]:
+        columns = zip(*(getattr(validation, key) for validation in same), strict=True)
+        return [replace(rows[0], measured=statistics.median(row.measured for row in rows)) for rows in columns]
+
+    steps = [validation.step_seconds for validation in same if validation.step_seconds is not None]
+    return replace(
+        same[0],
+        rows=tuple(middle("rows")),
+        components=tuple(middle("components")),
+        step_seconds=statistics.median(steps) if steps else None,
+    )
 
 
 def _measure(

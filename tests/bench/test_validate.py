@@ -12,7 +12,7 @@ from rooflight.bench import validate as module
 from rooflight.bench.ceilings import save_ceilings
 from rooflight.bench.commands import bench, estimate
 from rooflight.bench.harness import machine
-from rooflight.bench.validate import ComponentRow, Validation, predict, read_model, validate
+from rooflight.bench.validate import ComponentRow, Row, Validation, predict, read_model, validate
 from rooflight.model import PRESETS, Ceilings, ModelConfig
 
 CPU = torch.device("cpu")
@@ -52,6 +52,27 @@ def test_a_step_and_its_components(dtype: str, tmp_path: Path):
     written = json.loads(predictions.read_text())
     assert written["kind"] == "prediction"
     assert written["predictions"]["small"]["seconds"] == done.predicted.seconds
+
+
+def test_of_several_runs_the_medians_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    steps = iter([5.0, 50.0, 1.0, 20.0, 9.0, 30.0])
+
+    def measure(name, e, *rest):
+        seconds = next(steps)
+        row = Row("step time", "ms", 2.0, 1e3 * seconds, "")
+        return Validation(name, e, (row,), (ComponentRow("FFN", 1.0, seconds / 2),), seconds)
+
+    monkeypatch.setattr(module, "_measure", measure)
+    a, b = validate({"a": SMALL, "b": SMALL}, CPU, batch_size=1, runs=3, predictions=tmp_path / "predicted.json")
+    assert (a.name, a.step_seconds, a.rows[0].measured, a.components[0].measured) == ("a", 5.0, 5000.0, 2.5)
+    assert (b.name, b.step_seconds, b.rows[0].measured, b.components[0].measured) == ("b", 30.0, 30000.0, 15.0)
+
+
+@pytest.mark.parametrize("path", sorted((Path(module.__file__).parent / "models").glob("*.toml")), ids=lambda p: p.stem)
+def test_the_models_that_come_along_are_read(path: Path):
+    name, config = read_model(str(path))
+    assert name == path.stem
+    predict(config, batch_size=1, context_length=None, dtype="float32", device=CPU)
 
 
 def test_muon_beside_adamw(tmp_path: Path):
