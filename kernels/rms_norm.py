@@ -31,26 +31,35 @@ SHORT_TILE = 2048
 FORWARD_TILE = 32768
 BACKWARD_TILE = 8192
 LOOP_TILE, LOOP_WARPS = 4096, 16
-# Warps of the backward's programs that stay resident on one multiprocessor, at its 80 registers a thread.
-RESIDENT_WARPS = 24
-# Rows of dw's partial sums that one step of the reduction reads.
-REDUCE_ROWS = 32
+# Rows that the looped backward takes at once: its partial sums of dw go to memory and back once for all of them.
+LOOP_ROWS = 4
+# Warps of the backward's programs on one multiprocessor. All of them must be resident, at up to 128 registers a thread:
+# each has the same share of the rows, so one that starts late ends late. 16 warps with 16 elements a thread have
+# 32 KiB of h and dy on their way for each stage; a multiprocessor of an H200 needs 17 (bench/NOTES.md).
+RESIDENT_WARPS = 16
+# One program's tile of dw's partial sums: all of them for few columns, so that they are read in one go.
+REDUCE_TILE, REDUCE_WARPS = 8192, 8
 
 # ---------------------------------------------------------------- kernels
 
 
 @triton.jit
 def _load_scale(w_ptr, offset, cols, N, DTYPE: tl.constexpr):
-    """w + offset (1, BLOCK_N)."""
-    return (tl.load(w_ptr + cols, mask=cols < N, other=0.0).to(DTYPE) + offset)[None, :]
+    """w + offset (1, BLOCK_N); every row reads it, so it stays in L1."""
+    w = tl.load(w_ptr + cols, mask=cols < N, other=0.0, eviction_policy="evict_last")
+    return (w.to(DTYPE) + offset)[None, :]
 
 
 @triton.jit
-def _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE: tl.constexpr):
-    """h (ROWS, BLOCK_N): x, or x + residual rounded to the stream's dtype."""
-    h = tl.load(x_ptr + tile_offsets(row, x_layout, cols), mask=mask, other=0.0).to(DTYPE)
+def _load_stream(
+    x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE: tl.constexpr, KEEP: tl.constexpr
+):
+    """h (ROWS, BLOCK_N): x, or x + residual rounded to the stream's dtype. KEEP: it will be read again."""
+    KEPT: tl.constexpr = "evict_last" if KEEP else "evict_first"
+    h = tl.load(x_ptr + tile_offsets(row, x_layout, cols), mask=mask, other=0.0, eviction_policy=KEPT).to(DTYPE)
     if residual_ptr is not None:
-        h += tl.load(residual_ptr + tile_offsets(row, residual_layout, cols), mask=mask, other=0.0).to(DTYPE)
+        at = residual_ptr + tile_offsets(row, residual_layout, cols)
+        h += tl.load(at, mask=mask, other=0.0, eviction_policy=KEPT).to(DTYPE)
         h = h.to(stream_ptr.dtype.element_ty).to(DTYPE)
     return h
 
@@ -75,13 +84,13 @@ def _rms_norm_fwd_kernel(
     live = (row >= 0) & (row < M)  # row wraps below 0 when M is within a tile of 2^31
     cols = tl.arange(0, BLOCK_N)
     mask = live[:, None] & (cols < N)[None, :]
-    h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE)
+    h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE, not ONE_TILE)
     squares = h * h
     if not ONE_TILE:
         for start in range(BLOCK_N, N, BLOCK_N):
             at = start + cols
             mask = live[:, None] & (at < N)[None, :]
-            h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE)
+            h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE, True)
             squares += h * h
     rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / N + eps)
     tl.store(rstd_ptr + row, rstd, mask=live)
@@ -91,17 +100,16 @@ def _rms_norm_fwd_kernel(
         for start in range(0, N, BLOCK_N):
             at = start + cols
             mask = live[:, None] & (at < N)[None, :]
-            h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE)
+            h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE, False)
             _store_normed(y_ptr, stream_ptr, w_ptr, offset, h, rstd, row, at, mask, N, residual_ptr is not None)
 
 
 @triton.jit
-def _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, w_ptr, offset, rstd, row, cols, mask, N, DTYPE: tl.constexpr):
-    """xhat, dy and g = (w + offset) dy, each (ROWS, BLOCK_N)."""
+def _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, scale, rstd, row, cols, mask, DTYPE: tl.constexpr):
+    """xhat, dy and g = scale dy, each (ROWS, BLOCK_N)."""
     xhat = tl.load(h_ptr + tile_offsets(row, h_layout, cols), mask=mask, other=0.0).to(DTYPE) * rstd[:, None]
     dy = tl.load(dy_ptr + tile_offsets(row, dy_layout, cols), mask=mask, other=0.0).to(DTYPE)
-    g = dy * _load_scale(w_ptr, offset, cols, N, DTYPE) if w_ptr is not None else dy
-    return xhat, dy, g
+    return xhat, dy, dy * scale if scale is not None else dy
 
 
 @triton.jit
@@ -122,13 +130,15 @@ def _rms_norm_bwd_kernel(
     if partial_ptr is not None:
         partial_ptr += program.to(tl.int64) * N  # this program's row of (programs, N)
     dw = tl.zeros((ROWS, BLOCK_N), DTYPE)
+    # not in the loop, whose pipeline would fetch it for every row anew
+    scale = _load_scale(w_ptr, offset, cols, N, DTYPE) if ONE_TILE and w_ptr is not None else None
     for tile in tl.range(program, tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS)
         live = (row >= 0) & (row < M)
         rstd = tl.load(rstd_ptr + row, mask=live, other=0.0)
         if ONE_TILE:
             mask = live[:, None] & (cols < N)[None, :]
-            xhat, dy, g = _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, w_ptr, offset, rstd, row, cols, mask, N, DTYPE)
+            xhat, dy, g = _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, scale, rstd, row, cols, mask, DTYPE)
             mean = tl.sum(xhat * g, axis=1) / N
             _store_dh(dh_ptr, dstream_ptr, dstream_layout, xhat, g, mean, rstd, row, cols, mask, N, DTYPE)
             dw += dy * xhat
@@ -137,18 +147,16 @@ def _rms_norm_bwd_kernel(
             for start in range(0, N, BLOCK_N):
                 at = start + cols
                 mask = live[:, None] & (at < N)[None, :]
-                xhat, dy, g = _load_pair(
-                    h_ptr, h_layout, dy_ptr, dy_layout, w_ptr, offset, rstd, row, at, mask, N, DTYPE
-                )
+                part = _load_scale(w_ptr, offset, at, N, DTYPE) if w_ptr is not None else None
+                xhat, dy, g = _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, part, rstd, row, at, mask, DTYPE)
                 products += xhat * g
             mean = tl.sum(products, axis=1) / N
             tl.debug_barrier()  # other threads may have written the partial sums read below
             for start in range(0, N, BLOCK_N):
                 at = start + cols
                 mask = live[:, None] & (at < N)[None, :]
-                xhat, dy, g = _load_pair(
-                    h_ptr, h_layout, dy_ptr, dy_layout, w_ptr, offset, rstd, row, at, mask, N, DTYPE
-                )
+                part = _load_scale(w_ptr, offset, at, N, DTYPE) if w_ptr is not None else None
+                xhat, dy, g = _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, part, rstd, row, at, mask, DTYPE)
                 _store_dh(dh_ptr, dstream_ptr, dstream_layout, xhat, g, mean, rstd, row, at, mask, N, DTYPE)
                 if partial_ptr is not None:
                     seen = tl.load(partial_ptr + at, mask=at < N, other=0.0)
@@ -183,6 +191,23 @@ def _tile(N: int, longest: int) -> tuple[int, int, int]:
     return rows, columns, min(max(rows * columns // 512, 4), most_warps())
 
 
+@cache
+def _backward_tile(N: int, many: bool, element_size: int) -> tuple[int, int, int, int]:
+    """The backward's _tile, and how many tiles of rows its loop is ahead. many: rows for all multiprocessors."""
+    rows, columns, warps = _tile(N, BACKWARD_TILE)
+    if columns < N:
+        rows = LOOP_ROWS if many else 1
+        return rows, columns // rows, warps, 1
+    # In fp32 the buffers for rows to come would not fit a small GPU, and two rows' not AMD's shared memory.
+    return rows, columns, warps, 1 if element_size > 2 else 3 if most_warps() == 32 else 2
+
+
+@cache
+def _reduced_columns(N: int) -> int:
+    """Columns of dw that one program sums: from a sector of memory, 32 bytes, to a line, for about 256 programs."""
+    return min(32, max(8, triton.next_power_of_2(N) // 256))
+
+
 def rms_norm_fwd(
     x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,7 +225,7 @@ def rms_norm_fwd(
         residual, residual_layout = row_layout(residual)
     if weight is not None:
         weight = weight.contiguous()
-    _rms_norm_fwd_kernel[(triton.cdiv(M, rows),)](
+    _rms_norm_fwd_kernel[(-(-M // rows),)](
         x, x_layout, residual, residual_layout, weight, y, stream, rstd, M, N, eps, weight_offset,
         ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, DTYPE=statistics(x.dtype)[1], num_warps=warps,
     )  # fmt: skip
@@ -216,10 +241,10 @@ def rms_norm_bwd(
     dh, dw = _rms_norm_bwd_fake(dy, dstream, h, weight, rstd, weight_offset, needs_dw)
     if M == 0:
         return dh, dw.zero_()
-    rows, columns, warps = _tile(N, BACKWARD_TILE)
-    programs = min(triton.cdiv(M, rows), multiprocessors(h.device) * max(1, RESIDENT_WARPS // warps))
-    # The next rows are fetched while these are worked on; in fp32 their buffers would not fit a small GPU.
-    stages = 2 if h.element_size() <= 2 else 1
+    processors = multiprocessors(h.device)
+    many = processors * 2 * LOOP_ROWS <= M
+    rows, columns, warps, stages = _backward_tile(N, many, h.element_size())
+    programs = min(-(-M // rows), processors * max(1, RESIDENT_WARPS // warps))
     h, h_layout = row_layout(h)
     dy, dy_layout = row_layout(dy)
     dstream_layout = None
@@ -234,7 +259,10 @@ def rms_norm_bwd(
         num_warps=warps,
     )  # fmt: skip
     if partial is not None:
-        _rms_norm_dw_kernel[(triton.cdiv(N, 64),)](partial, dw, programs, N, ROWS=REDUCE_ROWS, BLOCK_N=64)
+        columns = _reduced_columns(N)
+        _rms_norm_dw_kernel[(-(-N // columns),)](
+            partial, dw, programs, N, ROWS=REDUCE_TILE // columns, BLOCK_N=columns, num_warps=REDUCE_WARPS
+        )
     return dh, dw
 
 
@@ -244,9 +272,10 @@ def _rms_norm_fwd_fake(
     if residual is None:
         stream = x.new_empty(0)
     else:
-        stream = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        stream = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     rstd = x.new_empty(x.shape[:-1].numel(), dtype=statistics(stream.dtype)[0])
-    return x.new_empty(x.shape), stream, rstd
+    return torch.empty_like(x, memory_format=torch.contiguous_format), stream, rstd
 
 
 def _rms_norm_bwd_fake(
@@ -254,7 +283,7 @@ def _rms_norm_bwd_fake(
     needs_dw: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dw = weight.new_empty(weight.shape) if needs_dw and weight is not None else h.new_empty(0)
-    return h.new_empty(h.shape), dw
+    return torch.empty_like(h, memory_format=torch.contiguous_format), dw
 
 
 def _fwd_flops(x: Any, weight: Any, eps: float, residual: Any, *args: Any, **kwargs: Any) -> int:
@@ -351,4 +380,7 @@ def rms_norm(
         y, stream, _ = _fwd(x, weight, eps, residual, weight_offset)
         return y if residual is None else (y, stream)
     refuse_transforms("rms_norm")
+    if not torch.is_grad_enabled():  # nothing to save
+        y, stream, _ = call(_fwd, x, weight, eps, residual, weight_offset)
+        return y if residual is None else (y, stream)
     return RMSNormFunction.apply(x, weight, eps, residual, weight_offset)
