@@ -84,7 +84,7 @@ class Specials:
         if self._pattern is None:
             return data
         if len(self.encoded) == 1:
-            return data.replace(self.encoded[0], SEPARATOR)
+            return SEPARATOR.join(data.split(self.encoded[0]))  # replace() would count them first, to allocate
         return self._pattern.sub(SEPARATOR, data)
 
     def findall(self, data: bytes) -> list[bytes]:
@@ -197,11 +197,12 @@ def _class_of_byte() -> bytes:
 _CLASS_OF_BYTE = _class_of_byte()
 
 
-def _classify(padded: bytes, buffer: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The class of every byte (that of its character), and start and length of the white space of several bytes."""
+def _classify(padded: bytes, buffer: np.ndarray, lead: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The class of every byte (that of its character), and start and length of the white space of several bytes.
+
+    lead: where the characters of several bytes start.
+    """
     classes = np.frombuffer(bytearray(padded.translate(_CLASS_OF_BYTE)), np.uint8)
-    lead = np.flatnonzero(buffer >= 0xC0)
-    lead = lead[classes[lead] == _MULTIBYTE]
     first = buffer[lead]
     size = 2 + (first >= 0xE0).astype(np.int64) + (first >= 0xF0)
     code = (first & (0x7F >> size)).astype(np.int64)
@@ -220,12 +221,15 @@ def _gpt2(data: bytes) -> Pretokens:
     n = len(data)
     padded = data + PADDING
     buffer = np.frombuffer(padded, np.uint8)
-    if data.isascii():
-        classes = np.frombuffer(padded.translate(_CLASS_OF_BYTE), np.uint8)
-        wide = wide_size = separators = np.empty(0, np.int64)
+    lead = wide = wide_size = separators = np.empty(0, np.int64)
+    if not data.isascii():
+        high = np.flatnonzero(buffer[:n] >= 0xC0)
+        is_separator = buffer[high] == SEPARATOR[0]
+        separators, lead = high[is_separator], high[~is_separator]
+    if len(lead):
+        classes, wide, wide_size = _classify(padded, buffer, lead)
     else:
-        classes, wide, wide_size = _classify(padded, buffer)
-        separators = np.flatnonzero(buffer[:n] == SEPARATOR[0])
+        classes = np.frombuffer(padded.translate(_CLASS_OF_BYTE), np.uint8)
 
     # is_start[i]: a pre-token starts at byte i. The end of the text counts as one; padding has the separator's class.
     is_start = np.empty(n + 1, bool)
