@@ -47,7 +47,14 @@ from .hopper_blocks import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .hopper_gradients import _flash_attention_dq_kernel, first_row_tile, fragment_layout, store_rows, to_fragments
+from .hopper_gradients import (
+    _flash_attention_dq_kernel,
+    first_row_tile,
+    fragment_layout,
+    programs_before,
+    store_rows,
+    to_fragments,
+)
 from .hopper_loads import Problem
 
 BLOCK_M = {64: 128, 128: 64}  # queries, by head size: what the registers hold
@@ -123,9 +130,7 @@ def _produce(descs, buffers, barriers, problem, lse_strides, added_ptr, n_row_ti
                     _wait_for_turn(added_ptr + last, last_before, turn)
                 last_but_one = last
                 last = tile + m // BLOCK_M
-                last_before = first // BLOCK_N
-                if left is not None:  # less the first tile of keys that these rows see
-                    last_before -= gl.maximum(m + S - T - left, 0) // BLOCK_N
+                last_before = programs_before(first, m, left, T, S, BLOCK_N)
             g += 1
         row += lse_strides[1]
         tile += n_row_tile
@@ -240,10 +245,13 @@ def _consume(work, c: gl.constexpr,
             dq = warpgroup_mma(ds_part.permute((1, 0)), k_part, zero_dq, use_acc=False, is_async=True)
             dv, dk, dq = warpgroup_mma_wait(0, [dv, dk, dq])
             dq = gl.convert_layout(to_fragments(dq, COLS), FRAGMENTS)
-            offsets = gl.arange(0, 64 * COLS, FRAGMENTS)
+            dq_ptrs = dq_ptr + gl.cast(m, gl.int64) * HEAD_DIM + gl.arange(0, 64 * COLS, FRAGMENTS)
             if ORDERED:
                 mbarrier.wait(turn.index(0), g % 2)
-            gl.atomic_add(dq_ptr + gl.cast(m, gl.int64) * HEAD_DIM + offsets, dq, sem="relaxed")
+            if ORDERED and programs_before(first, m, left, T, S, BLOCK_N) == 0:
+                gl.store(dq_ptrs, dq)  # what was there is not zeroed before
+            else:
+                gl.atomic_add(dq_ptrs, dq, sem="relaxed")
             mbarrier.arrive(empty.index(s), count=1)
             g += 1
         dq_ptr += gl.cast(n_row_tile, gl.int64) * (BLOCK_M * HEAD_DIM)
@@ -260,20 +268,15 @@ def _flash_attention_bwd_hopper_kernel(
     lse2_desc,  # all rows of all heads, flat
     delta_desc,
     grads,
-    added_ptr,  # for each row tile of dq, the programs that have added to it
+    added_ptr,  # for each row tile of dq, the programs that have added to it; None without turns
     n_row_tile,  # row tiles of a head
     problem,
     lse_strides,
     scale,
     exp_scale,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr,
-    FRAGMENTS: gl.constexpr,
-    ORDERED: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr,
-):
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    FRAGMENTS: gl.constexpr, ORDERED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+):  # fmt: skip
     DTYPE: gl.constexpr = q_desc.dtype
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     q_buf = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, HEAD_DIM], q_desc.layout)
@@ -364,8 +367,9 @@ def launch_backward(
     block_m = BLOCK_M[head_dim]
     n_row_tile = q.shape[0] // block_m + n_sequence if varlen else n_sequence * triton.cdiv(T, block_m)
     n_tile = triton.cdiv(S, BLOCK_N)
-    accumulator = q.new_zeros((H, n_row_tile, block_m * head_dim), dtype=torch.float32)
-    added = q.new_zeros((H, n_row_tile) if ordered else (1,), dtype=torch.int32)
+    allocate = torch.empty if ordered else torch.zeros
+    accumulator = allocate((H, n_row_tile, block_m * head_dim), dtype=torch.float32, device=q.device)
+    added = torch.zeros((H, n_row_tile), dtype=torch.int32, device=q.device) if ordered else None
 
     def strides(x: Tensor) -> tuple[int, ...]:
         b, h, row, d = as_heads(x, varlen).stride()
@@ -385,16 +389,10 @@ def launch_backward(
         (0, q.shape[0]) if varlen else (H * T, T),
         scale,
         scale * math.log2(math.e),
-        block_m,
-        BLOCK_N,
-        head_dim,
-        STAGES,
-        fragment_layout(head_dim * block_m // 128),
-        ordered,
-        CONSUMER_REGISTERS,
+        block_m, BLOCK_N, head_dim, STAGES, fragment_layout(head_dim * block_m // 128), ordered, CONSUMER_REGISTERS,
         num_warps=4,
-    )
+    )  # fmt: skip
     _flash_attention_dq_kernel[(n_sequence * H * triton.cdiv(T, block_m),)](
-        accumulator, dq, cu_seqlens_q, strides(dq), H, T, n_row_tile, scale, block_m, head_dim,
+        accumulator, added, dq, cu_seqlens_q, strides(dq), H, T, n_row_tile, scale, block_m, head_dim,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

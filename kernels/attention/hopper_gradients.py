@@ -36,6 +36,15 @@ def first_row_tile(cu_seqlens_q_ptr, b, start_q, T, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
+def programs_before(first, m, left, T, S, BLOCK_N: gl.constexpr):
+    """How many programs add to the row tile from query m before the program of keys first ..: those to its left."""
+    n = first // BLOCK_N
+    if left is not None:  # less the tiles of keys that none of these rows sees
+        n -= gl.maximum(m + S - T - left, 0) // BLOCK_N
+    return n
+
+
+@gluon.jit
 def store_rows(ptr, strides, b, h, start, first, length, tile, layout: gl.constexpr):
     """Rows first .. of a head, those below `length`."""
     rows = first + gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout))
@@ -48,6 +57,7 @@ def store_rows(ptr, strides, b, h, start, first, length, tile, layout: gl.conste
 @triton.jit
 def _flash_attention_dq_kernel(
     accumulator_ptr,
+    added_ptr,  # None: zeros where nothing was added
     dq_ptr,
     cu_seqlens_q_ptr,
     dq_strides,
@@ -69,12 +79,14 @@ def _flash_attention_dq_kernel(
         return
     tile = pid % n_tile + (b * n_tile if cu_seqlens_q_ptr is None else start // BLOCK_M + b)
     COLS: tl.constexpr = HEAD_DIM * BLOCK_M // 128
-    accumulator_ptr += (tl.cast(h, tl.int64) * n_row_tile + tile) * BLOCK_M * HEAD_DIM
+    tile += tl.cast(h, tl.int64) * n_row_tile
+    is_set = True if added_ptr is None else tl.load(added_ptr + tile) > 0
+    accumulator_ptr += tile * BLOCK_M * HEAD_DIM
     dq_ptr = blocks.head_pointer(dq_ptr, dq_strides, b, h, start)
     rows = tl.arange(0, 64)
     cols = tl.arange(0, COLS)
     for c in tl.static_range(2):
-        x = tl.load(accumulator_ptr + c * 64 * COLS + tl.arange(0, 64 * COLS))
+        x = tl.load(accumulator_ptr + c * 64 * COLS + tl.arange(0, 64 * COLS), mask=is_set, other=0.0)
         x = tl.permute(tl.reshape(x, [COLS // 8, 4, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5])
         x = tl.reshape(x, [64, COLS]) * scale
         if BLOCK_M == 64:
