@@ -110,6 +110,18 @@ def test_many_schedules(seed: int, kind: str) -> None:
     judge_forward(inputs, seed=100 + seed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ping_pong", [False, True])
+@pytest.mark.parametrize("n_program", [None, 2])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_many_more_schedules(head_dim: int, mask: str, n_program: int | None, ping_pong: bool) -> None:
+    options = {"ping_pong": ping_pong, "n_program": n_program} | MASKS[mask]
+    for seed in range(5):
+        judge_forward(draw(1, 2, 1, 300, 500, head_dim, BF16), seed=seed, **options)
+        judge_forward(draw_packed(*PACKED, 2, 1, head_dim, BF16), seed=seed, **options)
+
+
 @pytest.mark.parametrize("ping_pong", [False, True])
 @pytest.mark.parametrize("n_program", [None, 1, 3])
 @pytest.mark.parametrize("packed", [False, True])
@@ -145,6 +157,21 @@ def test_rows_past_a_packed_end_are_left_alone() -> None:
         hopper_forward.launch_forward(*padded.values(), backwards, lse, ends[:2], ends[:2], 90, 90, None, 0, 0.1)
     assert (backwards[90:] == 7).all()
     assert torch.equal(backwards[:90], out[:90])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_outputs_past_2_31_elements(packed: bool) -> None:
+    inputs = draw_packed([140], [140], 1, 1, 64, BF16) if packed else draw(1, 1, 1, 140, 140, 64, BF16)
+    expected, _ = attend(**inputs)
+    stride = 1 << 24  # row 128 stands at 2^31; untouched, most of the storage is no memory
+    storage = torch.UntypedStorage(2 * 140 * stride)
+    out = torch.tensor([], dtype=BF16).set_(
+        storage, 0, expected.shape, (stride, 64, 1) if packed else (0, 0, stride, 1)
+    )
+    ends, lse = inputs.get("cu_seqlens_q"), torch.empty(1, 140) if packed else torch.empty(1, 1, 140)
+    with emulated(hopper_forward):
+        hopper_forward.launch_forward(*list(inputs.values())[:3], out, lse, ends, ends, 140, 140, None, 0, 0.125)
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
