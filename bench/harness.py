@@ -184,12 +184,13 @@ def seconds(call: Callable[[], object], device: torch.device) -> tuple[float, fl
     return low, median, high
 
 
-def host_microseconds(call: Callable[[], object], device: torch.device, calls: int = 50) -> float | None:
-    """How long the host takes to launch the call, the best of five rounds; None on a CPU, where nothing is launched."""
+def host_microseconds(call: Callable[[], object], device: torch.device, seconds: float) -> float | None:
+    """How long the host takes to launch a call that takes `seconds`, the best of three rounds; None on a CPU."""
     if device.type != "cuda":
         return None
+    calls = max(5, min(100, int(0.02 / seconds)))  # too few to fill the queue of launches
     best = float("inf")
-    for _ in range(5):
+    for _ in range(3):
         torch.cuda.synchronize(device)
         start = time.perf_counter()
         for _ in range(calls):
@@ -258,7 +259,7 @@ def _timed(case: Case, name: str, mode: str, device: torch.device) -> Measuremen
         gigabytes_per_second=cost.bytes / median / 1e9,
         teraflops=cost.flops / median / 1e12,
         peak_mib=peak,
-        host_microseconds=host_microseconds(call, device),
+        host_microseconds=host_microseconds(call, device, median),
     )
 
 
