@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import random
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -129,6 +130,27 @@ def test_layouts(layout: str) -> None:
 
 def test_without_turns() -> None:
     judge_backward(draw(1, 2, 1, 300, 300, 64, BF16), run={"ordered": False}, causal=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(60))
+def test_drawn_problems(seed: int) -> None:
+    """Lengths around the tiles' edges, windows of any reach, packed or not."""
+    draws = random.Random(seed)
+    K, D, dtype = draws.choice([1, 2]), draws.choice([64, 64, 128]), draws.choice([BF16, FP16])
+    H = K * draws.choice([1, 2, 3])
+    options: dict[str, Any] = {"causal": draws.random() < 0.5}
+    if draws.random() < 0.6:
+        options["window"] = draws.choice([0, 1, 5, 63, 64, 100, 200, 300]), draws.choice([0, 3, 64, 128, 150])
+    run = {"seed": seed, "resident": draws.choice([1, 2, 3, 5]), "ordered": draws.random() < 0.8}
+    lengths = 1, 50, 63, 64, 65, 127, 128, 129, 200, 260, 330
+    if draws.random() < 0.5:
+        n = draws.choice([1, 2, 4])
+        lengths_q, lengths_k = ([draws.choice((0, *lengths)) for _ in range(n)] + [7] for _ in "qk")
+        inputs = draw_packed(lengths_q, lengths_k, H, K, D, dtype, seed=seed)
+    else:
+        inputs = draw(draws.choice([1, 2]), H, K, draws.choice(lengths), draws.choice(lengths), D, dtype, seed=seed)
+    judge_backward(inputs, run=run, **options)
 
 
 # ---------------------------------------------------------------- one order
