@@ -13,7 +13,7 @@ from typing import Any
 
 from ..model import PRESETS
 from ..training.files import write_text
-from .plots import plot_kernels, plot_shares, plot_validation
+from .plots import plot_kernels, plot_rates, plot_shares, plot_validation, rate_series
 from .report import RESULTS, markdown_table, read_results, section
 
 STYLE = """
@@ -35,6 +35,8 @@ def write_page(path: Path, folder: Path = RESULTS) -> None:
             parts.append(_picture(partial(plot_validation, results["validations"]), "predicted and measured"))
         elif results["kind"] == "kernels" and any(m["provider"] != "rooflight" for m in results["measurements"]):
             parts.append(_picture(partial(plot_kernels, results["measurements"]), "kernels and their peers"))
+            if rate_series(results["measurements"]):
+                parts.append(_picture(partial(plot_rates, results["measurements"]), "rates by length"))
     parts += ["<h2>Where the FLOPs go</h2>", "<p>In closed form; nothing here is measured.</p>"]
     parts.append(_picture(partial(plot_shares, "gpt2-xl", PRESETS["gpt2-xl"]), "shares of the FLOPs"))
     head = f"<meta charset='utf-8'><title>rooflight: results</title><style>{STYLE}</style>"

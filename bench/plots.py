@@ -146,12 +146,69 @@ def plot_kernels(measurements: Sequence[dict[str, Any]], path: Path) -> None:
         raise ValueError("measurements: expected some of a peer, got none")
     figure, ((axes,),) = _figure(1, (9, 1.5 + 0.28 * len(cases)))
     for peer, color, marker in zip(peers, COLORS * len(peers), MARKERS * len(peers), strict=False):
-        points = [(times[peer] / times["rooflight"], y) for y, times in enumerate(cases.values()) if peer in times]
-        axes.plot(*zip(*points, strict=True), marker, color=color, label=peer)
+        both = [(times, y) for y, times in enumerate(cases.values()) if peer in times and "rooflight" in times]
+        points = [(times[peer] / times["rooflight"], y) for times, y in both]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker, color=color, label=peer)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(cases)), list(cases), fontsize=7)
     axes.invert_yaxis()
     axes.set(xscale="log", xlabel="the peer's time over ours")
     axes.grid(alpha=0.3, axis="x", which="both")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+Series = dict[str, dict[int, float]]  # provider: {length: rate}
+
+
+def rate_series(measurements: Sequence[dict[str, Any]]) -> dict[tuple[str, str], Series]:
+    """What can be drawn against a length: by title and axis, each provider's rates.
+
+    Attention in TFLOP/s by the sequence's length, RMSNorm in GB/s by the row's; series of one point are left out.
+    """
+    found: dict[tuple[str, str], Series] = {}
+    for m in measurements:
+        shape = m["shape"]
+        if m["operation"] == "flash_attention":
+            if "window" in shape or "documents" in shape or shape["H"] != shape["K"]:
+                continue
+            mask = "causal" if shape["causal"] else "full"
+            title = f"attention {m['mode']}, {mask}, head size {shape['D']}", "TFLOP/s by sequence length"
+            length, rate = shape["T"], m["teraflops"]
+        elif m["operation"] == "rms_norm" and "residual" not in shape:
+            title = f"rms_norm {m['mode']}", "GB/s by row size"
+            length, rate = shape["N"], m["gigabytes_per_second"]
+        else:
+            continue
+        points = found.setdefault(title, {}).setdefault(m["provider"], {})
+        points[length] = max(rate, points.get(length, 0.0))  # the larger batch of two
+    return {
+        title: {provider: dict(sorted(points.items())) for provider, points in series.items()}
+        for title, series in found.items()
+        if max(map(len, series.values())) > 1
+    }
+
+
+def plot_rates(measurements: Sequence[dict[str, Any]], path: Path) -> None:
+    """Rates against lengths, ours beside each peer's: a panel for each of rate_series.
+
+    measurements: as in a results file.  Raises ValueError where none has two lengths.
+    """
+    panels = rate_series(measurements)
+    if not panels:
+        raise ValueError("measurements: expected an operation at two lengths, got none")
+    names = list(dict.fromkeys(provider for series in panels.values() for provider in series))
+    look = dict(zip(names, zip(COLORS * len(names), MARKERS * len(names), strict=False), strict=False))
+    figure, (row,) = _figure(len(panels), (3.6 * len(panels), 3.6))
+    for axes, ((title, unit), series) in zip(row, panels.items(), strict=True):
+        for provider, points in series.items():
+            color, marker = look[provider]
+            axes.plot(list(points), list(points.values()), f"{marker}-", color=color, label=provider)
+        axes.set_xscale("log", base=2)
+        axes.set_title(title, fontsize=9)
+        axes.set(xlabel=unit.partition(" by ")[2], ylabel=unit.partition(" by ")[0], ylim=(0, None))
+        axes.grid(alpha=0.3)
+    lines = {line.get_label(): line for axes in row for line in axes.get_lines()}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
     _save(figure, path)

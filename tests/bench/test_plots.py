@@ -76,6 +76,27 @@ def test_nothing_to_draw_is_named(tmp_path: Path):
         plots.plot_kernels([kernel("rooflight", 1.0)], tmp_path / "k.svg")
 
 
+def attention(provider: str, T: int, rate: float, **changes) -> dict:
+    shape = {"B": 1, "H": 2, "K": 2, "T": T, "D": 128, "causal": True} | changes
+    return {"operation": "flash_attention", "mode": "forward", "shape": shape, "provider": provider, "teraflops": rate}
+
+
+def test_rates_stand_against_lengths(tmp_path: Path):
+    measured = [attention("rooflight", 8192, 2.0), attention("rooflight", 4096, 1.0), attention("peer", 4096, 1.5)]
+    others = [
+        attention("rooflight", 4096, 9.0, window=64),
+        attention("rooflight", 8192, 9.0, K=1),
+        attention("rooflight", 4096, 3.0, D=64),  # at one length alone
+        kernel("rooflight", 1.5),
+    ]
+    title = ("attention forward, causal, head size 128", "TFLOP/s by sequence length")
+    assert plots.rate_series(measured + others) == {title: {"rooflight": {4096: 1.0, 8192: 2.0}, "peer": {4096: 1.5}}}
+    plots.plot_rates(measured, tmp_path / "r.svg")
+    assert "<svg" in (tmp_path / "r.svg").read_text()
+    with pytest.raises(ValueError, match="expected an operation at two lengths"):
+        plots.plot_rates(others, tmp_path / "r.svg")
+
+
 def test_without_matplotlib_the_way_to_get_it_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     real = builtins.__import__
 
