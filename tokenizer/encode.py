@@ -24,7 +24,7 @@ PIECE = 1 << 22
 # The same in streams, of which nothing but the piece is held: with its arrays it is less than a megabyte.
 STREAM_PIECE = 1 << 14
 # Characters below which a dictionary look-up for each word costs less than starting up the arrays.
-SHORT_TEXT = 1 << 12
+SHORT_TEXT = 3 << 10
 # Words that short texts left behind; past it all are forgotten, so that no text makes the memory grow without bound.
 MAX_WORDS = 1 << 16
 # Longer words than this are rarely met again and are not remembered.
@@ -46,9 +46,10 @@ def gpt2_below_u10000() -> re.Pattern:
         found = regex.findall(f"{name}+", plane)
         sets.append("".join(f"{re.escape(run[0])}-{re.escape(run[-1])}" for run in found))
     letter, number, space = sets
-    other = f"[^{space}{letter}{number}]"
-    runs = rf" ?[{letter}]+| ?[{number}]+| ?{other}+|[{space}]+(?![^{space}])|[{space}]+"
-    return re.compile(rf"'(?:[sdmt]|ll|ve|re)|{runs}")
+    # The alternatives in another order than the pattern's, the frequent first. (A word that starts with an
+    # apostrophe is a contraction before it is anything else; no other two begin alike.)
+    words = rf" ?[{letter}]++|'(?:[sdmt]|ll|ve|re)| ?[^{space}{letter}{number}]++| ?[{number}]++"
+    return re.compile(rf"{words}|[{space}]+(?![^{space}])|[{space}]+")
 
 
 class SpecialIds:
@@ -149,7 +150,7 @@ class Encoder:
         padded, starts, lengths = pretokenize(masked, self.pattern)
         for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
             word = padded[start : start + length]
-            tokens = [next(special_id)] if word == SEPARATOR else self._words[word.decode()]
+            tokens = (next(special_id),) if word == SEPARATOR else self._words[word.decode()]
             start += longer
             for token in tokens:
                 ids.append(token)
@@ -172,15 +173,15 @@ class Encoder:
         return self._regex.findall(text)
 
 
-class _Words(dict[str, list[int]]):
+class _Words(dict[str, tuple[int, ...]]):
     """Words and their ids, filled as words are asked for."""
 
     def __init__(self, encoder: WordEncoder) -> None:
         super().__init__()
         self._encoder = encoder
 
-    def __missing__(self, word: str) -> list[int]:
-        ids = self._encoder.encode_word(utf8(word))
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ids = tuple(self._encoder.encode_word(utf8(word)))
         if len(word) <= MAX_WORD_CHARACTERS:
             if len(self) >= MAX_WORDS:
                 self.clear()

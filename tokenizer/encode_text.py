@@ -1,9 +1,9 @@
 """Whole texts to token ids by array operations: no Python object per word.
 
 Every different word has a number. A word of at most 63 bytes is one, two, four or eight 64-bit integers, and these are
-the key of an open hash table of numbers; longer words are numbered by a dictionary. All words of a text are numbered
-first; then those not met before are encoded together; then the numbers are replaced by ids. A number's value is an id,
-for a word of one token, or negative and says where the word's ids are stored.
+the key of an open hash table of numbers; longer words, and few, are numbered by a dictionary. All words of a text are
+numbered first; then those not met before are encoded together; then the numbers are replaced by ids. A number's value
+is an id, for a word of one token, or negative and says where the word's ids are stored.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ MAX_WORD_BYTES = 1 << 10
 _PIECE = 1 << 18
 _BLOCK = 1 << 16
 
+# Words longer than others, of which there are less than so many, are looked up in the dictionary instead of a table.
+_FEW = 1 << 6
 # 64-bit integers of a word, of which the last one's top byte is its length: up to 7, 15, 31 and 63 bytes.
 _WIDTHS = (1, 2, 4, 8)
 # Slots of a table: at most three quarters are used, by MAX_WORDS and one block.
@@ -93,11 +95,10 @@ class TextEncoder:
         loads = np.ndarray(end - origin + len(PADDING) - 7, "<u8", data, origin, (1,))
         load = loads.copy().take if end - origin < 16 * len(starts) else loads.__getitem__
         numbers = np.empty(len(starts), np.int32)
-        shortest = 0
+        left = np.arange(len(starts))
         for table in self._tables:
-            longest = 8 * table.width - 1
-            chosen = ((lengths >= shortest) & (lengths <= longest)).nonzero()[0]
-            shortest = longest + 1
+            fits = lengths < 8 * table.width
+            chosen, others = fits.nonzero()[0], (~fits).nonzero()[0]
             if len(chosen):
                 start, length = starts.take(chosen), lengths.take(chosen)
                 at = start - origin
@@ -106,13 +107,15 @@ class TextEncoder:
                 for i in range(table.width // 2, table.width):
                     keys[i] &= _MASKS.take(length - 8 * i if i else length, mode="clip")
                 keys[-1] |= length.view(np.uint64) << np.uint64(56)
-                numbers[chosen], new = table.number(keys, self._n_words)
+                numbers[left.take(chosen)], new = table.number(keys, self._n_words)
                 if len(new):
                     self._n_words += len(new)
                     self._new.append((start.take(new), length.take(new)))
-        chosen = (lengths >= shortest).nonzero()[0]
-        if len(chosen):
-            numbers[chosen] = self._number_long(data, starts[chosen], lengths[chosen])
+            left, starts, lengths = left.take(others), starts.take(others), lengths.take(others)
+            if len(left) < _FEW:
+                break
+        if len(left):
+            numbers[left] = self._number_long(data, starts, lengths)
         return numbers
 
     def _number_long(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> list[int]:
