@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from support.aot import SHARED_LIMIT, Artifact, compile_cases
+from support.artifacts import check_committed
 
 KERNELS = {"fwd", "delta", "bwd_dkdv", "bwd_dq"}
 TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "UTC.*MMA|HMMA", "gfx942": "v_mfma"}  # the others: HMMA
@@ -56,8 +57,10 @@ def check(artifacts: list[Artifact], target: str, head_dim: int) -> None:
 def test_common_head_sizes(target):
     sizes = (64, 128)
     cases = [(attention, {"head_dim": size, "dtype": "bfloat16"}) for size in sizes]
-    for artifacts, size in zip(compile_cases(cases, target), sizes, strict=True):
-        check(artifacts, target, size)
+    for artifacts, case in zip(compile_cases(cases, target), cases, strict=True):
+        check(artifacts, target, case[1]["head_dim"])
+        for artifact in artifacts:
+            check_committed(target, case, artifact)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from support.aot import SHARED_LIMIT, Artifact, compile_cases
-from support.artifacts import hopper
+from support.artifacts import check_committed, hopper
 
 PATHS_KERNELS = {"_flash_attention_fwd_hopper_kernel", "_flash_attention_bwd_hopper_kernel"}
 
@@ -30,6 +30,7 @@ def test_head_size_128():
     forward, backward = (kernels[name] for name in sorted(PATHS_KERNELS, reverse=True))
     for artifact in (forward, backward):
         check(artifact)
+        check_committed("sm_90", (hopper, {"head_dim": 128}), artifact)
     assert forward.spills == 0
     assert forward.loop is not None
     assert forward.loop.ideal == 1.0  # bound by the tensor cores
