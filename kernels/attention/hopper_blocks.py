@@ -43,6 +43,7 @@ __all__ = [
     "mbarrier",
     "new_barriers",
     "partition_barrier",
+    "row_layout",
     "sequence",
     "slot",
     "tile_of",
@@ -116,6 +117,12 @@ def describe(x: Tensor, rows: int, varlen: bool) -> Any:
     descriptor.strides = [stride if size > 1 else sizes[3] for size, stride in zip(sizes[:3], strides, strict=False)]
     descriptor.strides.append(1)
     return descriptor
+
+
+@gluon.constexpr_function
+def row_layout(x):
+    """The layout of one value for each row of x."""
+    return gl.SliceLayout(1, x.type.layout) if hasattr(x.type, "layout") else None  # None: not compiled
 
 
 @gluon.jit

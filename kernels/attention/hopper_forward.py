@@ -55,6 +55,7 @@ from .hopper_blocks import (
     masked_block,
     mbarrier,
     new_barriers,
+    row_layout,
     slot,
     tma,
     tma_obstacle,
@@ -101,13 +102,19 @@ def _mask(z, i, j, lower, upper, S):
 
 @gluon.jit
 def _softmax(z, m_i, l_i, exp_scale, MASK: gl.constexpr):
-    """Online softmax of the scores z in base 2: (p, factor of what was summed before, m, l)."""
+    """Online softmax of the scores z in base 2: (p, factor of what was summed before, m, l).
+
+    l is (64, 4), for each row what each of its four threads has summed: they meet once, after the loop. None before.
+    """
     m_new = gl.maximum(m_i, gl.max(z, 1) * exp_scale)
     # a row that has seen no key yet has m = -inf: subtract 0 instead, since -inf - -inf is NaN
     shift = gl.where(m_new == float("-inf"), 0.0, m_new) if MASK else m_new
     p = gl.exp2(z * exp_scale - shift[:, None])
     rescale = gl.exp2(m_i - shift)
-    return p, rescale, m_new, l_i * rescale + gl.sum(p, 1)
+    l_new = gl.sum(gl.sum(gl.reshape(p, [64, p.shape[1] // 8, 4, 2]), 3), 1)
+    if l_i is not None:
+        l_new += l_i * gl.convert_layout(rescale, row_layout(l_new))[:, None]
+    return p, rescale, m_new, l_new
 
 
 @gluon.jit
@@ -193,7 +200,6 @@ def _consume_tile(
         i = tile.first + c * 64 + gl.arange(0, 64, rows)
         cols = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
         m_i = gl.full([64], float("-inf"), gl.float32, rows)
-        l_i = gl.full([64], 0.0, gl.float32, rows)
         o = gl.zeros([64, HEAD_DIM], gl.float32, o_layout)
 
         s, parity = slot(g, STAGES)
@@ -202,7 +208,7 @@ def _consume_tile(
         z = warpgroup_mma_wait(0, [_issue_scores(q, shared.k.index(s))])
         mbarrier.arrive(shared.k_empty.index(s), count=1)
         z = _mask(z, i, (tile.hi - 1) * BLOCK_N + cols, lower, upper, S)
-        p, rescale, m_i, l_i = _softmax(z, m_i, l_i, exp_scale, True)
+        p, rescale, m_i, l_i = _softmax(z, m_i, None, exp_scale, True)
         if VARLEN:
             n_valid = S - (tile.hi - 1) * BLOCK_N
             if n_valid < BLOCK_N:
@@ -239,6 +245,7 @@ def _consume_tile(
         o = warpgroup_mma_wait(0, [_issue_values(p, shared.v.index(s), o, rescale)])
         mbarrier.arrive(shared.v_empty.index(s), count=1)
 
+        l_i = gl.convert_layout(gl.sum(l_i, 1), rows)
         l_i = gl.where(l_i == 0, 1.0, l_i)  # no visible key: o is 0 and m_i is -inf
         o = o * gl.convert_layout(1.0 / l_i, gl.SliceLayout(1, o_layout))[:, None]
         lse = (m_i + gl.log2(l_i)) * LN2
