@@ -23,22 +23,24 @@ BEGIN, END = "<!-- results: written by `rooflight bench report` -->", "<!-- end 
 
 def kernel_results(machine: dict[str, Any], heard: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The content of a results file, from what the workers of `bench kernels` said."""
-    measurements: dict[str, dict] = {}  # a case that is begun anew measures some of its providers again
+    measurements: dict[tuple[str, str, str], dict] = {}  # a case begun anew measures some of its providers again
     failures, ceilings = [], {}
     for line in heard:
         if "measurement" in line:
             m = line["measurement"]
-            key = " ".join((m["operation"], _shape(m["shape"]), m["dtype"], m["mode"], m["provider"]))
-            measurements[key] = m
+            case = " ".join((m["operation"], _shape(m["shape"]), m["dtype"]))
+            measurements[case, m["mode"], m["provider"]] = m
         elif "failure" in line:
             failures.append(line["failure"])
         elif "ceilings" in line:
             ceilings = line["ceilings"]
+    cases = list(dict.fromkeys(case for case, _, _ in measurements))
+    in_order = sorted(measurements, key=lambda key: (cases.index(key[0]), key[1] != "forward"))
     return {
         "kind": "kernels",
         "machine": machine,
         "ceilings": ceilings,
-        "measurements": list(measurements.values()),
+        "measurements": [measurements[key] for key in in_order],
         "failures": failures,
     }
 
@@ -54,27 +56,22 @@ def of_roof(m: dict[str, Any], ceilings: dict[str, float]) -> float | None:
 
 def table(measurements: Iterable[dict[str, Any]], ceilings: dict[str, float]) -> Table:
     """One row per provider and mode, in the order measured."""
-    roof = (
-        f"; products {ceilings['gemm_teraflops']:.1f} TFLOP/s, copies {ceilings['copy_gigabytes_per_second']:.0f} GB/s"
-        if ceilings
-        else ""
-    )
-    out = Table(title=f"Kernels, ours beside their peers (median; p20 to p80{roof})")
-    for column in ("operation", "mode", "shape", "dtype", "provider"):
+    out = Table(title="Kernels, ours beside their peers (median; p20 to p80)", expand=False)
+    if ceilings:
+        gemm, copy = ceilings["gemm_teraflops"], ceilings["copy_gigabytes_per_second"]
+        out.caption = f"roof: products {gemm:,.3g} TFLOP/s, copies {copy:,.0f} GB/s"
+    for column in ("case", "provider"):
         out.add_column(column)
-    for column in ("ms", "p20-p80", "GB/s", "TFLOP/s", "% of roof", "peak MiB", "host us"):
-        out.add_column(column, justify="right")
+    for column in ("ms", "p20-p80", "GB/s", "TFLOP/s", "% roof", "MiB", "host us"):
+        out.add_column(column, justify="right", no_wrap=True)
     before = None
     for m in measurements:
-        if before not in (None, (m["operation"], m["mode"], m["shape"])):
+        case = f"{m['operation']} {m['mode']}, {_shape(m['shape'])}, {m['dtype']}"
+        if before not in (None, case):
             out.add_section()
-        before = (m["operation"], m["mode"], m["shape"])
         share = of_roof(m, ceilings)
         out.add_row(
-            m["operation"],
-            m["mode"],
-            _shape(m["shape"]),
-            m["dtype"],
+            case if case != before else "",
             m["provider"],
             f"{m['milliseconds']:.3f}",
             f"{m['milliseconds_p20']:.3f}-{m['milliseconds_p80']:.3f}",
@@ -84,6 +81,7 @@ def table(measurements: Iterable[dict[str, Any]], ceilings: dict[str, float]) ->
             "" if m["peak_mib"] is None else f"{m['peak_mib']:.0f}",
             "" if m["host_microseconds"] is None else f"{m['host_microseconds']:.1f}",
         )
+        before = case
     return out
 
 

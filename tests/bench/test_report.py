@@ -83,3 +83,40 @@ def test_bad_files_are_named(tmp_path: Path):
     (tmp_path / "README.md").write_text("no markers\n")
     with pytest.raises(ValueError, match="markers"):
         report.update_readme(tmp_path / "README.md", tmp_path)
+
+
+def test_what_the_workers_said_becomes_a_results_file():
+    first, again = measurement("peer", 3.0), measurement("peer", 2.0)
+    failure = {"case": "rms_norm-M2-N4-float32", "provider": "other", "error": "no kernel"}
+    heard = [
+        {"ceilings": {"gemm_teraflops": 2.0, "copy_gigabytes_per_second": 2468.8}},
+        {"measurement": first},
+        {"measurement": measurement("peer", 5.0, mode="backward")},
+        {"failure": failure},
+        {"measurement": again},  # its case was begun anew
+        {"measurement": measurement("rooflight", 1.0)},
+        {"done": "rms_norm-M2-N4-float32", "kind": [None, False, False]},
+    ]
+    results = report.kernel_results(MACHINE, heard)
+    assert [(m["mode"], m["provider"], m["milliseconds"]) for m in results["measurements"]] == [
+        ("forward", "peer", 2.0),
+        ("forward", "rooflight", 1.0),
+        ("backward", "peer", 5.0),
+    ]
+    assert results["failures"] == [failure]
+    assert report.of_roof(again, results["ceilings"]) == pytest.approx(0.5)  # a copy bounds a norm
+    assert report.of_roof(again | {"operation": "flash_attention"}, results["ceilings"]) == 0.25
+    assert report.of_roof(again, {}) is None
+    assert report.failures_table([failure]).row_count == 1
+
+
+def test_a_case_without_ours_is_left_out(tmp_path: Path):
+    write(tmp_path, "kernels.json", {"kind": "kernels", "measurements": [measurement("peer", 3.0)]})
+    assert "3.000" not in report.render(tmp_path)
+
+
+def test_the_table_names_each_case_once():
+    full = {"milliseconds_p20": 0.9, "milliseconds_p80": 1.1, "peak_mib": None, "host_microseconds": 9.5}
+    table = report.table([measurement("rooflight", 1.0, **full), measurement("peer", 2.0, **full)], {})
+    assert list(table.columns[0].cells) == ["rms_norm forward, M=2 N=4, float32", ""]
+    assert list(table.columns[8].cells) == ["9.5", "9.5"]
