@@ -52,11 +52,13 @@ def test_tied_counts(counts, n_merges):
 
 
 @given(TIED, st.integers(1, 70), st.integers(1, 10))
-def test_many_epochs_and_a_short_front(counts, n_merges, rank):
+def test_many_epochs_small_slices_and_a_short_front(counts, n_merges, rank):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merge, "_threshold", lambda found, **_: int(np.sort(found)[-rank:][0]))
         patch.setattr(ranking, "_FRONT", rank)
         patch.setattr(ranking, "_NEAR", 2 * rank)
+        patch.setattr(ranking, "_MAX_PLACES", 3 * rank)
+        patch.setattr(merge, "_SLICE", 5 * rank)
         assert learn_merges(words_of(counts), n_merges) == naive(counts, n_merges)
 
 
