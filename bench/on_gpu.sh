@@ -12,7 +12,7 @@ site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 mkdir "$site/rooflight"
 for room in kernels model tokenizer training bench; do ln -s "$PWD/$room" "$site/rooflight/$room"; done
-export PYTHONPATH="$site" PYTHONUNBUFFERED=1
+export PYTHONPATH="$site" PYTHONUNBUFFERED=1 COLUMNS=150
 rooflight() { timeout -k 10 "$1" python3 -P -c 'from rooflight.bench.cli import main; main()' "${@:2}"; }
 wanted() { [[ $parts == "  " || $parts == *" $1 "* ]]; }
 status=0
@@ -28,7 +28,7 @@ if wanted kernels; then
 fi
 # The suite as it runs on a CPU, on the GPU.
 if wanted tests; then
-    timeout -k 10 "${TEST_SECONDS:-300}" python3 -P -m pytest tests/kernels -m "not slow" -q -x --timeout 120 \
+    timeout -k 10 "${TEST_SECONDS:-300}" python3 -P -m pytest tests/kernels -m "not slow" -q --timeout 120 \
         --junitxml "$out/kernels.xml" 2>&1 | tee "$out/kernels.log"
     status=$((status | PIPESTATUS[0]))
     if command -v compute-sanitizer > /dev/null; then
