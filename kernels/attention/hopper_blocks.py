@@ -42,7 +42,6 @@ __all__ = [
     "masked_block",
     "mbarrier",
     "new_barriers",
-    "partition_barrier",
     "row_layout",
     "sequence",
     "slot",
@@ -55,10 +54,9 @@ __all__ = [
     "warpgroup_mma_wait",
 ]
 
-# Triton 3.6 and 3.7 say async_copy_*, 3.9 async_*; 3.6 says thread_barrier.
+# Triton 3.6 and 3.7 say async_copy_*, 3.9 async_*.
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-partition_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 

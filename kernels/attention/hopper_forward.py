@@ -3,8 +3,8 @@
 The recurrence is that of forward.py. What differs is who does what, and when. A program takes BLOCK_M rows of queries
 and runs partitions of warps side by side:
 
-    producer    one warp, 24 registers a thread: starts the TMA loads of queries, then of keys and values block by
-                block into a ring of STAGES slots each, whenever a slot comes free
+    producer    one warp, 24 registers a thread (hopper_loads.py): starts the TMA loads of queries, then of keys and
+                values block by block into a ring of STAGES slots each, whenever a slot comes free
     consumers   BLOCK_M / 64 warpgroups, 64 rows each, up to 240 registers: all of the arithmetic
 
 Barriers, by who waits for whom (hopper_blocks explains parities):
