@@ -53,7 +53,7 @@ def check(artifacts: list[Artifact], target: str, head_dim: int) -> None:
             assert artifact.count(TENSOR_CORE.get(target, "HMMA")) > 0, artifact
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", pytest.param("sm_100", marks=pytest.mark.slow)])
 def test_common_head_sizes(target):
     sizes = (64, 128)
     cases = [(attention, {"head_dim": size, "dtype": "bfloat16"}) for size in sizes]
