@@ -220,30 +220,24 @@ class _Corpus:
             np.concatenate([places[i], places[j]]),
         )
 
-    def context(self, positions: np.ndarray, name: tuple[int, int]) -> tuple[list[int], list[int]] | None:
-        """The tokens before and after the middle of the pair in one word where it occurs; None when that is not found
-        near at hand."""
+    def context(self, positions: np.ndarray, name: tuple[int, int], side: int) -> list[int] | None:
+        """The tokens before (side 0) or after (1) the pair's middle in one word; None when it is not soon found."""
         a, b = name
         tokens, span = self.tokens, self.span
+        first = int(span[a])
         for place in positions[:_TRIES].tolist():
-            middle = place + int(span[a])
+            middle = place + first
             if tokens[place] == a and tokens[middle] == b:
                 break
         else:
             return None
-        before, after = [], []
-        start = max(0, middle - _REACH)
-        near = tokens[start : middle + _REACH].tolist()
-        middle -= start
-        at = middle - 1
-        while at >= 0 and near[at] != _BOUNDARY:
-            before.append(near[at] ^ near[at] >> 31)
-            at -= int(span[before[-1]])
-        stop = middle
-        while stop < len(near) and near[stop] != _BOUNDARY:
-            after.append(near[stop])
-            stop += int(span[after[-1]])
-        return (before, after) if at >= 0 and stop < len(near) else None
+        near = tokens[middle : middle + _REACH] if side else tokens[max(0, middle - _REACH) : middle][::-1]
+        found: list[int] = []
+        at, row = 0, near.tolist()
+        while at < len(row) and row[at] != _BOUNDARY:
+            found.append(row[at] ^ row[at] >> 31)  # ~id at the end of a longer token
+            at += int(span[found[-1]])
+        return found if at < len(row) else None
 
     def _occurrences(self, positions: list[np.ndarray], a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where a[i] and b[i] meet now: the places by i, and how many for each i."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from itertools import islice, pairwise
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ _MAX_PLACES = 1 << 18
 _HASH = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd (Knuth, multiplicative hashing)
 _NOWHERE = np.empty(0, np.int32)
 
-Context = tuple[list[int], list[int]]
+Context = Callable[[np.ndarray, tuple[int, int], int], list[int] | None]
 _Entry = tuple[int, bytes, bytes, int]  # count, the pair's bytes, its index: the order of the ranking
 
 
@@ -135,9 +135,7 @@ def _code(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 class Ranking:
     """The order in which watched pairs will be merged: the front, sorted, holds all pairs with counts above a bound."""
 
-    def __init__(
-        self, pairs: Pairs, tokens: list[bytes], context: Callable[[np.ndarray, tuple[int, int]], Context | None]
-    ) -> None:
+    def __init__(self, pairs: Pairs, tokens: list[bytes], context: Context) -> None:
         self._pairs = pairs
         self._tokens = tokens
         self._context = context
@@ -199,21 +197,27 @@ class Ranking:
 
     def _outranks_ties(self, entry: _Entry, a: int, b: int) -> bool:
         """The theorem's second condition, for the pair (a, b) that meets the first."""
-        count, left = entry[:2]
-        for before in self._contexts(self._by_right.get(a, ()), count, 0):
-            if before is None or any(token >= left or left.startswith(token) for token in before):
-                return False
-        for after in self._contexts(self._by_left.get(b, ()), count, 1):
-            if after is None or any(token.startswith(left) or left.startswith(token) for token in after):
+        left = entry[1]
+
+        def is_less(token: bytes) -> bool:
+            return token < left and not left.startswith(token)
+
+        def is_apart(token: bytes) -> bool:
+            return not (token.startswith(left) or left.startswith(token))
+
+        before, after = self._by_right.get(a, ()), self._by_left.get(b, ())
+        return self._all_beside(before, entry, 0, is_less) and self._all_beside(after, entry, 1, is_apart)
+
+    def _all_beside(self, indices: Collection[int], entry: _Entry, side: int, fits: Callable[[bytes], bool]) -> bool:
+        """Whether the tokens before (0) or after (1) the middle of each of these pairs of the same count fit."""
+        ties = [index for index in indices if self._entries[index][0] == entry[0]]
+        if not all(fits(self._entries[index][1:3][side]) for index in ties):
+            return False  # the nearest token is the pair's own
+        for index in ties:
+            tokens = self._context(self._pairs.positions[index], self._pairs.names[index], side)
+            if tokens is None or not all(fits(self._tokens[token]) for token in tokens):
                 return False
         return True
-
-    def _contexts(self, indices: Collection[int], count: int, side: int) -> Iterator[list[bytes] | None]:
-        """Of each of these pairs that has this count, the tokens before (0) or after (1) its middle in one word."""
-        for index in indices:
-            if self._entries[index][0] == count:
-                context = self._context(self._pairs.positions[index], self._pairs.names[index])
-                yield None if context is None else [self._tokens[token] for token in context[side]]
 
     def update(self, indices: np.ndarray) -> None:
         """Ranks again those of the pairs that are in front, their counts having fallen."""
