@@ -19,9 +19,9 @@ from .encode_text import TextEncoder
 from .encode_words import WordEncoder
 from .pretokenize import SEPARATOR, Specials, compile_pattern, is_vectorised, pretokenize, utf8
 
-# Bytes of text encoded at a time; what the arrays hold for them is some ten times as much.
+# Bytes of text whose new words are encoded together.
 PIECE = 1 << 22
-# The same in streams, of which nothing but the piece is held: with its arrays it is less than a megabyte.
+# The same of a stream, which is to take less than a megabyte with all its arrays.
 STREAM_PIECE = 1 << 14
 # Characters below which a dictionary look-up for each word costs less than starting up the arrays.
 SHORT_TEXT = 3 << 10
