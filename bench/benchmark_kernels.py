@@ -23,6 +23,11 @@ def test_kernel(benchmark, case: Case, provider: str, mode: str) -> None:
     if case.name not in _checked:  # one check serves every provider and mode of a case
         check(case, DEVICE)
         _checked.add(case.name)
+    with case.path(provider):
+        _time(benchmark, case, provider, mode)
+
+
+def _time(benchmark, case: Case, provider: str, mode: str) -> None:
     call = task(case, case.providers[provider], mode, DEVICE)
 
     def finished() -> None:
