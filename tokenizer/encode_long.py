@@ -1,4 +1,4 @@
-"""Words too long for the tables: cut into windows, encoded apart, and mended at the seams.
+"""Words too long for a matrix's column: cut into windows, encoded apart, and mended at the seams.
 
 A sequence of tokens is the encoding of a word exactly if every two neighbours are the encoding of their own bytes. (The
 first merge across a boundary would be of a suffix of one token with a prefix of the next; until then the bytes of the

@@ -51,6 +51,7 @@ def few(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param is not None:
             patch.setattr(encode_words, "_FEW", request.param)
+            patch.setattr(encode_text, "_FEW", request.param)
         TOKENIZERS[:] = [tokenizer_of(merges) for merges in MERGES]  # that have met no words yet
         yield
 
