@@ -47,14 +47,7 @@ from .hopper_blocks import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .hopper_gradients import (
-    _flash_attention_dq_kernel,
-    first_row_tile,
-    fragment_layout,
-    programs_before,
-    store_rows,
-    to_fragments,
-)
+from .hopper_gradients import first_row_tile, fragment_layout, programs_before, round_dq, store_rows, to_fragments
 from .hopper_loads import Problem
 
 BLOCK_M = {64: 128, 128: 64}  # queries, by head size: what the registers hold
@@ -392,7 +385,4 @@ def launch_backward(
         block_m, BLOCK_N, head_dim, STAGES, fragment_layout(head_dim * block_m // 128), ordered, CONSUMER_REGISTERS,
         num_warps=4,
     )  # fmt: skip
-    _flash_attention_dq_kernel[(n_sequence * H * triton.cdiv(T, block_m),)](
-        accumulator, added, dq, cu_seqlens_q, strides(dq), H, T, n_row_tile, scale, block_m, head_dim,
-        num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
+    round_dq(accumulator, added, dq, strides(dq), cu_seqlens_q, n_sequence, T, scale, block_m)

@@ -6,13 +6,19 @@ order in which a warpgroup's threads hold a (64, COLS) product: a thread's value
 its neighbours', so that a warp adds 512 contiguous bytes with one instruction.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import blocks
+from .blocks import head_pointer, sequence, store_tile
 from .hopper_blocks import gl, gluon
 
-head_pointer = gluon.jit(blocks.head_pointer.fn)
+gluon_head_pointer = gluon.jit(blocks.head_pointer.fn)
 
 
 def fragment_layout(cols: int) -> gl.DistributedLinearLayout:
@@ -50,7 +56,7 @@ def store_rows(ptr, strides, b, h, start, first, length, tile, layout: gl.conste
     rows = first + gl.arange(0, tile.shape[0], gl.SliceLayout(1, layout))
     cols = gl.arange(0, tile.shape[1], gl.SliceLayout(0, layout))
     offsets = gl.cast(rows, gl.int64)[:, None] * strides[2] + gl.cast(cols, gl.int64)[None, :] * strides[3]
-    ptr = head_pointer(ptr, strides, b, h, start)
+    ptr = gluon_head_pointer(ptr, strides, b, h, start)
     gl.store(ptr + offsets, gl.cast(tile, ptr.dtype.element_ty), mask=(rows < length)[:, None])
 
 
@@ -74,7 +80,7 @@ def _flash_attention_dq_kernel(
     b = pid // n_tile // H
     h = pid // n_tile % H
     first = pid % n_tile * BLOCK_M
-    start, length = blocks.sequence(cu_seqlens_q_ptr, b, T)
+    start, length = sequence(cu_seqlens_q_ptr, b, T)
     if first >= length:
         return
     tile = pid % n_tile + (b * n_tile if cu_seqlens_q_ptr is None else start // BLOCK_M + b)
@@ -82,7 +88,7 @@ def _flash_attention_dq_kernel(
     tile += tl.cast(h, tl.int64) * n_row_tile
     is_set = True if added_ptr is None else tl.load(added_ptr + tile) > 0
     accumulator_ptr += tile * BLOCK_M * HEAD_DIM
-    dq_ptr = blocks.head_pointer(dq_ptr, dq_strides, b, h, start)
+    dq_ptr = head_pointer(dq_ptr, dq_strides, b, h, start)
     rows = tl.arange(0, 64)
     cols = tl.arange(0, COLS)
     for c in tl.static_range(2):
@@ -90,6 +96,26 @@ def _flash_attention_dq_kernel(
         x = tl.permute(tl.reshape(x, [COLS // 8, 4, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5])
         x = tl.reshape(x, [64, COLS]) * scale
         if BLOCK_M == 64:
-            blocks.store_tile(dq_ptr, dq_strides, first, rows, c * COLS + cols, length, x, HEAD_DIM)
+            store_tile(dq_ptr, dq_strides, first, rows, c * COLS + cols, length, x, HEAD_DIM)
         else:
-            blocks.store_tile(dq_ptr, dq_strides, first, c * 64 + rows, cols, length, x, HEAD_DIM)
+            store_tile(dq_ptr, dq_strides, first, c * 64 + rows, cols, length, x, HEAD_DIM)
+
+
+def round_dq(
+    accumulator: Tensor,
+    added: Tensor | None,
+    dq: Tensor,
+    strides: tuple[int, ...],
+    cu_seqlens_q: Tensor | None,
+    n_sequence: int,
+    T: int,
+    scale: float,
+    block_m: int,
+) -> None:
+    """dq, by its strides (b, h, row, d), from the accumulator; added: how many programs added to each row tile."""
+    H, n_row_tile, size = accumulator.shape
+    grid: Any = (n_sequence * H * triton.cdiv(T, block_m),)
+    _flash_attention_dq_kernel[grid](
+        accumulator, added, dq, cu_seqlens_q, strides, H, T, n_row_tile, scale, block_m, size // block_m,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rooflight.kernels import reference
-from rooflight.kernels.attention import checks, hopper_backward
+from rooflight.kernels.attention import checks, hopper_backward, hopper_gradients
 from support.attention import DTYPES, LAYOUTS, draw, draw_packed, lay_out_grad
 from support.gluon_emulator import DeadlockError, EmulationError, emulated
 from support.tolerance import judge
@@ -53,7 +53,7 @@ class Hopper(torch.autograd.Function):
         scale = checks.score_scale(ctx.options.get("scale"), 0.0, q.shape[-1])
         run = {"module": hopper_backward, "seed": 0, "resident": 3, "ordered": True} | ctx.run
         module, ordered = run.pop("module"), run.pop("ordered")
-        with emulated(module, **run):
+        with emulated(module, hopper_gradients, **run):
             module.launch_backward(
                 q, k, v, dout, lse2, delta, dq, dk, dv, cu_q, cu_k, T, S, left, right, scale, ordered=ordered
             )
