@@ -383,6 +383,6 @@ def launch_backward(
         scale,
         scale * math.log2(math.e),
         block_m, BLOCK_N, head_dim, STAGES, fragment_layout(head_dim * block_m // 128), ordered, CONSUMER_REGISTERS,
-        num_warps=4,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     round_dq(accumulator, added, dq, strides(dq), cu_seqlens_q, n_sequence, T, scale, block_m)
