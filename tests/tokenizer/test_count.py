@@ -1,5 +1,6 @@
 """Counting, against collections.Counter."""
 
+import pickle
 import random
 import tracemalloc
 from collections import Counter
@@ -38,6 +39,16 @@ def test_counts_add_up_in_64_bits(counts):
     for _ in range(3):
         counter.add(pretokens_of(list(counts)), np.array(list(counts.values()), np.int64))
     assert counter.words().todict() == {word: 3 * count for word, count in counts.items()}
+
+
+@given(st.lists(st.lists(WORD, max_size=30), min_size=2, max_size=4))
+def test_counters_of_several_processes_add_up(batches):
+    total, *others = [WordCounter() for _ in batches]
+    for counter, words in zip([total, *others], batches, strict=True):
+        counter.add(pretokens_of(words))
+    for other in others:
+        total.add_tally(pickle.loads(pickle.dumps(other.tally())))
+    assert total.words().todict() == Counter(word for words in batches for word in words)
 
 
 def test_separators_are_no_words():
