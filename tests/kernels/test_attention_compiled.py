@@ -13,9 +13,14 @@ from support.artifacts import check_committed
 KERNELS = {"fwd", "delta", "bwd_dkdv", "bwd_dq"}
 TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "UTC.*MMA|HMMA", "gfx942": "v_mfma"}  # the others: HMMA
 
-# Instructions that store or load a spilled register, at most: none, but for triton 3.6 where it was measured so.
-BUDGET: dict[tuple[str, str, int], int] = {("sm_90", "bwd_dkdv", 64): 12, ("sm_90", "bwd_dkdv", 128): 6}
-if not version("triton").startswith("3.6."):
+# Instructions that store or load a spilled register, at most: none with triton 3.7, elsewhere as measured (3.6, 3.9).
+BUDGET: dict[tuple[str, str, int], int] = {
+    ("sm_80", "fwd", 64): 6,
+    ("sm_80", "bwd_dkdv", 128): 11,
+    ("sm_90", "bwd_dkdv", 64): 16,
+    ("sm_90", "bwd_dkdv", 128): 30,
+}
+if version("triton").startswith("3.7."):
     BUDGET = {}
 
 

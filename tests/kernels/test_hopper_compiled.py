@@ -7,13 +7,13 @@ import pytest
 from support.aot import SHARED_LIMIT, Artifact, compile_cases
 from support.artifacts import check_committed, hopper
 
-# Spills in all and inside the hot loop, at most; triton 3.6 and 3.7.1.
+# Spills in all and inside the hot loop, at most; triton 3.6 to 3.9.
 SPILLS = {
     ("_flash_attention_fwd_hopper_kernel", 64): (0, 0),
     ("_flash_attention_fwd_hopper_kernel", 128): (2, 0),
     ("_flash_attention_fwd_hopper_kernel", 256): (0, 0),
-    ("_flash_attention_bwd_hopper_kernel", 64): (37, 0),
-    ("_flash_attention_bwd_hopper_kernel", 128): (52, 1),
+    ("_flash_attention_bwd_hopper_kernel", 64): (58, 2),
+    ("_flash_attention_bwd_hopper_kernel", 128): (55, 2),
 }
 PATHS_KERNELS = {"_flash_attention_fwd_hopper_kernel", "_flash_attention_bwd_hopper_kernel"}
 
