@@ -71,18 +71,15 @@ class TokenBytes:
         ends = sizes.cumsum()
         starts = ends - sizes
         joined = bytearray(int(ends[-1]) + 8)
-        # Eight bytes are written at a time, whatever a token has of them: what is too much is overwritten, since tokens
-        # are written in their order, and the later bytes of long ones before the first eight of all.
+        # Eight bytes are written at a time, whatever a token has of them. What is too much, seven bytes at most, lies
+        # in the first eight of tokens that follow; these are written last, and in the tokens' order.
         writes = np.ndarray(len(joined) - 7, "<u8", joined, strides=(1,))
-        later = []
         n = 8
         longer = (sizes > n).nonzero()[0]
         while len(longer):
-            later.append((n, longer))
+            writes[starts.take(longer) + n] = self._loads[self._offsets.take(ids.take(longer)) + n]
             n += 8
             longer = longer[sizes.take(longer) > n]
-        for n, longer in reversed(later):
-            writes[starts.take(longer) + n] = self._loads[self._offsets.take(ids.take(longer)) + n]
         writes[starts] = self._heads.take(ids)
         return memoryview(joined)[:-8]
 

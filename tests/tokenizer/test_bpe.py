@@ -53,6 +53,9 @@ def test_encode_equals_the_reference_and_decodes_to_the_text(tokenizer: Tokenize
 def test_short_texts_are_split_as_the_pattern_says_at_every_code_point_of_the_first_plane() -> None:
     characters = [chr(c) for c in range(0x10000) if not 0xD800 <= c < 0xE000]
     text = "".join(f"x{c}1{c}!{c} {c}{c}  {c}'{c}s'll{c}\n" for c in characters)
+    text += "".join(
+        f"a'{end}b '{end}1 ''{end}" for end in ("s", "d", "m", "t", "ll", "ve", "re", "l", "v", "r", "S", "LL")
+    )
     assert gpt2_below_u10000().findall(text) == regex.findall(GPT2_PATTERN, text)
 
 

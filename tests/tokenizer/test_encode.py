@@ -81,17 +81,17 @@ def test_words_of_many_windows_equal_the_heap(tokenizer: Tokenizer, seed: int, n
     assert tokenizer.encode_bytes(word).tolist() == tokenizer._encoder._word_encoder.encode_word(word)
 
 
-def test_tables_that_forget_and_grow_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("limit", "most"), [("MAX_WORDS", 600), ("MAX_IDS", 1600)])
+def test_tables_that_forget_change_nothing(limit: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(0)
-    words = [b"".join(rng.choices(ALPHABET, k=rng.randrange(1, 30))) for _ in range(1500)]
-    text = b"|".join(words)
-    expected = TOKENIZERS[0].encode_bytes(text)
-    monkeypatch.setattr(encode_text, "MAX_WORDS", 100)
+    texts = [b"|".join(b"".join(rng.choices(ALPHABET, k=rng.randrange(1, 30))) for _ in range(1500)) for _ in range(3)]
+    expected = [TOKENIZERS[0].encode_bytes(text) for text in texts]
+    monkeypatch.setattr(encode_text, limit, 100)
     monkeypatch.setattr(encode_text, "_BLOCK", 64)
     tokenizer = tokenizer_of(trained)
-    assert np.array_equal(tokenizer.encode_bytes(text), expected)
-    assert np.array_equal(tokenizer.encode_bytes(text), expected)
-    assert tokenizer._encoder._local.text_encoder._n_words < 600
+    for text, ids in zip(texts, expected, strict=True):
+        assert np.array_equal(tokenizer.encode_bytes(text), ids)
+        assert tokenizer._encoder._local.text_encoder._n_words < most
 
 
 def test_words_with_one_hash_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
