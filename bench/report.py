@@ -149,18 +149,22 @@ def _number(value: float, unit: str) -> str:
 
 
 def _tokenizer(results: dict[str, Any]) -> str:
-    """Seconds on the same text, ours beside each peer's."""
-    rows = [
-        [
-            r["task"],
-            r["peer"],
-            f"{r['seconds']:.2f}",
-            f"{r['peer_seconds']:.2f}",
-            f"{r['seconds'] / r['peer_seconds']:.2f}",
-        ]
-        for r in results["rows"]
-    ]
-    return markdown_table(["task", "peer", "rooflight, s", "peer, s", "ratio"], rows)
+    """A row for each task on the same text: our seconds, and those over each peer's."""
+    peers = list(dict.fromkeys(r["peer"] for r in results["rows"]))
+    tasks: dict[str, dict[str, dict[str, Any]]] = {}
+    for r in results["rows"]:
+        tasks.setdefault(r["task"], {})[r["peer"]] = r
+    rows = []
+    for task, beside in tasks.items():
+        ratios = [f"{r['seconds'] / r['peer_seconds']:.2f}" if (r := beside.get(peer)) else "" for peer in peers]
+        rows.append([task, f"{next(iter(beside.values()))['seconds']:.2f}", *ratios])
+    table = markdown_table(["tokenizer", "seconds", *(f"/ {peer}'s" for peer in peers)], rows)
+    corpus = results.get("corpus")
+    if corpus is None:
+        return table
+    size, encoded = (f"{corpus[key] / 1e6:,.0f} MB" for key in ("bytes", "encoded_bytes"))
+    text = f"{corpus['name']}, {size}, {corpus['vocab_size']:,} tokens trained on it, {encoded} of it encoded"
+    return f"The tokenizer on {text}; our time over each peer's, so that less than 1 is faster:\n\n{table}"
 
 
 def _validation(results: dict[str, Any]) -> str:

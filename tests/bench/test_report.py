@@ -58,9 +58,18 @@ def test_attention_is_shown_by_its_flops(tmp_path: Path):
 
 
 def test_ratios_are_ours_over_the_peers(tmp_path: Path):
-    row = {"task": "train", "peer": "other", "seconds": 2.0, "peer_seconds": 8.0}
-    write(tmp_path, "tokenizer.json", {"kind": "tokenizer", "rows": [row]})
-    assert "| train | other | 2.00 | 8.00 | 0.25 |" in report.render(tmp_path)
+    rows = [
+        {"task": "train", "peer": "other", "seconds": 2.0, "peer_seconds": 8.0},
+        {"task": "train", "peer": "third", "seconds": 2.0, "peer_seconds": 1.0},
+        {"task": "decode", "peer": "third", "seconds": 0.5, "peer_seconds": 1.0},
+    ]
+    corpus = {"name": "prose", "bytes": 3e6, "encoded_bytes": 2e6, "vocab_size": 1000}
+    write(tmp_path, "tokenizer.json", {"kind": "tokenizer", "rows": rows, "corpus": corpus})
+    text = report.render(tmp_path)
+    assert "| tokenizer | seconds | / other's | / third's |" in text
+    assert "| train | 2.00 | 0.25 | 2.00 |" in text
+    assert "| decode | 0.50 |  | 0.50 |" in text
+    assert "prose, 3 MB, 1,000 tokens trained on it, 2 MB of it encoded" in text
 
 
 def test_the_readme_keeps_what_stands_outside_the_markers(tmp_path: Path):
