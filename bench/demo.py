@@ -91,7 +91,9 @@ def run_demo(config: DemoConfig, console: Console) -> int:
     console.rule("4. Predicted and measured")
     validation = validate_step(run, device, measured=result)
     console.print(validation.table())
+    ceilings = validation.predicted.ceilings
     results = {"kind": "demo", "machine": machine(device), "training": asdict(result), **validation.to_dict()}
+    results["ceilings"] = ceilings.to_dict() if ceilings else None
     write_json(out / "results.json", json.loads(json.dumps(results, default=str)))
 
     picture = out / "loss.png"

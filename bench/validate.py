@@ -128,7 +128,7 @@ class Validation:
         return "\n".join((machine, *self.notes))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the totals, the components, the residual, and the ceilings that the prediction stands on."""
+        """For JSON: the totals, the components, the residual."""
         e = self.predicted
         return {
             "name": self.name,
@@ -141,7 +141,6 @@ class Validation:
             "step_seconds": self.step_seconds,
             "residual_seconds": self.residual,
             "notes": list(self.notes),
-            "ceilings": e.ceilings.to_dict() if e.ceilings else None,
         }
 
 
@@ -214,8 +213,12 @@ def validate(
         )
         for name, config in models.items()
     }
-    written = {name: e.to_dict() for name, e in predicted.items()}
-    write_json(predictions, {"kind": "prediction", "machine": machine(device), "predictions": written})
+    written = {name: e.to_dict() | {"ceilings": None} for name, e in predicted.items()}
+    stands_on = require_ceilings(device).to_dict()  # once, for all of them
+    write_json(
+        predictions,
+        {"kind": "prediction", "machine": machine(device), "ceilings": stands_on, "predictions": written},
+    )
     rounds = [[_measure(name, e, device, compiled, progress) for name, e in predicted.items()] for _ in range(runs)]
     return [_median(same) for same in zip(*rounds, strict=True)]
 
