@@ -7,10 +7,11 @@ import pytest
 from support.aot import SHARED_LIMIT, Artifact, compile_cases
 from support.artifacts import check_committed, hopper
 
-# Spills in all and inside the hot loop, at most; triton 3.6 to 3.9.
+# Instructions that store or load a spilled register, in all and inside the hot loop, at most: measured, triton 3.6 to
+# 3.9 for one dense batch. Packed sequences: triton 3.7.1, 4 in the forward of head size 128, all outside its loop.
 SPILLS = {
     ("_flash_attention_fwd_hopper_kernel", 64): (0, 0),
-    ("_flash_attention_fwd_hopper_kernel", 128): (2, 0),
+    ("_flash_attention_fwd_hopper_kernel", 128): (4, 0),
     ("_flash_attention_fwd_hopper_kernel", 256): (0, 0),
     ("_flash_attention_bwd_hopper_kernel", 64): (58, 2),
     ("_flash_attention_bwd_hopper_kernel", 128): (55, 2),
