@@ -193,7 +193,8 @@ def attention_case(
     providers: dict[str, Provider] = {"rooflight": ours}
     if device.type == "cuda":
         hopper = torch.cuda.get_device_capability(device) == (9, 0)
-        if hopper and D in paths.HOPPER_HEADS and dtype in paths.HOPPER_DTYPES:
+        both_passes = all(D in heads for heads in paths.HOPPER_HEADS.values())
+        if hopper and both_passes and dtype in paths.HOPPER_DTYPES:
             providers[HOPPER] = ours
         if window is None and not lengths:
             providers["torch flash"] = partial(_sdpa, SDPBackend.FLASH_ATTENTION, causal)

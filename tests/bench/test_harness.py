@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import flex_attention
 
 from rooflight.bench import harness
-from rooflight.bench.cases import Case, _flex, attention_case, cases, document_lengths, probes, rms_norm_case
+from rooflight.bench.cases import HOPPER, Case, _flex, attention_case, cases, document_lengths, probes, rms_norm_case
 from rooflight.kernels import reference
 
 CPU = torch.device("cpu")
@@ -146,3 +146,20 @@ def test_machine_says_where_and_when():
     where = harness.machine(CPU)
     assert where["torch"] == torch.__version__
     assert all(where[key] for key in ("device", "threads", "triton", "python", "commit", "date"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "D", "dtype", "served"),
+    [
+        ((9, 0), 64, torch.bfloat16, True),
+        ((9, 0), 128, torch.float16, True),
+        ((9, 0), 256, torch.bfloat16, False),  # its forward alone
+        ((9, 0), 128, torch.float32, False),
+        ((8, 0), 128, torch.bfloat16, False),
+    ],
+    ids=str,
+)
+def test_the_hopper_path_is_a_provider_where_it_serves_both_passes(capability, D, dtype, served, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    case = attention_case(1, 2, 2, 256, D, True, dtype, torch.device("cuda"))
+    assert (HOPPER in case.providers) == served
