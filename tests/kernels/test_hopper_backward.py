@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import random
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +17,7 @@ from torch import Tensor
 from rooflight.kernels import reference
 from rooflight.kernels.attention import checks, hopper_backward, hopper_gradients
 from support.attention import DTYPES, LAYOUTS, draw, draw_packed, lay_out_grad
-from support.gluon_emulator import DeadlockError, EmulationError, emulated
+from support.gluon_emulator import DeadlockError, EmulationError, emulated, from_sources
 from support.tolerance import judge
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -187,26 +185,17 @@ def test_dq_depends_on_the_schedule_without_turns() -> None:
 
 
 @pytest.fixture
-def mutate(tmp_path: Path) -> Iterator[Any]:
-    """A copy of the kernel's module with some of its text replaced."""
-    name = "rooflight.kernels.attention.hopper_backward_mutant"
+def mutate(tmp_path: Path) -> Callable[..., ModuleType]:
+    """A copy of the kernel's module with some of its text replaced, everywhere it stands."""
 
     def load(*replacements: tuple[str, str]) -> ModuleType:
         source = Path(hopper_backward.__file__).read_text()
         for old, new in replacements:
             assert old in source
             source = source.replace(old, new)
-        path = tmp_path / "hopper_backward_mutant.py"
-        path.write_text(source)
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return from_sources(tmp_path, {hopper_backward.__name__: source})
 
-    yield load
-    sys.modules.pop(name, None)
+    return load
 
 
 def caught(module: ModuleType, head_dim: int = 64, seeds: int = 8) -> BaseException | None:

@@ -181,6 +181,11 @@ def mutated(folder: Path, modules: tuple[types.ModuleType, ...], *replacements: 
         count = sum(source.count(old) for source in sources.values())
         assert count == 1, f"{count} times in the source: {old}"
         sources = {name: source.replace(old, new) for name, source in sources.items()}
+    return from_sources(folder, sources)
+
+
+def from_sources(folder: Path, sources: dict[str, str]) -> types.ModuleType:
+    """The last of the modules (name: source), each run from a file in `folder` and seen by those after it alone."""
     with mock.patch.dict(sys.modules):
         for name, source in sources.items():
             path = folder / f"{name.rpartition('.')[2]}.py"
