@@ -21,6 +21,7 @@ from ..model.parts import BACKWARD
 from ..training.files import write_json
 from ..training.throughput import measure_peak_flops
 from .clock import best_seconds
+from .exponentials import exp_rate
 from .harness import machine
 from .kernel_rates import KERNELS, kernel_rates
 
@@ -32,15 +33,6 @@ def _copy_bandwidth(device: torch.device) -> float:
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / best_seconds(lambda: target.copy_(source), device)
-
-
-def _exp_rate(device: torch.device) -> float | None:
-    """Exponentials a second on data in cache; None on a GPU, where torch's own exp is bound by memory instead."""
-    if device.type == "cuda":
-        return None
-    x = torch.randn(2**16)
-    out = torch.empty_like(x)
-    return x.numel() / best_seconds(lambda: torch.exp(x, out=out), device)
 
 
 def _memory_bytes(device: torch.device) -> int:
@@ -62,7 +54,7 @@ def measure_ceilings(
     return Ceilings(
         gemm_flops=peaks,
         copy_bandwidth=_copy_bandwidth(device),
-        exp_rate=_exp_rate(device),
+        exp_rate=exp_rate(device),
         kernels={
             f"{kernel} {_name(dtype)}": rates
             for dtype in dtypes

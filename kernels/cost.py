@@ -7,6 +7,10 @@ also counted by themselves (`Cost.exps`), because they run on their own, slower 
 Bytes. The least that one fused kernel can move: each input read once, each output written once, nothing in between
 leaves the chip. Statistics (rstd, log-sum-exp) and losses are fp32, targets and token ids int64, cos and sin fp32.
 
+Unfused bytes. What the same costs when every operator reads its operands from memory and writes its result there, as
+eager PyTorch does with the oracles of reference.py: the operators are counted, casts to fp32 and back included, with
+the values that autograd's formulas pass between them. Left out is what one row or the mask of one head needs.
+
 Sizes are the public contract's: B batch, H query heads, K key-value heads, T queries, S keys, D head size, M rows,
 N hidden size, V vocabulary.
 """
@@ -27,17 +31,28 @@ INDEX = 8  # bytes of an int64 token id
 
 @dataclass(frozen=True)
 class Cost:
-    """What an operation does: floating-point operations, bytes to and from memory, exponentials."""
+    """What an operation does: floating-point operations, bytes to and from memory, exponentials.
+
+    unfused: the bytes operator by operator; None for an operation that is a single kernel in any case.
+    """
 
     flops: int
     bytes: int
     exps: int = 0
+    unfused: int | None = None
+
+    @property
+    def unfused_bytes(self) -> int:
+        return self.bytes if self.unfused is None else self.unfused
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.exps + other.exps)
+        single = self.unfused is None and other.unfused is None
+        unfused = None if single else self.unfused_bytes + other.unfused_bytes
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.exps + other.exps, unfused)
 
     def __mul__(self, times: int) -> Cost:
-        return Cost(self.flops * times, self.bytes * times, self.exps * times)
+        unfused = None if self.unfused is None else self.unfused * times
+        return Cost(self.flops * times, self.bytes * times, self.exps * times, unfused)
 
     __rmul__ = __mul__
 
@@ -53,6 +68,11 @@ def itemsize(dtype: DType) -> int:
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise ValueError(f"dtype: expected a floating-point dtype such as 'bfloat16', got {dtype!r}")
     return resolved.itemsize
+
+
+def _eager(elements: int, passes: int, size: int, casts: int = 0) -> int:
+    """Bytes of `passes` reads or writes of fp32 elements, and of `casts` between fp32 and a dtype of `size` bytes."""
+    return elements * (passes * max(size, STATISTIC) + casts * (size + STATISTIC) * (size < STATISTIC))
 
 
 def _reach(T: int, S: int, causal: bool, window: Window) -> tuple[int, int]:
@@ -140,19 +160,26 @@ def flash_attention_cost(
     Forward: 2 products (scores, weighted sum). Backward: 4 (dV, dP, dQ, dK), and a fifth, the scores once more, when
     `recompute` (what a flash kernel executes, and what published backward rates count: 2.5x the forward).
     Bytes: q, k, v, out and the log-sum-exp (for fp32 and the factor that undoes its rounding); backward reads those and
-    dout, and writes dq, dk, dv.
+    dout, and writes dq, dk, dv. Unfused, keys and values are repeated for each head and every pair's score, hidden or
+    not, goes through memory: forward scaled, masked for its maximum, less that, masked, exp, masked, summed, divided;
+    backward the quotient's five operators, mask, exp, mask, scale.
     """
     pairs = B * H * visible_pairs(T, S, causal, window)
     q_size = B * H * T * D
     kv_size = B * K * _visible_keys(T, S, causal, window) * D
     size = itemsize(dtype)
     lse = B * H * T * STATISTIC * (2 if size > 2 else 1)
+    all_pairs = B * H * T * S
+    product = (all_pairs + q_size + B * H * S * D) * size
+    repeated = 2 * B * (K + H) * S * D * size  # backward, the gradients of a group are summed
     if not backward:
-        return Cost(4 * pairs * D, (2 * q_size + 2 * kv_size) * size + lse, pairs)
+        unfused = 2 * product + repeated + _eager(all_pairs, 16, size, casts=2)
+        return Cost(4 * pairs * D, (2 * q_size + 2 * kv_size) * size + lse, pairs, unfused)
     products = 5 if recompute else 4
     # dk and dv are written whole: keys that no query sees get zeros
     read_write = 4 * q_size + 2 * kv_size + 2 * B * K * S * D
-    return Cost(2 * products * pairs * D, read_write * size + lse, pairs)
+    unfused = 4 * product + repeated * (K < H) + _eager(all_pairs, 23, size, casts=2)
+    return Cost(2 * products * pairs * D, read_write * size + lse, pairs, unfused)
 
 
 def flash_attention_varlen_cost(
@@ -184,17 +211,21 @@ def rms_norm_cost(
 
     Forward per element: square, sum, times rstd, times weight, and one sum with a residual, whose x + residual is a
     second output. Backward per element: xhat, w dy, their product and its sum, xhat c, the difference, times rstd, and
-    two for dw; with a residual the gradient of the second output is read and added.
+    two for dw; with a residual the gradient of the second output is read and added. Unfused backward: two products of
+    w and dy and a sum for dw, two of rstd and a sum, then the mean's and the square's four.
     """
     size = itemsize(dtype)
     elements = M * N
     if not backward:
         flops = (3 + weight + residual) * elements
         moved = (2 + 2 * residual) * elements + weight * N
+        passes = 5 + 2 * weight
     else:
         flops = (6 + 3 * weight + residual) * elements
         moved = (3 + residual) * elements + 2 * weight * N
-    return Cost(flops, moved * size + M * STATISTIC)
+        passes = 17 + 6 * weight
+    unfused = _eager(elements, passes, size, casts=2) + 3 * residual * elements * size
+    return Cost(flops, moved * size + M * STATISTIC, 0, unfused)
 
 
 def rope_cost(B: int, H: int, K: int, T: int, D: int, dtype: DType = "bfloat16", *, backward: bool = False) -> Cost:
@@ -203,14 +234,16 @@ def rope_cost(B: int, H: int, K: int, T: int, D: int, dtype: DType = "bfloat16",
     Backward is the inverse rotation and costs the same; `backward` is taken so that every op is called alike.
     """
     elements = B * T * (H + K) * D
-    return Cost(3 * elements, 2 * elements * itemsize(dtype) + T * D * STATISTIC)
+    unfused = _eager(elements, 10 if backward else 9, itemsize(dtype), casts=2)  # on halves: 4 products, 2 sums; joined
+    return Cost(3 * elements, 2 * elements * itemsize(dtype) + T * D * STATISTIC, 0, unfused)
 
 
 def swiglu_cost(M: int, N: int, dtype: DType = "bfloat16", *, backward: bool = False) -> Cost:
     """silu(gate) * up over M rows of N; backward reads gate, up, dy and writes two gradients."""
     elements = M * N
-    flops, moved = (11, 5) if backward else (5, 3)
-    return Cost(flops * elements, moved * elements * itemsize(dtype), elements)
+    flops, moved, passes = (11, 5, 9) if backward else (5, 3, 5)
+    unfused = _eager(elements, passes, itemsize(dtype), casts=3)
+    return Cost(flops * elements, moved * elements * itemsize(dtype), elements, unfused)
 
 
 def gelu_cost(M: int, N: int, dtype: DType = "bfloat16", *, backward: bool = False) -> Cost:
@@ -223,13 +256,16 @@ def gelu_cost(M: int, N: int, dtype: DType = "bfloat16", *, backward: bool = Fal
 def cross_entropy_cost(M: int, V: int, dtype: DType = "bfloat16", *, backward: bool = False) -> Cost:
     """Softmax cross-entropy of M rows of V logits; one fp32 log-sum-exp per row, losses fp32.
 
-    Forward per logit: maximum, difference, exponential, sum. Backward: difference, exponential, scale.
+    Forward per logit: maximum, difference, exponential, sum. Backward: difference, exponential, scale. Unfused, the
+    backward also fills the gathered logits' gradient with zeros, adds to it, and adds the two gradients.
     """
-    logits = M * V * itemsize(dtype)
+    size = itemsize(dtype)
+    logits = M * V * size
     rows = M * (INDEX + STATISTIC)
+    unfused = _eager(M * V, 12 if backward else 1, size, casts=1)
     if backward:
-        return Cost(3 * M * V, 2 * logits + rows, M * V)
-    return Cost(4 * M * V, logits + rows + M * STATISTIC, M * V)
+        return Cost(3 * M * V, 2 * logits + rows, M * V, unfused)
+    return Cost(4 * M * V, logits + rows + M * STATISTIC, M * V, unfused)
 
 
 def linear_cross_entropy_cost(
@@ -242,9 +278,11 @@ def linear_cross_entropy_cost(
     product = 2 * M * N * V
     operands = (M + V) * N * itemsize(dtype)
     rows = M * (INDEX + STATISTIC)
+    apart = matmul_cost(M, V, N, dtype, backward=backward) + cross_entropy_cost(M, V, dtype, backward=backward)
     if backward:
-        return Cost((3 if recompute else 2) * product, 2 * operands + rows, M * V if recompute else 0)
-    return Cost(product, operands + rows + M * STATISTIC, M * V)
+        exps = M * V if recompute else 0
+        return Cost((3 if recompute else 2) * product, 2 * operands + rows, exps, apart.unfused)
+    return Cost(product, operands + rows + M * STATISTIC, M * V, apart.unfused)
 
 
 def embedding_cost(M: int, N: int, V: int, dtype: DType = "bfloat16", *, backward: bool = False) -> Cost:
@@ -256,8 +294,14 @@ def embedding_cost(M: int, N: int, V: int, dtype: DType = "bfloat16", *, backwar
 
 
 def adamw_cost(parameters: int, dtype: DType = "float32", *, state_dtype: DType = "float32") -> Cost:
-    """One step of AdamW: reads parameter, gradient and two moments, writes parameter and moments; ~15 FLOPs each."""
-    return Cost(15 * parameters, parameters * (3 * itemsize(dtype) + 4 * itemsize(state_dtype)))
+    """One step of AdamW: reads parameter, gradient and two moments, writes parameter and moments; ~15 FLOPs each.
+
+    Unfused, eight operators: the decay of the weights, the first moment, two for the second, its root, quotient and
+    epsilon, and the step; together they pass 6 times over parameter or gradient and 14 times over moments.
+    """
+    size, state = itemsize(dtype), itemsize(state_dtype)
+    unfused = parameters * (6 * size + 14 * state)
+    return Cost(15 * parameters, parameters * (3 * size + 4 * state), 0, unfused)
 
 
 def muon_cost(

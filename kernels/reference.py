@@ -177,8 +177,8 @@ def rope(
         dim = -1 if interleaved else -2
         a, b = pairs.unbind(dim)
         cc, ss = c.to(a.dtype), s.to(a.dtype)
-        turned = torch.stack((a * cc - b * ss, b * cc + a * ss), dim).flatten(-2)
-        return torch.cat((turned.to(x.dtype), rest), -1)
+        turned = torch.stack((a * cc - b * ss, b * cc + a * ss), dim).flatten(-2).to(x.dtype)
+        return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
     return rotate(q), rotate(k)
 

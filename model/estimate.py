@@ -8,7 +8,8 @@ FLOPs are those of the matrix products, as the field counts them, in three ledge
                pass, the logits once more in the loss's, and with checkpointing every block's forward once more
 
 MFU quotes the full or the exact ledger against the machine's rate, HFU the executed one. Backward is 2x the forward in
-the first two. Bytes are the least that the fused kernels move (kernels/cost.py), the whole step's work in eager order.
+the first two. Bytes are the least that the fused kernels move, and beside them what the same work moves unfused,
+operator by operator (kernels/cost.py).
 
 Seconds need measured ceilings: each kernel takes its own measured rate at the nearest sizes, or where it has none the
 longest of its FLOPs, its bytes and its exponentials at the machine's rates (Williams et al. 2009); the step is their
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..kernels.cost import Cost, itemsize
@@ -42,6 +44,7 @@ class Pass:
     executed_flops: int = 0
     elementwise_flops: int = 0
     bytes: int = 0
+    unfused_bytes: int = 0
     exps: int = 0
     seconds: float | None = None
     bound_by: str = ""
@@ -73,8 +76,13 @@ class Component:
 
     @property
     def bytes(self) -> int:
-        """Bytes to and from memory."""
+        """Bytes to and from memory, the least that fused kernels move."""
         return sum(p.bytes for p in self.passes)
+
+    @property
+    def unfused_bytes(self) -> int:
+        """The same operator by operator."""
+        return sum(p.unfused_bytes for p in self.passes)
 
     @property
     def seconds(self) -> float | None:
@@ -169,25 +177,27 @@ class Estimate:
     def table(self) -> Table:
         """Components, totals, and what follows from them, for rich.print."""
         timed = self.ceilings is not None
-        columns = ["component", "parameters", "forward", "backward", "share", "bytes", "FLOP/byte", "saved"]
-        table = Table(title=self._title())
+        columns = ["component", "params", "forward", "backward", "share", "bytes", "unfused", "FLOP/B", "saved"]
+        table = Table(title=self._title(), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for column in columns + (["time", "bound by"] if timed else []):
             table.add_column(column, justify="left" if column in ("component", "bound by") else "right")
         for c in self.components:
             work = c.flops or c.elementwise_flops or c.update.executed_flops
             row = [
                 c.name,
-                f"{c.parameters:,}" if c.parameters else "",
+                _quantity(c.parameters),
                 _quantity(c.forward.flops),
                 _quantity(c.backward.flops),
                 f"{c.flops / self.flops:.1%}" if c.flops else "",
                 _quantity(c.bytes, "B"),
-                f"{work / c.bytes:.1f}" if c.bytes else "",
+                _quantity(c.unfused_bytes, "B"),
+                _ratio(work / c.bytes) if c.bytes else "",
                 _quantity(c.saved_bytes, "B"),
             ]
             table.add_row(*row, *([_seconds(c.seconds), c.bound_by] if timed else []))
-        total = ["total", f"{self.parameters:,}", _quantity(self.forward_flops), _quantity(self.backward_flops), "100%"]
-        total += [_quantity(sum(c.bytes for c in self.components), "B"), "", _quantity(self.memory.activations, "B")]
+        total = ["total", *map(_quantity, (self.parameters, self.forward_flops, self.backward_flops)), "100%"]
+        total += [_quantity(sum(getattr(c, key) for c in self.components), "B") for key in ("bytes", "unfused_bytes")]
+        total += ["", _quantity(self.memory.activations, "B")]
         table.caption = "\n".join(self.summary())
         table.caption_justify = "left"
         table.add_section()
@@ -204,7 +214,7 @@ class Estimate:
     def summary(self) -> list[str]:
         """Ledgers, memory, and with ceilings the step's time and the batch that fits, a line each."""
         ledgers = (
-            f"{name} {_quantity(flops['forward'])} + {_quantity(flops['backward'])}"
+            f"{name} {_quantity(flops['forward'], digits=4)} + {_quantity(flops['backward'], digits=4)}"
             for name, flops in self.ledgers.items()
         )
         m = self.memory
@@ -212,11 +222,13 @@ class Estimate:
         held |= {"activations": m.activations}
         parts = ", ".join(f"{name} {_quantity(size, 'B')}" for name, size in held.items() if size)
         lines = [
+            f"{self.parameters:,} parameters",
             f"FLOPs, forward + backward: {'; '.join(ledgers)}",
             f"peak memory {_quantity(m.peak, 'B')}, at {m.peak_at}: {parts}",
         ]
         if self.gpus > 1:
-            lines.append(f"sharded over {self.gpus}: each sends {_quantity(self.communication_bytes, 'B')} a step")
+            sent = _quantity(self.communication_bytes, "B")
+            lines.append(f"sharded over {self.gpus}: each sends {sent} a step, in no time given here")
         if self.ceilings is None or self.utilization is None:
             return [*lines, "no time: no ceilings were measured"]
         used, peak = self.utilization, _quantity(self.ceilings.gemm_rate(self.dtype), "FLOP/s")
@@ -242,14 +254,18 @@ class Estimate:
         return fields | {name: getattr(self, name) for name in (*totals, *rates)}
 
 
-def _quantity(value: float, unit: str = "") -> str:
-    """1_500_000 -> "1.50 M"."""
+def _quantity(value: float, unit: str = "", digits: int = 3) -> str:
+    """1_500_000 -> "1.50 M"; nothing for 0."""
     if not value:
         return ""
     for scale, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= scale:
-            return f"{value / scale:.2f} {prefix}{unit}"
+            return f"{value / scale:#.{digits}g}".rstrip(".") + f" {prefix}{unit}"
     return f"{value:.0f} {unit}".rstrip()
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _seconds(value: float | None) -> str:
@@ -304,7 +320,8 @@ def estimate(
         other = sum(work.cost.flops for work in works if not work.executed)
         seconds, bound_by = _roofline(works, ceilings, dtype) if ceilings and works else (None, "")
         ledgers = ledger["full"], ledger["exact"], ledger["executed"]
-        return Pass(ledger[causal], *ledgers, other, cost.bytes, cost.exps, seconds, bound_by)
+        moved = cost.bytes, cost.unfused_bytes
+        return Pass(ledger[causal], *ledgers, other, *moved, cost.exps, seconds, bound_by)
 
     components = tuple(
         Component(r.name, r.parameters, total(r.forward), total(r.backward), total(r.update), saved.get(r.name, 0))

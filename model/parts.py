@@ -144,12 +144,13 @@ def parts(
     product = 2 * N * d * V
     # the softmax's logits are in no memory: what its rows move, and its measured time, stand with the products
     rates = [("linear_cross_entropy" + BACKWARD * backward, (N, d, V)) for backward in (False, True)]
-    logits = [
-        Work(replace(cost, exps=0), *rate, cost.flops, times * product, times * product, cost.flops)
-        for times, (rate, cost) in enumerate(zip(rates, head, strict=True), start=1)
-    ]
     softmax = [replace(cross_entropy_cost(N, V, dtype, backward=b), bytes=0) for b in (False, True)]
     loss = [Work(cost, *rate, 0) for rate, cost in zip(rates, softmax, strict=True)]
+    apart = [h.unfused_bytes - s.unfused_bytes for h, s in zip(head, softmax, strict=True)]
+    logits = [
+        Work(replace(cost, exps=0, unfused=moved), *rate, cost.flops, times * product, times * product, cost.flops)
+        for times, (rate, cost, moved) in enumerate(zip(rates, head, apart, strict=True), start=1)
+    ]
 
     weights = L * (2 * d * (H + K) * D + matrices * d * c.d_ff)
     casts = [_elementwise(cast(weights), f"cast{b}", weights) for b in ("", BACKWARD)]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from rooflight.kernels import cost, reference
+from support.traffic import Traffic
 
 WINDOWS = [None, 0, 1, 3, 20, (0, 0), (1, 2), (2, 1), (0, 5), (5, 0)]
 # no query, no key, one of each, more queries than keys (rows that see nothing), more keys (a cache), equal
@@ -49,6 +55,103 @@ def test_tiled_pairs_counts_the_tiles_that_the_mask_touches(causal: bool, window
 
 def _weigh(*tensors: Tensor | None) -> int:
     return sum(t.nbytes for t in tensors if t is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+class TestUnfusedBytesAreWhatEagerOperatorsMove:
+    """The oracles run with every operator's operands weighed; rows' own values and the mask are within the 1 %."""
+
+    def _hold(self, price: Callable[[bool], cost.Cost], call: Callable[..., Any], *leaves: Tensor) -> None:
+        for leaf in leaves:
+            leaf.requires_grad_()
+        with Traffic() as forward:
+            outputs = call()
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        upstream = [torch.ones_like(y) for y in outputs]
+        with Traffic() as backward:
+            torch.autograd.grad(outputs, leaves, upstream)
+        assert forward.total == pytest.approx(price(False).unfused_bytes, rel=0.01)
+        assert backward.total == pytest.approx(price(True).unfused_bytes, rel=0.01)
+
+    @pytest.mark.parametrize("weight", [True, False])
+    @pytest.mark.parametrize("residual", [True, False])
+    def test_rms_norm(self, dtype: torch.dtype, residual: bool, weight: bool) -> None:
+        M, N = 512, 512
+        x, r, w = (torch.ones(shape, dtype=dtype) for shape in ((M, N), (M, N), (N,)))
+        leaves = [x, *([r] if residual else []), *([w] if weight else [])]
+        self._hold(
+            lambda backward: cost.rms_norm_cost(M, N, dtype, residual=residual, weight=weight, backward=backward),
+            lambda: reference.rms_norm(x, w if weight else None, residual=r if residual else None),
+            *leaves,
+        )
+
+    def test_rope(self, dtype: torch.dtype) -> None:
+        B, H, K, T, D = 8, 16, 8, 32, 32
+        q, k = (torch.ones(B, heads, T, D, dtype=dtype) for heads in (H, K))
+        table = torch.ones(T, D // 2)
+        self._hold(
+            lambda backward: cost.rope_cost(B, H, K, T, D, dtype, backward=backward),
+            lambda: reference.rope(q, k, table, table),
+            q,
+            k,
+        )
+
+    @pytest.mark.parametrize("K", [16, 4])
+    def test_attention(self, dtype: torch.dtype, K: int) -> None:
+        B, H, T, S, D = 2, 16, 96, 128, 32
+        q, k, v = (torch.ones(B, heads, rows, D, dtype=dtype) for heads, rows in ((H, T), (K, S), (K, S)))
+        self._hold(
+            lambda backward: cost.flash_attention_cost(B, H, K, T, S, D, True, None, dtype, backward=backward),
+            lambda: reference.flash_attention(q, k, v),
+            q,
+            k,
+            v,
+        )
+
+    def test_swiglu(self, dtype: torch.dtype) -> None:
+        gate, up = torch.ones(8, 64, dtype=dtype), torch.ones(8, 64, dtype=dtype)
+        price = functools.partial(cost.swiglu_cost, 8, 64, dtype)
+        self._hold(lambda backward: price(backward=backward), lambda: reference.swiglu(gate, up), gate, up)
+
+    def test_gelu(self, dtype: torch.dtype) -> None:
+        x = torch.ones(8, 64, dtype=dtype)
+        self._hold(lambda backward: cost.gelu_cost(8, 64, dtype, backward=backward), lambda: F.gelu(x), x)
+
+    def test_losses(self, dtype: torch.dtype) -> None:
+        M, N, V = 64, 96, 8192
+        x, weight = torch.ones(M, N, dtype=dtype), torch.ones(V, N, dtype=dtype)
+        logits, target = torch.ones(M, V, dtype=dtype), torch.zeros(M, dtype=torch.long)
+        self._hold(
+            lambda backward: cost.cross_entropy_cost(M, V, dtype, backward=backward),
+            lambda: reference.cross_entropy(logits, target),
+            logits,
+        )
+        self._hold(
+            lambda backward: cost.linear_cross_entropy_cost(M, N, V, dtype, backward=backward),
+            lambda: reference.linear_cross_entropy(x, weight, target),
+            x,
+            weight,
+        )
+
+
+def test_unfused_bytes_of_adamw_are_what_its_operators_move() -> None:
+    parameter = torch.nn.Parameter(torch.ones(100, 100))
+    parameter.grad = torch.ones(100, 100)
+    optimizer = torch.optim.AdamW([parameter], foreach=False, fused=False)
+    optimizer.step()  # makes the moments
+    with Traffic() as step:
+        optimizer.step()
+    assert step.total == pytest.approx(cost.adamw_cost(10_000).unfused_bytes, rel=0.01)
+
+
+def test_costs_add_up_fused_and_not() -> None:
+    product, norm = cost.matmul_cost(2, 3, 4), cost.rms_norm_cost(2, 3)
+    assert product.unfused_bytes == product.bytes
+    both = product + 2 * norm
+    assert (both.bytes, both.unfused_bytes) == (
+        product.bytes + 2 * norm.bytes,
+        product.bytes + 2 * norm.unfused_bytes,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -314,7 +314,7 @@ class TestOutput:
             "HFU",
             "tokens/s",
             "peak memory",
-            "largest batch in the device's 141.00 GB",
+            "largest batch in the device's 141 GB",
         ):
             assert figure in text
         assert "no time: no ceilings were measured" in self._text(_one(XL))
@@ -328,6 +328,8 @@ class TestOutput:
         assert Ceilings.from_dict(fields["ceilings"]) == self.ceilings
         assert [c["name"] for c in fields["components"]] == [c.name for c in e.components]
         assert sum(c["forward"]["flops"] for c in fields["components"]) == e.forward_flops
+        moved = sum(c[key]["unfused_bytes"] for c in fields["components"] for key in ("forward", "backward", "update"))
+        assert moved == sum(c.unfused_bytes for c in e.components) > sum(c.bytes for c in e.components)
 
     @pytest.mark.parametrize("checkpointing", [False, True])
     def test_the_largest_batch_is_the_last_that_fits(self, checkpointing: bool) -> None:
