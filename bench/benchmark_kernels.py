@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rooflight.bench.cases import Case, cases
-from rooflight.bench.harness import check, task
+from rooflight.bench.ceilings import ceilings_of
+from rooflight.bench.harness import check, check_flops, task
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = cases(DEVICE)
@@ -19,9 +20,10 @@ _checked: set[str] = set()
     [pytest.param(case, name, id=f"{case.name}-{name}") for case in CASES for name in case.providers],
 )
 def test_kernel(benchmark, case: Case, provider: str, mode: str) -> None:
-    """Fails when the result is wrong, never because a machine is slow."""
+    """Fails when the result is wrong or the FLOPs are not those of the closed form, never because a machine is slow."""
     if case.name not in _checked:  # one check serves every provider and mode of a case
         check(case, DEVICE)
+        check_flops(case, DEVICE)
         _checked.add(case.name)
     with case.path(provider):
         _time(benchmark, case, provider, mode)
@@ -37,9 +39,21 @@ def _time(benchmark, case: Case, provider: str, mode: str) -> None:
 
     benchmark.group = f"{case.name} {mode}"
     benchmark(finished)
-    cost = case.cost(mode == "backward")
-    benchmark.extra_info |= {"provider": provider, "flops": cost.flops, "bytes": cost.bytes}
+    work, dtype = case.work(mode == "backward"), str(case.dtype).removeprefix("torch.")
+    ceilings = ceilings_of(DEVICE, dtype)
+    predicted, bound_by = work.seconds(ceilings, dtype)
+    benchmark.extra_info |= {
+        "provider": provider,
+        "flops": work.cost.flops,
+        "bytes": work.cost.bytes,
+        "bound by": bound_by,
+        "predicted_seconds": predicted,  # of ours: the rate that the ceilings hold for this kernel
+    }
     if benchmark.stats is not None:  # None under --benchmark-disable
         median = benchmark.stats.stats.median
-        benchmark.extra_info["TFLOP/s"] = cost.flops / median / 1e12
-        benchmark.extra_info["GB/s"] = cost.bytes / median / 1e9
+        benchmark.extra_info |= {
+            "TFLOP/s": work.cost.flops / median / 1e12,
+            "GB/s": work.cost.bytes / median / 1e9,
+            "share of ceiling": work.roof(ceilings, dtype)[0] / median,
+            "predicted / measured": predicted / median,
+        }

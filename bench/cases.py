@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .. import kernels
 from ..kernels import cost, reference
 from ..kernels.attention import paths
+from ..model.parts import BACKWARD, Work
 
 Provider = Callable[..., Any]  # returns a tensor, or a tuple of them
 HOPPER = "rooflight hopper"
@@ -32,6 +33,7 @@ class Case:
 
     inputs(device) makes the tensors that a provider takes, all of them leaves that require a gradient.  truth takes
     them in a higher precision and returns the output to compare with.  cost(backward) is the closed form.
+    kernel, sizes: whose rate, and at which sizes, the estimate takes for it (model/parts.py).
     timed: False where only the result is looked at.  repeats: how many backward runs must agree to the last bit.
     """
 
@@ -42,6 +44,8 @@ class Case:
     providers: Mapping[str, Provider]
     truth: Provider
     cost: Callable[[bool], cost.Cost]
+    kernel: str
+    sizes: tuple[int, ...]
     timed: bool = True
     repeats: int = 0
 
@@ -55,6 +59,13 @@ class Case:
     def kind(self) -> tuple[int | bool | None, ...]:
         """What decides which code of the hopper path a case runs."""
         return self.shape.get("D"), "window" in self.shape, "documents" in self.shape
+
+    def work(self, backward: bool) -> Work:
+        """One pass of the case as the estimate knows it."""
+        price, kernel = self.cost(backward), self.kernel + BACKWARD * backward
+        if self.operation == "flash_attention":
+            return Work(price, kernel, self.sizes, price.flops, executed=price.flops)
+        return Work(price, kernel, self.sizes, self.sizes[0])
 
     def path(self, provider: str) -> AbstractContextManager[None]:
         """What the provider, forward and backward, must run in."""
@@ -92,6 +103,8 @@ def rms_norm_case(M: int, N: int, dtype: torch.dtype, device: torch.device, *, r
         providers,
         partial(named, reference.rms_norm),
         lambda backward: cost.rms_norm_cost(M, N, dtype, residual=residual, backward=backward),
+        "rms_norm" + " residual" * residual,
+        (M * N, N),
     )
 
 
@@ -210,7 +223,7 @@ def attention_case(
         return cost.flash_attention_cost(B, H, K, T, T, D, causal, window, dtype, backward=backward)
 
     inputs = partial(_leaves, [q_shape, k_shape, k_shape], dtype)
-    return Case("flash_attention", shape, dtype, inputs, providers, truth, price)
+    return Case("flash_attention", shape, dtype, inputs, providers, truth, price, "attention", (T, D))
 
 
 def document_lengths(total: int, mean: int) -> tuple[int, ...]:

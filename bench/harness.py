@@ -18,7 +18,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from ..kernels.cost import flash_attention_cost
 from .cases import Case, Provider
 
 ULPS = 4
@@ -158,6 +160,30 @@ def check(case: Case, device: torch.device) -> None:
     checker = Checker(case, device)
     for name in case.providers:
         checker.check(name)
+
+
+def check_flops(case: Case, device: torch.device) -> None:
+    """Raises WrongResult where torch's FlopCounterMode and the closed form disagree, forward or backward.
+
+    On a GPU our operators are counted. On a CPU, where torch knows the FLOPs of none that run, the oracle's products
+    are, if it stands among the providers: attention's, over every pair.
+    """
+    name, expected = "rooflight", [case.cost(backward).flops for backward in (False, True)]
+    if device.type == "cpu":
+        name, s = "eager", case.shape
+        if name not in case.providers or case.operation != "flash_attention":
+            return
+        every_pair = flash_attention_cost(s["B"], s["H"], s["K"], s["T"], s["T"], s["D"], causal=False).flops
+        expected = [every_pair, 2 * every_pair]
+    inputs = case.inputs(device)
+    with FlopCounterMode(display=False) as forward:
+        outputs = _outputs(case.providers[name](*inputs))
+    upstream = _upstream(outputs)
+    with FlopCounterMode(display=False) as backward:
+        _gradients(outputs, inputs, upstream)
+    counted = [forward.get_total_flops(), backward.get_total_flops()]
+    if counted != expected:
+        raise WrongResult(f"{case.name}: torch counts {counted} FLOPs, the closed form {expected}")
 
 
 def task(case: Case, provider: Provider, mode: str, device: torch.device) -> Callable[[], object]:

@@ -59,19 +59,21 @@ class Work:
         """The same, run a second time by checkpointing: no model needs it."""
         return replace(self, full=0, exact=0)
 
-    def seconds(self, ceilings: Ceilings, dtype: str) -> tuple[float, str]:
-        """The time it takes, and which of the machine's limits asks for most of it.
-
-        The time is the kernel's own where its rate was measured, and else what that limit asks for.
-        """
+    def roof(self, ceilings: Ceilings, dtype: str) -> tuple[float, str]:
+        """The least time that the machine's rates leave it, and which of them asks for that."""
         limits = {"memory": self.cost.bytes / ceilings.copy_bandwidth}
         if self.executed:
             limits["products"] = self.executed / ceilings.gemm_rate(dtype)
         if ceilings.exp_rate is not None:
             limits["exponentials"] = self.cost.exps / ceilings.exp_rate
         limit = max(limits, key=limits.__getitem__)
+        return limits[limit], limit
+
+    def seconds(self, ceilings: Ceilings, dtype: str) -> tuple[float, str]:
+        """The time it takes, by the kernel's own rate where that was measured, else its roof; and the roof's limit."""
+        roof, limit = self.roof(ceilings, dtype)
         rate = ceilings.rate(f"{self.kernel} {dtype}", self.sizes)
-        return limits[limit] if rate is None else self.work / rate, limit
+        return roof if rate is None else self.work / rate, limit
 
 
 def _gemm(M: int, N: int, K: int, dtype: str, *, backward: bool = False) -> Work:

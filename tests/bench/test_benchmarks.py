@@ -1,0 +1,92 @@
+"""`pytest --benchmark` as its users run it: what a saved benchmark says, and what makes one fail."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rooflight.bench import ceilings, harness
+from rooflight.bench.cases import attention_case, rms_norm_case
+from rooflight.kernels.cost import Cost
+from rooflight.model.ceilings import Ceilings
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+def benchmark(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run bench/ as a user does, with ceilings at hand so that none are measured."""
+    where = harness.machine(CPU)
+    known = Ceilings(
+        dict.fromkeys(("float32", "bfloat16"), 1e11),
+        1e10,
+        1e9,
+        {"rms_norm float32": {(4096 * 256, 256): 2e9}},
+        device=where["device"],
+        versions={"torch": where["torch"]},
+    )
+    # not interpreted, and no worker of the pytest that runs this test: workers do not benchmark
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("TRITON_", "PYTEST_"))}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        ceilings.save_ceilings(known, CPU)
+    quick = ("--benchmark-min-rounds=1", "--benchmark-max-time=0.01", "--benchmark-warmup=off", "-p", "no:xdist")
+    command = [sys.executable, "-m", "pytest", "--benchmark", *quick, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the cases that it names are a CPU's; a GPU runs others")
+def test_a_saved_benchmark_has_its_cost_its_rates_and_its_prediction(tmp_path: Path):
+    saved = tmp_path / "saved.json"
+    done = benchmark(tmp_path, f"--benchmark-json={saved}", "-k", "rms_norm-M4096-N256 and forward")
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = {b["extra_info"]["provider"]: b for b in json.loads(saved.read_text())["benchmarks"]}
+    assert runs.keys() == {"rooflight", "torch", "eager"}
+    assert {b["group"] for b in runs.values()} == {"rms_norm-M4096-N256-float32 forward"}
+    for run in runs.values():
+        info, median = run["extra_info"], run["stats"]["median"]
+        assert (info["flops"], info["bytes"]) == (4 * 4096 * 256, (2 * 4096 * 256 + 256) * 4 + 4096 * 4)
+        assert info["bound by"] == "memory"
+        assert info["GB/s"] == pytest.approx(info["bytes"] / median / 1e9)
+        assert info["TFLOP/s"] == pytest.approx(info["flops"] / median / 1e12)
+        assert info["share of ceiling"] == pytest.approx(info["bytes"] / 1e10 / median)
+        assert info["predicted_seconds"] == pytest.approx(4096 * 256 / 2e9)
+        assert info["predicted / measured"] == pytest.approx(info["predicted_seconds"] / median)
+
+
+def test_without_the_flag_benchmarks_are_skipped():
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "a benchmark: run `pytest --benchmark`" in done.stdout
+    assert "passed" not in done.stdout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_oracles_flops_are_the_closed_forms(dtype: torch.dtype):
+    harness.check_flops(attention_case(1, 4, 2, 32, 16, True, dtype, CPU), CPU)
+    harness.check_flops(rms_norm_case(4, 8, dtype, CPU), CPU)  # no products: nothing for torch to count
+
+
+def test_flops_that_torch_does_not_count_are_refused():
+    case = attention_case(1, 2, 2, 32, 16, True, torch.float32, CPU)
+    providers = {"eager": lambda q, k, v: case.providers["eager"](q, k, v) + 0 * (q @ k.transpose(-1, -2)).sum()}
+    with pytest.raises(
+        harness.WrongResult, match=r"counts \[196608, 393216\] FLOPs, the closed form \[131072, 262144\]"
+    ):
+        harness.check_flops(dataclasses.replace(case, providers=providers), CPU)
+
+
+def test_a_case_takes_the_rate_of_its_kernel():
+    known = Ceilings({"float32": 1e9}, 1e9, kernels={"attention backward float32": {(32, 16): 1e6}})
+    case = attention_case(1, 2, 2, 32, 16, True, torch.float32, CPU)
+    assert case.work(True).seconds(known, "float32")[0] == case.cost(True).flops / 1e6
+    assert case.work(False).roof(known, "float32") == case.work(False).seconds(known, "float32")
+    slow = dataclasses.replace(case, cost=lambda backward: Cost(10**9, 1))
+    assert slow.work(False).roof(known, "float32") == (1.0, "products")
