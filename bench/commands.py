@@ -282,14 +282,15 @@ def paths(
 @bench.command()
 def report(
     readme: Annotated[Path, typer.Option(help="The README to write into.")] = Path("README.md"),
-    html: Annotated[Path | None, typer.Option(help="Also write one page with tables and plots.")] = None,
+    page: Annotated[
+        list[Path] | None, typer.Option(help="Also write all tables and plots as one page: Markdown (.md) or HTML.")
+    ] = None,
 ) -> None:
-    """Write the tables of bench/results/ into the README, and with --html a page of their plots."""
+    """Write the tables of bench/results/ into the README, and with --page everything there as a page of its own."""
+    from .page import write_page
     from .report import update_readme
 
     print(f"{readme}: {'updated' if update_readme(readme) else 'already up to date'}")
-    if html:
-        from .page import write_page
-
-        write_page(html)
-        print(f"{html}: written")
+    for path in page or []:
+        write_page(path)
+        print(f"{path}: written")

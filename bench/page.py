@@ -1,11 +1,12 @@
-"""Everything in bench/results/ as one HTML file: the README's tables, each component, and the plots."""
+"""Everything in bench/results/ as one page, Markdown or HTML: the README's tables, each component, and the plots."""
 
 from __future__ import annotations
 
 import base64
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -25,23 +26,51 @@ img { max-width: 100%; }
 """
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A plot between the page's paragraphs."""
+
+    name: str
+    title: str
+    draw: Callable[[Path], None]
+
+
 def write_page(path: Path, folder: Path = RESULTS) -> None:
-    """Write the page, whole or not at all. Raises ValueError on a results file that nothing renders."""
-    parts = ["<h1>rooflight, predicted and measured</h1>"]
-    for name, results in read_results(folder).items():
-        parts += [f"<h2>{escape(name)}</h2>", to_html(section(results))]
-        if results["kind"] == "validation":
-            parts += [to_html(_components(v)) for v in results["validations"]]
-            parts.append(_picture(partial(plot_validation, results["validations"]), "predicted and measured"))
-        elif results["kind"] == "kernels" and any(m["provider"] != "rooflight" for m in results["measurements"]):
-            parts.append(_picture(partial(plot_kernels, results["measurements"]), "kernels and their peers"))
-            if rate_series(results["measurements"]):
-                parts.append(_picture(partial(plot_rates, results["measurements"]), "rates by length"))
-    parts += ["<h2>Where the FLOPs go</h2>", "<p>In closed form; nothing here is measured.</p>"]
-    parts.append(_picture(partial(plot_shares, "gpt2-xl", PRESETS["gpt2-xl"]), "shares of the FLOPs"))
+    """Write the page, whole or not at all: Markdown with its plots beside it where `path` ends in .md, else one HTML
+    file. Raises ValueError on a results file that nothing renders.
+    """
+    blocks = list(_blocks(folder))
+    if path.suffix == ".md":
+        write_text(path, "\n\n".join(_link(block, path) for block in blocks) + "\n")
+        return
     head = f"<meta charset='utf-8'><title>rooflight: results</title><style>{STYLE}</style>"
-    body = "\n".join(parts)
+    body = "\n".join(_embed(block) if isinstance(block, Picture) else to_html(block) for block in blocks)
     write_text(path, f"<!doctype html>\n<html lang='en'><head>{head}</head><body>\n{body}\n</body></html>\n")
+
+
+def _blocks(folder: Path) -> Iterator[str | Picture]:
+    yield "# rooflight, predicted and measured"
+    for name, results in read_results(folder).items():
+        yield f"## {name}"
+        yield section(results)
+        if results["kind"] == "validation":
+            yield from map(_components, results["validations"])
+            yield Picture(name, "predicted and measured", partial(plot_validation, results["validations"]))
+        elif results["kind"] == "kernels" and any(m["provider"] != "rooflight" for m in results["measurements"]):
+            yield Picture(name, "kernels and their peers", partial(plot_kernels, results["measurements"]))
+            if rate_series(results["measurements"]):
+                yield Picture(f"{name}-rates", "rates by length", partial(plot_rates, results["measurements"]))
+    yield "## Where the FLOPs go"
+    yield "In closed form; nothing here is measured."
+    yield Picture("shares", "shares of the FLOPs", partial(plot_shares, "gpt2-xl", PRESETS["gpt2-xl"]))
+
+
+def _link(block: str | Picture, page: Path) -> str:
+    if isinstance(block, str):
+        return block
+    file = page.with_name(f"{page.stem}-{block.name}.svg")
+    block.draw(file)
+    return f"![{block.title}]({file.name})"
 
 
 def _components(validation: dict[str, Any]) -> str:
@@ -61,19 +90,26 @@ def _components(validation: dict[str, Any]) -> str:
     return f"{title}:\n\n" + markdown_table(columns, rows)
 
 
-def _picture(draw: Callable[[Path], None], title: str) -> str:
+def _embed(picture: Picture) -> str:
     """A plot as an image that needs no other file."""
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "plot.svg"
-        draw(file)
+        picture.draw(file)
         data = base64.b64encode(file.read_bytes()).decode()
-    return f"<p><img alt='{escape(title)}' src='data:image/svg+xml;base64,{data}'></p>"
+    return f"<p><img alt='{escape(picture.title)}' src='data:image/svg+xml;base64,{data}'></p>"
 
 
 def to_html(markdown: str) -> str:
-    """Paragraphs, tables, links and `code` of our own Markdown as HTML."""
-    blocks = re.split(r"\n{2,}", markdown.strip())
-    return "\n".join(_table(block) if block.startswith("|") else f"<p>{_text(block)}</p>" for block in blocks)
+    """Headings, paragraphs, tables, links and `code` of our own Markdown as HTML."""
+    return "\n".join(map(_block, re.split(r"\n{2,}", markdown.strip())))
+
+
+def _block(block: str) -> str:
+    if block.startswith("|"):
+        return _table(block)
+    marks = re.match("#*", block)[0]  # type: ignore[index]
+    tag = f"h{len(marks)}" if marks else "p"
+    return f"<{tag}>{_text(block[len(marks) :].strip())}</{tag}>"
 
 
 def _text(text: str) -> str:

@@ -42,7 +42,10 @@ def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        figure.savefig(scratch, dpi=150, format=path.suffix.removeprefix(".") or None)
+        kind = path.suffix.removeprefix(".") or None
+        # without a date and with ids that depend on the drawing alone: the same figure is the same file
+        with plt.rc_context({"svg.hashsalt": "rooflight"}):
+            figure.savefig(scratch, dpi=150, format=kind, metadata={"Date": None} if kind == "svg" else None)
         os.replace(scratch, path)
     finally:
         plt.close(figure)

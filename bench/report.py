@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,29 @@ def _number(value: float, unit: str) -> str:
     return f"{value:,.2f} {unit}" if unit else f"{value:,.0f}"
 
 
+def _tokenizers(files: Sequence[dict[str, Any]]) -> str:
+    """All texts in one table: a row of our seconds for each, then a row for each peer."""
+    tasks = list(dict.fromkeys(r["task"] for results in files for r in results["rows"]))
+    rows = []
+    for results in files:
+        beside: dict[str, dict[str, dict[str, Any]]] = {}
+        for r in results["rows"]:
+            beside.setdefault(r["peer"], {})[r["task"]] = r
+        ours = {task: r for found in beside.values() for task, r in found.items()}
+        corpus = results["corpus"]
+        text = f"{corpus['name']}, {corpus['bytes'] / 1e6:,.0f} MB, {corpus['vocab_size']:,} tokens"
+        rows.append([text, "seconds", *(f"{ours[task]['seconds']:.2f}" if task in ours else "" for task in tasks)])
+        for peer, found in beside.items():
+            ratios = (f"{r['seconds'] / r['peer_seconds']:.2f}" if (r := found.get(task)) else "" for task in tasks)
+            rows.append(["", f"/ {peer}'s", *ratios])
+    encoded = max(results["corpus"]["encoded_bytes"] for results in files) / 1e6
+    return (
+        "The tokenizer: our seconds, and below them the same over each peer's, so that less than 1 is faster. Each "
+        f"text trains a vocabulary in two processes, and {encoded:,.0f} MB of it are encoded with that:\n\n"
+        + markdown_table(["text, vocabulary", "", *tasks], rows)
+    )
+
+
 def _tokenizer(results: dict[str, Any]) -> str:
     """A row for each task on the same text: our seconds, and those over each peer's."""
     peers = list(dict.fromkeys(r["peer"] for r in results["rows"]))
@@ -230,8 +253,17 @@ def section(results: dict[str, Any]) -> str:
 
 
 def render(folder: Path = RESULTS) -> str:
-    """Every results file as Markdown, ordered by file name. Raises ValueError on a kind that nothing renders."""
-    return "\n\n".join(section(results) for results in read_results(folder).values())
+    """Every results file as Markdown, ordered by file name, the tokenizer's as one table where they name their text.
+
+    Raises ValueError on a kind that nothing renders.
+    """
+    found = list(read_results(folder).values())
+    together = [results for results in found if results["kind"] == "tokenizer" and "corpus" in results]
+    sections = [section(results) for results in found if results not in together]
+    if together:
+        places = dict.fromkeys(_where(results["machine"]) for results in together)
+        sections.append(f"{_tokenizers(together)}\n\nMeasured on: {'; '.join(places)}.")
+    return "\n\n".join(sections)
 
 
 def update_readme(readme: Path, folder: Path = RESULTS) -> bool:

@@ -131,3 +131,28 @@ def test_the_page_holds_tables_and_plots_and_needs_nothing_else(tmp_path: Path):
     for cell in ("302.0 ms", "50,000", "1.0 GiB", "part 1 &lt;1&gt;", "0.800", "residual: step - sum", "68.000"):
         assert f"<td>{cell}</td>" in text, cell
     assert text.count("<table>") == text.count("</table>") == 4
+    assert "<h1>rooflight, predicted and measured</h1>" in text
+    assert "<h2>a</h2>" in text
+
+
+def test_the_committed_page_shows_the_committed_results(tmp_path: Path):
+    page.write_page(tmp_path / "results.md")
+    committed = Path(__file__).parents[2] / "docs" / "results.md"
+    again = "run `rooflight bench report --page docs/results.md --page docs/results.html`"
+    assert committed.read_text() == (tmp_path / "results.md").read_text(), again
+
+
+def test_the_page_in_markdown_has_its_plots_beside_it(tmp_path: Path):
+    folder = tmp_path / "results"
+    folder.mkdir()
+    content = {"machine": MACHINE, "kind": "validation", "validations": [validation()]}
+    (folder / "a.json").write_text(json.dumps(content))
+    page.write_page(tmp_path / "page.md", folder)
+    text = (tmp_path / "page.md").read_text()
+    assert text.startswith("# rooflight, predicted and measured\n\n## a\n\n| one training step |")
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert pictures == ["page-a.svg", "page-shares.svg"]
+    before = {name: (tmp_path / name).read_text() for name in pictures}
+    assert all("<svg" in picture for picture in before.values())
+    page.write_page(tmp_path / "page.md", folder)
+    assert {name: (tmp_path / name).read_text() for name in pictures} == before

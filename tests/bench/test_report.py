@@ -65,11 +65,25 @@ def test_ratios_are_ours_over_the_peers(tmp_path: Path):
     ]
     corpus = {"name": "prose", "bytes": 3e6, "encoded_bytes": 2e6, "vocab_size": 1000}
     write(tmp_path, "tokenizer.json", {"kind": "tokenizer", "rows": rows, "corpus": corpus})
-    text = report.render(tmp_path)
+    text = report.section(report.read_results(tmp_path)["tokenizer"])
     assert "| tokenizer | seconds | / other's | / third's |" in text
     assert "| train | 2.00 | 0.25 | 2.00 |" in text
     assert "| decode | 0.50 |  | 0.50 |" in text
     assert "prose, 3 MB, 1,000 tokens trained on it, 2 MB of it encoded" in text
+
+    # the README's table has every text, and where all were measured once
+    write(tmp_path, "another.json", {"kind": "tokenizer", "rows": rows[:1], "corpus": corpus | {"name": "code"}})
+    text = report.render(tmp_path)
+    assert [line for line in text.splitlines() if line.startswith("|")] == [
+        "| text, vocabulary |  | train | decode |",
+        "| --- | ---: | ---: | ---: |",
+        "| code, 3 MB, 1,000 tokens | seconds | 2.00 |  |",
+        "|  | / other's | 0.25 |  |",
+        "| prose, 3 MB, 1,000 tokens | seconds | 2.00 | 0.50 |",
+        "|  | / other's | 0.25 |  |",
+        "|  | / third's | 2.00 | 0.50 |",
+    ]
+    assert text.count("Measured on: Device, 2 threads") == 1
 
 
 def test_the_readme_keeps_what_stands_outside_the_markers(tmp_path: Path):
