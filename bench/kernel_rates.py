@@ -29,6 +29,7 @@ HEADS = 4  # of the q that is rotated, and of the k
 WIDTH = 256  # of the embedding's rows
 TENSOR = 2**18  # elements of one parameter that AdamW updates
 MATRICES = 4  # of one shape, that Muon updates at once
+ROTATED = {"cpu": 2**8, "cuda": 2**11}  # tokens of a sequence, whose cosines all sequences share
 ATTENTION_ROWS = {"cpu": 2**13, "cuda": 2**19}  # heads x tokens: enough to fill the device
 
 
@@ -88,8 +89,9 @@ def _rms_norm_residual(make: Leaves, elements: int, N: int) -> Call:
 
 
 def _rope(make: Leaves, elements: int, D: int) -> Call:
-    T = elements // (2 * HEADS * D)
-    q, k = (make(1, T, HEADS, D).transpose(1, 2) for _ in range(2))
+    rows = elements // (2 * HEADS * D)
+    T = min(rows, ROTATED[make.device.type])
+    q, k = (make(rows // T, T, HEADS, D).transpose(1, 2) for _ in range(2))
     table = torch.ones(T, D // 2, device=make.device)
     return lambda: make.ops.rope(q, k, table, table)
 
