@@ -19,8 +19,15 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
+def run_pytest(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """As a user does: not interpreted, and no worker of the pytest that runs this test: workers do not benchmark."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("TRITON_", "PYTEST_"))}
+    command = [sys.executable, "-m", "pytest", *arguments, "-p", "no:xdist", "-p", "no:cacheprovider"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=inherited | environment, timeout=300)
+
+
 def benchmark(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run bench/ as a user does, with ceilings at hand so that none are measured."""
+    """Quick runs of bench/, with ceilings at hand so that none are measured."""
     where = harness.machine(CPU)
     known = Ceilings(
         dict.fromkeys(("float32", "bfloat16"), 1e11),
@@ -30,15 +37,12 @@ def benchmark(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[st
         device=where["device"],
         versions={"torch": where["torch"]},
     )
-    # not interpreted, and no worker of the pytest that runs this test: workers do not benchmark
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("TRITON_", "PYTEST_"))}
-    environment |= {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path))
         ceilings.save_ceilings(known, CPU)
-    quick = ("--benchmark-min-rounds=1", "--benchmark-max-time=0.01", "--benchmark-warmup=off", "-p", "no:xdist")
-    command = [sys.executable, "-m", "pytest", "--benchmark", *quick, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    quick = ("--benchmark-min-rounds=1", "--benchmark-max-time=0.01", "--benchmark-warmup=off")
+    threads = str(torch.get_num_threads())
+    return run_pytest("--benchmark", *quick, *arguments, XDG_CACHE_HOME=str(tmp_path), OMP_NUM_THREADS=threads)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the cases that it names are a CPU's; a GPU runs others")
@@ -61,8 +65,7 @@ def test_a_saved_benchmark_has_its_cost_its_rates_and_its_prediction(tmp_path: P
 
 
 def test_without_the_flag_benchmarks_are_skipped():
-    command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = run_pytest("bench", "-q")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "a benchmark: run `pytest --benchmark`" in done.stdout
     assert "passed" not in done.stdout

@@ -111,6 +111,15 @@ def test_bfloat16_arithmetic_is_exact():
     assert torch.equal(out, torch.stack(expected))
 
 
+def test_a_dot_of_fp32_rounds_once():
+    """Whatever order this processor's BLAS adds in; here one that rounds as it goes loses the small terms."""
+    a = torch.full((64, 64), 2.0**-13)
+    a[:, 0] = 2.0**12
+    b, c = torch.ones(64, 64), torch.empty(64, 64)
+    _dot_kernel[(1,)](a, b, c, N=64)
+    assert torch.equal(c, torch.full((64, 64), 2.0**12 + 63 * 2.0**-13).double().float())
+
+
 def test_bfloat16_dot_accumulates_in_fp32():
     a, b = torch.randn(2, 16, 16).bfloat16()
     c = torch.empty(16, 16)

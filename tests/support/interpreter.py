@@ -1,7 +1,9 @@
 """Makes Triton's interpreter as strict as a GPU is unforgiving, for triton 3.6 to 3.9.
 
-1. bfloat16 is exact: casts round to nearest even, arithmetic, reductions and dot happen in fp32 and round once. The
-   interpreter itself truncates casts and computes on the raw uint16 bits.
+1. bfloat16 is exact: casts round to nearest even, arithmetic and reductions happen in fp32 and round once. The
+   interpreter itself truncates casts and computes on the raw uint16 bits. A dot that adds in fp32 rounds once too,
+   so that no result depends on the order in which this processor's BLAS adds: by that alone the same fp32 scores
+   differ threefold in their error from one processor to another.
 2. Every active lane of a load, store or atomic must lie inside the extent of the tensor its pointer was derived from;
    a pointer with no known origin must lie inside one of the launch's tensors.
 3. A masked-off lane loaded without `other` is NaN (a large number for integers): its value is undefined on a GPU.
@@ -81,7 +83,14 @@ def _patch_bfloat16(interp: Any, tl: Any) -> None:
     builder.get_bf16 = lambda self, value: handle(narrow(np.array([value])), tl.bfloat16)
 
     dot = builder.create_dot
-    builder.create_dot = lambda self, a, b, *args: dot(self, fp32(a), fp32(b), *args)
+
+    def exact_dot(self: Any, a: Any, b: Any, acc: Any, *args: Any) -> Any:
+        if acc.data.dtype != np.float32 or min(a.dtype.primitive_bitwidth, b.dtype.primitive_bitwidth) < 16:
+            return dot(self, a, b, acc, *args)
+        product = np.matmul(fp32(a).data, fp32(b).data, dtype=np.float64) + acc.data
+        return handle(product.astype(np.float32), acc.dtype.scalar)
+
+    builder.create_dot = exact_dot
 
     reduce = interp.ReduceScanOpInterface.apply
 
@@ -213,27 +222,14 @@ def _patch_bounds(interp: Any, tl: Any) -> None:
 def _patch_launch(interp: Any) -> None:
     call = interp.GridExecutor.__call__
 
-    patched: set[int] = set()  # the modules whose view of triton.language this launch has patched
-
     def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
         _launched.clear()
-        patched.clear()
         patched.clear()
         with np.errstate(all="ignore"):  # a GPU raises no warning for inf - inf either
             return call(self, *args, **kwargs)
 
     interp.GridExecutor.__call__ = launch
 
-    def call_device_function(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # The interpreter patches the whole language anew at every call of a @triton.jit helper, tl.sum and tl.cdiv
-        # included, which takes most of a launch's time; once per module and launch is enough.
-        module = id(self.fn.__globals__)
-        if module not in patched:
-            interp._patch_lang(self.fn)
-            patched.add(module)
-        return self.rewrite()(*args, **kwargs)
-
-    interp.InterpretedFunction.__call__ = call_device_function
     # Once a launch is enough for each module that defines device functions; once a call takes 40 % of the time.
     patch_lang, patched = interp._patch_lang, set[int]()
 
