@@ -70,7 +70,7 @@ def generate(
 
 
 def estimate(
-    config: Annotated[str, typer.Argument(help="A preset's name, or a TOML file with a [model] table.")],
+    config: Annotated[str, typer.Argument(help="A preset's name, or a TOML file with a \\[model] table.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 1,
     context_length: Annotated[int | None, typer.Option(help="Tokens per sequence; the model's own by default.")] = None,
     dtype: Annotated[str, typer.Option(help="Of activations and products.")] = "bfloat16",
@@ -140,7 +140,7 @@ def ceilings(device: Device = "auto") -> None:
 
 @bench.command()
 def validate(
-    models: Annotated[list[str] | None, typer.Argument(help="Presets, or TOML files with a [model] table.")] = None,
+    models: Annotated[list[str] | None, typer.Argument(help="Presets, or TOML files with a \\[model] table.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 8,
     context_length: Annotated[int | None, typer.Option(help="Tokens per sequence; the model's own by default.")] = None,
     dtype: Annotated[str, typer.Option(help="Of activations and products.")] = "bfloat16",

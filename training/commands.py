@@ -19,7 +19,7 @@ def _group() -> None:
 @app.command()
 def train(
     config: Annotated[
-        Path | None, typer.Option(help="TOML file of training options; its [model] table may name a preset.")
+        Path | None, typer.Option(help="TOML file of training options; its \\[model] table may name a preset.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="Model preset, in place of the file's model.")] = None,
     train_data: Annotated[Path | None, typer.Option(help="Token file to train on.")] = None,

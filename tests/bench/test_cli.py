@@ -28,6 +28,11 @@ def test_help_lists_every_command_and_imports_no_torch():
         assert command in result.stdout
 
 
+@pytest.mark.parametrize("command", [("estimate",), ("train",), ("bench", "validate")])
+def test_help_shows_a_tables_name_in_its_brackets(command):
+    assert "[model]" in rooflight(*command, "--help").stdout
+
+
 def test_version():
     assert rooflight("--version").stdout.startswith("rooflight 0.")
 
