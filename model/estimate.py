@@ -170,9 +170,13 @@ class Estimate:
 
     @property
     def communication_bytes(self) -> int:
-        """What each device sends in a step when sharded: weights gathered for both passes, gradients scattered."""
-        share = self.parameters * (self.gpus - 1) // self.gpus
-        return share * (2 * itemsize(self.dtype) + PARAMETER_BYTES)
+        """What each device sends in a step when sharded, as FSDP2 does it: blocks are gathered for each pass, the
+        embedding, the last norm and the output matrix once for both, and gradients are scattered in fp32.
+        """
+        c = self.config
+        kept = c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2) + c.d_model
+        gathered = (2 * self.parameters - kept) * itemsize(self.dtype)
+        return (gathered + self.parameters * PARAMETER_BYTES) * (self.gpus - 1) // self.gpus
 
     def table(self) -> Table:
         """Components, totals, and what follows from them, for rich.print."""
