@@ -25,7 +25,8 @@ def peak_bytes(call: Call, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    # acc_events: there is one cycle to keep, and without it torch 2.11 warns that a cycle's events go
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         call()
     assert profiler.profiler is not None
     assert profiler.profiler.kineto_results is not None

@@ -66,5 +66,6 @@ def step(rank: int, world: int, folder: str, config: ModelConfig, batch_size: in
         if rank == 0:
             torch.save(gradients, Path(folder) / "gradients.pt")
         Path(folder, f"{rank}.json").write_text(json.dumps({"held": held, "sent": sent.bytes, "loss": loss.item()}))
+        dist.barrier()  # a process that leaves early breaks the others' connections
     finally:
         dist.destroy_process_group()
