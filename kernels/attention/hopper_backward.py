@@ -21,6 +21,9 @@ under a full mask. ordered=False drops them.
 
 dk and dv fill more than half of a consumer's registers: what the loop does not use must not be in the others. Where the
 program stands is therefore worked out once, and read from shared memory before the loop and after (hopper_place.py).
+
+The last tiles of a packed sequence hold rows of the next one, which meet p = 0. Finite, they add nothing; NaN or inf in
+them reaches this sequence's gradients, unlike in the portable kernels.
 """
 
 from __future__ import annotations
