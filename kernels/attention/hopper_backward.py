@@ -18,6 +18,12 @@ producer, which also loads the tiles by TMA, admits its program when all keys to
 order, so whom one waits for is always running. Walking rows from the last to the first, heavy tiles first, they wait
 least: in a simulation of 132 SMs and 16 heads, causal, D = 128, turns cost 6 % at T = 4096 and 3 % at 8192, and less
 under a full mask. ordered=False drops them.
+
+dk and dv fill more than half of a consumer's registers: what the loop does not use must not be in the others. Where the
+program stands is therefore worked out once, and read from shared memory before the loop and after (hopper_place.py).
+
+The last tiles of a packed sequence hold rows of the next one, which meet p = 0. Finite, they add nothing; NaN or inf in
+them reaches this sequence's gradients, unlike in the portable kernels.
 """
 
 from __future__ import annotations
@@ -38,44 +44,21 @@ from .hopper_blocks import (
     gluon,
     mbarrier,
     new_barriers,
-    sequence,
     slot,
-    tile_of,
     tma_load,
     tma_obstacle,
-    visible_blocks,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from .hopper_gradients import first_row_tile, fragment_layout, programs_before, round_dq, store_rows, to_fragments
 from .hopper_loads import Problem
+from .hopper_place import find_place, place_of, unknown_zero
 
 BLOCK_M = {64: 128, 128: 64}  # queries, by head size: what the registers hold
 BLOCK_N = 128  # keys, 64 in each warpgroup
 STAGES = 2
 GROUP = 16  # heads in flight together: fewer wait longer for their turns, more share less of the L2 cache
 CONSUMER_REGISTERS = 240  # and 24 remain for each thread of the producer
-
-
-@gluon.jit
-def _tile(problem, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Where this program stands: b, key-value head, first key, the range of query tiles, the bounds of its sequence."""
-    K, left, right, n_tile = problem.K, problem.left, problem.right, problem.n_tile
-    head, n = tile_of(gl.program_id(0), n_tile, problem.n_head, problem.group)
-    first = (n_tile - 1 - n) * BLOCK_N
-    b = head // K
-    start_q, T = sequence(problem.cu_seqlens_q, b, problem.T)
-    start_k, S = sequence(problem.cu_seqlens_k, b, problem.S)
-    # key j is seen by the queries j - upper .. j - lower
-    first_query = None if right is None else T - S - right
-    last_query = None if left is None else T - S + left
-    lo, full_lo, full_hi, hi = visible_blocks(
-        first, gl.minimum(first + BLOCK_N, S) - 1, first_query, last_query, T, BLOCK_M
-    )
-    if first + BLOCK_N > S:  # keys past the end would reach dq
-        full_hi = full_lo
-    n_block = gl.where(first < S, gl.maximum(hi - lo + BLOCK_M - 1, 0) // BLOCK_M, 0)
-    return b, head % K, first, start_q, start_k, T, S, lo, full_lo, full_hi, n_block
 
 
 @gluon.jit
@@ -91,19 +74,19 @@ def _produce(descs, buffers, barriers, problem, lse_strides, added_ptr, n_row_ti
              BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr):  # fmt: skip
     """Load the tiles, STAGES ahead, and take turns: while tile g - 1 is worked on, load g, end g - 2, ask for g - 1."""
     q_desc, dout_desc, k_desc, v_desc, lse2_desc, delta_desc = descs
-    q_buf, dout_buf, k_buf, v_buf, lse2_buf, delta_buf, _ = buffers
+    q_buf, dout_buf, k_buf, v_buf, lse2_buf, delta_buf, _, here = buffers
     kv_full, full, empty, _, turn = barriers
     gl.static_assert(STAGES == 2)
-    b, h_kv, first, start_q, start_k, T, S, lo, _, _, n_block = _tile(problem, BLOCK_M, BLOCK_N)
-    group, left = problem.H // problem.K, problem.left
+    b, h_kv, group, first, start_q, start_k, T, S, lo, _, _, n_block = place_of(here)
+    left = problem.left
     row = b * lse_strides[0] + h_kv * group * lse_strides[1] + start_q
     tile = h_kv * group * n_row_tile + first_row_tile(problem.cu_seqlens_q, b, start_q, T, BLOCK_M)
     if problem.cu_seqlens_q is not None:
         b = 0
     some = n_block > 0
     mbarrier.expect(kv_full.index(0), 2 * k_desc.block_type.nbytes, pred=some)
-    tma_load(k_desc, [b, h_kv, start_k + first, 0], kv_full.index(0), k_buf, pred=some)
-    tma_load(v_desc, [b, h_kv, start_k + first, 0], kv_full.index(0), v_buf, pred=some)
+    tma_load(k_desc, [b, h_kv, start_k + first, 0], kv_full.index(0), k_buf.index(0), pred=some)
+    tma_load(v_desc, [b, h_kv, start_k + first, 0], kv_full.index(0), v_buf.index(0), pred=some)
     last, last_before, last_but_one = 0, 0, 0  # row tiles g - 1 and g - 2
     g = 0
     for h in range(h_kv * group, h_kv * group + group):
@@ -157,7 +140,7 @@ def _consume(work, c: gl.constexpr,
     """Keys c * BLOCK_N / 2 .. of the program: dk and dv, and part c of dq."""
     grads, buffers, barriers, problem, n_row_tile, scale, exp_scale = work
     dq_ptr, dk_ptr, dv_ptr, dk_strides, dv_strides = grads
-    q_buf, dout_buf, k_buf, v_buf, lse2_buf, delta_buf, ds_buf = buffers
+    q_buf, dout_buf, k_buf, v_buf, lse2_buf, delta_buf, ds_buf, here = buffers
     kv_full, full, empty, ds_full, turn = barriers
     KEYS: gl.constexpr = BLOCK_N // 2
     COLS: gl.constexpr = HEAD_DIM * BLOCK_M // 128  # of dq's part: 64 rows of them
@@ -167,11 +150,8 @@ def _consume(work, c: gl.constexpr,
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, dk_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
-    b, h_kv, first, start_q, start_k, T, S, lo, full_lo, full_hi, n_block = _tile(problem, BLOCK_M, BLOCK_N)
-    group, left, right = problem.H // problem.K, problem.left, problem.right
-    k_all = k_buf.reshape([BLOCK_N, HEAD_DIM])
-    k = k_all.slice(c * KEYS, KEYS)
-    v = v_buf.reshape([BLOCK_N, HEAD_DIM]).slice(c * KEYS, KEYS)
+    b, h_kv, group, first, start_q, _, T, S, lo, full_lo, full_hi, n_block = place_of(here)
+    left, right = problem.left, problem.right
     j = first + c * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, s_layout))
     # key j is seen by the queries since .. until
     since = gl.where(j < S, 0 if right is None else T - S - right + j, T)
@@ -189,6 +169,10 @@ def _consume(work, c: gl.constexpr,
             m = lo + (n_block - 1 - n) * BLOCK_M
             mask = ((m < full_lo) | (m >= full_hi), since, until)
             s, parity = slot(g, STAGES)
+            zero = unknown_zero(here)  # else their descriptors are made before the loop, and spill
+            k_all = k_buf.index(zero).reshape([BLOCK_N, HEAD_DIM])
+            k = k_all.slice(c * KEYS, KEYS)
+            v = v_buf.index(zero).reshape([BLOCK_N, HEAD_DIM]).slice(c * KEYS, KEYS)
             q = q_buf.index(s).reshape([BLOCK_M, HEAD_DIM])
             dout = dout_buf.index(s).reshape([BLOCK_M, HEAD_DIM])
             lse2 = lse2_buf.index(s)
@@ -248,6 +232,7 @@ def _consume(work, c: gl.constexpr,
             mbarrier.arrive(empty.index(s), count=1)
             g += 1
         dq_ptr += gl.cast(n_row_tile, gl.int64) * (BLOCK_M * HEAD_DIM)
+    b, h_kv, _, first, _, start_k, _, S, _, _, _, _ = place_of(here)
     store_rows(dv_ptr, dv_strides, b, h_kv, start_k, first + c * KEYS, S, dv, dk_layout)
     store_rows(dk_ptr, dk_strides, b, h_kv, start_k, first + c * KEYS, S, dk * scale, dk_layout)
 
@@ -274,18 +259,19 @@ def _flash_attention_bwd_hopper_kernel(
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     q_buf = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, HEAD_DIM], q_desc.layout)
     dout_buf = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, HEAD_DIM], dout_desc.layout)
-    k_buf = gl.allocate_shared_memory(DTYPE, [1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
-    v_buf = gl.allocate_shared_memory(DTYPE, [1, 1, BLOCK_N, HEAD_DIM], v_desc.layout)
+    k_buf = gl.allocate_shared_memory(DTYPE, [1, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
+    v_buf = gl.allocate_shared_memory(DTYPE, [1, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout)
     lse2_buf = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], lse2_desc.layout)
     delta_buf = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], delta_desc.layout)
     ds_buf = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, BLOCK_M], ds_layout)
+    here = find_place(problem, BLOCK_M, BLOCK_N)
     kv_full = new_barriers(1, 1)
     full = new_barriers(STAGES, 1)
     empty = new_barriers(STAGES, 2)
     ds_full = new_barriers(1, 2)
     turn = new_barriers(1, 1)
     descs = (q_desc, dout_desc, k_desc, v_desc, lse2_desc, delta_desc)
-    buffers = (q_buf, dout_buf, k_buf, v_buf, lse2_buf, delta_buf, ds_buf)
+    buffers = (q_buf, dout_buf, k_buf, v_buf, lse2_buf, delta_buf, ds_buf, here)
     barriers = (kv_full, full, empty, ds_full, turn)
     work = (grads, buffers, barriers, problem, n_row_tile, scale, exp_scale)
     # the producer comes first: ptxas would hoist the first partition's addresses out of its loop, and spill them

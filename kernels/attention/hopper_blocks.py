@@ -44,6 +44,8 @@ __all__ = [
     "new_barriers",
     "row_layout",
     "sequence",
+    "share_numbers",
+    "shared_number",
     "slot",
     "tile_of",
     "tma",
@@ -59,6 +61,8 @@ tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+ONE: gl.constexpr = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # one number, in each thread of a warpgroup
 
 visible_blocks = gluon.jit(blocks.visible_blocks.fn)
 sequence = gluon.jit(blocks.sequence.fn)
@@ -138,6 +142,21 @@ def new_barriers(N: gl.constexpr, COUNT: gl.constexpr):
     for i in gl.static_range(N):
         mbarrier.init(barriers.index(i), count=COUNT)
     return barriers
+
+
+@gluon.jit
+def share_numbers(numbers):
+    """32-bit integers in shared memory, for `shared_number`: before the partitions part, for any of them."""
+    shared = gl.allocate_shared_memory(gl.int32, [len(numbers), 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    for i in gl.static_range(len(numbers)):
+        shared.index(i).store(gl.full([1], numbers[i], gl.int32, ONE))
+    return shared
+
+
+@gluon.jit
+def shared_number(shared, i: gl.constexpr):
+    """The i-th of them. No compiler knows it, so nothing that follows from it is moved to before this."""
+    return gl.sum(shared.index(i).load(ONE), 0)
 
 
 @gluon.jit

@@ -56,6 +56,8 @@ from .hopper_blocks import (
     mbarrier,
     new_barriers,
     row_layout,
+    share_numbers,
+    shared_number,
     slot,
     tma,
     tma_obstacle,
@@ -205,16 +207,17 @@ def _consume_tile(
         s, parity = slot(g, STAGES)
         mbarrier.wait(shared.q_full.index(c), n_done & 1)
         mbarrier.wait(shared.k_full.index(s), parity)
-        z = warpgroup_mma_wait(0, [_issue_scores(q, shared.k.index(s))])
-        mbarrier.arrive(shared.k_empty.index(s), count=1)
-        z = _mask(z, i, (tile.hi - 1) * BLOCK_N + cols, lower, upper, S)
-        p, rescale, m_i, l_i = _softmax(z, m_i, None, exp_scale, True)
+        z = _issue_scores(q, shared.k.index(s))
         if VARLEN:
             n_valid = S - (tile.hi - 1) * BLOCK_N
             if n_valid < BLOCK_N:
                 mbarrier.wait(shared.v_full.index(s), parity)
                 _clean_values(shared.v.index(s), n_valid, shared.v_clean.index(0), n_clean & 1, c)
                 n_clean += 1
+        z = warpgroup_mma_wait(0, [z])
+        mbarrier.arrive(shared.k_empty.index(s), count=1)
+        z = _mask(z, i, (tile.hi - 1) * BLOCK_N + cols, lower, upper, S)
+        p, rescale, m_i, l_i = _softmax(z, m_i, None, exp_scale, True)
         s_next, parity_next = slot(g + 1, STAGES)
         mbarrier.wait(shared.k_full.index(s_next), parity_next, pred=tile.n_block > 1)
         for MASK in gl.static_range(1, -1, -1):
@@ -249,6 +252,8 @@ def _consume_tile(
         l_i = gl.where(l_i == 0, 1.0, l_i)  # no visible key: o is 0 and m_i is -inf
         o = o * gl.convert_layout(1.0 / l_i, gl.SliceLayout(1, o_layout))[:, None]
         lse = (m_i + gl.log2(l_i)) * LN2
+        if VARLEN:  # worked out anew: kept over the loop, parts of it spill
+            tile = tile_at(t + shared_number(shared.zero, 0), problem, BLOCK_M, BLOCK_N)
         _store_output(o, lse, shared.q.index(c), out_desc, output, tile, c, rows, VARLEN)
         mbarrier.arrive(shared.q_empty.index(c), count=1)
         g += tile.n_block
@@ -297,7 +302,7 @@ def _flash_attention_fwd_hopper_kernel(
     v_empty = new_barriers(STAGES, CONSUMERS)
     v_clean = new_barriers(1, CONSUMERS)
     turn = new_barriers(CONSUMERS, 1)
-    shared = Shared(q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, v_clean, turn)
+    shared = Shared(q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, v_clean, turn, share_numbers((0,)))
     if CONSUMERS == 2:
         gl.warp_specialize(
             [

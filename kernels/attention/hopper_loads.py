@@ -37,6 +37,7 @@ class Shared(NamedTuple):
     v_empty: Any
     v_clean: Any
     turn: Any
+    zero: Any  # a number, 0, that no compiler knows
 
 
 class Tile(NamedTuple):

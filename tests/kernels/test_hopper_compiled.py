@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import pytest
 
 from support.aot import SHARED_LIMIT, Artifact, compile_cases
 from support.artifacts import check_committed, hopper
 
-# Instructions that store or load a spilled register, in all and inside the hot loop, at most: measured, triton 3.6 to
-# 3.9 for one dense batch. Packed sequences: triton 3.7.1, 4 in the forward of head size 128, all outside its loop.
-SPILLS = {
-    ("_flash_attention_fwd_hopper_kernel", 64): (0, 0),
-    ("_flash_attention_fwd_hopper_kernel", 128): (4, 0),
-    ("_flash_attention_fwd_hopper_kernel", 256): (0, 0),
-    ("_flash_attention_bwd_hopper_kernel", 64): (58, 2),
-    ("_flash_attention_bwd_hopper_kernel", 128): (55, 2),
+# Instructions that store or load a spilled register, in all and inside the hot loop, at most: none with triton 3.7,
+# elsewhere as measured (3.6: 6 and 0 in the forward, packed; 3.9: the others).
+SPILLS: dict[tuple[str, int], tuple[int, int]] = {
+    ("_flash_attention_fwd_hopper_kernel", 128): (31, 0),
+    ("_flash_attention_fwd_hopper_kernel", 256): (34, 0),
+    ("_flash_attention_bwd_hopper_kernel", 128): (10, 2),
 }
+if version("triton").startswith("3.7."):
+    SPILLS = {}
 PATHS_KERNELS = {"_flash_attention_fwd_hopper_kernel", "_flash_attention_bwd_hopper_kernel"}
 
 
@@ -26,7 +28,7 @@ def check(artifact: Artifact, head_dim: int) -> None:
     assert artifact.count("USETMAXREG") > 0  # registers go from the producer to the consumers
     assert artifact.count("UTMALDG") > 0
     assert loop.warps == 8  # two warpgroups multiply
-    most, in_loop = SPILLS[artifact.kernel, head_dim]
+    most, in_loop = SPILLS.get((artifact.kernel, head_dim), (0, 0))
     assert artifact.spills <= most
     assert loop.spills <= in_loop
     assert loop.serialised == 0

@@ -20,7 +20,8 @@ class _Memory:
 
     def __init__(self, name: str, shape: list[int], dtype: torch.dtype) -> None:
         self.name = name
-        self.data = torch.full(shape, torch.nan, dtype=dtype)
+        poison = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).min
+        self.data = torch.full(shape, poison, dtype=dtype)
         self.loading = torch.zeros(shape, dtype=torch.int16)
         self.reading = torch.zeros(shape, dtype=torch.int16)
         self.written_by = torch.zeros(shape, dtype=torch.int16)  # 1 + partition, until it fences

@@ -140,6 +140,11 @@ def _cast(x: Any, dtype: torch.dtype, **_: Any) -> Any:
     return {torch.int32: Int, torch.int64: Long}.get(dtype, lambda value: value)(x)
 
 
+def _sum(x: Tensor, axis: int | None = None) -> Any:
+    total = x.sum(axis, dtype=x.dtype) if axis is not None else x.sum(dtype=x.dtype)
+    return total if total.dim() or total.is_floating_point() else integer(total.item())
+
+
 def _range(start: int, stop: int, layout: Any = None) -> Tensor:
     return torch.arange(start, stop, dtype=torch.int32)
 
@@ -164,7 +169,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "cdiv": lambda x, y: (x + (y - 1)) // y,
     "max": lambda x, axis=None: x.amax(axis) if axis is not None else x.amax(),
     "min": lambda x, axis=None: x.amin(axis) if axis is not None else x.amin(),
-    "sum": lambda x, axis=None: x.sum(axis) if axis is not None else x.sum(),
+    "sum": _sum,
     "expand_dims": torch.unsqueeze,
     "exp": torch.exp,
     "exp2": torch.exp2,
