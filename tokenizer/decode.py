@@ -33,28 +33,28 @@ class TokenBytes:
     """
 
     def __init__(self, vocab: Mapping[int, bytes]) -> None:
-        self._tokens = list(map(vocab.get, range(max(vocab) + 1), repeat(b"")))
-        self._has_gaps = len(vocab) < len(self._tokens)
-        self.sizes = np.fromiter(map(len, self._tokens), np.int64, len(self._tokens))
+        tokens = list(map(vocab.get, range(max(vocab) + 1), repeat(b"")))
+        self._has_gaps = len(vocab) < len(tokens)
+        self.sizes = np.fromiter(map(len, tokens), np.int64, len(tokens))
         self._offsets = np.cumsum(self.sizes) - self.sizes
         # Eight bytes from every offset of the tokens' bytes, and those at which each token starts.
-        data = b"".join(self._tokens) + bytes(8)
+        data = b"".join(tokens) + bytes(8)
         self._loads = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))
         self._heads = self._loads[self._offsets]
+        # None, which cannot be joined, where there is no token: in the gaps and, as many again, at negative ids.
+        self._tokens = [token or None for token in tokens] + [None] * len(tokens)
 
     def join(self, ids: Iterable[int]) -> bytes:
         """The tokens' bytes, one after another. Raises ValueError on an id that is not in the vocabulary."""
         if not isinstance(ids, np.ndarray):
             ids = ids if isinstance(ids, list) else list(ids)
             try:
+                if len(ids) < _SHORT:
+                    return b"".join(map(self._tokens.__getitem__, ids))
                 # Of an array's types one that takes a list fastest, and that refuses negative numbers.
-                numbers = array("Q", ids)
-                if len(ids) < _SHORT and not self._has_gaps:
-                    tokens = self._tokens
-                    return b"".join([tokens[i] for i in ids])
+                ids = np.frombuffer(array("Q", ids), np.int64)
             except (TypeError, OverflowError, IndexError):
                 raise self._not_in_vocabulary(ids) from None
-            ids = np.frombuffer(numbers, np.int64)
         elif ids.dtype.kind not in "iu" and len(ids):
             raise ValueError(f"ids: got {ids.dtype}, expected integers")
         elif ids.dtype.kind == "i" and len(ids) and ids.min() < 0:
@@ -84,8 +84,8 @@ class TokenBytes:
         return memoryview(joined)[:-8]
 
     def _not_in_vocabulary(self, ids: Iterable[int]) -> ValueError:
-        known = {i for i, token in enumerate(self._tokens) if token}
-        i = next(i for i in ids if i not in known)
+        known = set(self.sizes.nonzero()[0].tolist())
+        i = next(i for i in ids if i not in known or isinstance(i, float))
         return ValueError(f"ids: {i} is not in the vocabulary, expected 0 <= id < {len(self.sizes)}")
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from itertools import chain, pairwise
+from contextlib import suppress
+from itertools import chain, pairwise, repeat
 
 import numpy as np
 
@@ -55,11 +56,24 @@ class WordEncoder:
         self._none = len(pairs)  # a rank above every other: the pair is in no merge
         self._table = _PairTable(self._byte_ids, np.array(pairs, np.int64).reshape(-1, 3))
         self._whole = whole
+        self._tokens = tokens
         self._long = LongEncoder(self, tokens, LONGEST)
 
     def encode_word(self, word: bytes) -> list[int]:
         """Token ids of one word. Takes O(n log n) however long the word is."""
         return [self._whole[word]] if word in self._whole else self.merge_word(word)
+
+    def words_of_one_token(self) -> dict[str, tuple[int]]:
+        """The tokens whose text, if they are text, is encoded as that one token: all but a few of a vocabulary."""
+        short = (np.minimum(self._tokens.sizes, LONGEST + 1) % (LONGEST + 1)).nonzero()[0]
+        lengths = self._tokens.sizes.take(short)
+        data = self._tokens.join(short)
+        _, counts = self.encode_words(data, np.cumsum(lengths) - lengths, lengths)
+        words = {}
+        for i in short[counts == 1].tolist():
+            with suppress(UnicodeDecodeError):
+                words[self._tokens.join([i]).decode()] = (i,)
+        return words
 
     def encode_words(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of many words.
@@ -116,18 +130,15 @@ class WordEncoder:
         if len(ids) >= _HEAP_FROM:
             return self._merge_with_heap(ids)
         rank_of, none = self._rank.get, self._none
-        ranks = [rank_of(pair, none) for pair in pairwise(ids)]
-        while ranks:
-            rank = min(ranks)
-            if rank == none:
-                break
+        ranks = [*map(rank_of, pairwise(ids), repeat(none)), none]
+        while (rank := min(ranks)) < none:
             i = ranks.index(rank)
-            ids[i : i + 2] = [self._merged[rank]]
-            del ranks[i]
+            del ids[i + 1], ranks[i]
+            new = ids[i] = self._merged[rank]
             if i:
-                ranks[i - 1] = rank_of((ids[i - 1], ids[i]), none)
-            if i < len(ranks):
-                ranks[i] = rank_of((ids[i], ids[i + 1]), none)
+                ranks[i - 1] = rank_of((ids[i - 1], new), none)
+            if i + 1 < len(ids):
+                ranks[i] = rank_of((new, ids[i + 1]), none)
         return ids
 
     def _merge_with_heap(self, ids: list[int]) -> list[int]:
