@@ -44,6 +44,10 @@ class TokenBytes:
         # None, which cannot be joined, where there is no token: in the gaps and, as many again, at negative ids.
         self._tokens = [token or None for token in tokens] + [None] * len(tokens)
 
+    def edges(self) -> tuple[np.ndarray, np.ndarray]:
+        """Each token's first and last byte (uint8); anything where the vocabulary has no such id."""
+        return self._heads.astype(np.uint8), self._loads.take(self._offsets + self.sizes - 1).astype(np.uint8)
+
     def join(self, ids: Iterable[int]) -> bytes:
         """The tokens' bytes, one after another. Raises ValueError on an id that is not in the vocabulary."""
         if not isinstance(ids, np.ndarray):
