@@ -6,6 +6,7 @@ import codecs
 from array import array
 from collections.abc import Iterable, Mapping
 from itertools import repeat
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 # Ids decoded at a time, so that the arrays stay in the second-level cache.
 _BLOCK = 1 << 15
 # Ids below which joining Python objects costs less than starting up the arrays.
-_SHORT = 1 << 8
+_SHORT = 800
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -41,8 +42,7 @@ class TokenBytes:
         data = b"".join(tokens) + bytes(8)
         self._loads = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))
         self._heads = self._loads[self._offsets]
-        # None, which cannot be joined, where there is no token: in the gaps and, as many again, at negative ids.
-        self._tokens = [token or None for token in tokens] + [None] * len(tokens)
+        self._tokens = [token or None for token in tokens]  # None, which cannot be joined, where there is no token
 
     def edges(self) -> tuple[np.ndarray, np.ndarray]:
         """Each token's first and last byte (uint8); anything where the vocabulary has no such id."""
@@ -53,10 +53,12 @@ class TokenBytes:
         if not isinstance(ids, np.ndarray):
             ids = ids if isinstance(ids, list) else list(ids)
             try:
-                if len(ids) < _SHORT:
-                    return b"".join(map(self._tokens.__getitem__, ids))
                 # Of an array's types one that takes a list fastest, and that refuses negative numbers.
-                ids = np.frombuffer(array("Q", ids), np.int64)
+                numbers = array("Q", ids)
+                if len(ids) < _SHORT:
+                    # Half of what map() or a comprehension takes; of one id itemgetter() makes no tuple.
+                    return b"".join(itemgetter(*ids)(self._tokens) if len(ids) > 1 else [self._tokens[i] for i in ids])
+                ids = np.frombuffer(numbers, np.int64)
             except (TypeError, OverflowError, IndexError):
                 raise self._not_in_vocabulary(ids) from None
         elif ids.dtype.kind not in "iu" and len(ids):
@@ -89,7 +91,7 @@ class TokenBytes:
 
     def _not_in_vocabulary(self, ids: Iterable[int]) -> ValueError:
         known = set(self.sizes.nonzero()[0].tolist())
-        i = next(i for i in ids if i not in known or isinstance(i, float))
+        i = next(i for i in ids if not isinstance(i, (int, np.integer)) or i not in known)
         return ValueError(f"ids: {i} is not in the vocabulary, expected 0 <= id < {len(self.sizes)}")
 
 
