@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterable, Mapping
 from itertools import repeat
 from operator import itemgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -42,7 +42,8 @@ class TokenBytes:
         data = b"".join(tokens) + bytes(8)
         self._loads = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))
         self._heads = self._loads[self._offsets]
-        self._tokens = [token or None for token in tokens]  # None, which cannot be joined, where there is no token
+        # None, which cannot be joined, where there is no token.
+        self._tokens: list[Any] = [token or None for token in tokens]
 
     def edges(self) -> tuple[np.ndarray, np.ndarray]:
         """Each token's first and last byte (uint8); anything where the vocabulary has no such id."""
