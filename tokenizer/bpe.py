@@ -75,6 +75,7 @@ class Tokenizer:
         self._tokens = TokenBytes(self.vocab)
         self._encoder = Encoder(WordEncoder(byte_ids, pairs, self._tokens, whole), pattern, self._tokens)
         self.special_ids = SpecialIds(self.special_tokens, pattern)
+        self._no_special_ids = SpecialIds({}, pattern)
 
     def __repr__(self) -> str:
         specials = list(self.special_tokens)
@@ -121,7 +122,7 @@ class Tokenizer:
             return self._encoder.encode_with_offsets(text, allowed)
         if len(text) < SHORT_TEXT:
             return self._encoder.encode_short(text, allowed)
-        return self._encoder.encode_long(cut_stream([utf8(text)], allowed.cutter), allowed).tolist()
+        return self._encoder.encode_to_list(cut_stream([utf8(text)], allowed.cutter), allowed)
 
     def encode_iterable(self, iterable: Iterable[str], *, allowed_special: AllowedSpecial = "all") -> Iterator[int]:
         """The ids of "".join(iterable), one by one, in bounded memory: pieces may end anywhere, inside a word too.
@@ -135,7 +136,7 @@ class Tokenizer:
         for data in cut_stream(map(utf8, iterable), cutter, STREAM_PIECE):
             if allowed_special == "none_raise":
                 self._refuse_specials(data.decode())
-            yield from self._encoder.encode_long([data], allowed).tolist()
+            yield from self._encoder.encode_to_list([data], allowed)
 
     def encode_batch(
         self, texts: Iterable[str], *, num_workers: int | None = None, allowed_special: AllowedSpecial = "all"
@@ -173,7 +174,7 @@ class Tokenizer:
         if allowed == "all":
             return self.special_ids
         if allowed in ("none", "none_raise"):
-            return SpecialIds({}, self.pattern)
+            return self._no_special_ids
         if isinstance(allowed, str):
             raise ValueError(f"allowed_special: got {allowed!r}, expected 'all', 'none', 'none_raise' or a set")
         if unknown := set(allowed) - set(self.special_tokens):

@@ -91,6 +91,8 @@ class Encoder:
         self._vectorised = is_vectorised(pattern)
         self._word_encoder = words
         self._words = _Words(words)
+        # One int for each id. A list of ints made anew would take five times the memory, and mostly page faults' time.
+        self._ints = np.array(range(len(tokens.sizes)), object)
         # One for each thread: its tables are written to by every call. No lock, which a fork might copy while held.
         self._local = threading.local()
         self._local.text_encoder = TextEncoder(words, pattern)
@@ -113,6 +115,17 @@ class Encoder:
         """Ids (int32) of UTF-8 text, in pieces as cut_stream makes them."""
         parts = [self._encode_masked(*allowed.mask(piece)) for piece in pieces]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+    def encode_to_list(self, pieces: Iterable[bytes], allowed: SpecialIds) -> list[int]:
+        """encode_long as a list."""
+        ids: list[int] = []
+        for piece in pieces:
+            ids += self.to_list(self._encode_masked(*allowed.mask(piece)))
+        return ids
+
+    def to_list(self, ids: np.ndarray) -> list[int]:
+        """ids.tolist(), but equal ids are one int."""
+        return self._ints.take(ids).tolist()
 
     def encode_many(self, texts: list[bytes], allowed: SpecialIds) -> tuple[np.ndarray, list[int]]:
         """Ids (int32) of all texts, and how many each has: texts are encoded together, with separators between."""
@@ -174,17 +187,23 @@ class Encoder:
 
 
 class _Words(dict[str, tuple[int, ...]]):
-    """Words and their ids, filled as words are asked for."""
+    """Words and their ids, filled as words are asked for; at the first one, with all words of one token."""
 
     def __init__(self, encoder: WordEncoder) -> None:
         super().__init__()
         self._encoder = encoder
+        self._most = 0  # words, past which all but those of one token are forgotten
 
     def __missing__(self, word: str) -> tuple[int, ...]:
+        if len(self) >= self._most:
+            # A new word takes microseconds, all these together less than one each.
+            whole = self._encoder.words_of_one_token()
+            self.clear()
+            self.update(whole)
+            self._most = len(whole) + MAX_WORDS
+            return self[word]
         ids = tuple(self._encoder.encode_word(utf8(word)))
         if len(word) <= MAX_WORD_CHARACTERS:
-            if len(self) >= MAX_WORDS:
-                self.clear()
             self[word] = ids
         return ids
 

@@ -47,7 +47,13 @@ class TextEncoder:
         self._forget()
 
     def _forget(self) -> None:
-        self._tables = [_WordTable(width) for width in _WIDTHS]
+        # One allocation, which gets huge pages where there are any: thousands of first touches become a few. Memory
+        # that is never touched costs nothing.
+        rows = sum(_WIDTHS)
+        memory = np.zeros((rows + (len(_WIDTHS) + 1) // 2, 1 << _TABLE_BITS), np.uint64)
+        numbers = memory[rows:].view(np.int32).reshape(-1, 1 << _TABLE_BITS)
+        keys = np.split(memory[:rows], np.cumsum(_WIDTHS)[:-1])
+        self._tables = [_WordTable(*columns) for columns in zip(keys, numbers, strict=True)]
         self._long: dict[bytes, int] = {}
         # Word 0 is the separator, whose one id is -1.
         self._n_words = 0
@@ -178,12 +184,11 @@ class _WordTable:
     A word is `width` uint64, its bytes in order and zeros after them, with its length in the last one's top byte.
     """
 
-    def __init__(self, width: int) -> None:
-        self.width = width
+    def __init__(self, keys: np.ndarray, numbers: np.ndarray) -> None:
+        self.width = len(keys)
         self.n = 0
-        # Memory that is never touched costs nothing.
-        self._keys = np.zeros((width, 1 << _TABLE_BITS), np.uint64)
-        self._numbers = np.zeros(1 << _TABLE_BITS, np.int32)
+        self._keys = keys  # (width, slots), zero
+        self._numbers = numbers  # (slots,)
 
     def number(self, keys: list[np.ndarray], n: int) -> tuple[np.ndarray, np.ndarray]:
         """The number (int32) of each word, and the indices of those that the table lacked: numbered n, n + 1, ..."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Mapping, Sequence
-from itertools import chain, pairwise
+from contextlib import suppress
+from itertools import chain, pairwise, repeat
 
 import numpy as np
 
@@ -53,13 +54,26 @@ class WordEncoder:
         self._rank = {(left, right): rank for rank, (left, right, _) in enumerate(pairs)}
         self._merged = [merged for _, _, merged in pairs]
         self._none = len(pairs)  # a rank above every other: the pair is in no merge
-        self._table = _PairTable(self._byte_ids, np.array(pairs, np.int64).reshape(-1, 3))
+        self._table = _PairTable(self._byte_ids, np.array(pairs, np.int64).reshape(-1, 3), tokens)
         self._whole = whole
+        self._tokens = tokens
         self._long = LongEncoder(self, tokens, LONGEST)
 
     def encode_word(self, word: bytes) -> list[int]:
         """Token ids of one word. Takes O(n log n) however long the word is."""
         return [self._whole[word]] if word in self._whole else self.merge_word(word)
+
+    def words_of_one_token(self) -> dict[str, tuple[int]]:
+        """The tokens whose text, if they are text, is encoded as that one token: all but a few of a vocabulary."""
+        short = (np.minimum(self._tokens.sizes, LONGEST + 1) % (LONGEST + 1)).nonzero()[0]
+        lengths = self._tokens.sizes.take(short)
+        data = self._tokens.join(short)
+        _, counts = self.encode_words(data, np.cumsum(lengths) - lengths, lengths)
+        words = {}
+        for i in short[counts == 1].tolist():
+            with suppress(UnicodeDecodeError):
+                words[self._tokens.join([i]).decode()] = (i,)
+        return words
 
     def encode_words(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of many words.
@@ -116,18 +130,15 @@ class WordEncoder:
         if len(ids) >= _HEAP_FROM:
             return self._merge_with_heap(ids)
         rank_of, none = self._rank.get, self._none
-        ranks = [rank_of(pair, none) for pair in pairwise(ids)]
-        while ranks:
-            rank = min(ranks)
-            if rank == none:
-                break
+        ranks = [*map(rank_of, pairwise(ids), repeat(none)), none]
+        while (rank := min(ranks)) < none:
             i = ranks.index(rank)
-            ids[i : i + 2] = [self._merged[rank]]
-            del ranks[i]
+            del ids[i + 1], ranks[i]
+            new = ids[i] = self._merged[rank]
             if i:
-                ranks[i - 1] = rank_of((ids[i - 1], ids[i]), none)
-            if i < len(ranks):
-                ranks[i] = rank_of((ids[i], ids[i + 1]), none)
+                ranks[i - 1] = rank_of((ids[i - 1], new), none)
+            if i + 1 < len(ids):
+                ranks[i] = rank_of((new, ids[i + 1]), none)
         return ids
 
     def _merge_with_heap(self, ids: list[int]) -> list[int]:
@@ -169,7 +180,7 @@ def _in_order(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[n
 class _PairTable:
     """Ranks of pairs, looked up for whole arrays: an open hash table whose 64-bit entries hold pair and rank."""
 
-    def __init__(self, byte_ids: list[int], pairs: np.ndarray) -> None:
+    def __init__(self, byte_ids: list[int], pairs: np.ndarray, tokens: TokenBytes) -> None:
         n = len(pairs)
         # The id after the largest stands for "no token"; no pair has it.
         self._no_token = int(max(*byte_ids, pairs.max(initial=0))) + 1
@@ -178,16 +189,23 @@ class _PairTable:
         if 2 * self._id_bits + self._rank_bits > 64:
             raise ValueError(f"vocab: {n} merges of ids up to {self._no_token - 1} are more than can be encoded")
         self._none = np.int32(n)
+        self._none_u64 = np.uint64(n)
         self._merged = pairs[:, 2].astype(np.int32)
         self._byte_ids = np.array(byte_ids, np.int32)
         self._fill(pairs[:, :2].astype(np.uint64))
         left = np.repeat(self._byte_ids, 256)
         self._rank_of_bytes = self.ranks(left, np.tile(self._byte_ids, 256)) << _ROW_BITS
+        # The lowest rank of all merges across a boundary between two bytes: those whose left token ends in the one and
+        # whose right token starts with the other. (Of several values for one place the last stays.)
+        first, last = tokens.edges()
+        self._lowest_across = np.full(1 << 16, n, np.int32)
+        across = last.take(pairs[::-1, 0]).astype(np.int64) << 8 | first.take(pairs[::-1, 1])
+        self._lowest_across[across] = np.arange(n - 1, -1, -1)
+        self._lowest_across <<= _ROW_BITS
 
     def _fill(self, pairs: np.ndarray) -> None:
-        bits = max(
-            8, (4 * len(pairs)).bit_length()
-        )  # a quarter full at most: an absent pair mostly meets an empty slot
+        # A sixteenth full at most, so that an absent pair, as most are, almost always meets an empty slot.
+        bits = max(8, (16 * len(pairs)).bit_length())
         self._slot_shift = np.uint64(64 - bits)
         self._slot_mask = (1 << bits) - 1
         self._entries = np.full(1 << bits, _EMPTY)
@@ -202,28 +220,33 @@ class _PairTable:
 
     def ranks(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Ranks (int32) of the pairs; the number of merges where there is none."""
-        keys = left.astype(np.uint64) << self._id_bits | right.astype(np.uint64)
+        keys = left.astype(np.uint64)
+        keys <<= self._id_bits
+        keys |= right.astype(np.uint64)
         slots = (keys * MULTIPLIER >> self._slot_shift).view(np.int64)
+        keys <<= self._rank_bits
         entries = self._entries.take(slots)
-        found = entries >> self._rank_bits == keys
-        rank_mask = (np.uint64(1) << self._rank_bits) - np.uint64(1)
-        ranks = np.where(found, (entries & rank_mask).astype(np.int32), self._none)
-        going = np.flatnonzero(~found & (entries != _EMPTY))
+        # Of an entry of the pair nothing but the rank is left; of any other entry a number above all ranks.
+        ranks = np.minimum(entries ^ keys, self._none_u64).astype(np.int32)
+        going = ((ranks == self._none) & (entries != _EMPTY)).nonzero()[0]
         while len(going):
-            slots[going] = slots[going] + 1 & self._slot_mask
-            entries = self._entries.take(slots[going])
-            found = entries >> self._rank_bits == keys[going]
-            ranks[going[found]] = entries[found] & rank_mask
-            going = going[~found & (entries != _EMPTY)]
+            at = slots[going] = slots.take(going) + 1 & self._slot_mask
+            entries = self._entries.take(at)
+            found = np.minimum(entries ^ keys.take(going), self._none_u64).astype(np.int32)
+            ranks[going] = found
+            going = going[(found == self._none) & (entries != _EMPTY)]
         return ranks
 
     def merge(self, text: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids and counts, as encode_words, of the words in text (width, n) uint8, a word a column.
 
         Arrays are (width + 1, n) and indexed flat. tokens: the id of the token that starts at each byte, -1 inside a
-        token. following, preceding: the index of the neighbouring token. keys: rank << 6 | row of the token's pair with
+        token. following, preceding: the index of the neighbouring token. keys: rank << 8 | row of the token's pair with
         the following one, so that a column's minimum is the leftmost pair of the lowest rank. The last row is "no
         token", the neighbour of the first and of the last token, in no pair: the ends need no case of their own.
+
+        The first step does all merges at once that are certain: whatever becomes of the tokens beside such a pair, no
+        merge with them has a rank as low, so that the pair is merged before either could be. That is half of all.
         """
         width, n = text.shape
         rows = np.arange(width + 1)[:, None]
@@ -232,8 +255,16 @@ class _PairTable:
         tokens[:width] = self._byte_ids.take(text)
         tokens[:width][rows[:width] > last] = -1
         keys = np.empty((width + 1, n), np.int32)
-        keys[: width - 1] = self._rank_of_bytes.take(text[:-1].astype(np.int64) << 8 | text[1:])
-        keys[rows >= last] = self._none << _ROW_BITS
+        pairs = text[:-1].astype(np.int64) << 8 | text[1:]
+        keys[: width - 1] = self._rank_of_bytes.take(pairs)
+        outside = rows >= last
+        keys[outside] = self._none << _ROW_BITS
+        across = self._lowest_across.take(pairs)
+        across[outside[: width - 1]] = self._none << _ROW_BITS
+        certain = keys[:width] < self._none << _ROW_BITS
+        certain[1:] &= keys[1:width] < across
+        certain[: width - 2] &= keys[: width - 2] < across[1:]
+        at = np.flatnonzero(certain)
         keys |= rows.astype(np.int32)
         index = np.arange((width + 1) * n).reshape(width + 1, n)
         following = np.where(rows < last, index + n, index[width]).reshape(-1)
@@ -241,25 +272,24 @@ class _PairTable:
 
         flat_tokens, flat_keys = tokens.reshape(-1), keys.reshape(-1)
         while True:
-            lowest = keys.min(axis=0)
-            columns = np.flatnonzero(lowest < self._none << _ROW_BITS)
-            if not len(columns):
-                break
-            lowest = lowest.take(columns)
-            at = (lowest & (1 << _ROW_BITS) - 1) * np.int64(n) + columns
-            new = self._merged.take(lowest >> _ROW_BITS)
+            new = self._merged.take(flat_keys.take(at) >> _ROW_BITS)
             absorbed = following.take(at)
             after = following.take(absorbed)
-            before = preceding.take(at)
             flat_tokens[absorbed] = -1
             flat_tokens[at] = new
             following[at] = after
             preceding[after] = at
+            before = preceding.take(at)  # after that, since what was there may itself have been absorbed just now
             flat_keys[absorbed] |= self._none << _ROW_BITS  # no less than "none", whatever rank was there
             changed = np.concatenate([before, at])
             left = np.concatenate([flat_tokens.take(before), new])
             right = np.concatenate([new, flat_tokens.take(after)])
             row = flat_keys.take(changed) & (1 << _ROW_BITS) - 1
             flat_keys[changed] = self.ranks(left, right) << _ROW_BITS | row
+            lowest = keys.min(axis=0)
+            columns = np.flatnonzero(lowest < self._none << _ROW_BITS)
+            if not len(columns):
+                break
+            at = (lowest.take(columns) & (1 << _ROW_BITS) - 1) * np.int64(n) + columns
         kept = tokens[:width].T >= 0
         return tokens[:width].T[kept], np.count_nonzero(kept, axis=1)

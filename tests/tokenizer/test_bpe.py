@@ -12,7 +12,7 @@ import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rooflight.tokenizer import GPT2_PATTERN, Tokenizer, decode
+from rooflight.tokenizer import GPT2_PATTERN, Tokenizer, decode, encode
 from rooflight.tokenizer.chunks import Cutter
 from rooflight.tokenizer.decode import TokenBytes
 from rooflight.tokenizer.encode import cut_stream, gpt2_below_u10000
@@ -164,6 +164,54 @@ def test_the_lowest_rank_is_merged_first_even_when_a_merge_makes_a_lower_one() -
         assert Tokenizer(vocab, merges).encode(text) == bpe_reference.encode(text, vocab, merges)
 
 
+# b"abc" is a token, but no text has it: of "abc" b"bc" is merged first.
+UNREACHED = [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c"), (b"d", b"abc"), (b"c", b"d")]
+WORDS = st.text("abcd é日", min_size=1, max_size=12)
+
+
+def unreached(**keywords) -> Tokenizer:
+    tokens = [bytes([b]) for b in range(256)] + [left + right for left, right in UNREACHED] + [b"\xc3\xa9", b"\xa9a"]
+    return Tokenizer(dict(enumerate(tokens)), UNREACHED, **keywords)
+
+
+@given(words=st.lists(WORDS, max_size=8))
+@example(words=["abc", "dabc", "bc", "ab", "cd", "é", "éa"])
+@settings(max_examples=200, deadline=None)
+def test_tokens_that_are_not_the_encoding_of_their_own_text(words: list[str]) -> None:
+    tokenizer = unreached()
+    for word in [*words, *words]:
+        assert tokenizer.encode(word) == bpe_reference.encode(word, tokenizer.vocab, UNREACHED)
+
+
+def test_a_short_text_begins_with_the_words_of_one_token() -> None:
+    plain, ignoring, special = unreached(), unreached(ignore_merges=True), unreached(special_tokens=["abc", "bc"])
+    # Without those that the merges do not give, and those that are no text.
+    reached = {"bc", "ab", "cd", *map(chr, range(128))}
+    assert plain._encoder._word_encoder.words_of_one_token().keys() == reached
+    assert ignoring._encoder._word_encoder.words_of_one_token().keys() == reached | {"abc", "dabc", "é"}
+    assert ignoring.encode("abc") == [258]
+    assert special.encode("abc") == [258]
+    assert special.encode("abc", allowed_special="none") == plain.encode("abc") == [97, 256]
+    assert special.encode("bc", allowed_special="none") == special.encode("bc") == [256]
+
+
+def test_short_texts_remember_a_bounded_number_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "MAX_WORDS", 10)
+    tokenizer = unreached()
+    for i in range(100):
+        word = f"abc{i}x{i}"
+        assert tokenizer.encode(word) == bpe_reference.encode(word, tokenizer.vocab, UNREACHED)
+        assert 131 <= len(tokenizer._encoder._words) <= 131 + 10
+    assert tokenizer._encoder._words["cd"] == (260,)
+
+
+def test_a_long_text_is_a_list_of_ints() -> None:
+    tokenizer = Tokenizer(VOCAB, MERGES)
+    ids = tokenizer.encode(CORPUS * 20)
+    assert {type(i) for i in ids} == {int}
+    assert ids == tokenizer.encode_bytes((CORPUS * 20).encode()).tolist()
+
+
 @pytest.mark.parametrize("text", ["a\ud800b", "\udfff"])
 def test_lone_surrogates_are_refused(tokenizer: Tokenizer, text: str) -> None:
     with pytest.raises(ValueError, match="lone surrogate"):
@@ -172,21 +220,23 @@ def test_lone_surrogates_are_refused(tokenizer: Tokenizer, text: str) -> None:
         list(tokenizer.encode_iterable([text]))
 
 
-@pytest.mark.parametrize("ids", [[-1], [10_000], [0, 1 << 40], np.array([5, 9999])])
+@pytest.mark.parametrize("ids", [[-1], [-338], [3, -676], [-677], [338], [10_000], [0, 1 << 40], np.array([5, 9999])])
 def test_decode_refuses_ids_out_of_range(tokenizer: Tokenizer, ids) -> None:
     with pytest.raises(ValueError, match="not in the vocabulary, expected 0 <= id < 338"):
         tokenizer.decode(ids)
     with pytest.raises(ValueError, match="not in the vocabulary, expected 0 <= id < 338"):
-        tokenizer.decode([*[0] * 1000, *ids])
+        tokenizer.decode([*[0] * 2000, *ids])
 
 
-@pytest.mark.parametrize("ids", [[1.5], [1.5] * 1000, np.ones(3), ["a"] * 1000, [1 << 70] * 1000])
+@pytest.mark.parametrize(
+    "ids", [[1.5], [1.0, 2], [1.5] * 2000, np.ones(3), ["a"], ["a"] * 2000, [None, 1], [[1], 2], [1 << 70] * 2000]
+)
 def test_decode_refuses_what_is_no_integer(tokenizer: Tokenizer, ids) -> None:
     with pytest.raises(ValueError, match=r"ids: .*expected"):
         tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize("n", [1, 100, 255, 256, 3000])
+@pytest.mark.parametrize("n", [1, 2, 100, 799, 800, 3000])
 @pytest.mark.parametrize("gap", [0, 1000])
 def test_decoding_joins_tokens_of_any_length(n: int, gap: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Tokens of 1 to 60 bytes: none, one or several of eight bytes beyond the first, in every order.
@@ -291,6 +341,17 @@ def test_encode_batch_refuses_what_encode_refuses(tokenizer: Tokenizer) -> None:
         tokenizer.encode_batch(["\ud800"])
     with pytest.raises(ValueError, match="texts: got int"):
         tokenizer.encode_batch([1])
+
+
+def test_threads_share_the_words_of_short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "MAX_WORDS", 20)  # forgotten again and again
+    texts = [CORPUS[i : i + 60] for i in range(300)]
+    expected = [Tokenizer(VOCAB, MERGES).encode(text) for text in texts[::30]]
+    shared = Tokenizer(VOCAB, MERGES)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(shared.encode, texts))[::30] == expected
+    copy = pickle.loads(pickle.dumps(shared))
+    assert [copy.encode(text) for text in texts[::30]] == expected
 
 
 def test_threads_share_a_tokenizer(tokenizer: Tokenizer) -> None:

@@ -101,6 +101,15 @@ def test_words_with_one_hash_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> 
     assert np.array_equal(tokenizer_of(trained).encode_bytes(text), expected)
 
 
+def test_pairs_with_one_hash_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "|".join(f"aab{'abé日'[i % 4] * (i % 5)}bba{'é日'[i % 2]}ab" for i in range(300)).encode()
+    for tokenizer in TOKENIZERS:
+        expected = tokenizer.encode_bytes(text)
+        with monkeypatch.context() as patch:
+            patch.setattr(encode_words, "MULTIPLIER", np.uint64(0))
+            assert np.array_equal(tokenizer_of(tokenizer.merges).encode_bytes(text), expected)
+
+
 hostile = {"a": b"a", "space": b" ", "^": b"^", "ab": b"ab", "=-": b"=-", "a0": b"a0", "random": b""}
 hostile["kanji"] = "日".encode()
 
