@@ -1,9 +1,10 @@
 """Counting pre-tokens: exact 64-bit counts, memory bounded by the number of different pre-tokens.
 
 No Python object is made per pre-token. A pre-token of at most 7 bytes becomes one 64-bit key, of at most 15, 23 or 31
-bytes two, three or four: its bytes, loaded straight from the text, with its length in the last key's low byte. Whole
-arrays of keys are looked up at once in an open hash table; those that find another key in their slot go on to the next
-slot, a smaller array each time. Longer pre-tokens, rare in any text, are counted in a dict.
+bytes two, three or four: its bytes, loaded straight from the text, and in the last key's low byte the number of bits
+left unused, which tells its length. Whole arrays of keys are looked up at once in an open hash table; those that find
+another key in their slot go on to the next slot, a smaller array each time. Longer pre-tokens, rare in any text, are
+counted in a dict, and so are a slice's pre-tokens of 8 bytes and more where they are few.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ _HASH = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd (Knuth, multip
 _SLICE = 1 << 16
 _CACHE_BITS = 15  # slots of 16 bytes and more: fits the second-level cache
 _MIN_BITS = 18
+_LONGER = np.uint64(72)  # instead of a word's shift
+_FEW = 128  # words that a dict counts sooner than a table
 _NO_COUNTS = np.empty(0, np.int64)
 
 
@@ -74,13 +77,15 @@ class WordCounter:
         # load(i): the 8 bytes from offset i on, as a little-endian integer. Where words are dense a copy serves faster.
         loads = np.ndarray((end + len(PADDING) - 7 - origin,), "<u8", data, origin, (1,))
         load = loads.copy().take if end - origin < 16 * len(starts) else loads.__getitem__
-        starts = starts - origin
+        if origin:
+            starts = starts - origin
+        few = _FEW if counts is None else 1
         for table in self._tables:
             longer = table.add(load, starts, lengths, counts)
-            if not len(longer):
-                return
-            starts, lengths = starts[longer], lengths[longer]
-            counts = None if counts is None else counts[longer]
+            starts, lengths = starts.take(longer), lengths.take(longer)
+            counts = None if counts is None else counts.take(longer)
+            if len(longer) < few:
+                break
         starts += origin
         spans = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
         if counts is None:
@@ -89,7 +94,16 @@ class WordCounter:
             for (i, j), count in zip(spans, counts.tolist(), strict=True):
                 self._long[data[i:j]] += count
 
+    def _settle(self) -> None:
+        """Moves words that a table holds too, but that were few, from the dict there."""
+        longest = self._tables[-1].max_length
+        short = {word: self._long.pop(word) for word in [word for word in self._long if len(word) <= longest]}
+        data, lengths = b"".join(short), np.fromiter(map(len, short), np.int64, len(short))
+        pretokens = Pretokens(data + PADDING, np.cumsum(lengths) - lengths, lengths)
+        self.add(pretokens, np.fromiter(short.values(), np.int64, len(short)))
+
     def tally(self) -> Tally:
+        self._settle()
         return Tally([table.entries() for table in self._tables], self._long)
 
     def add_tally(self, tally: Tally) -> None:
@@ -99,6 +113,7 @@ class WordCounter:
         self._long.update(tally.long)
 
     def words(self) -> Words:
+        self._settle()
         parts = [table.words() for table in self._tables]
         long = list(self._long)
         lengths = np.fromiter(map(len, long), np.int64, len(long))
@@ -116,12 +131,16 @@ class _Table:
     Before it stands a small table without probing that fits the processor's cache and serves most words: what comes
     first keeps its slot there, and its counts move to the large table at the end.
 
-    An empty slot's last key is 0, which is no word's: the low byte of a last key is the word's length.
+    An empty slot's last key is 0, which is no word's: the low byte of a last key is 8 to 64, or _LONGER.
     """
 
     def __init__(self, n_keys: int) -> None:
         self.max_length = 8 * n_keys - 1
         self._n_keys = n_keys
+        # By a word's length, the bits that its last key's load is shifted by, so that bytes past its end leave at the
+        # top. 64 leaves 0, as does _LONGER. Words of lengths that would be shifted by more are in the tables before.
+        self._shifts = np.minimum(np.arange(8 * n_keys, -1, -1) * 8, 64).astype(np.uint64)
+        self._shifts[-1] = _LONGER
         self._clear_cache()
         self._allocate(_MIN_BITS)
 
@@ -150,10 +169,9 @@ class _Table:
         keys = [load(starts + 8 * k) for k in range(self._n_keys)]
         for key in keys[:-1]:
             key[longer] = 0
-        # Bytes past the word's end leave at the top; a shift of 64 leaves 0.
-        lengths = np.minimum(lengths, self.max_length + 1)
-        keys[-1] <<= ((self.max_length + 1 - lengths) * 8).view(np.uint64)
-        keys[-1] |= lengths.view(np.uint64)
+        shifts = self._shifts.take(lengths, mode="clip")
+        keys[-1] <<= shifts
+        keys[-1] |= shifts
         self._count_in_cache(keys, np.array(1) if counts is None else counts)
         return longer
 
@@ -166,9 +184,9 @@ class _Table:
         np.add.at(self._cache_counts, slot, counts)
         if not len(miss):
             return
-        slot = slot[miss]
-        keys = [key[miss] for key in keys]
-        counts = counts[miss] if counts.ndim else np.ones(len(miss), np.int64)
+        slot = slot.take(miss)
+        keys = [key.take(miss) for key in keys]
+        counts = counts.take(miss) if counts.ndim else np.ones(len(miss), np.int64)
         np.subtract.at(self._cache_counts, slot, counts)
         empty = np.flatnonzero(self._cache_keys[-1].take(slot) == 0)
         if len(empty):
@@ -176,20 +194,20 @@ class _Table:
             here = _holds(self._cache_keys, slot, keys)
             np.add.at(self._cache_counts, slot[here], counts[here])
             rest = np.flatnonzero(~here)
-            miss, keys, counts = miss[rest], [key[rest] for key in keys], counts[rest]
-        self._count(keys, mixed[miss], counts)
+            miss, keys, counts = miss.take(rest), [key.take(rest) for key in keys], counts.take(rest)
+        self._count(keys, mixed.take(miss), counts)
 
     def _count(self, keys: list[np.ndarray], mixed: np.ndarray, counts: np.ndarray) -> None:
         self._make_room()
         slot = (mixed >> np.uint64(64 - self._bits)).view(np.int64)
         while True:
             here = _holds(self._keys, slot, keys)
-            np.add.at(self._counts, slot[here], counts[here])
+            np.add.at(self._counts, slot, counts * here)
             rest = np.flatnonzero(~here)
             if not len(rest):
                 return
-            slot, counts = slot[rest], counts[rest]
-            keys = [key[rest] for key in keys]
+            slot, counts = slot.take(rest), counts.take(rest)
+            keys = [key.take(rest) for key in keys]
             empty = self._keys[-1].take(slot) == 0
             claimed = np.flatnonzero(empty)
             self._used += len(claimed)
@@ -232,10 +250,11 @@ class _Table:
 
     def words(self) -> Words:
         keys, counts = self.entries()
-        lengths = (keys[-1] & np.uint64(0xFF)).view(np.int64)
-        keys[-1] >>= ((self.max_length + 1 - lengths) * 8).view(np.uint64)
+        shifts = keys[-1] & np.uint64(0xFF)
+        keys[-1] >>= shifts
+        lengths = self.max_length + 1 - (shifts // np.uint64(8)).view(np.int64)
         table = np.stack(keys, axis=1).astype("<u8").view(np.uint8)
-        is_word = (table[:, 0] != SEPARATOR[0]) & (lengths <= self.max_length)
+        is_word = (table[:, 0] != SEPARATOR[0]) & (shifts < _LONGER)
         table, lengths, counts = table[is_word], lengths[is_word], counts[is_word]
         data = table[np.arange(self.max_length + 1) < lengths[:, None]]
         return Words(data.tobytes(), lengths, counts)

@@ -57,6 +57,18 @@ def test_separators_are_no_words():
     assert counter.words().todict() == {b"a": 2, b" b": 1}
 
 
+@pytest.mark.parametrize("byte", [b"\0", b"a", b"\xfe"])
+def test_words_at_the_bounds_of_the_tables(byte):
+    # A thousand times each: in tables. Twice more: in the dict, if of eight bytes or more. No word appears twice.
+    words = [byte * n for n in (1, 6, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 32, 33)]
+    counter = WordCounter()
+    for batch in (words * 1000, words, words[::-1]):
+        counter.add(pretokens_of(batch))
+    found = counter.words()
+    assert found.todict() == dict.fromkeys(words, 1002)
+    assert len(found.counts) == len(words)
+
+
 def test_more_words_than_the_first_table_holds():
     # 200,000 different words of each length class but the last, some of them often.
     rng = random.Random(0)
