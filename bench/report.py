@@ -164,9 +164,10 @@ def _tokenizers(files: Sequence[dict[str, Any]]) -> str:
             ratios = (f"{r['seconds'] / r['peer_seconds']:.2f}" if (r := found.get(task)) else "" for task in tasks)
             rows.append(["", f"/ {peer}'s", *ratios])
     encoded = max(results["corpus"]["encoded_bytes"] for results in files) / 1e6
+    workers = " or ".join(map(str, sorted({results["machine"]["threads"] for results in files})))
     return (
         "The tokenizer: our seconds, and below them the same over each peer's, so that less than 1 is faster. Each "
-        f"text trains a vocabulary in two processes, and {encoded:,.0f} MB of it are encoded with that:\n\n"
+        f"text trains a vocabulary in {workers} processes, and {encoded:,.0f} MB of it are encoded with that:\n\n"
         + markdown_table(["text, vocabulary", "", *tasks], rows)
     )
 
