@@ -9,7 +9,7 @@ import torch
 
 from rooflight.kernels import reference, rms_norm
 from rooflight.kernels import rms_norm as op
-from rooflight.kernels.rms_norm import BACKWARD_TILE, FORWARD_TILE, LOOP_ROWS
+from rooflight.kernels.rms_norm import BACKWARD_LONGEST, BACKWARD_TILE, FORWARD_TILE
 from support.tolerance import judge
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -81,9 +81,9 @@ def test_the_stream_has_the_promoted_dtype(device, x_dtype, residual_dtype):
 @pytest.mark.parametrize(
     ("shape", "residual", "backward"),
     [
-        ((3, BACKWARD_TILE + 5), True, True),  # the backward loops, the forward does not
+        ((3, BACKWARD_LONGEST + 5), True, True),  # the backward takes several tiles, the forward one
         ((2, FORWARD_TILE + 3), False, True),  # both loop
-        ((2 * LOOP_ROWS * 2 + 3, BACKWARD_TILE + 5), False, True),  # enough rows to take several at once
+        ((35, BACKWARD_LONGEST + 1), False, True),  # a column in the last tile alone, several rows a program
         ((3, FORWARD_TILE // 2 + 1), True, False),  # the forward with a residual loops
         ((1, 131072), False, False),
     ],
@@ -94,7 +94,7 @@ def test_rows_longer_than_a_tile(device, shape, residual, backward):
 
 
 def test_more_partial_sums_than_the_reduction_reads_at_once(device, monkeypatch):
-    monkeypatch.setattr(import_module("rooflight.kernels.rms_norm"), "REDUCE_TILE", 16)  # two rows of eight columns
+    monkeypatch.setattr(import_module("rooflight.kernels.rms_norm"), "REDUCE_ROWS", 2)
     judge(rms_norm, reference.rms_norm, case(device, torch.float32, (200, 40)))
 
 
