@@ -31,6 +31,9 @@ SHORT_TILE = 2048
 # size that compiles for sm_80 and sm_90 without a spill (docs/artifacts.md).
 FORWARD_TILE = 32768
 LOOP_TILE, LOOP_WARPS = 4096, 16
+# Bytes of x in the tiles of the forward's programs that are resident on one multiprocessor: 32 warps of 16 2-byte
+# elements a thread, at up to 64 registers.
+FORWARD_BYTES = 32768
 # The backward's tile, 16 elements a thread over 16 warps. One program fills a multiprocessor: at up to 128 registers a
 # thread no second is resident, and each has the same share of the rows, so one that started late would end late. A
 # tile of h and dy is 32 KiB on its way; a multiprocessor of an H200 needs 17 (bench/NOTES.md).
@@ -65,11 +68,11 @@ def _load_stream(
 
 
 @triton.jit
-def _store_normed(y_ptr, stream_ptr, w_ptr, offset, h, rstd, row, cols, mask, N, HAS_RESIDUAL: tl.constexpr):
+def _store_normed(y_ptr, stream_ptr, scale, h, rstd, row, cols, mask, N, HAS_RESIDUAL: tl.constexpr):
     at = row.to(tl.int64)[:, None] * N + cols[None, :]
     y = h * rstd[:, None]
-    if w_ptr is not None:
-        y *= _load_scale(w_ptr, offset, cols, N, h.dtype)
+    if scale is not None:
+        y *= scale
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
     if HAS_RESIDUAL:
         tl.store(stream_ptr + at, h.to(stream_ptr.dtype.element_ty), mask=mask)
@@ -78,30 +81,39 @@ def _store_normed(y_ptr, stream_ptr, w_ptr, offset, h, rstd, row, cols, mask, N,
 @triton.jit(do_not_specialize=["M"])
 def _rms_norm_fwd_kernel(
     x_ptr, x_layout, residual_ptr, residual_layout, w_ptr, y_ptr, stream_ptr, rstd_ptr, M, N, eps, offset,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(M.dtype) * ROWS + tl.arange(0, ROWS)
-    live = (row >= 0) & (row < M)  # row wraps below 0 when M is within a tile of 2^31
     cols = tl.arange(0, BLOCK_N)
-    mask = live[:, None] & (cols < N)[None, :]
-    h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE, not ONE_TILE)
-    squares = h * h
-    if not ONE_TILE:
-        for start in range(BLOCK_N, N, BLOCK_N):
-            at = start + cols
-            mask = live[:, None] & (at < N)[None, :]
-            h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE, True)
-            squares += h * h
-    rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / N + eps)
-    tl.store(rstd_ptr + row, rstd, mask=live)
-    if ONE_TILE:
-        _store_normed(y_ptr, stream_ptr, w_ptr, offset, h, rstd, row, cols, mask, N, residual_ptr is not None)
-    else:
-        for start in range(0, N, BLOCK_N):
-            at = start + cols
-            mask = live[:, None] & (at < N)[None, :]
-            h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE, False)
-            _store_normed(y_ptr, stream_ptr, w_ptr, offset, h, rstd, row, at, mask, N, residual_ptr is not None)
+    # not in the loop, whose pipeline would fetch it for every row anew
+    held = _load_scale(w_ptr, offset, cols, N, DTYPE) if w_ptr is not None and STAGES > 1 else None
+    for tile in tl.range(tl.program_id(0), (M - 1) // ROWS + 1, tl.num_programs(0), num_stages=STAGES):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        live = (row >= 0) & (row < M)  # row wraps below 0 when M is within a tile of 2^31
+        mask = live[:, None] & (cols < N)[None, :]
+        h = _load_stream(
+            x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE, not ONE_TILE
+        )
+        squares = h * h
+        if not ONE_TILE:
+            for start in range(BLOCK_N, N, BLOCK_N):
+                at = start + cols
+                mask = live[:, None] & (at < N)[None, :]
+                h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE, True)
+                squares += h * h
+        rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / N + eps)
+        tl.store(rstd_ptr + row, rstd, mask=live)
+        if ONE_TILE:
+            scale = _load_scale(w_ptr, offset, cols, N, DTYPE) if w_ptr is not None and STAGES == 1 else held
+            _store_normed(y_ptr, stream_ptr, scale, h, rstd, row, cols, mask, N, residual_ptr is not None)
+        else:
+            for start in range(0, N, BLOCK_N):
+                at = start + cols
+                mask = live[:, None] & (at < N)[None, :]
+                h = _load_stream(
+                    x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE, False
+                )
+                scale = _load_scale(w_ptr, offset, at, N, DTYPE) if w_ptr is not None else None
+                _store_normed(y_ptr, stream_ptr, scale, h, rstd, row, at, mask, N, residual_ptr is not None)
 
 
 @triton.jit
@@ -181,18 +193,21 @@ def _rms_norm_dw_kernel(partial_ptr, dw_ptr, PROGRAMS, N, ROWS: tl.constexpr, BL
 
 
 @cache
-def _tile(N: int, longest: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile, and the warps that work on it."""
+def _forward_tile(N: int, element_size: int, residual: bool) -> tuple[int, int, int, int]:
+    """Rows and columns of a tile, the warps that work on it and the loop's stages; one stage: a program a tile."""
     columns = max(triton.next_power_of_2(N), 16)
-    if columns > longest:
-        return 1, LOOP_TILE, LOOP_WARPS
+    if columns > (FORWARD_TILE // 2 if residual else FORWARD_TILE):  # a residual is a second row in registers
+        return 1, LOOP_TILE, LOOP_WARPS, 1
     rows = max(1, SHORT_TILE // columns)
-    return rows, columns, min(max(rows * columns // 512, 4), most_warps())
+    warps = min(max(rows * columns // 512, 4), most_warps())
+    if most_warps() < 32 or columns * element_size > FORWARD_BYTES:
+        return rows, columns, warps, 1
+    return rows, columns, warps, 2 if residual or element_size > 2 else 3
 
 
 @cache
 def _backward_tile(N: int, many: bool, element_size: int) -> tuple[int, int, int, int]:
-    """The backward's _tile, and its loop's stages. many: elements for a whole tile on every multiprocessor."""
+    """The backward's, as _forward_tile. many: elements for a whole tile on every multiprocessor."""
     two_bytes, amd = element_size <= 2, most_warps() < 32
     columns = max(triton.next_power_of_2(N), 16)
     if columns > (BACKWARD_LONGEST if two_bytes and not amd else BACKWARD_TILE):
@@ -219,17 +234,20 @@ def rms_norm_fwd(
     M = rstd.numel()
     if M == 0:
         return y, stream, rstd
-    # With a residual a second row stands in registers.
-    rows, columns, warps = _tile(N, FORWARD_TILE if residual is None else FORWARD_TILE // 2)
+    rows, columns, warps, stages = _forward_tile(N, stream.element_size(), residual is not None)
+    programs = -(-M // rows)
+    if stages > 1:
+        resident = max(1, FORWARD_BYTES // (rows * columns * stream.element_size()))
+        programs = min(programs, multiprocessors(x.device) * resident)
     x, x_layout = row_layout(x)
     residual_layout = None
     if residual is not None:
         residual, residual_layout = row_layout(residual)
     if weight is not None:
         weight = weight.contiguous()
-    _rms_norm_fwd_kernel[(-(-M // rows),)](
+    _rms_norm_fwd_kernel[(programs,)](
         x, x_layout, residual, residual_layout, weight, y, stream, rstd, M, N, eps, weight_offset,
-        ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, DTYPE=statistics(x.dtype)[1], num_warps=warps,
+        ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, STAGES=stages, DTYPE=statistics(x.dtype)[1], num_warps=warps,
     )  # fmt: skip
     return y, stream, rstd
 
