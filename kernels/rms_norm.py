@@ -27,20 +27,18 @@ __all__ = ["RMSNormFunction", "rms_norm"]
 
 # Elements of a tile of short rows: 16 a thread over 4 warps, two 16-byte loads of a 2-byte type.
 SHORT_TILE = 2048
-# The longest row that one tile of the forward holds; longer rows are looped over in tiles of LOOP_TILE. The largest
-# size that compiles for sm_80 and sm_90 without a spill (docs/artifacts.md).
-FORWARD_TILE = 32768
-LOOP_TILE, LOOP_WARPS = 4096, 16
-# Bytes of x in the tiles of the forward's programs that are resident on one multiprocessor: 32 warps of 16 2-byte
-# elements a thread, at up to 64 registers.
+# The longest row that one tile of the forward holds, the largest that compiles for sm_80 and sm_90 without a spill
+# (docs/artifacts.md); longer rows are looped over.
+FORWARD_TILE, LOOP_TILE, LOOP_WARPS = 32768, 4096, 16
+# Bytes of x in the tiles of the forward's resident programs on one multiprocessor: 32 warps at up to 64 registers.
 FORWARD_BYTES = 32768
-# The backward's tile, 16 elements a thread over 16 warps. One program fills a multiprocessor: at up to 128 registers a
-# thread no second is resident, and each has the same share of the rows, so one that started late would end late. A
-# tile of h and dy is 32 KiB on its way; a multiprocessor of an H200 needs 17 (bench/NOTES.md).
+# The backward's tile, 16 elements a thread. Its program fills a multiprocessor: at up to 128 registers a thread no
+# second is resident, and one that started late would end late, as each has the same share of the rows. A tile of h and
+# dy is 32 KiB on its way; a multiprocessor of an H200 needs 17 (bench/NOTES.md).
 BACKWARD_TILE, RESIDENT_WARPS = 8192, 16
-# The longest row that one tile of the backward holds, in 2-byte types: 16 elements a thread again, over 32 warps.
+# The longest row that one tile of the backward holds, of a 2-byte type: 16 elements a thread again, 32 warps.
 BACKWARD_LONGEST = 16384
-# Partial sums of dw that one program of the reduction reads at once, of up to 32 columns.
+# Rows of partial sums of dw that one program of the reduction reads at once.
 REDUCE_ROWS, REDUCE_WARPS = 256, 8
 
 # ---------------------------------------------------------------- kernels
@@ -48,13 +46,13 @@ REDUCE_ROWS, REDUCE_WARPS = 256, 8
 
 @triton.jit
 def _load_scale(w_ptr, offset, cols, N, DTYPE: tl.constexpr):
-    """w + offset (1, BLOCK_N); every row reads it, so it stays in L1."""
+    """w + offset (1, BLOCK_N); every row reads it, so it stays in L1. A pipelined loop would fetch it for each anew."""
     w = tl.load(w_ptr + cols, mask=cols < N, other=0.0, eviction_policy="evict_last")
     return (w.to(DTYPE) + offset)[None, :]
 
 
 @triton.jit
-def _load_stream(
+def _load_h(
     x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE: tl.constexpr, KEEP: tl.constexpr
 ):
     """h (ROWS, BLOCK_N): x, or x + residual rounded to the stream's dtype. KEEP: it will be read again."""
@@ -84,21 +82,18 @@ def _rms_norm_fwd_kernel(
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK_N)
-    # not in the loop, whose pipeline would fetch it for every row anew
     held = _load_scale(w_ptr, offset, cols, N, DTYPE) if w_ptr is not None and STAGES > 1 else None
     for tile in tl.range(tl.program_id(0), (M - 1) // ROWS + 1, tl.num_programs(0), num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS)
         live = (row >= 0) & (row < M)  # row wraps below 0 when M is within a tile of 2^31
         mask = live[:, None] & (cols < N)[None, :]
-        h = _load_stream(
-            x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE, not ONE_TILE
-        )
+        h = _load_h(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE, not ONE_TILE)
         squares = h * h
         if not ONE_TILE:
             for start in range(BLOCK_N, N, BLOCK_N):
                 at = start + cols
                 mask = live[:, None] & (at < N)[None, :]
-                h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE, True)
+                h = _load_h(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE, True)
                 squares += h * h
         rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / N + eps)
         tl.store(rstd_ptr + row, rstd, mask=live)
@@ -109,9 +104,7 @@ def _rms_norm_fwd_kernel(
             for start in range(0, N, BLOCK_N):
                 at = start + cols
                 mask = live[:, None] & (at < N)[None, :]
-                h = _load_stream(
-                    x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE, False
-                )
+                h = _load_h(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE, False)
                 scale = _load_scale(w_ptr, offset, at, N, DTYPE) if w_ptr is not None else None
                 _store_normed(y_ptr, stream_ptr, scale, h, rstd, row, at, mask, N, residual_ptr is not None)
 
@@ -152,7 +145,6 @@ def _rms_norm_bwd_kernel(
     program = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     dw = tl.zeros((ROWS, BLOCK_N), DTYPE)
-    # not in the loop, whose pipeline would fetch it for every row anew
     held = _load_scale(w_ptr, offset, cols, N, DTYPE) if w_ptr is not None and HOLD_SCALE else None
     tiles = (M - 1) // ROWS + 1
     for step in tl.range(program, tiles, tl.num_programs(0), num_stages=STAGES):
@@ -234,17 +226,14 @@ def rms_norm_fwd(
     M = rstd.numel()
     if M == 0:
         return y, stream, rstd
-    rows, columns, warps, stages = _forward_tile(N, stream.element_size(), residual is not None)
+    element_size = stream.element_size()
+    rows, columns, warps, stages = _forward_tile(N, element_size, residual is not None)
     programs = -(-M // rows)
     if stages > 1:
-        resident = max(1, FORWARD_BYTES // (rows * columns * stream.element_size()))
-        programs = min(programs, multiprocessors(x.device) * resident)
+        programs = min(programs, multiprocessors(x.device) * max(1, FORWARD_BYTES // (rows * columns * element_size)))
     x, x_layout = row_layout(x)
-    residual_layout = None
-    if residual is not None:
-        residual, residual_layout = row_layout(residual)
-    if weight is not None:
-        weight = weight.contiguous()
+    residual, residual_layout = (None, None) if residual is None else row_layout(residual)
+    weight = None if weight is None else weight.contiguous()
     _rms_norm_fwd_kernel[(programs,)](
         x, x_layout, residual, residual_layout, weight, y, stream, rstd, M, N, eps, weight_offset,
         ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, STAGES=stages, DTYPE=statistics(x.dtype)[1], num_warps=warps,
@@ -267,14 +256,10 @@ def rms_norm_bwd(
     programs = max(1, min(-(-M // rows), processors * max(1, RESIDENT_WARPS // warps) // panels))
     h, h_layout = row_layout(h)
     dy, dy_layout = row_layout(dy)
-    dstream_layout = None
-    if dstream is not None:
-        dstream, dstream_layout = row_layout(dstream)
-    if weight is not None:
-        weight = weight.contiguous()
-    mean = None
-    if panels > 1:
-        mean = torch.empty_like(rstd)
+    dstream, dstream_layout = (None, None) if dstream is None else row_layout(dstream)
+    weight = None if weight is None else weight.contiguous()
+    mean = torch.empty_like(rstd) if panels > 1 else None
+    if mean is not None:
         _rms_norm_mean_kernel[(M,)](
             h, h_layout, dy, dy_layout, weight, rstd, mean, N, weight_offset,
             BLOCK_N=LOOP_TILE, DTYPE=DTYPE, num_warps=LOOP_WARPS,

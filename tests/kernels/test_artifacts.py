@@ -11,6 +11,7 @@ from support.artifacts import CASES, LOOPS, TARGETS, check_committed, committed,
 DEFAULT = [
     (rms_norm, {"N": 4096, "dtype": "bfloat16", "residual": True}),
     (rms_norm, {"N": 8192, "dtype": "float32", "residual": True}),
+    (rms_norm, {"N": 16384, "dtype": "bfloat16", "residual": True}),
     (rope, {"head_dim": 128, "dtype": "bfloat16"}),
     (swiglu, {"N": 11008, "dtype": "bfloat16"}),
 ]
