@@ -20,7 +20,8 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from .. import kernels
-from ..kernels.attention import paths, tiles
+from ..kernels.attention import paths
+from ..kernels.attention.portable import tiles
 from ..kernels.attention.tuned import KERNELS, PASSES, PATHS, Identity, Tile, UserTable, architecture, read
 from ..training.files import write_json
 from .cases import HOPPER, Case, attention_case

@@ -18,9 +18,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..cost import flash_attention_cost, flash_attention_varlen_cost
 from ..dispatch import call, define_op
-from . import paths, tiles
-from .backward import _flash_attention_bwd_dkdv_kernel, _flash_attention_bwd_dq_kernel, _flash_attention_delta_kernel
-from .forward import _flash_attention_fwd_kernel
+from . import paths
+from .portable import tiles
+from .portable.backward import (
+    _flash_attention_bwd_dkdv_kernel,
+    _flash_attention_bwd_dq_kernel,
+    _flash_attention_delta_kernel,
+)
+from .portable.forward import _flash_attention_fwd_kernel
 
 LOG2E = math.log2(math.e)
 
@@ -83,11 +88,11 @@ def _takes_hopper(
     ends, left, right = bounds
 
     def obstacle() -> str | None:
-        from . import hopper_backward, hopper_forward
+        from .hopper import backward, forward
 
         if dout is None:
-            return hopper_forward.supports(q, k, v, ends, softcap, sinks is not None)
-        return hopper_backward.supports(q, k, v, dout, ends, softcap)
+            return forward.supports(q, k, v, ends, softcap, sinks is not None)
+        return backward.supports(q, k, v, dout, ends, softcap)
 
     used = {"window": left is not None or bool(right), "packed": ends is not None}
     used |= {"softcap": softcap > 0, "sinks": sinks is not None}
@@ -127,7 +132,7 @@ def flash_attention_fwd(
     out, lse, unround = _outputs(q, varlen)
     sinks, *ends = _contiguous(sinks, cu_seqlens_q, cu_seqlens_k)
     if _takes_hopper(q, k, v, None, (ends[0], left, right), softcap, sinks):
-        from .hopper_forward import launch_forward
+        from .hopper.forward import launch_forward
 
         launch_forward(q, k, v, out, lse, ends[0], ends[1], T, S, left, right, scale)
         return out, lse, unround
@@ -173,7 +178,7 @@ def flash_attention_bwd(
         (out, dout, lse, dlse, lse2, delta, ends[0], so, sdo, sdlse, slse, H, T),
     )  # fmt: skip
     if _takes_hopper(q, k, v, dout, (ends[0], left, right), softcap, sinks):
-        from .hopper_backward import launch_backward
+        from .hopper.backward import launch_backward
 
         launch_backward(q, k, v, dout, lse2, delta, dq, dk, dv, ends[0], ends[1], T, S, left, right, scale)
     else:

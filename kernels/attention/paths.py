@@ -1,7 +1,7 @@
 """Which path serves which call, and why: the one table that the launchers ask and `rooflight bench paths` prints.
 
-portable: the Triton kernels of forward.py and backward.py; every call on every GPU, and under the interpreter.
-hopper: the Gluon kernels of hopper_forward.py and hopper_backward.py; what `_obstacle` leaves to them.
+portable: the Triton kernels of portable/; every call on every GPU, and under the interpreter.
+hopper: the Gluon kernels of hopper/; what `_obstacle` leaves to them.
 sdpa, eager: a plain CPU tensor runs torch's scaled_dot_product_attention where it has the semantics, else the oracle.
 
 A path is the default only where it was measured to win. The hopper path was not measured yet, so `portable` is the

@@ -8,7 +8,8 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from rooflight.bench import harness, tune
-from rooflight.kernels.attention import tiles, tuned
+from rooflight.kernels.attention import tuned
+from rooflight.kernels.attention.portable import tiles
 from rooflight.kernels.attention.tuned import Identity, Tile, UserTable
 
 CPU = torch.device("cpu")

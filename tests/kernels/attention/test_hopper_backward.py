@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from rooflight.kernels import reference
-from rooflight.kernels.attention import checks, hopper_backward, hopper_gradients, hopper_place
+from rooflight.kernels.attention import checks
+from rooflight.kernels.attention.hopper import backward as hopper_backward
+from rooflight.kernels.attention.hopper import gradients as hopper_gradients
+from rooflight.kernels.attention.hopper import place as hopper_place
 from support.attention import DTYPES, LAYOUTS, draw, draw_packed, lay_out_grad
 from support.gluon_emulator import DeadlockError, EmulationError, emulated, from_sources
 from support.tolerance import judge

@@ -12,7 +12,10 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from rooflight.kernels import reference
-from rooflight.kernels.attention import checks, hopper_blocks, hopper_forward, hopper_loads
+from rooflight.kernels.attention import checks
+from rooflight.kernels.attention.hopper import blocks as hopper_blocks
+from rooflight.kernels.attention.hopper import forward as hopper_forward
+from rooflight.kernels.attention.hopper import loads as hopper_loads
 from support.attention import LAYOUTS, draw, draw_packed, draw_sinks
 from support.gluon_emulator import DeadlockError, EmulationError, ProtocolError, RaceError, emulated, mutated
 from support.tolerance import judge

@@ -12,7 +12,7 @@ the columns, or of the rows where BLOCK_M is 128. Products are issued so that on
 exponentials and ds are computed: dp beside p, dv beside ds; and with 128 queries in two halves, the second half's
 scores beside the first half's p and the first half's dv and dk beside the second half's p.
 
-dq sums over programs, in fp32, in a buffer of its own, which a second kernel rounds (hopper_gradients.py). fp32
+dq sums over programs, in fp32, in a buffer of its own, which a second kernel rounds (gradients.py). fp32
 addition is not associative, so programs take turns: a counter for each row tile says how many have added, and the
 producer, which also loads the tiles by TMA, admits its program when all keys to the left are in. Programs start in that
 order, so whom one waits for is always running. Walking rows from the last to the first, heavy tiles first, they wait
@@ -20,7 +20,7 @@ least: in a simulation of 132 SMs and 16 heads, causal, D = 128, turns cost 6 % 
 under a full mask. ordered=False drops them.
 
 dk and dv fill more than half of a consumer's registers: what the loop does not use must not be in the others. Where the
-program stands is therefore worked out once, and read from shared memory before the loop and after (hopper_place.py).
+program stands is therefore worked out once, and read from shared memory before the loop and after (place.py).
 
 The last tiles of a packed sequence hold rows of the next one, which meet p = 0. Finite, they add nothing; NaN or inf in
 them reaches this sequence's gradients, unlike in the portable kernels.
@@ -35,7 +35,7 @@ import triton
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper_blocks import (
+from .blocks import (
     ELEMENT,
     as_heads,
     describe,
@@ -50,9 +50,9 @@ from .hopper_blocks import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .hopper_gradients import first_row_tile, fragment_layout, programs_before, round_dq, store_rows, to_fragments
-from .hopper_loads import Problem
-from .hopper_place import find_place, place_of, unknown_zero
+from .gradients import first_row_tile, fragment_layout, programs_before, round_dq, store_rows, to_fragments
+from .loads import Problem
+from .place import find_place, place_of, unknown_zero
 
 BLOCK_M = {64: 128, 128: 64}  # queries, by head size: what the registers hold
 BLOCK_N = 128  # keys, 64 in each warpgroup

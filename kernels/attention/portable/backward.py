@@ -13,8 +13,8 @@ order: no atomics, bitwise the same in every run. The dk/dv program of a key-val
 import triton
 import triton.language as tl
 
-from ..elementwise import tanh
-from .blocks import (
+from ...elementwise import tanh
+from ..blocks import (
     base_2,
     head_pointer,
     is_visible,

@@ -114,7 +114,7 @@ def test_case(seed, device):
     try:
         run_case(case, seed, device)
     except Exception as error:
-        error.add_note(f"again: pytest 'tests/kernels/test_attention_fuzz.py::test_case[{seed}]'  # {case}")
+        error.add_note(f"again: pytest 'tests/kernels/attention/test_attention_fuzz.py::test_case[{seed}]'  # {case}")
         raise
 
 

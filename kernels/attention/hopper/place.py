@@ -7,7 +7,7 @@ shared memory stays where it stands.
 
 from __future__ import annotations
 
-from .hopper_blocks import gl, gluon, sequence, share_numbers, shared_number, tile_of, visible_blocks
+from .blocks import gl, gluon, sequence, share_numbers, shared_number, tile_of, visible_blocks
 
 
 @gluon.jit

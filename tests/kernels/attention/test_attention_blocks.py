@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from rooflight.kernels.attention import flash_attention, tiles
+from rooflight.kernels.attention import flash_attention
 from rooflight.kernels.attention.blocks import head_pointer, partial_or_whole, tile_offsets, visible_blocks
+from rooflight.kernels.attention.portable import tiles
 from rooflight.kernels.elementwise import tanh
 from rooflight.kernels.reference import visible_mask
 from support.attention import draw, judge_attention, tile

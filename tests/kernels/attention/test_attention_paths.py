@@ -10,8 +10,9 @@ from unittest import mock
 import pytest
 import torch
 
-from rooflight.kernels.attention import paths, tiles, tuned
+from rooflight.kernels.attention import paths, tuned
 from rooflight.kernels.attention.paths import Call, decide
+from rooflight.kernels.attention.portable import tiles
 from rooflight.kernels.attention.tuned import Identity, Tile, UserTable
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
@@ -112,7 +113,8 @@ def test_the_tensors_have_the_last_word(monkeypatch):
 
 def test_the_rule_and_the_kernels_agree():
     """What the rule leaves to the hopper path, its launchers take; where it names an obstacle, they do too."""
-    from rooflight.kernels.attention import hopper_backward, hopper_forward
+    from rooflight.kernels.attention.hopper import backward as hopper_backward
+    from rooflight.kernels.attention.hopper import forward as hopper_forward
 
     for head_dim in (32, 64, 96, 128, 256, 512):
         for dtype in (BF16, torch.float16, torch.float32):

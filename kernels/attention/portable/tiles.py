@@ -15,8 +15,8 @@ from functools import cache
 import torch
 import triton
 
-from ..dispatch import INTERPRETED
-from .tuned import Tile, architecture, table_of
+from ...dispatch import INTERPRETED
+from ..tuned import Tile, architecture, table_of
 
 __all__ = ["Tile", "block_d", "candidates", "choose", "forget", "use"]
 

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import blocks
-from .blocks import head_pointer, sequence, store_tile
-from .hopper_blocks import gl, gluon
+from .. import blocks
+from ..blocks import head_pointer, sequence, store_tile
+from .blocks import gl, gluon
 
 gluon_head_pointer = gluon.jit(blocks.head_pointer.fn)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .hopper_blocks import block_order, gl, gluon, load_rows, masked_block, mbarrier, sequence, slot, tile_of
+from .blocks import block_order, gl, gluon, load_rows, masked_block, mbarrier, sequence, slot, tile_of
 
 
 class Problem(NamedTuple):

@@ -1,13 +1,13 @@
 """The forward kernel for Hopper, in the structure of FlashAttention-3 (Shah et al. 2024), written in Gluon.
 
-The recurrence is that of forward.py. What differs is who does what, and when. A program takes BLOCK_M rows of queries
-and runs partitions of warps side by side:
+The recurrence is that of portable/forward.py. What differs is who does what, and when. A program takes BLOCK_M rows of
+queries and runs partitions of warps side by side:
 
-    producer    one warp, 24 registers a thread (hopper_loads.py): starts the TMA loads of queries, then of keys and
+    producer    one warp, 24 registers a thread (loads.py): starts the TMA loads of queries, then of keys and
                 values block by block into a ring of STAGES slots each, whenever a slot comes free
     consumers   BLOCK_M / 64 warpgroups, 64 rows each, up to 240 registers: all of the arithmetic
 
-Barriers, by who waits for whom (hopper_blocks explains parities):
+Barriers, by who waits for whom (blocks.py explains parities):
 
     q_full[c]   consumer c waits for its rows of queries         q_empty[c]  the producer, for c's output to have left
     k_full[s]   consumers wait for the keys in slot s            k_empty[s]  the producer, for every consumer's q k^T
@@ -45,7 +45,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .hopper_blocks import (
+from .blocks import (
     ELEMENT,
     describe,
     extents,
@@ -65,7 +65,7 @@ from .hopper_blocks import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .hopper_loads import Problem, Shared, produce, tile_at
+from .loads import Problem, Shared, produce, tile_at
 
 LN2: gl.constexpr = gl.constexpr(math.log(2))
 

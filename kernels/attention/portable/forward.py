@@ -15,8 +15,8 @@ is good to 1e-7. For fp32 inputs the forward therefore saves `unround` = e^(lse 
 import triton
 import triton.language as tl
 
-from ..elementwise import tanh
-from .blocks import (
+from ...elementwise import tanh
+from ..blocks import (
     base_2,
     head_pointer,
     is_visible,
