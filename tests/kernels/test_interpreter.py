@@ -15,7 +15,10 @@ from rooflight.kernels.interpreter import narrow, widen
 from support.interpreter import extent
 
 INTERPRETED = triton.knobs.runtime.interpret
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: there is a GPU")
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: there is a GPU"),
+]
 OUT_OF_BOUNDS = "out of bounds"
 
 

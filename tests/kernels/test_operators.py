@@ -74,6 +74,7 @@ def test_opcheck(device):
     torch.library.opcheck(ops.linear_cross_entropy_bwd.default, args)
 
 
+@pytest.mark.filterwarnings("default")  # the compiler's own
 @pytest.mark.parametrize("name", OPS)
 def test_compiles_without_a_graph_break(device, name):
     function = OPS[name][0]
@@ -97,6 +98,7 @@ def of_length(name, n):
     return [torch.randn(shape) for shape in leaves], others
 
 
+@pytest.mark.filterwarnings("default")  # the compiler's own
 @pytest.mark.parametrize("name", OPS)
 def test_one_compilation_serves_every_length(device, name):
     function = {"rope": rope, "swiglu": swiglu, "cross_entropy": cross_entropy,
