@@ -51,7 +51,7 @@ if wanted tests; then
         "${options[@]}" tests/kernels tests/model tests/training
 fi
 if wanted sanitize; then
-    run sanitize 200 compute-sanitizer --error-exitcode 9 python3 -P -m rooflight.bench.worker \
+    run sanitize 200 compute-sanitizer --error-exitcode 9 python3 -P -m rooflight.bench.measure.worker \
         "$(python3 -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')" sanitized '[]'
 fi
 if wanted ceilings; then
