@@ -45,8 +45,7 @@ class Announcer:
         crash = getattr(report.longrepr, "reprcrash", None)
         lines = (crash.message if crash else str(report.longrepr)).strip().splitlines()
         terminal = self.config.pluginmanager.get_plugin("terminalreporter")
-        terminal.ensure_newline()
-        terminal.write_line(f"FAILED {report.nodeid}: {lines[0] if lines else ''}")
+        terminal.write_line(f"\nFAILED {report.nodeid}: {lines[0] if lines else ''}")  # after a line of dots
         terminal.flush()
 
 
