@@ -9,6 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from support.cuda_context import end_if_lost
+
 ROOT = Path(__file__).parents[2]
 # What stands in for a GPU, or compiles for one that is not there.
 CPU_ONLY = re.compile(
@@ -92,3 +97,19 @@ def test_a_failure_is_announced_while_the_others_run(tmp_path):
             (tmp_path / "go on").touch()
             assert "1 passed" in process.stdout.read()
         assert not expected
+
+
+def test_a_lost_cuda_context_ends_the_process(monkeypatch):
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal instruction was encountered")
+
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    end_if_lost()  # CUDA was never used here
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(pytest.exit.Exception, match="context is lost: CUDA error: an illegal instruction"):
+        end_if_lost()
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    monkeypatch.setattr(os, "_exit", lambda code: sys.exit(code))
+    with pytest.raises(SystemExit):
+        end_if_lost()
