@@ -44,7 +44,7 @@ rooflight 60 bench paths
 if wanted tests; then
     options=(-p no:benchmark -m "not slow and not cpu" -q --tb=short --announce)
     has xdist && options+=(-n "$(($(nproc) < 16 ? $(nproc) : 16))" --dist worksteal)
-    has pytest_timeout && options+=(--timeout 60 -o timeout_method=thread) # ends the process: a GPU can hang
+    has pytest_timeout && options+=(--timeout 90 -o timeout_method=thread) # ends the process: a GPU can hang
     # Sixteen processes need no threads of their own, nor as many processes again to compile.
     OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 run tests "${TEST_SECONDS:-140}" \
         python3 -P -c "$ctrl_c; import pytest; sys.exit(pytest.main(sys.argv[1:]))" \

@@ -1,4 +1,4 @@
-"""An error that a GPU raises, such as an illegal instruction, loses the process's CUDA context: nothing runs after it."""
+"""An error that a GPU raises, as an illegal instruction, loses the process its CUDA context: nothing runs after it."""
 
 from __future__ import annotations
 
