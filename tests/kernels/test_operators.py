@@ -77,6 +77,7 @@ def test_opcheck(device):
 @pytest.mark.filterwarnings("default")  # the compiler's own
 @pytest.mark.parametrize("name", OPS)
 def test_compiles_without_a_graph_break(device, name):
+    torch._dynamo.reset()
     function = OPS[name][0]
     backend = "inductor" if device.type == "cuda" else "aot_eager"
     inputs = draw(name, device)
@@ -101,6 +102,7 @@ def of_length(name, n):
 @pytest.mark.filterwarnings("default")  # the compiler's own
 @pytest.mark.parametrize("name", OPS)
 def test_one_compilation_serves_every_length(device, name):
+    torch._dynamo.reset()
     function = {"rope": rope, "swiglu": swiglu, "cross_entropy": cross_entropy,
                 "linear_cross_entropy": linear_cross_entropy}[name]  # fmt: skip
     counter = CompileCounterWithBackend("inductor" if device.type == "cuda" else "aot_eager")

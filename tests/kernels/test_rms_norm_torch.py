@@ -49,6 +49,8 @@ def test_gradcheck(weight_offset):
 
 @pytest.mark.filterwarnings("default")  # the compiler's own
 def test_compiles_without_a_graph_break(device):
+    torch._dynamo.reset()
+
     def model(x, weight, residual):
         y, stream = rms_norm(x, weight, residual=residual)
         return rms_norm(y * 2, None, weight_offset=1.0).cos().sum() + rms_norm(stream, weight).square().sum()
