@@ -11,7 +11,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,39 +22,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...kernels.cost import flash_attention_cost
 from ..cases.kernels import Case, Provider
+from .records import Failure, Measurement, is_host_bound
 
 ULPS = 4
 
 
 class WrongResult(AssertionError):  # noqa: N818 - it is a verdict, not a fault of the harness
     """A provider's output or gradient is further from the truth than the rule allows."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One provider's time for one mode of a case; rates count the case's closed-form cost, not what was executed."""
-
-    operation: str
-    mode: str
-    shape: dict[str, int | bool]
-    dtype: str
-    provider: str
-    milliseconds: float  # median
-    milliseconds_p20: float
-    milliseconds_p80: float
-    gigabytes_per_second: float
-    teraflops: float
-    peak_mib: float | None  # device memory above the inputs; None on a CPU
-    host_microseconds: float | None = None  # to launch the call; None on a CPU
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A provider that does not run a case, or runs it wrong."""
-
-    case: str
-    provider: str
-    error: str
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -279,13 +253,15 @@ def _timed(case: Case, name: str, mode: str, device: torch.device) -> Measuremen
         shape=dict(case.shape),
         dtype=str(case.dtype).removeprefix("torch."),
         provider=name,
-        milliseconds=median * 1e3,
-        milliseconds_p20=low * 1e3,
-        milliseconds_p80=high * 1e3,
+        device_milliseconds=median * 1e3,
+        device_milliseconds_p20=low * 1e3,
+        device_milliseconds_p80=high * 1e3,
+        call_milliseconds=median * 1e3,
         gigabytes_per_second=cost.bytes / median / 1e9,
         teraflops=cost.flops / median / 1e12,
         peak_mib=peak,
-        host_microseconds=host_microseconds(call, device, median),
+        host_microseconds=(host := host_microseconds(call, device, median)),
+        host_bound=is_host_bound(host, median * 1e3),
     )
 
 
