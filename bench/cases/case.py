@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ...kernels.attention import paths
 from ...kernels.cost import Cost
 from ...model.parts import BACKWARD, Work
 
-Provider = Callable[..., object]  # returns a tensor, or a tuple of them
+Provider = Callable[..., Any]  # returns a tensor, or a tuple of them
 
 OURS = "rooflight"  # as a user gets it
 HOPPER, PORTABLE = "rooflight hopper", "rooflight portable"

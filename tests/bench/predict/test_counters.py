@@ -94,7 +94,7 @@ def test_the_process_that_ncu_watches_ends_with_it(ncu):
 def test_a_step_too_large_to_replay_is_not_begun(ncu):
     asked = ncu(f"print({CSV!r})")
     with pytest.raises(RuntimeError, match="not asked for models of more than 500 M parameters"):
-        count_step(estimate(PRESETS["gpt2-xl"]), torch.device("cuda"))
+        count_step(estimate(PRESETS["gpt2-xl"], batch_size=1), torch.device("cuda"))
     assert not asked.exists()
 
 
