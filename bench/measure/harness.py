@@ -174,9 +174,12 @@ def task(case: Case, provider: Provider, mode: str, device: torch.device) -> Cal
         inputs = case.inputs(device)
         if mode == "forward":
             inputs = tuple(x.detach() for x in inputs)
-            return lambda: provider(*inputs)
-        outputs = _outputs(provider(*inputs))
-        upstream = _upstream(outputs)
+        else:
+            outputs = _outputs(provider(*inputs))
+            upstream = _upstream(outputs)
+    settle(device)  # the call may be made on another stream
+    if mode == "forward":
+        return lambda: provider(*inputs)
     return lambda: _gradients(outputs, inputs, upstream)
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 START = 60.0  # seconds for a process to import torch and set a GPU up
 STEP = {"probes": 40.0, "checks": 60.0, "cases": 60.0}  # for one provider of one case, compilation included
 BARREN = 2  # processes in a row that end before they did anything: one more would not either
-WORKERS = 8  # that compile and check at once, at most
+WORKERS = 12  # that compile and check at once, at most
 CEILINGS = "ceilings"  # the step that comes before all cases
 CHECKING = 0.5  # of the time: what is not checked by then is checked when it is timed
 LOST = 3  # the exit status of a process whose device answers no more
@@ -159,6 +159,8 @@ def run(
             hear(said)
             barren = 0
             if "at" in said:
+                if at is not None and at[1]:
+                    skip.append(at)  # what it had before is done
                 at = said["at"]
                 return
             heard.append(said)
@@ -265,7 +267,7 @@ def kernels(device: str, seconds: float, hear: Callable[[dict[str, Any]], object
     heard: list[dict[str, Any]] = []
     skip: list[list[str]] = []
     if device == "cuda":
-        n_worker = max(1, min(WORKERS, (os.cpu_count() or 1) // 2))
+        n_worker = max(1, min(WORKERS, (os.cpu_count() or 1) - 2))
         until = time.monotonic() + CHECKING * seconds
         heard += run_shares(command(device, "checks"), n_worker, step=STEP["checks"], deadline=until, hear=hear)
         skip = [[line["failure"]["case"], line["failure"]["provider"]] for line in heard if "died" in line]
@@ -274,7 +276,7 @@ def kernels(device: str, seconds: float, hear: Callable[[dict[str, Any]], object
             for provider in case.providers:
                 if "hopper" in (case.taken(provider, mode) for mode in MODES) and case.kind not in right:
                     skip.append([case.name, provider])
-                    reason = "not timed: a probe of its kind on the hopper path failed"
+                    reason = "not timed: not every probe of its kind on the hopper path gave a right result"
                     heard.append({"failure": {"case": case.name, "provider": provider, "error": reason}})
                     hear(heard[-1])
     return heard + run(command(device, "cases"), step=STEP["cases"], deadline=deadline, skipped=skip, hear=hear)

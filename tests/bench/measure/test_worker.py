@@ -1,5 +1,6 @@
 """Cases in processes of their own: one that hangs or dies costs itself alone, and time runs out in good order."""
 
+import dataclasses
 import json
 import sys
 import time
@@ -7,7 +8,10 @@ import time
 import pytest
 import torch
 
-from rooflight.bench.cases.kernels import cases
+from rooflight.bench.cases import kernels as kernel_cases
+from rooflight.bench.cases.attention import attention_case
+from rooflight.bench.cases.case import HOPPER, OURS, PORTABLE
+from rooflight.bench.cases.kernels import cases, probes
 from rooflight.bench.measure import worker
 
 # A worker of three cases with two providers each. It hangs, dies or loses its device where it is told to (a case and a
@@ -82,7 +86,7 @@ def test_a_hang_costs_its_provider_alone():
 def test_a_crash_costs_its_provider_alone():
     heard = run(dies=("first", "peer"))
     assert failures(heard) == [("first", "peer", "its process ended with status 11")]
-    assert set(measured(heard)) == set(EVERYTHING) - {("first", "peer")}
+    assert measured(heard) == [pair for pair in EVERYTHING if pair != ("first", "peer")]  # and none twice
 
 
 def test_a_lost_device_is_the_failure_of_who_had_it():
@@ -121,6 +125,51 @@ def test_a_worker_that_begins_at_its_second_try_goes_on(tmp_path):
         lambda skipped: [sys.executable, "-c", script, json.dumps(skipped)], step=5, deadline=time.monotonic() + 60
     )
     assert measured(heard) == EVERYTHING
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """a_gpu(default path, lines of the checks) runs `kernels` as if on one: (failures, providers skipped)."""
+
+    def pretend(default, checks):
+        case = attention_case(1, 2, 2, 64, 32, True, torch.float32, torch.device("cpu"))
+        ours = case.providers[OURS]
+        other = HOPPER if default == "portable" else PORTABLE
+        case = dataclasses.replace(
+            case,
+            providers={OURS: ours, other: ours, "torch": ours},
+            defaults={"forward": default, "backward": default},
+        )
+        skipped = []
+        monkeypatch.setattr(kernel_cases, "cases", lambda device: [case])
+        monkeypatch.setattr(worker, "run_shares", lambda start_with, n_worker, **options: list(checks))
+        monkeypatch.setattr(worker, "run", lambda start_with, **options: skipped.extend(options["skipped"]) or [])
+        heard = worker.kernels("cuda", 10.0, lambda line: None)
+        return [(line["failure"]["provider"], line["failure"]["error"]) for line in heard if "failure" in line], [
+            provider for name, provider in skipped if name == case.name
+        ]
+
+    return pretend
+
+
+KIND = [32, False, False]
+PROBED = [{"begun": "probe", "kind": KIND}, {"done": "probe"}]
+WRONG = {"failure": {"case": "probe", "provider": HOPPER, "error": "wrong"}}
+
+
+@pytest.mark.parametrize(("default", "hoppers"), [("portable", [HOPPER]), ("hopper", [OURS])])
+def test_the_hopper_path_is_timed_where_its_probes_were_right(default, hoppers, a_gpu):
+    assert a_gpu(default, PROBED) == ([], [])
+    for checks in ([], [PROBED[0], WRONG, PROBED[1]], PROBED[:1]):
+        failures, skipped = a_gpu(default, checks)
+        assert skipped == hoppers
+        assert [provider for provider, _ in failures if provider in hoppers][-1:] == hoppers
+
+
+def test_what_died_in_its_check_is_not_timed(a_gpu):
+    case = attention_case(1, 2, 2, 64, 32, True, torch.float32, torch.device("cpu")).name
+    died = {"failure": {"case": case, "provider": "torch", "error": "its process ended with status 3"}, "died": True}
+    assert a_gpu("portable", [*PROBED, died]) == ([("torch", "its process ended with status 3")], ["torch"])
 
 
 def test_shares_run_at_once_and_are_all_heard():
@@ -164,3 +213,20 @@ def test_a_real_worker_on_a_cpu(monkeypatch):
         (provider, mode) for provider in ("rooflight", "torch") for mode in ("forward", "backward")
     }
     assert not any("failure" in line for line in heard)
+
+
+def test_a_check_fills_the_caches_and_says_results_of_probes_alone(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cpu = torch.device("cpu")
+    small, case = probes(cpu)[0], cases(cpu)[2]
+    skipped = [[one.name, ""] for one in probes(cpu)[1:] + cases(cpu) if one.name != case.name]
+    heard = worker.run_shares(
+        worker.command("cpu", "checks"), 1, step=100, deadline=time.monotonic() + 200, skipped=skipped
+    )
+    assert heard == [
+        {"begun": small.name, "kind": [128, False, False]},
+        {"done": small.name},
+        {"begun": case.name},
+        {"done": case.name},
+        {"finished": "checks"},
+    ]
