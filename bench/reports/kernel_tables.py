@@ -59,6 +59,14 @@ def of_roof(m: Record, ceilings: dict[str, float]) -> float | None:
     return m["gigabytes_per_second"] / ceilings["copy_gigabytes_per_second"]
 
 
+def where(machine: dict[str, Any]) -> str:
+    """What a result was measured on."""
+    parts = [machine["device"], f"torch {machine['torch']}", f"triton {machine['triton']}"]
+    if not machine.get("cuda"):
+        parts.insert(1, f"{machine['threads']} threads")
+    return ", ".join([*parts, f"commit {machine['commit']}", machine["date"]])
+
+
 def shape_text(shape: dict[str, Any]) -> str:
     return " ".join(f"{key}={int(value)}" for key, value in shape.items())
 
@@ -130,15 +138,22 @@ def failures_table(failures: Iterable[dict[str, str]]) -> Table:
 
 
 def newest_first(files: Sequence[dict[str, Any]]) -> list[Record]:
-    """The device times of all files on a GPU, each shape, pass and provider once: as measured last."""
+    """The device times of all files on a GPU, each shape and pass from the newest file that has it.
+
+    From that file whole, so that ours and the peers' were measured side by side.
+    """
     found: dict[tuple[str, str, str, str], Record] = {}
+    taken: dict[tuple[str, str, str], str] = {}
     for results in sorted(files, key=lambda results: results["machine"]["date"], reverse=True):
         if not results["machine"].get("cuda"):
             continue
         for m in records(results["measurements"]):
             if m.get("timed_by", "profiler") == "events" or m["dtype"] != "bfloat16":
                 continue  # a call's time, launches included
-            found.setdefault((m["operation"], m["mode"], shape_text(m["shape"]), _provider(m)), m)
+            case = m["operation"], m["mode"], shape_text(m["shape"])
+            place = where(results["machine"])
+            if taken.setdefault(case, place) == place:
+                found.setdefault((*case, _provider(m)), m | {"measured_on": place})
     return list(found.values())
 
 

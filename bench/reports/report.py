@@ -26,13 +26,6 @@ def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def where(machine: dict[str, Any]) -> str:
-    parts = [machine["device"], f"torch {machine['torch']}", f"triton {machine['triton']}"]
-    if not machine.get("cuda"):
-        parts.insert(1, f"{machine['threads']} threads")
-    return ", ".join([*parts, f"commit {machine['commit']}", machine["date"]])
-
-
 def _kernels(results: dict[str, Any]) -> str:
     """A row for each provider of each case, and what was not measured and why."""
     ceilings = results.get("ceilings") or {}
@@ -54,7 +47,7 @@ def _kernels(results: dict[str, Any]) -> str:
 def _headlines(files: Sequence[dict[str, Any]]) -> list[str]:
     """The GPU's kernels, a row for a shape, each figure the newest there is."""
     measured = kernel_tables.newest_first(files)
-    places = dict.fromkeys(where(f["machine"]) for f in files if f["machine"].get("cuda"))
+    places = dict.fromkeys(m["measured_on"] for m in measured)
     tables = kernel_tables.headlines(measured)
     return [
         f"{title}:\n\n{markdown_table(columns, rows)}\n\nMeasured on: {'; '.join(places)}."
@@ -220,7 +213,7 @@ def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
 def section(results: dict[str, Any]) -> str:
     """One file's results as Markdown, and where they come from."""
     source = "For" if results["kind"] == "prediction" else "Measured on"
-    return f"{RENDERERS[results['kind']](results)}\n\n{source}: {where(results['machine'])}."
+    return f"{RENDERERS[results['kind']](results)}\n\n{source}: {kernel_tables.where(results['machine'])}."
 
 
 def render(folder: Path = RESULTS) -> str:
@@ -236,7 +229,7 @@ def render(folder: Path = RESULTS) -> str:
     texts = [results for results in by_kind["tokenizer"] if "corpus" in results]
     sections += [section(results) for results in by_kind["tokenizer"] if results not in texts]
     if texts:
-        places = dict.fromkeys(where(results["machine"]) for results in texts)
+        places = dict.fromkeys(kernel_tables.where(results["machine"]) for results in texts)
         sections.append(f"{_tokenizers(texts)}\n\nMeasured on: {'; '.join(places)}.")
     return "\n\n".join(sections)
 

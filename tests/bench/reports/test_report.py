@@ -44,12 +44,16 @@ def test_the_readme_shows_the_committed_results():
 
 
 def test_kernels_stand_beside_their_peers_and_failures_are_listed(tmp_path: Path):
-    measured = [measurement("rooflight", 1.5), measurement("torch", 3.0)]
+    timed = {"milliseconds_p20": 1.4, "milliseconds_p80": 1.6, "peak_mib": None}
+    measured = [measurement("rooflight", 1.5, **timed), measurement("torch", 3.0, **timed)]
     failure = {"case": "rms_norm-M2-N4", "provider": "torch.compile", "error": "ran eager"}
     write(tmp_path, "kernels.json", {"kind": "kernels", "measurements": measured, "failures": [failure]})
     text = report.section(report.read_results(tmp_path)["kernels"])
-    assert "| rms_norm forward, M=2 N=4, float32 | rooflight | 1.500 |  | 1.500 |  | 1,234.4 | 0.500 |  |  |" in text
-    assert "|  | torch | 3.000 |  | 3.000 |" in text
+    assert (
+        "| rms_norm forward, M=2 N=4, float32 | rooflight | 1.500 | 1.400-1.600 | 1.500 |  | 1,234.4 | 0.500 |  |  |"
+        in text
+    )
+    assert "|  | torch | 3.000 | 1.400-1.600 | 3.000 |" in text
     assert "| rms_norm-M2-N4 | torch.compile | ran eager |" in text
     assert "Measured on: Device, 2 threads, torch 2, triton 3, commit abc, 2026-01-02." in text
 
