@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..cost import flash_attention_cost, flash_attention_varlen_cost
 from ..dispatch import call, define_op
+from ..launching import launch
 from . import paths
 from .portable import tiles
 from .portable.backward import (
@@ -110,7 +111,7 @@ def _run(kernel: Any, name: str, q: Tensor, n_row: int, n_head: int, args: tuple
     if name != "delta":
         blocks |= {"BLOCK_N": tile.block_n, "PRECISION": _precision(q.dtype)}
     # Triton 3.10 is to change the default of fused multiply-adds, and 3.9 warns of it
-    kernel[grid](*args, **blocks, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True)
+    launch(kernel, grid, *args, **blocks, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True)
 
 
 def flash_attention_fwd(

@@ -35,6 +35,7 @@ import triton
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ...launching import launch
 from .blocks import (
     ELEMENT,
     as_heads,
@@ -357,7 +358,9 @@ def launch_backward(
     # past both lengths a window is none; as they stand, the kernel counts in 32 bits
     left, right = (None if n is None else min(n, T + S) for n in (left, right))
     problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, T, S, n_sequence * K, n_tile, GROUP)
-    _flash_attention_bwd_hopper_kernel[(n_sequence * K * n_tile,)](
+    launch(
+        _flash_attention_bwd_hopper_kernel,
+        (n_sequence * K * n_tile,),
         *(describe(x, block_m, varlen) for x in (q, dout)),
         *(describe(x, BLOCK_N, varlen) for x in (k, v)),
         *(_describe_rows(x, block_m) for x in (lse2, delta)),

@@ -45,6 +45,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ...launching import launch
 from .blocks import (
     ELEMENT,
     describe,
@@ -379,7 +380,9 @@ def launch_forward(
     grid = (min(n_program or n_head * n_tile, n_head * n_tile),)
     if grid[0] == 0:
         return
-    _flash_attention_fwd_hopper_kernel[grid](
+    launch(
+        _flash_attention_fwd_hopper_kernel,
+        grid,
         describe(q, 64, varlen),
         describe(k, block_n, varlen),
         describe(v, block_n, varlen),
