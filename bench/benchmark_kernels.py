@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rooflight.bench.cases import Case, cases
-from rooflight.bench.ceilings import ceilings_of
-from rooflight.bench.harness import check, check_flops, task
+from rooflight.bench.cases.kernels import Case, cases
+from rooflight.bench.measure.harness import check, check_flops, task
+from rooflight.bench.rates.ceilings import ceilings_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = cases(DEVICE)

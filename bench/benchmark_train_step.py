@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rooflight.bench.ceilings import ceilings_of
-from rooflight.bench.kernel_rates import ops_on
-from rooflight.bench.step import Step, count_flops
+from rooflight.bench.predict.step import Step, count_flops
+from rooflight.bench.rates.ceilings import ceilings_of
+from rooflight.bench.rates.kernel_rates import ops_on
 from rooflight.model import PRESETS, estimate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

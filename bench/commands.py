@@ -1,4 +1,4 @@
-"""Commands: `rooflight generate`, `estimate`, `demo`, and the `rooflight bench` group.
+"""Commands: `rooflight generate`, `estimate`, `demo`, `tokenizer bench`, and the `rooflight bench` group.
 
 Only typer and the standard library are imported here; what a command needs, it imports when it runs.
 """
@@ -92,9 +92,9 @@ def estimate(
 
     from ..model import estimate as closed_form
     from ..training.loop import resolve_device
-    from .ceilings import load_ceilings
-    from .kernel_rates import ops_on
-    from .validate import read_model
+    from .predict.validate import read_model
+    from .rates.ceilings import load_ceilings
+    from .rates.kernel_rates import ops_on
 
     name, model = read_model(config)
     place = resolve_device("auto")
@@ -116,7 +116,7 @@ def estimate(
     else:
         Console().print(result.table())
     if plot:
-        from .plots import plot_shares
+        from .reports.plots import plot_shares
 
         plot_shares(name, model, plot)
 
@@ -127,7 +127,7 @@ def ceilings(device: Device = "auto") -> None:
     from rich.console import Console
 
     from ..training.loop import resolve_device
-    from .ceilings import ceilings_table, measure_ceilings, save_ceilings
+    from .rates.ceilings import ceilings_table, measure_ceilings, save_ceilings
 
     place = resolve_device(device)
     console = Console()
@@ -158,9 +158,9 @@ def validate(
 
     from ..training.files import write_json
     from ..training.loop import resolve_device
-    from .harness import machine
-    from .validate import read_model
-    from .validate import validate as run
+    from .measure.harness import machine
+    from .predict.validate import read_model
+    from .predict.validate import validate as run
 
     place = resolve_device(device)
     console = Console()
@@ -184,7 +184,7 @@ def validate(
     write_json(json_path, {"kind": "validation", "machine": machine(place), "validations": results})
     console.print(f"Predicted: {predictions}. Measured: {json_path}.")
     if plot:
-        from .plots import plot_validation
+        from .reports.plots import plot_validation
 
         plot_validation(results, plot)
 
@@ -200,9 +200,9 @@ def kernels(
 
     from ..training.files import write_json
     from ..training.loop import resolve_device
-    from .harness import machine
-    from .report import failures_table, kernel_results, table
-    from .worker import kernels as run
+    from .measure.harness import machine
+    from .measure.worker import kernels as run
+    from .reports.report import failures_table, kernel_results, table
 
     place = resolve_device(device)
     where = machine(place)
@@ -287,10 +287,58 @@ def report(
     ] = None,
 ) -> None:
     """Write the tables of bench/results/ into the README, and with --page everything there as a page of its own."""
-    from .page import write_page
-    from .report import update_readme
+    from .reports.page import write_page
+    from .reports.report import update_readme
 
     print(f"{readme}: {'updated' if update_readme(readme) else 'already up to date'}")
     for path in page or []:
         write_page(path)
         print(f"{path}: written")
+
+
+def bench_tokenizer(
+    file: Annotated[Path, typer.Argument(help="Text file, UTF-8, its documents separated by <|endoftext|>.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", "-t", help="Encode with this one, and train none.")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Tokens to train, on the whole of FILE.")] = 10_000,
+    megabytes: Annotated[float, typer.Option(help="Of FILE, so much from its beginning is encoded.")] = 20.0,
+    repeats: Annotated[int, typer.Option(help="Runs of each, in turns, of which the fastest counts.")] = 3,
+    peer: Annotated[list[str] | None, typer.Option(help="Only this one; may be given several times.")] = None,
+    num_workers: Annotated[int | None, typer.Option(help="Processes; default, one for each CPU core.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Results file to write.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No line for each run.")] = False,
+) -> None:
+    """Training, encoding and decoding beside whichever peers are installed, side by side in one table.
+
+    Trainers: tokenizers, gigabpe, gigatoken, rustbpe, bpeasy, sentencepiece. Encoders: tiktoken, tokenizers, gigatoken;
+    their ids must be ours, or no speed is shown.
+    """
+    import json
+
+    from rich.console import Console
+
+    from ..tokenizer.commands import load
+    from ..tokenizer.encode_file import atomic
+    from ..tokenizer.workers import check_num_workers
+    from .cases.tokenizer import compare, results, table
+
+    workers = check_num_workers(num_workers)
+    loaded = None if tokenizer is None else load(tokenizer)
+    vocab_size = vocab_size if loaded is None else loaded.vocab_size
+    rows = compare(
+        file,
+        vocab_size=vocab_size,
+        tokenizer=loaded,
+        encode_bytes=int(megabytes * 1e6),
+        num_workers=workers,
+        repeats=repeats,
+        only=peer or None,
+        told=lambda line: None if quiet else typer.echo(line, err=True),
+    )
+    title = f"{file}, {file.stat().st_size / 1e6:,.1f} MB, {vocab_size:,} tokens, {workers} processes"
+    Console(width=120).print(table(rows, title))
+    if json_path is not None:
+        content = results(rows, file, vocab_size=vocab_size, encode_bytes=int(megabytes * 1e6), num_workers=workers)
+        with atomic(json_path) as written:
+            written.write(json.dumps(content, indent=1).encode() + b"\n")

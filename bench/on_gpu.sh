@@ -32,7 +32,7 @@ if wanted tests; then
         --junitxml "$out/kernels.xml" 2>&1 | tee "$out/kernels.log"
     status=$((status | PIPESTATUS[0]))
     if command -v compute-sanitizer > /dev/null; then
-        timeout -k 10 200 compute-sanitizer --error-exitcode 9 python3 -P -m rooflight.bench.worker \
+        timeout -k 10 200 compute-sanitizer --error-exitcode 9 python3 -P -m rooflight.bench.measure.worker \
             "$(python3 -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')" sanitized '[]' 2>&1 |
             tee "$out/sanitizer.log"
         status=$((status | PIPESTATUS[0]))

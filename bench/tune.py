@@ -24,9 +24,9 @@ from ..kernels.attention import paths
 from ..kernels.attention.portable import tiles
 from ..kernels.attention.tuned import KERNELS, PASSES, PATHS, Identity, Tile, UserTable, architecture, read
 from ..training.files import write_json
-from .cases import HOPPER, Case, attention_case
-from .harness import Checker, WrongResult, seconds, task
-from .worker import STEP, command, right_kinds, run
+from .cases.kernels import HOPPER, Case, attention_case
+from .measure.harness import Checker, WrongResult, seconds, task
+from .measure.worker import STEP, command, right_kinds, run
 
 # What a candidate must save for the one that ships to be given up: less is noise.
 MARGIN = 0.02
