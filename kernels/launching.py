@@ -1,8 +1,8 @@
 """Launching kernels that were launched before: past Triton's Python, straight to its C launcher.
 
 `kernel[grid](*args)` binds the arguments, works out what to specialise on and looks the variant up, which takes longer
-than many kernels. `launch` keeps, for each variant that it saw, the compiled kernel as Triton's C launcher takes it. Its
-key holds every integer as it is, each tensor's dtype and whether its address is a multiple of 16, the type of each
+than many kernels. `launch` keeps, for each variant that it saw, the compiled kernel as Triton's C launcher takes it.
+Its key holds every integer as it is, each tensor's dtype and whether its address is a multiple of 16, the type of each
 float, every constant, the device and the knobs that Triton's own key holds; so equal keys are one variant to Triton
 too, whatever it specialises on. What has no handle yet goes through Triton, which compiles it if need be.
 
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 from torch.nn import Parameter
@@ -195,10 +194,11 @@ def _handle(compiled: Any, n_constant: int) -> Launch | None:
 class _Fields:
     """Triton's description of a descriptor parameter; one object for all that are alike, compared by identity."""
 
-    known: dict[str, _Fields] = {}
-
     def __init__(self, fields: Any) -> None:
         self.fields = fields
+
+
+_fields: dict[str, _Fields] = {}
 
 
 def _descriptors(compiled: Any) -> list[tuple[int, _Fields]]:
@@ -206,7 +206,7 @@ def _descriptors(compiled: Any) -> list[tuple[int, _Fields]]:
     kinds = list(compiled.src.signature.values())
     at = [i for i, kind in enumerate(kinds) if isinstance(kind, str) and kind.startswith("tensordesc")]
     fields = getattr(compiled.metadata, "tensordesc_meta", None) or [None] * len(at)
-    found = [_Fields.known.setdefault(repr(f), _Fields(f)) for f in fields]
+    found = [_fields.setdefault(repr(f), _Fields(f)) for f in fields]
     return list(zip(at, found, strict=True))[::-1]
 
 

@@ -1,6 +1,6 @@
 """Host time of a call: what Python, torch and Triton's launcher take before the GPU has anything to do.
 
-    python -m rooflight.bench.host            # on a GPU where there is one, else on a stand-in for Triton's driver
+    python -m rooflight.bench.measure.host      # on a GPU where there is one, else on a stand-in for Triton's driver
 
 The stand-in names an sm_90 that is not there, compiles nothing and launches nothing; everything above the C launcher
 is what runs on a GPU: argument checks, autograd, allocation, specialisation, Triton's own CudaLauncher. Its times are
@@ -25,13 +25,13 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 
-from ..kernels import dispatch, flash_attention, rms_norm
-from ..kernels.attention import paths
-from ..kernels.attention.hopper import backward as hopper_backward
-from ..kernels.attention.hopper import blocks
-from ..kernels.attention.hopper import forward as hopper_forward
+from ...kernels import dispatch, flash_attention, rms_norm
+from ...kernels.attention import paths
+from ...kernels.attention.hopper import backward as hopper_backward
+from ...kernels.attention.hopper import blocks
+from ...kernels.attention.hopper import forward as hopper_forward
 
-__all__ = ["StandIn", "measure", "standing_in"]
+__all__ = ["StandIn", "cases", "microseconds", "standing_in"]
 
 SHARED = 227 << 10  # bytes that one block of an sm_90 can use
 
@@ -101,7 +101,7 @@ def _descriptor_fields(kind: str) -> dict[str, Any]:
 
 
 class _KernelArg:
-    def __init__(self, nested_tuple: Any, type: Any) -> None:  # noqa: A002: the name in C
+    def __init__(self, nested_tuple: Any, type: Any) -> None:
         self.nested_tuple, self.type = nested_tuple, type
 
 
@@ -126,7 +126,7 @@ def standing_in() -> Iterator[StandIn]:
         for room in ("attention", "cross_entropy", "rms_norm", "rope", "swiglu"):
             # the module: the package's name of most is the function in it
             module_of = sys.modules[f"{dispatch.__package__}.{room}"]
-            stack.enter_context(mock.patch.object(module_of, "runs_triton", lambda tensor: True))
+            stack.enter_context(mock.patch.object(module_of, "runs_triton", return_value=True))
         for module_of in (blocks, hopper_forward, hopper_backward):
             stack.enter_context(mock.patch.object(module_of, "describe", _describe))
         yield stand_in
