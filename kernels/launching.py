@@ -12,6 +12,7 @@ driver, kernels with scratch memory, and versions whose C launcher is not known 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-__all__ = ["Described", "direct", "launch"]
+__all__ = ["Described", "direct", "launch", "variant"]
 
 # The C launcher's arguments were read in these versions; hardware has run 3.6.0 (bench/NOTES.md).
 KNOWN_VERSIONS = ("3.6.", "3.7.", "3.9.")
@@ -65,31 +66,49 @@ def direct(enabled: bool) -> Iterator[None]:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """kernel[grid](*args, **constants), the constants being its trailing constexprs and Triton's options."""
-    if _direct and isinstance(kernel, JITFunction) and not _observed(kernel):
-        device = driver.active.get_current_device()
-        key: list[Any] = [device, knobs.runtime.debug, knobs.compilation.instrumentation_mode]
-        n_given = len(args)
-        n_runtime = _n_runtime(kernel)
-        given = _read(args if n_given == n_runtime else args[:n_runtime], key)
-        if given is not None and n_given >= n_runtime:
-            key.extend(args[n_runtime:])
-            key.extend(constants.values())
-            key.extend(map(type, args[n_runtime:]))  # True is no 1 to Triton
-            key.extend(map(type, constants.values()))
-            key.extend(constants)
-            handles = kernel.rooflight_handles
-            variant = tuple(key)
-            handle = handles.get(variant)
-            if handle is not None:
-                handle(*grid, *(1,) * (3 - len(grid)), driver.active.get_current_stream(device), given)
-                return
-            handle = _handle(kernel[grid](*args, **constants), len(kernel.params) - n_runtime)
-            if handle is not None:
-                if len(handles) >= MOST_HANDLES:
-                    handles.clear()
-                handles[variant] = handle
-            return
-    kernel[grid](*args, **constants)
+    if not (_direct and isinstance(kernel, JITFunction)) or _observed(kernel):
+        kernel[grid](*args, **constants)
+        return
+    device = driver.active.get_current_device()
+    known = variant(kernel, device, args, constants)
+    if known is None:
+        kernel[grid](*args, **constants)
+        return
+    key, given = known
+    handles = kernel.rooflight_handles
+    handle = handles.get(key)
+    if handle is not None:
+        handle(*grid, *(1,) * (3 - len(grid)), driver.active.get_current_stream(device), given)
+        return
+    handle = _handle(kernel[grid](*args, **constants), len(kernel.params) - kernel.rooflight_n_runtime)
+    if handle is not None:
+        if len(handles) >= MOST_HANDLES:
+            handles.clear()
+        handles[key] = handle
+
+
+def variant(
+    kernel: Any, device: int, args: tuple[Any, ...], constants: dict[str, Any]
+) -> tuple[tuple[Any, ...], list[Any]] | None:
+    """The key of a launch's handle, and its arguments before the constants with tensors as addresses.
+
+    None where an argument is of a kind that is not known here, or a runtime argument is missing.
+    """
+    try:
+        n_runtime = kernel.rooflight_n_runtime
+    except AttributeError:
+        n_runtime = _prepare(kernel)
+    if len(args) < n_runtime:
+        return None
+    key: list[Any] = [device, knobs.runtime.debug, knobs.compilation.instrumentation_mode]
+    given = _read(args[:n_runtime], key)
+    if given is None:
+        return None
+    fixed = (*args[n_runtime:], *constants.values())
+    key.extend(fixed)
+    key.extend(map(type, fixed))  # True is no 1 to Triton
+    key.extend(constants)
+    return tuple(key), given
 
 
 def _observed(kernel: Any) -> bool:
@@ -101,17 +120,15 @@ def _observed(kernel: Any) -> bool:
     return bool(kernel.pre_run_hooks) or getattr(runtime, "add_stages_inspection_hook", None) is not None
 
 
-def _n_runtime(kernel: Any) -> int:
+def _prepare(kernel: Any) -> int:
     """How many parameters come before the constants, which must be the last; makes the place for the handles."""
-    try:
-        return kernel.rooflight_n_runtime
-    except AttributeError:
-        constant = [param.is_constexpr for param in kernel.params]
-        n_runtime = constant.index(True) if True in constant else len(constant)
-        assert all(constant[n_runtime:]), f"{kernel.fn.__name__}: a constexpr stands before a runtime parameter"
-        kernel.rooflight_handles = {}
-        kernel.rooflight_n_runtime = n_runtime
-        return n_runtime
+    constant = [param.is_constexpr for param in kernel.params]
+    n_runtime = constant.index(True) if True in constant else len(constant)
+    if not all(constant[n_runtime:]):
+        n_runtime = sys.maxsize  # a constant among the arguments: Triton launches it
+    kernel.rooflight_handles = {}
+    kernel.rooflight_n_runtime = n_runtime
+    return n_runtime
 
 
 def _read(values: tuple[Any, ...], key: list[Any]) -> list[Any] | None:

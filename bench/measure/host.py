@@ -41,8 +41,9 @@ class StandIn:
 
     def __init__(self) -> None:
         self.launched: list[tuple[Any, ...]] = []
-        self.compiled: list[tuple[str, str]] = []  # kernel and the specialisation it was compiled for
+        self.kernels: dict[int, CompiledKernel] = {}  # by function: every variant that was compiled
         self.keep = True
+        self.device = 0
         self.target = GPUTarget("cuda", 90, 32)
         self.utils = self
         self.launcher_cls = nvidia.CudaLauncher
@@ -51,7 +52,7 @@ class StandIn:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 7
@@ -75,8 +76,9 @@ class StandIn:
 
     def compile(self, source: Any, target: Any = None, options: Any = None, **_: Any) -> CompiledKernel:
         """A compiled kernel without machine code; its launcher is Triton's own."""
-        self.compiled.append((source.fn.__name__, f"{source.signature} {source.constants} {source.attrs}"))
-        return _Compiled(source, options)
+        kernel = _Compiled(source, options)
+        self.kernels[kernel.function] = kernel
+        return kernel
 
 
 class _Compiled(CompiledKernel):
@@ -109,6 +111,10 @@ def _describe(x: torch.Tensor, rows: int, varlen: bool) -> Any:
     return blocks._described(x.data_ptr(), x.dtype, *blocks.extents(x, varlen), rows)
 
 
+def _describe_rows(x: torch.Tensor, rows: int) -> Any:
+    return blocks._rows_described(x.data_ptr(), x.numel(), rows)
+
+
 @contextmanager
 def standing_in() -> Iterator[StandIn]:
     """Within, CPU tensors are launched like a GPU's, into nothing. For a process of its own without the interpreter."""
@@ -129,6 +135,7 @@ def standing_in() -> Iterator[StandIn]:
             stack.enter_context(mock.patch.object(module_of, "runs_triton", return_value=True))
         for module_of in (blocks, hopper_forward, hopper_backward):
             stack.enter_context(mock.patch.object(module_of, "describe", _describe))
+        stack.enter_context(mock.patch.object(hopper_backward, "describe_rows", _describe_rows))
         yield stand_in
 
 

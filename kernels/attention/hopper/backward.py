@@ -33,13 +33,13 @@ import math
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...launching import launch
 from .blocks import (
     ELEMENT,
     as_heads,
     describe,
+    describe_rows,
     fence_async_shared,
     gl,
     gluon,
@@ -307,12 +307,6 @@ def supports(
     return next((reason for name, x in tensors if (reason := tma_obstacle(name, x, varlen))), None)
 
 
-def _describe_rows(x: Tensor, rows: int) -> TensorDescriptor:
-    """The TMA descriptor of one value a row, (b, h, row) flat."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    return TensorDescriptor(x, [x.numel()], [1], [rows], layout)
-
-
 def launch_backward(
     q: Tensor,
     k: Tensor,
@@ -363,7 +357,7 @@ def launch_backward(
         (n_sequence * K * n_tile,),
         *(describe(x, block_m, varlen) for x in (q, dout)),
         *(describe(x, BLOCK_N, varlen) for x in (k, v)),
-        *(_describe_rows(x, block_m) for x in (lse2, delta)),
+        *(describe_rows(x, block_m) for x in (lse2, delta)),
         (accumulator, dk, dv, strides(dk), strides(dv)),
         added,
         n_row_tile,

@@ -35,6 +35,7 @@ __all__ = [
     "as_heads",
     "block_order",
     "describe",
+    "describe_rows",
     "extents",
     "fence_async_shared",
     "gl",
@@ -105,6 +106,23 @@ def _prototype(dtype: torch.dtype, rows: int, head_dim: int) -> dict[str, Any]:
     layout = gl.NVMMASharedLayout.get_default_for(block, ELEMENT[dtype])
     x = torch.empty((1, 1, 1, head_dim), dtype=dtype, device="cpu")
     return vars(TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)) | {"base": None}
+
+
+def describe_rows(x: Tensor, rows: int) -> Any:
+    """The TMA descriptor of one fp32 value a row, flat, for `rows` of them."""
+    return _rows_described(x.data_ptr(), x.numel(), rows) if x.is_cuda else _rows_descriptor(x, x.numel(), rows)
+
+
+@lru_cache(maxsize=1024)
+def _rows_described(address: int, size: int, rows: int) -> TensorDescriptor:
+    return _rows_descriptor(_Address(address, torch.float32), size, rows)
+
+
+def _rows_descriptor(base: Tensor | _Address, size: int, rows: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    descriptor = TensorDescriptor(base, [size], [1], [rows], layout)
+    vars(descriptor)["described"] = Described((torch.float32, rows))
+    return descriptor
 
 
 class _Address:
