@@ -390,13 +390,8 @@ def launch_forward(
         Output(out, extents(out, varlen)[1][:3], lse, lse_strides),
         problem,
         scale * math.log2(math.e),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        STAGES=stages,
-        PING_PONG=ping_pong,
-        PERSISTENT=n_program is not None,
-        PRODUCER_REGISTERS=producer_registers,
-        CONSUMER_REGISTERS=consumer_registers,
+        BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, PING_PONG=ping_pong, PERSISTENT=n_program is not None,
+        PRODUCER_REGISTERS=producer_registers, CONSUMER_REGISTERS=consumer_registers,
         num_warps=4,  # of a consumer
         enable_fp_fusion=True,
-    )
+    )  # fmt: skip
