@@ -74,9 +74,9 @@ def _by_hopper(pass_: str, asked: tuple[Any, ...], args: tuple[Any, ...]) -> boo
 
 
 def _path(pass_: str, q: Tensor, k: Tensor, p: Problem, sinks: Tensor | None) -> str:
-    return paths.choose(
-        pass_, q, k, (p.left is not None or bool(p.right), p.ends_q is not None, p.softcap > 0, sinks is not None)
-    )
+    windowed = p.left is not None or bool(p.right)
+    used = (windowed, p.ends_q is not None, p.softcap > 0, sinks is not None, p.T < paths.SHORT)
+    return paths.choose(pass_, q, k, used)
 
 
 def flash_attention_fwd(

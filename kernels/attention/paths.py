@@ -28,7 +28,8 @@ __all__ = [
     "MEASURED", "OPTIONS", "Call", "Choice", "choose", "decide", "forget", "give_up", "step_back", "table", "use",
 ]  # fmt: skip
 
-OPTIONS = ("window", "packed", "softcap", "sinks")
+OPTIONS = ("window", "packed", "softcap", "sinks", "short")
+SHORT = 512  # fewer queries than that are "short": the least that was measured
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "cpu")
 HOPPER_HEADS = {"forward": (64, 128, 256), "backward": (64, 128)}
 HOPPER_DTYPES = (torch.bfloat16, torch.float16)
@@ -115,7 +116,7 @@ def decide(call: Call, *, asked: str | None = None, measured: str | None = None,
     hopper path cannot run on this machine.
     """
     if call.architecture == "cpu":
-        if call.options:
+        if call.options - {"short"}:
             return Choice("eager", "torch's scaled_dot_product_attention has no window, packing, softcap or sinks")
         return Choice("sdpa", "torch's own, where causal lengths agree and no log-sum-exp is asked for; else eager")
     obstacle = _obstacle(call)
@@ -201,6 +202,7 @@ def table(target: str, device: torch.device | None = None) -> list[tuple[str, st
         frozenset({"packed"}),
         frozenset({"softcap"}),
         frozenset({"sinks"}),
+        frozenset({"short"}),
     ]
     measured = table_of(device).paths if device is not None else {}
     grouped: dict[Choice, list[Call]] = {}

@@ -46,7 +46,7 @@ def test_what_was_measured_to_win_is_the_default_and_nothing_else(pass_):
                 assert fact in choice.why
     assert "668/449 at 8k" in decide(Call("forward", "sm_90", 128, BF16)).why
     assert all(hopper > portable for rates in paths.MEASURED.values() for hopper, portable in rates.values())
-    unmeasured = [Call(pass_, "sm_90", 128, BF16, frozenset({"packed"}))]
+    unmeasured = [Call(pass_, "sm_90", 128, BF16, frozenset({option})) for option in ("packed", "short")]
     if pass_ == "forward":
         unmeasured.append(Call(pass_, "sm_90", 256, BF16))
     for call in unmeasured:
@@ -124,10 +124,22 @@ def hopper_gpu(monkeypatch):
     monkeypatch.setattr(paths, "architecture", lambda: "sm_90")
     monkeypatch.setattr(paths, "table_of", mock.Mock(return_value=UserTable()))
     paths.forget()
+    monkeypatch.setattr(paths, "SHORT", 0)  # what the interpreter can run in a second
     launch._hopper.cache_clear()
     yield monkeypatch
     paths.forget()
     launch._hopper.cache_clear()
+
+
+def test_fewer_queries_than_were_measured_are_short(hopper_gpu):
+    hopper_gpu.setattr(paths, "SHORT", 8)
+    chooses = hopper_gpu.setattr(paths, "choose", mock.Mock(return_value="portable")) or paths.choose
+    for n_query, short in ((7, True), (8, False)):
+        q = torch.randn(1, 1, n_query, 64).to(BF16)
+        flash_attention(q, q, q)
+        assert dict(zip(paths.OPTIONS, chooses.call_args.args[-1], strict=True)) == {
+            "window": False, "packed": False, "softcap": False, "sinks": False, "short": short
+        }  # fmt: skip
 
 
 def test_a_users_table_has_its_say_and_use_the_last(hopper_gpu):
