@@ -169,30 +169,33 @@ def flash_attention_bwd(
     varlen = cu_seqlens_q is not None
     B, H, K, T, S = _sizes(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
-    sq, sk, sv, so, sdo, slse, sdq, sdk, sdv = (_strides(x, varlen) for x in (q, k, v, out, dout, lse, dq, dk, dv))
-    sdlse = None if dlse is None else _strides(dlse, varlen)
     ends = _contiguous(cu_seqlens_q, cu_seqlens_k)
-    _run(
-        _flash_attention_delta_kernel, "delta", q, T, B * H,
-        (out, dout, lse, dlse, lse2, delta, ends[0], so, sdo, sdlse, slse, H, T),
-    )  # fmt: skip
     if _takes_hopper(q, k, v, dout, (ends[0], left, right), softcap, sinks):
         from .hopper.backward import launch_backward
 
-        launch_backward(q, k, v, dout, lse2, delta, dq, dk, dv, ends[0], ends[1], T, S, left, right, scale)
-    else:
-        sizes = (H, K, T, S, left, right, scale, *_score_factors(scale, softcap))
-        inputs = (q, k, v, dout, lse2, delta, _given(unround))
-        _run(
-            _flash_attention_bwd_dkdv_kernel, "dkdv", q, S, B * K,
-            (*inputs, dk, dv, *ends, sq, sk, sv, sdo, slse, sdk, sdv, *sizes),
-        )  # fmt: skip
-        _run(
-            _flash_attention_bwd_dq_kernel, "dq", q, T, B * H,
-            (*inputs, dq, *ends, sq, sk, sv, sdo, slse, sdq, *sizes),
-        )  # fmt: skip
-    return dq, dk, dv, _sink_gradient(sinks, lse, delta, varlen) if sinks is not None else q.new_empty(0)
+        delta = None if sinks is None else torch.empty_like(lse)
+        inputs, grads = (q, k, v, out, dout, lse, dlse), (dq, dk, dv, delta)
+        launch_backward(*inputs, *grads, ends[0], ends[1], T, S, left, right, scale)
+        dsinks = q.new_empty(0) if sinks is None or delta is None else _sink_gradient(sinks, lse, delta, varlen)
+        return dq, dk, dv, dsinks
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    sq, sk, sv, so, sdo, slse, sdq, sdk, sdv = (_strides(x, varlen) for x in (q, k, v, out, dout, lse, dq, dk, dv))
+    sdlse = None if dlse is None else _strides(dlse, varlen)
+    _run(
+        _flash_attention_delta_kernel, "delta", q, T, B * H,
+        (out, dout, lse, dlse, lse2, delta, None, None, ends[0], so, sdo, sdlse, slse, H, T, None),
+    )  # fmt: skip
+    sizes = (H, K, T, S, left, right, scale, *_score_factors(scale, softcap))
+    inputs = (q, k, v, dout, lse2, delta, _given(unround))
+    _run(
+        _flash_attention_bwd_dkdv_kernel, "dkdv", q, S, B * K,
+        (*inputs, dk, dv, *ends, sq, sk, sv, sdo, slse, sdk, sdv, *sizes),
+    )  # fmt: skip
+    _run(
+        _flash_attention_bwd_dq_kernel, "dq", q, T, B * H,
+        (*inputs, dq, *ends, sq, sk, sv, sdo, slse, sdq, *sizes),
+    )  # fmt: skip
+    return dq, dk, dv, q.new_empty(0) if sinks is None else _sink_gradient(sinks, lse, delta, varlen)
 
 
 def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor, varlen: bool) -> Tensor:

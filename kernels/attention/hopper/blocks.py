@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -35,7 +37,9 @@ __all__ = [
     "block_order",
     "describe",
     "extents",
+    "fence_async_global",
     "fence_async_shared",
+    "first_row_tile",
     "gl",
     "gluon",
     "load_rows",
@@ -49,8 +53,11 @@ __all__ = [
     "slot",
     "tile_of",
     "tma",
+    "tma_add",
+    "tma_load",
     "tma_obstacle",
     "tma_store",
+    "tma_written",
     "visible_blocks",
     "warpgroup_mma",
     "warpgroup_mma_wait",
@@ -64,8 +71,20 @@ ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 ONE: gl.constexpr = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # one number, in each thread of a warpgroup
 
+try:  # triton 3.8
+    tma_add = tma.async_atomic_add
+except AttributeError:  # 3.6 and 3.7 have the instruction, but no function of this name
+
+    @builtin
+    def tma_add(tensor_desc, coord, src, _semantic=None):
+        """Start the addition of a tile in shared memory to global memory."""
+        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+        _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+
 visible_blocks = gluon.jit(blocks.visible_blocks.fn)
 sequence = gluon.jit(blocks.sequence.fn)
+first_row_tile = gluon.jit(blocks.first_row_tile.fn)
 
 
 def extents(x: Tensor, varlen: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -157,6 +176,25 @@ def share_numbers(numbers):
 def shared_number(shared, i: gl.constexpr):
     """The i-th of them. No compiler knows it, so nothing that follows from it is moved to before this."""
     return gl.sum(shared.index(i).load(ONE), 0)
+
+
+@gluon.jit
+def tma_written():
+    """Wait until all that this thread has stored and added by TMA stands in global memory, for a release to pass on.
+
+    tma.store_wait waits for the reads of shared memory alone. PTX ISA: without .read, cp.async.bulk.wait_group waits for
+    the writes too, "being made visible to the executing thread"; they were made by the asynchronous proxy, and
+    fence.proxy.async orders them with what the thread does through the generic one: the release.
+    """
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; fence.proxy.async.global; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1
+    )
+
+
+@gluon.jit
+def fence_async_global():
+    """After an acquire: let the TMA accesses that follow see what it has seen (PTX ISA, fence.proxy.async)."""
+    gl.inline_asm_elementwise("fence.proxy.async.global; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
 
 
 @gluon.jit
