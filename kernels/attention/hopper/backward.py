@@ -176,11 +176,10 @@ def _produce(descs, buffers, barriers, problem, added_ptr, n_row_tile, BLOCK_M: 
                 mbarrier.wait(empty.index(s), parity ^ 1)
             if ORDERED:
                 gl.atomic_add(added_ptr + row_tile, 1, sem="release", scope="gpu")
-        if ORDERED and not BULK:
-            if (g >= 1) & (g <= n_step):
-                _, m, row_tile = _step(g - 1, lo, n_block, tile, n_row_tile, BLOCK_M)
-                _wait_for_turn(added_ptr + row_tile, programs_before(first, m, left, T, S, BLOCK_N))
-                mbarrier.arrive(turn.index(0), count=1)
+        if ORDERED and not BULK and (g >= 1) & (g <= n_step):
+            _, m, row_tile = _step(g - 1, lo, n_block, tile, n_row_tile, BLOCK_M)
+            _wait_for_turn(added_ptr + row_tile, programs_before(first, m, left, T, S, BLOCK_N))
+            mbarrier.arrive(turn.index(0), count=1)
 
 
 @gluon.jit

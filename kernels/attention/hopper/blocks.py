@@ -71,6 +71,8 @@ ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 ONE: gl.constexpr = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # one number, in each thread of a warpgroup
 
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # 3.6 has the latter
+
 try:  # triton 3.8
     tma_add = tma.async_atomic_add
 except AttributeError:  # 3.6 and 3.7 have the instruction, but no function of this name
@@ -180,15 +182,16 @@ def shared_number(shared, i: gl.constexpr):
 
 @gluon.jit
 def tma_written():
-    """Wait until all that this thread has stored and added by TMA stands in global memory, for a release to pass on.
+    """Wait until all that was stored and added by TMA stands in global memory, for a release to pass on.
 
-    tma.store_wait waits for the reads of shared memory alone. PTX ISA: without .read, cp.async.bulk.wait_group waits for
-    the writes too, "being made visible to the executing thread"; they were made by the asynchronous proxy, and
-    fence.proxy.async orders them with what the thread does through the generic one: the release.
+    tma.store_wait waits for the reads of shared memory alone. PTX ISA: without .read, cp.async.bulk.wait_group waits
+    for the writes too, "being made visible to the executing thread"; they were made by the asynchronous proxy, and
+    fence.proxy.async orders them with what follows in the generic one, the release. That is another thread's: barrier.
     """
     gl.inline_asm_elementwise(
         "cp.async.bulk.wait_group 0; fence.proxy.async.global; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1
     )
+    barrier()
 
 
 @gluon.jit
