@@ -16,6 +16,8 @@ from rooflight.kernels.attention import checks
 from rooflight.kernels.attention.hopper import blocks as hopper_blocks
 from rooflight.kernels.attention.hopper import forward as hopper_forward
 from rooflight.kernels.attention.hopper import loads as hopper_loads
+from rooflight.kernels.attention.hopper import schedule as hopper_schedule
+from rooflight.kernels.attention.hopper.schedule import TILE, Schedule
 from support.attention import LAYOUTS, draw, draw_packed, draw_sinks
 from support.gluon_emulator import DeadlockError, EmulationError, ProtocolError, RaceError, emulated, mutated
 from support.tolerance import judge
@@ -61,7 +63,7 @@ def attend(
 
 def judge_forward(inputs: dict[str, Any], *, seed: int = 0, **options: Any) -> None:
     """Output and log-sum-exp against the oracle in fp64."""
-    run = {name: options.pop(name) for name in ("ping_pong", "n_program") if name in options}
+    run = {name: options.pop(name) for name in ("schedule",) if name in options}
     oracle = reference.flash_attention_varlen if "cu_seqlens_q" in inputs else reference.flash_attention
 
     def ours(*args: Any, **given: Any) -> tuple[Tensor, Tensor]:
@@ -113,30 +115,30 @@ def test_many_schedules(seed: int, kind: str) -> None:
     judge_forward(inputs, seed=100 + seed)
 
 
+RUNS = [TILE, Schedule("static", 1), Schedule("static", 3), Schedule("dynamic", 1), Schedule("dynamic", 3)]
+
+
+def name_of(schedule: Schedule) -> str:
+    return f"{schedule.kind} {schedule.n_program or ''}"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("ping_pong", [False, True])
-@pytest.mark.parametrize("n_program", [None, 2])
+@pytest.mark.parametrize("schedule", RUNS, ids=name_of)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_many_more_schedules(head_dim: int, mask: str, n_program: int | None, ping_pong: bool) -> None:
-    options = {"ping_pong": ping_pong, "n_program": n_program} | MASKS[mask]
+def test_many_more_schedules(head_dim: int, mask: str, schedule: Schedule) -> None:
     for seed in range(5):
-        judge_forward(draw(1, 2, 1, 300, 500, head_dim, BF16), seed=seed, **options)
-        judge_forward(draw_packed(*PACKED, 2, 1, head_dim, BF16), seed=seed, **options)
+        judge_forward(draw(1, 2, 1, 300, 500, head_dim, BF16), seed=seed, schedule=schedule, **MASKS[mask])
+        judge_forward(draw_packed(*PACKED, 2, 1, head_dim, BF16), seed=seed, schedule=schedule, **MASKS[mask])
 
 
-@pytest.mark.parametrize("ping_pong", [False, True])
-@pytest.mark.parametrize("n_program", [None, 1, 3])
+@pytest.mark.parametrize("schedule", RUNS, ids=name_of)
 @pytest.mark.parametrize("packed", [False, True])
-def test_flags(packed: bool, n_program: int | None, ping_pong: bool) -> None:
-    inputs = draw_packed(*PACKED, 2, 1, 64, BF16) if packed else draw(1, 2, 1, 300, 300, 64, BF16)
-    judge_forward(inputs, seed=6, ping_pong=ping_pong, n_program=n_program)
-
-
-def test_three_consumers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(hopper_forward.TILES, 64, (192, 64, 4))
-    judge_forward(draw(1, 1, 1, 400, 300, 64, BF16), seed=7, ping_pong=True)
-    judge_forward(draw_packed(*PACKED, 1, 1, 64, BF16), seed=7)
+@pytest.mark.parametrize("head_dim", [64, 256])  # two slots for queries, one
+def test_schedules(head_dim: int, packed: bool, schedule: Schedule) -> None:
+    inputs = draw_packed(*PACKED, 2, 1, head_dim, BF16) if packed else draw(1, 2, 1, 300, 300, head_dim, BF16)
+    for seed in (6, 7):
+        judge_forward(inputs, seed=seed, schedule=schedule)
 
 
 @pytest.mark.parametrize("layout", ["(B, T, H, D)", "(T, B, H, D)", "fused"])
@@ -239,7 +241,7 @@ RELEASE_V = "                mbarrier.arrive(shared.v_empty.index(s_v), count=1)
 WAIT_Z = "                z = warpgroup_mma_wait(1, [z])\n"
 WAIT_O = "                o = warpgroup_mma_wait(0, [o])\n"
 NEXT_K = "mbarrier.wait(shared.k_full.index(s_next), parity_next, pred=n + 1 < tile.n_block)"
-PERSISTENT, PING_PONG, PACK = {"n_program": 1}, {"ping_pong": True}, {"packed": True}
+PERSISTENT, DYNAMIC, PACK = {"schedule": Schedule("static", 1)}, {"schedule": Schedule("dynamic", 2)}, {"packed": True}
 
 BUGS: dict[str, tuple[type[BaseException], dict[str, Any], list[tuple[str, str]]]] = {
     "k released before its product is done": (RaceError, {}, [(WAIT_Z + RELEASE_K, RELEASE_K + WAIT_Z)]),
@@ -262,12 +264,6 @@ BUGS: dict[str, tuple[type[BaseException], dict[str, Any], list[tuple[str, str]]
     ),
     "the next keys not waited for": (RaceError, {}, [(NEXT_K, "pass")]),
     "queries not waited for": (RaceError, {}, [("mbarrier.wait(shared.q_full.index(c), n_done & 1)", "pass")]),
-    "turns swapped": (
-        DeadlockError,
-        PING_PONG,
-        [("shared.turn.index((c + 1) % CONSUMERS), count", "shared.turn.index(c), count")],
-    ),
-    "nobody has the first turn": (DeadlockError, PING_PONG, [("+ (c == 0)) & 1", ") & 1")]),
     "no fence before the TMA store": (
         RaceError,
         {},
@@ -371,11 +367,11 @@ def caught(module: ModuleType, run: dict[str, Any], seeds: int = 8) -> BaseExcep
 @pytest.mark.parametrize("bug", BUGS)
 def test_bug_is_caught(bug: str, tmp_path: Path) -> None:
     kind, run, replacements = BUGS[bug]
-    module = mutated(tmp_path, (hopper_blocks, hopper_loads, hopper_forward), *replacements)
+    module = mutated(tmp_path, (hopper_blocks, hopper_schedule, hopper_loads, hopper_forward), *replacements)
     error = caught(module, run)
     assert isinstance(error, kind), repr(error)
 
 
-@pytest.mark.parametrize("run", [{}, PERSISTENT, PING_PONG, PACK], ids=str)
+@pytest.mark.parametrize("run", [{}, PERSISTENT, DYNAMIC, PACK], ids=str)
 def test_no_bug_is_not_caught(run: dict[str, Any], tmp_path: Path) -> None:
-    assert caught(mutated(tmp_path, (hopper_blocks, hopper_loads, hopper_forward)), run) is None
+    assert caught(mutated(tmp_path, (hopper_blocks, hopper_schedule, hopper_loads, hopper_forward)), run) is None
