@@ -76,6 +76,7 @@ class Tile(NamedTuple):
 
 CONSUMERS: gl.constexpr = gl.constexpr(2)  # warpgroups, 64 rows each
 NUMBERS: gl.constexpr = gl.constexpr(len(Tile._fields))
+DENSE_NUMBERS: gl.constexpr = gl.constexpr(Tile._fields.index("start_q"))  # the rest is known where nothing is packed
 
 
 @gluon.jit
@@ -150,7 +151,7 @@ def _produce_tile(tile, g, n_done, q_desc, k_desc, v_desc, shared, problem, BLOC
     STAGES: gl.constexpr = shared.k.shape[0]
     h_k = tile.h // (problem.H // problem.K)
     s_q = _take_slot(n_done, shared)
-    for n in gl.static_range(NUMBERS):
+    for n in gl.static_range(NUMBERS if problem.cu_seqlens_q is not None else DENSE_NUMBERS):
         write_number(shared.place, s_q * NUMBERS + n, tile[n], 1)
     _load_queries(q_desc, tile, s_q, shared, 0)  # with the first keys, all that consumer 0 needs to start
     for i in range(tile.n_block + 1):

@@ -44,6 +44,7 @@ def attend(
     *,
     module: ModuleType = hopper_forward,
     seed: int = 0,
+    resident: int = 3,
     causal: bool = True,
     window: Any = None,
     return_lse: bool = True,
@@ -56,7 +57,7 @@ def attend(
     T, S = (q.shape[2], k.shape[2]) if cu_seqlens_q is None else (max_seqlen_q, max_seqlen_k)
     left, right = checks.reach(causal, window)
     scale = checks.score_scale(None, 0.0, q.shape[-1])
-    with emulated(module, seed=seed):
+    with emulated(module, seed=seed, resident=resident):
         module.launch_forward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, T, S, left, right, scale, **options)
     return out, lse
 
@@ -236,11 +237,15 @@ def test_descriptors_are_those_that_triton_makes(layout: str, varlen: bool) -> N
 FENCE_OUT = (
     "    fence_async_shared()  # TMA reads it, or loads the next queries over it, through the asynchronous proxy\n"
 )
-RELEASE_K = "                mbarrier.arrive(shared.k_empty.index(s), count=1)\n"
-RELEASE_V = "                mbarrier.arrive(shared.v_empty.index(s_v), count=1)\n"
-WAIT_Z = "                z = warpgroup_mma_wait(1, [z])\n"
-WAIT_O = "                o = warpgroup_mma_wait(0, [o])\n"
+RELEASE_K = "            mbarrier.arrive(shared.k_empty.index(s), count=1)\n"
+RELEASE_V = "            mbarrier.arrive(shared.v_empty.index(s_v), count=1)\n"
+WAIT_Z = "            z = warpgroup_mma_wait(1, [z])\n"
+WAIT_O = "            o = warpgroup_mma_wait(0, [o])\n"
 NEXT_K = "mbarrier.wait(shared.k_full.index(s_next), parity_next, pred=n + 1 < tile.n_block)"
+PLACE = """\
+    for n in gl.static_range(NUMBERS if problem.cu_seqlens_q is not None else DENSE_NUMBERS):
+        write_number(shared.place, s_q * NUMBERS + n, tile[n], 1)
+"""
 PERSISTENT, DYNAMIC, PACK = {"schedule": Schedule("static", 1)}, {"schedule": Schedule("dynamic", 2)}, {"packed": True}
 
 BUGS: dict[str, tuple[type[BaseException], dict[str, Any], list[tuple[str, str]]]] = {
@@ -263,7 +268,11 @@ BUGS: dict[str, tuple[type[BaseException], dict[str, Any], list[tuple[str, str]]
         [("mbarrier.wait(shared.v_empty.index(s_v), parity_v ^ 1)", "mbarrier.wait(shared.v_empty.index(s_v), 1)")],
     ),
     "the next keys not waited for": (RaceError, {}, [(NEXT_K, "pass")]),
-    "queries not waited for": (RaceError, {}, [("mbarrier.wait(shared.q_full.index(c), n_done & 1)", "pass")]),
+    "queries not waited for": (
+        RaceError,
+        {},
+        [("    mbarrier.wait(shared.q_full.index(s * CONSUMERS + c), parity)\n", "")],
+    ),
     "no fence before the TMA store": (
         RaceError,
         {},
@@ -282,7 +291,7 @@ BUGS: dict[str, tuple[type[BaseException], dict[str, Any], list[tuple[str, str]]
     "values zeroed before they land": (
         AssertionError,  # a race with the load, or a result: the load may not have started
         PACK,
-        [("                mbarrier.wait(shared.v_full.index(s), parity)\n", "")],
+        [("            mbarrier.wait(shared.v_full.index(s), parity)\n", "")],
     ),
     "values used before both halves are zeroed": (
         EmulationError,
@@ -303,21 +312,68 @@ BUGS: dict[str, tuple[type[BaseException], dict[str, Any], list[tuple[str, str]]
         {},
         [("v_empty = new_barriers(STAGES, CONSUMERS)", "v_empty = new_barriers(STAGES, CONSUMERS + 1)")],
     ),
-    "program ends before its store": (ProtocolError, {}, [("        tma.store_wait(0)\n", "")]),
+    "program ends before its store": (
+        ProtocolError,
+        {},
+        [
+            (
+                "        s_q, n_block = _next_place(n_done, shared, c)\n    tma.store_wait(0)\n",
+                "        s_q, n_block = _next_place(n_done, shared, c)\n",
+            )
+        ],
+    ),
     "queries reloaded under the output": (
         RaceError,
         PERSISTENT,
-        [("            mbarrier.wait(shared.q_empty.index(c), (n_done & 1) ^ 1)\n", "")],
+        [("        mbarrier.wait(shared.q_empty.index(s * CONSUMERS + c), parity ^ 1)\n", "        pass\n")],
     ),
     "blocks of earlier tiles not counted": (
         EmulationError,
         PERSISTENT,
         [
             (
-                "        g += tile.n_block\n        n_done += 1\n    return g, n_done\n",
-                "        n_done += 1\n    return g, n_done\n",
+                "            g += tile.n_block\n",
+                "",
             )
         ],
+    ),
+    "slot of queries released before the output has left": (
+        RaceError,
+        PERSISTENT,
+        [("    tma.store_wait(0)\n    mbarrier.arrive(", "    mbarrier.arrive(")],
+    ),
+    "slot of queries never released": (
+        DeadlockError,
+        PERSISTENT,
+        [("_release_output(s_q ^ 1, shared, c, n_done > 0)", "_release_output(s_q ^ 1, shared, c, False)")],
+    ),
+    "slot of queries released before it was used": (
+        EmulationError,
+        {},
+        [("_release_output(s_q ^ 1, shared, c, n_done > 0)", "_release_output(s_q ^ 1, shared, c, True)")],
+    ),
+    "the end not announced": (
+        DeadlockError,
+        {},
+        [("        mbarrier.arrive(shared.q_full", "        pass  # (shared.q_full")],
+    ),
+    "a place announced after its queries": (
+        AssertionError,
+        PERSISTENT,
+        [
+            (PLACE, ""),
+            ("    for i in range(tile.n_block + 1):\n", PLACE + "    for i in range(tile.n_block + 1):\n"),
+        ],
+    ),
+    "a tile taken twice": (
+        AssertionError,
+        PERSISTENT,
+        [("        n_taken += 1\n        t = next", "        n_taken = gl.maximum(n_taken + 1, 2)\n        t = next")],
+    ),
+    "the first tile taken from the counter too": (
+        AssertionError,
+        DYNAMIC,
+        [("t = n_program + n_added", "t = n_added")],
     ),
     "a masked block left unmasked": (
         AssertionError,
@@ -337,7 +393,7 @@ BUGS: dict[str, tuple[type[BaseException], dict[str, Any], list[tuple[str, str]]
     "values past a packed end not zeroed": (
         AssertionError,
         PACK,
-        [("            if n_valid < BLOCK_N:\n", "            if False:\n")],
+        [("        if n_valid < BLOCK_N:\n", "        if False:\n")],
     ),
 }
 
