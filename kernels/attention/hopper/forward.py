@@ -49,6 +49,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ...launching import launch
 from .blocks import (
     ELEMENT,
     describe,
@@ -366,7 +367,9 @@ def launch_forward(
     section = section_heads(S, k.shape[-1], k.element_size(), H // K, n_head)
     problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, T, S, n_head, n_tile, section)
     lse_strides = (0, *lse.stride()) if varlen else lse.stride()
-    _flash_attention_fwd_hopper_kernel[(schedule.programs(n_head * n_tile, q.device),)](
+    launch(
+        _flash_attention_fwd_hopper_kernel,
+        (schedule.programs(n_head * n_tile, q.device),),
         describe(q, 64, varlen),
         describe(k, block_n, varlen),
         describe(v, block_n, varlen),
@@ -375,13 +378,8 @@ def launch_forward(
         problem,
         scale * math.log2(math.e),
         tile_counter(q.device) if schedule.kind == "dynamic" else None,
-        BLOCK_M=BLOCK_M,
-        BLOCK_N=block_n,
-        STAGES=stages,
-        Q_STAGES=q_stages,
-        SCHEDULE=schedule.kind,
-        PRODUCER_REGISTERS=PRODUCER_REGISTERS,
-        CONSUMER_REGISTERS=CONSUMER_REGISTERS,
+        BLOCK_M=BLOCK_M, BLOCK_N=block_n, STAGES=stages, Q_STAGES=q_stages, SCHEDULE=schedule.kind,
+        PRODUCER_REGISTERS=PRODUCER_REGISTERS, CONSUMER_REGISTERS=CONSUMER_REGISTERS,
         num_warps=4,  # of a consumer
         enable_fp_fusion=True,
-    )
+    )  # fmt: skip
