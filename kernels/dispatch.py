@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd import profiler as _profiler
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from . import interpreter
@@ -35,6 +37,9 @@ INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 BFLOAT16_IS_EXACT: bool = not INTERPRETED or interpreter.correct()
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_n_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
 
 _library = torch.library.Library("rooflight", "FRAGMENT")
 
@@ -59,30 +64,45 @@ def define_op(
     `out_shape`, the FLOPs that FlopCounterMode reports.  setup_context(ctx, inputs, output), backward(ctx, *grads): the
     derivative, as in torch.library.register_autograd; without one, differentiating the operator's outputs raises.
 
-    torch.compile traces the operator and its derivative. Eager calls go through an autograd.Function and `call`: the
-    Python layers of torch.library's own autograd cost 20 us a call on the host, more than launching a small kernel.
+    torch.compile traces the operator and its derivative. Eager calls go through an autograd.Function and `call`, past
+    torch.library's own autograd and the dispatcher: on the host both take longer than launching a small kernel.
     """
     name = launcher.__name__
+    launch = _on_its_device(launcher)
 
     def no_derivative(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(f"rooflight::{name} is not differentiable; second derivatives are not implemented")
 
     schema = torch.library.infer_schema(launcher, mutates_args=())
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, _on_its_device(launcher), "CompositeExplicitAutograd")
+    _library.impl(name, launch, "CompositeExplicitAutograd")
     qualified = f"rooflight::{name}"
     torch.library.register_fake(qualified, fake, lib=_library)
     torch.library.register_autograd(qualified, backward or no_derivative, setup_context=setup_context, lib=_library)
     packet = getattr(torch.ops.rooflight, name)
     if flops is not None:
         register_flop_formula(packet)(flops)
+    _launchers[packet.default] = launch
     return packet.default
 
 
+_launchers: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+
+# Arguments that no dispatch key but the device's and autograd's has a say in: no subclass of Tensor.
+_PLAIN = frozenset({Tensor, Parameter, type(None), int, float, bool})
+
+
 def call(op: torch._ops.OpOverload, *args: Any) -> Any:
-    """op(*args) past its own derivative, from within an autograd.Function that supplies one; eager mode only."""
+    """op(*args) past its own derivative, from within an autograd.Function that supplies one; eager mode only.
+
+    Its launcher is called directly unless someone is to see the operator: a dispatch mode (FLOP counts, fake tensors),
+    a tensor subclass, a profiler or a trace.
+    """
     if torch.is_grad_enabled():  # a backward pass with create_graph=True: let the operator refuse
         return op(*args)
+    unseen = not (_n_dispatch_modes() or _profiler._is_profiler_enabled or _tracing_state())
+    if unseen and _PLAIN.issuperset(map(type, args)):
+        return _launchers[op](*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
