@@ -33,13 +33,16 @@ import math
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ...launching import launch
 from ..portable.backward import _flash_attention_delta_kernel
 from .blocks import (
     ELEMENT,
+    LINE,
     as_heads,
     describe,
+    describe_lines,
+    describe_rows,
     fence_async_global,
     fence_async_shared,
     first_row_tile,
@@ -57,7 +60,7 @@ from .blocks import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .gradients import LINE, fragment_layout, programs_before, round_dq, store_rows, to_fragments
+from .gradients import fragment_layout, programs_before, round_dq, store_rows, to_fragments
 from .loads import Problem
 from .place import find_place, place_of, unknown_zero
 
@@ -394,20 +397,6 @@ def supports(
     return next((reason for name, x in tensors if (reason := tma_obstacle(name, x, varlen))), None)
 
 
-def _describe_flat(x: Tensor, size: int) -> TensorDescriptor:
-    """The TMA descriptor of x, flat, for `size` elements at a time."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    return TensorDescriptor(x, [x.numel()], [1], [size], layout)
-
-
-def _describe_lines(x: Tensor, size: int) -> TensorDescriptor:
-    """The TMA descriptor of x as lines of LINE elements, for `size` elements at a time."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-    return TensorDescriptor(
-        x, [x.numel() // LINE.value, LINE.value], [LINE.value, 1], [size // LINE.value, LINE.value], layout
-    )
-
-
 def launch_backward(
     q: Tensor,
     k: Tensor,
@@ -459,7 +448,9 @@ def launch_backward(
     def row_strides(x: Tensor) -> tuple[int, ...]:
         return (0, *x.stride()) if varlen else x.stride()
 
-    _flash_attention_delta_kernel[(n_sequence * H * triton.cdiv(T, block_m),)](
+    launch(
+        _flash_attention_delta_kernel,
+        (n_sequence * H * triton.cdiv(T, block_m),),
         out, dout, lse, dlse, None, delta, rows, added, cu_seqlens_q, strides(out), strides(dout),
         None if dlse is None else row_strides(dlse), row_strides(lse), H, T, n_row_tile, head_dim, head_dim, block_m,
         num_warps=4, enable_fp_fusion=True,
@@ -467,11 +458,13 @@ def launch_backward(
     # past both lengths a window is none; as they stand, the kernel counts in 32 bits
     left, right = (None if n is None else min(n, T + S) for n in (left, right))
     problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, T, S, n_sequence * K, n_tile, group)
-    _flash_attention_bwd_hopper_kernel[(n_sequence * K * n_tile,)](
+    launch(
+        _flash_attention_bwd_hopper_kernel,
+        (n_sequence * K * n_tile,),
         *(describe(x, block_m, varlen) for x in (q, dout)),
         *(describe(x, BLOCK_N, varlen) for x in (k, v)),
-        _describe_flat(rows, 2 * block_m),
-        _describe_lines(accumulator, block_m * head_dim),
+        describe_rows(rows, 2 * block_m),
+        describe_lines(accumulator, block_m * head_dim // LINE.value),
         (accumulator, dk, dv, strides(dk), strides(dv)),
         added,
         n_row_tile,

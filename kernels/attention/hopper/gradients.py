@@ -15,11 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...launching import launch
 from .. import blocks
 from ..blocks import first_row_tile, head_pointer, sequence, store_tile
 from .blocks import gl, gluon
-
-LINE: gl.constexpr = gl.constexpr(32)  # fp32 numbers: 128 bytes, a row of shared memory's widest swizzle
 
 gluon_head_pointer = gluon.jit(blocks.head_pointer.fn)
 
@@ -112,7 +111,8 @@ def round_dq(
     """dq, by its strides (b, h, row, d), from the accumulator; added: how many programs added to each row tile."""
     H, n_row_tile, size = accumulator.shape
     grid: Any = (n_sequence * H * triton.cdiv(T, block_m),)
-    _flash_attention_dq_kernel[grid](
+    launch(
+        _flash_attention_dq_kernel, grid,
         accumulator, added, dq, cu_seqlens_q, strides, H, T, n_row_tile, scale, block_m, size // block_m,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
