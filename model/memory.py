@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ..kernels.cost import INDEX, STATISTIC, itemsize
-from ..kernels.linear_cross_entropy import CHUNK_LOGITS
+from ..kernels.linear_cross_entropy import chunk_rows, keeps_gradients, padded
 from .config import ModelConfig, hidden_matrices
 
 FP32 = 4
@@ -113,13 +115,29 @@ def stages(
         # the logits in fp32; then the gathered logit's gradient, z - lse, its exponential, and their product
         loss = Stage("loss", N * (V * FP32 + STATISTIC + INDEX + 1) + V * d * s * low, 4 * N * V * FP32, V * d)
     else:
-        # a chunk's logits, in eager order also in fp32, their exponentials and those scaled; dx; the weight's gradient
-        # and, in the dtype, the weight itself or a chunk's share of the gradient
-        chunk = min(N * V, CHUNK_LOGITS["cuda" if ops == "triton" else "cpu"] // V * V)
-        logits = chunk * (s if ops == "triton" else s + (3 if low else 2) * FP32)
-        extra = (low + (ops == "triton")) * s
-        loss = Stage("loss", N * STATISTIC, stream + logits + V * d * (FP32 + extra), V * d)
+        loss = _fused_loss(N, d, V, dtype, ops)
     return embedding, block, [Stage("norms", norm(N, d), norm_working), Stage("logits", stream, 0), loss]
+
+
+def _fused_loss(N: int, d: int, V: int, dtype: str, ops: str) -> Stage:
+    """linear_cross_entropy of N rows and an fp32 weight; its worst moment is the first or a later chunk's."""
+    s, low = itemsize(dtype), itemsize(dtype) < FP32
+    keep = keeps_gradients("mean", getattr(torch, dtype))
+    rows = chunk_rows(N, V, "cuda" if ops == "triton" else "cpu")
+    dx, dweight = N * d * s, V * d * FP32
+    cast = padded(V) * d * s * low
+    share = padded(V) * d * s if low else V * d * s  # of dweight, a chunk's; of one chunk in fp32 it is dweight
+    logits = rows * padded(V) * s
+    # in eager order the row kernels' temporaries: the logits in fp32, their exponentials, and those scaled
+    eager = rows * V * (3 if low else 2) * FP32 * (ops != "triton")
+    one = rows >= N
+    first = max(eager, share + dweight * low)
+    later = 0 if one else dweight + max(eager, share)
+    working = dx + cast + logits + max(first, later)
+    if not keep:
+        return Stage("loss", N * STATISTIC, working, V * d)
+    # the gradients are held until the backward pass has scaled them; by then the forward's peak has passed
+    return Stage("loss", dx + dweight, max(dx + dweight, working - dx - dweight), V * d)
 
 
 def saved_activations(config: ModelConfig, n_token: int, context_length: int, dtype: str, ops: str) -> dict[str, int]:
