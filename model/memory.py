@@ -52,12 +52,14 @@ class Stage:
     saved      bytes kept from its forward for its backward pass
     working    bytes that its backward pass needs beyond those, at its worst moment
     weights    parameters of its matrices: their gradients stay, and in a block their casts are held till then
+    forward    bytes that its forward pass needs at its worst moment, where the step may peak there
     """
 
     name: str
     saved: int
     working: int
     weights: int = 0
+    forward: int = 0
 
 
 def stages(
@@ -136,8 +138,8 @@ def _fused_loss(N: int, d: int, V: int, dtype: str, ops: str) -> Stage:
     working = dx + cast + logits + max(first, later)
     if not keep:
         return Stage("loss", N * STATISTIC, working, V * d)
-    # the gradients are held until the backward pass has scaled them; by then the forward's peak has passed
-    return Stage("loss", dx + dweight, max(dx + dweight, working - dx - dweight), V * d)
+    # the gradients are made in the forward pass, and the backward scales them into others
+    return Stage("loss", dx + dweight, dx + dweight, V * d, forward=working)
 
 
 def saved_activations(config: ModelConfig, n_token: int, context_length: int, dtype: str, ops: str) -> dict[str, int]:
@@ -192,6 +194,8 @@ def memory(
         if bytes_held > peak:
             peak, peak_at = bytes_held, name
 
+    # in the forward pass, and in it alone when checkpointing, the casts of the blocks are there too
+    see(held - last[-1].saved + last[-1].forward + (casts if checkpointing else 0), last[-1].name)
     for stage in reversed(last):
         backward(stage, 0)
     for _ in range(config.n_layer):
