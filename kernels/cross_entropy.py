@@ -18,6 +18,7 @@ from torch import Tensor
 from . import cost, reference
 from .dispatch import call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
 from .elementwise import tanh
+from .launching import launch
 from .rows import row_layout, statistics, tile_offsets
 
 __all__ = ["CrossEntropyFunction", "check_target", "cross_entropy", "reduce_losses", "row_gradients", "row_losses"]
@@ -106,7 +107,8 @@ def row_losses(
     M, V = loss.numel(), x.shape[-1]
     if M > 0:
         x, x_layout = row_layout(x)
-        _cross_entropy_fwd_kernel[(M,)](
+        launch(
+            _cross_entropy_fwd_kernel, (M,),
             x, x_layout, target.contiguous(), loss, lse, V, ignore_index, z_loss, softcap,
             BLOCK_V=_tile(V), CAPPED=softcap > 0, DTYPE=statistics(x.dtype)[1], num_warps=WARPS,
         )  # fmt: skip
@@ -130,7 +132,8 @@ def row_gradients(
     if M > 0:
         x, x_layout = row_layout(x)
         tile = _tile(V)
-        _cross_entropy_bwd_kernel[(M * triton.cdiv(V, tile),)](
+        launch(
+            _cross_entropy_bwd_kernel, (M * triton.cdiv(V, tile),),
             x, x_layout, target.contiguous(), lse, dloss.contiguous(), out, V, ignore_index, z_loss, softcap,
             BLOCK_V=tile, CAPPED=softcap > 0, DTYPE=statistics(x.dtype)[1], num_warps=WARPS,
         )  # fmt: skip

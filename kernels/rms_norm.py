@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import cost, reference
 from .dispatch import call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
+from .launching import launch
 from .rows import most_warps, multiprocessors, row_layout, statistics, tile_offsets
 
 __all__ = ["RMSNormFunction", "rms_norm"]
@@ -225,7 +226,8 @@ def rms_norm_fwd(
         residual, residual_layout = row_layout(residual)
     if weight is not None:
         weight = weight.contiguous()
-    _rms_norm_fwd_kernel[(-(-M // rows),)](
+    launch(
+        _rms_norm_fwd_kernel, (-(-M // rows),),
         x, x_layout, residual, residual_layout, weight, y, stream, rstd, M, N, eps, weight_offset,
         ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, DTYPE=statistics(x.dtype)[1], num_warps=warps,
     )  # fmt: skip
@@ -253,16 +255,18 @@ def rms_norm_bwd(
     if weight is not None:
         weight = weight.contiguous()
     partial = torch.empty(programs, N, dtype=rstd.dtype, device=h.device) if needs_dw else None
-    _rms_norm_bwd_kernel[(programs,)](
+    launch(
+        _rms_norm_bwd_kernel, (programs,),
         h, h_layout, dy, dy_layout, dstream, dstream_layout, weight, rstd, dh, partial, M, N, weight_offset,
         ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, STAGES=stages, DTYPE=statistics(h.dtype)[1],
         num_warps=warps,
     )  # fmt: skip
     if partial is not None:
         columns = _reduced_columns(N)
-        _rms_norm_dw_kernel[(-(-N // columns),)](
-            partial, dw, programs, N, ROWS=REDUCE_TILE // columns, BLOCK_N=columns, num_warps=REDUCE_WARPS
-        )
+        launch(
+            _rms_norm_dw_kernel, (-(-N // columns),),
+            partial, dw, programs, N, ROWS=REDUCE_TILE // columns, BLOCK_N=columns, num_warps=REDUCE_WARPS,
+        )  # fmt: skip
     return dh, dw
 
 

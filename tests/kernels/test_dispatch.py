@@ -6,6 +6,8 @@ import inspect
 import os
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,3 +87,40 @@ def test_kernel_and_oracle_share_a_signature(name):
     assert [(p.name, p.kind, p.default) for p in ours.parameters.values()] == [
         (p.name, p.kind, p.default) for p in oracle.parameters.values()
     ]
+
+
+def test_a_thread_has_a_context_before_its_first_product(monkeypatch):
+    """A stand-in for a GPU: in each thread one launch comes before the first operator, and none before the others."""
+    events = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch, "zeros", lambda *args, device: events.append(f"a launch on {device}"))
+    monkeypatch.setattr(dispatch, "_thread", threading.local())
+    tensor = SimpleNamespace(is_cuda=True, get_device=lambda: 0, device="cuda:0")
+    operator = dispatch._on_its_device(lambda first: events.append("a product"))
+
+    def twice():
+        operator(tensor)
+        operator(tensor)
+
+    twice()
+    thread = threading.Thread(target=twice)
+    thread.start()
+    thread.join()
+    assert events == 2 * ["a launch on cuda:0", "a product", "a product"]
+    operator(SimpleNamespace(is_cuda=False))
+    assert events[-2:] == ["a product", "a product"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_autograds_thread_has_a_context_before_its_first_product():
+    """A process of its own, whose first backward is a product: torch would warn that there was no context."""
+    code = """
+import torch
+from rooflight.kernels import linear_cross_entropy
+x, w = torch.randn(4, 8, device="cuda", requires_grad=True), torch.randn(9, 8, device="cuda")
+loss = linear_cross_entropy(x, w, torch.tensor([1, 2, 3, 4], device="cuda"), reduction="none")
+loss.backward(torch.ones(4, device="cuda"))
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

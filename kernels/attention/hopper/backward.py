@@ -33,12 +33,13 @@ import math
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ...launching import launch
 from .blocks import (
     ELEMENT,
     as_heads,
     describe,
+    describe_rows,
     fence_async_shared,
     gl,
     gluon,
@@ -306,12 +307,6 @@ def supports(
     return next((reason for name, x in tensors if (reason := tma_obstacle(name, x, varlen))), None)
 
 
-def _describe_rows(x: Tensor, rows: int) -> TensorDescriptor:
-    """The TMA descriptor of one value a row, (b, h, row) flat."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    return TensorDescriptor(x, [x.numel()], [1], [rows], layout)
-
-
 def launch_backward(
     q: Tensor,
     k: Tensor,
@@ -357,10 +352,12 @@ def launch_backward(
     # past both lengths a window is none; as they stand, the kernel counts in 32 bits
     left, right = (None if n is None else min(n, T + S) for n in (left, right))
     problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, T, S, n_sequence * K, n_tile, GROUP)
-    _flash_attention_bwd_hopper_kernel[(n_sequence * K * n_tile,)](
+    launch(
+        _flash_attention_bwd_hopper_kernel,
+        (n_sequence * K * n_tile,),
         *(describe(x, block_m, varlen) for x in (q, dout)),
         *(describe(x, BLOCK_N, varlen) for x in (k, v)),
-        *(_describe_rows(x, block_m) for x in (lse2, delta)),
+        *(describe_rows(x, block_m) for x in (lse2, delta)),
         (accumulator, dk, dv, strides(dk), strides(dv)),
         added,
         n_row_tile,

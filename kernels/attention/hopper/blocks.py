@@ -11,7 +11,7 @@ Importing this module imports Gluon: the launchers do it only when a Hopper kern
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ...launching import Described
 from .. import blocks
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "as_heads",
     "block_order",
     "describe",
+    "describe_rows",
     "extents",
     "fence_async_shared",
     "gl",
@@ -106,18 +108,62 @@ def _prototype(dtype: torch.dtype, rows: int, head_dim: int) -> dict[str, Any]:
     return vars(TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)) | {"base": None}
 
 
+def describe_rows(x: Tensor, rows: int) -> Any:
+    """The TMA descriptor of one fp32 value a row, flat, for `rows` of them."""
+    return _rows_described(x.data_ptr(), x.numel(), rows) if x.is_cuda else _rows_descriptor(x, x.numel(), rows)
+
+
+@lru_cache(maxsize=1024)
+def _rows_described(address: int, size: int, rows: int) -> TensorDescriptor:
+    return _rows_descriptor(_Address(address, torch.float32), size, rows)
+
+
+def _rows_descriptor(base: Tensor | _Address, size: int, rows: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    descriptor = TensorDescriptor(base, [size], [1], [rows], layout)
+    vars(descriptor)["described"] = Described((torch.float32, rows))
+    return descriptor
+
+
+class _Address:
+    """A tensor as a descriptor needs it. It holds no memory: descriptors are kept when their tensors are gone."""
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self.address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
 def describe(x: Tensor, rows: int, varlen: bool) -> Any:
     """The TMA descriptor of x as (b, h, row, d), for tiles of `rows` rows; loads past an end read zeros.
 
-    TensorDescriptor's own checks, which tma_obstacle has made already, would cost 10 us of every launch.
+    The same object for the same address, sizes and strides: a model's tensors return to their addresses at every step,
+    and the driver's encoding is kept with the descriptor.
     """
     sizes, strides = extents(x, varlen)
+    if x.is_cuda:
+        return _described(x.data_ptr(), x.dtype, sizes, strides, rows)
+    return _descriptor(x, x.dtype, sizes, strides, rows)
+
+
+@lru_cache(maxsize=1024)
+def _described(
+    address: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], rows: int
+) -> TensorDescriptor:
+    return _descriptor(_Address(address, dtype), dtype, sizes, strides, rows)
+
+
+def _descriptor(
+    base: Tensor | _Address, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], rows: int
+) -> TensorDescriptor:
+    """Without TensorDescriptor's own checks, which tma_obstacle has made already: they take 10 us."""
     descriptor = TensorDescriptor.__new__(TensorDescriptor)
-    vars(descriptor).update(_prototype(x.dtype, rows, sizes[3]))
-    descriptor.base, descriptor.shape = x, list(sizes)
+    vars(descriptor).update(_prototype(dtype, rows, sizes[3]))
     # the stride of a single element is any: one that TMA takes
-    descriptor.strides = [stride if size > 1 else sizes[3] for size, stride in zip(sizes[:3], strides, strict=False)]
-    descriptor.strides.append(1)
+    strides = tuple(stride if size > 1 else sizes[3] for size, stride in zip(sizes[:3], strides, strict=False))
+    described = Described((dtype, rows, sizes[3]))
+    vars(descriptor).update(base=base, shape=list(sizes), strides=[*strides, 1], described=described)
     return descriptor
 
 

@@ -45,6 +45,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ...launching import launch
 from .blocks import (
     ELEMENT,
     describe,
@@ -379,7 +380,9 @@ def launch_forward(
     grid = (min(n_program or n_head * n_tile, n_head * n_tile),)
     if grid[0] == 0:
         return
-    _flash_attention_fwd_hopper_kernel[grid](
+    launch(
+        _flash_attention_fwd_hopper_kernel,
+        grid,
         describe(q, 64, varlen),
         describe(k, block_n, varlen),
         describe(v, block_n, varlen),
@@ -387,13 +390,8 @@ def launch_forward(
         Output(out, extents(out, varlen)[1][:3], lse, lse_strides),
         problem,
         scale * math.log2(math.e),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        STAGES=stages,
-        PING_PONG=ping_pong,
-        PERSISTENT=n_program is not None,
-        PRODUCER_REGISTERS=producer_registers,
-        CONSUMER_REGISTERS=consumer_registers,
+        BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, PING_PONG=ping_pong, PERSISTENT=n_program is not None,
+        PRODUCER_REGISTERS=producer_registers, CONSUMER_REGISTERS=consumer_registers,
         num_warps=4,  # of a consumer
         enable_fp_fusion=True,
-    )
+    )  # fmt: skip

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...launching import launch
 from .. import blocks
 from ..blocks import head_pointer, sequence, store_tile
 from .blocks import gl, gluon
@@ -115,7 +116,8 @@ def round_dq(
     """dq, by its strides (b, h, row, d), from the accumulator; added: how many programs added to each row tile."""
     H, n_row_tile, size = accumulator.shape
     grid: Any = (n_sequence * H * triton.cdiv(T, block_m),)
-    _flash_attention_dq_kernel[grid](
+    launch(
+        _flash_attention_dq_kernel, grid,
         accumulator, added, dq, cu_seqlens_q, strides, H, T, n_row_tile, scale, block_m, size // block_m,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
