@@ -165,7 +165,7 @@ def microseconds(call: Callable[[], Any], before: Callable[[], Any] = lambda: No
 Case = tuple[str, Callable[[], Any], Callable[[], Any]]  # name, the call, what must come before it
 
 
-def _passes(name: str, forward: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Iterator[Case]:
+def _passes(name: str, forward: Callable[..., Any], *inputs: torch.Tensor) -> Iterator[Case]:
     """The forward of inputs that want gradients, and its backward."""
     yield f"{name} forward", lambda: forward(*inputs), lambda: None
     gradient = torch.ones_like(forward(*inputs))
@@ -187,12 +187,14 @@ def cases(device: torch.device, rows: int, length: int) -> Iterator[Case]:
     yield from _passes("rms_norm torch", lambda x, w: F.rms_norm(x, (4096,), w, 1e-6), x, weight)
     yield from _passes("rms_norm ours", rms_norm, x, weight)
     q, k, v = (wanting(1, 16, length, 128) for _ in range(3))
-    yield from _passes("attention torch", lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True), q, k, v)
+    yield from _passes(
+        "attention torch", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), q, k, v
+    )
     for path in ("portable", "hopper"):
 
-        def attend(*qkv: torch.Tensor, path: str = path) -> torch.Tensor:
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, path: str = path) -> Any:
             with paths.use(path):
-                return flash_attention(*qkv)
+                return flash_attention(q, k, v)
 
         yield from _passes(f"attention {path}", attend, q, k, v)
 
