@@ -74,8 +74,10 @@ def test_opcheck(device):
     torch.library.opcheck(ops.linear_cross_entropy_bwd.default, args)
 
 
+@pytest.mark.filterwarnings("default")  # the compiler's own
 @pytest.mark.parametrize("name", OPS)
 def test_compiles_without_a_graph_break(device, name):
+    torch._dynamo.reset()
     function = OPS[name][0]
     backend = "inductor" if device.type == "cuda" else "aot_eager"
     inputs = draw(name, device)
@@ -97,8 +99,10 @@ def of_length(name, n):
     return [torch.randn(shape) for shape in leaves], others
 
 
+@pytest.mark.filterwarnings("default")  # the compiler's own
 @pytest.mark.parametrize("name", OPS)
 def test_one_compilation_serves_every_length(device, name):
+    torch._dynamo.reset()
     function = {"rope": rope, "swiglu": swiglu, "cross_entropy": cross_entropy,
                 "linear_cross_entropy": linear_cross_entropy}[name]  # fmt: skip
     counter = CompileCounterWithBackend("inductor" if device.type == "cuda" else "aot_eager")

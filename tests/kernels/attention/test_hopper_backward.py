@@ -23,6 +23,8 @@ from support.attention import DTYPES, LAYOUTS, draw, draw_packed, lay_out_grad
 from support.gluon_emulator import DeadlockError, EmulationError, emulated, from_sources
 from support.tolerance import judge
 
+pytestmark = pytest.mark.cpu
+
 BF16, FP16 = torch.bfloat16, torch.float16
 
 

@@ -20,6 +20,8 @@ from support.attention import LAYOUTS, draw, draw_packed, draw_sinks
 from support.gluon_emulator import DeadlockError, EmulationError, ProtocolError, RaceError, emulated, mutated
 from support.tolerance import judge
 
+pytestmark = pytest.mark.cpu
+
 BF16, FP16 = torch.bfloat16, torch.float16
 
 MASKS: dict[str, dict[str, Any]] = {
