@@ -27,6 +27,7 @@ from ..measure.clock import Call, median_seconds, on_capture_stream
 from .schedule import Budget, plan
 
 SECONDS = 0.5  # for a kernel's sizes, forward and backward together
+HURRY = 0.05  # seconds left for each task, below which one round is all that a call gets
 HEADS = 4  # of the q that is rotated, and of the k
 WIDTH = 256  # of the embedding's rows
 TENSOR = 2**18  # elements of one parameter that AdamW updates
@@ -273,10 +274,11 @@ def kernel_rates(
         sizes = "" if len(task.sizes) > 1 else " x ".join(map(str, task.sizes[0]))
         progress(f"{task.kernel} {sizes}, {str(dtype).removeprefix('torch.')} ({i + 1} of {len(tasks)})")
         start = time.perf_counter()
-        share = SECONDS * len(task.sizes) / len(wanted[task.kernel])
-        share = min(share, max(0.0, deadline - start) / (len(tasks) - i))
+        left = max(0.0, deadline - start) / (len(tasks) - i)
+        share = min(left, SECONDS * len(task.sizes) / len(wanted[task.kernel]))
+        rounds = (3 if left > HURRY else 1, 25)
         try:
-            times = _time(KERNELS[task.kernel], task.sizes, dtype, device, share)
+            times = _time(KERNELS[task.kernel], task.sizes, dtype, device, share, rounds)
         except torch.OutOfMemoryError:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -290,7 +292,12 @@ def kernel_rates(
 
 
 def _time(
-    kernel: Kernel, group: Sequence[Sizes], dtype: torch.dtype, device: torch.device, seconds: float
+    kernel: Kernel,
+    group: Sequence[Sizes],
+    dtype: torch.dtype,
+    device: torch.device,
+    seconds: float,
+    rounds: tuple[int, int],
 ) -> dict[tuple[bool, Sizes], float]:
     """{(backward, sizes): seconds} of one kernel at a few sizes, timed in turn."""
     calls: list[Call] = []
@@ -299,6 +306,6 @@ def _time(
             leaves = Leaves(dtype, device)
             call = kernel.make(leaves, *sizes)
             calls += both_passes(call, leaves.made) if kernel.backward else [call]
-        times = median_seconds(calls, device, seconds=seconds)
+        times = median_seconds(calls, device, seconds=seconds, rounds=rounds)
     timed = [(backward, sizes) for sizes in group for backward in ((False, True) if kernel.backward else (False,))]
     return dict(zip(timed, times, strict=True))
