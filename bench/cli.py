@@ -17,7 +17,7 @@ import typer
 
 from ..tokenizer.commands import app as tokenizer
 from ..training.commands import train
-from .commands import bench, demo, estimate, generate
+from .commands import bench, bench_tokenizer, demo, estimate, generate
 
 app = typer.Typer(
     help="Triton kernels for training transformer language models, and everything around them.",
@@ -25,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+tokenizer.command("bench")(bench_tokenizer)  # here, as the tokenizer imports no other room
 app.add_typer(tokenizer, name="tokenizer")
 app.add_typer(bench, name="bench")
 for command in (train, generate, estimate, demo):

@@ -1,10 +1,14 @@
-"""Commands: `rooflight generate`, `estimate`, `demo`, and the `rooflight bench` group.
+"""Commands: `rooflight generate`, `estimate`, `demo`, `tokenizer bench`, and the `rooflight bench` group.
 
 Only typer and the standard library are imported here; what a command needs, it imports when it runs.
 """
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,9 +96,9 @@ def estimate(
 
     from ..model import estimate as closed_form
     from ..training.loop import resolve_device
-    from .ceilings import load_ceilings
-    from .kernel_rates import ops_on
-    from .validate import read_model
+    from .predict.validate import read_model
+    from .rates.ceilings import load_ceilings
+    from .rates.kernel_rates import ops_on
 
     name, model = read_model(config)
     place = resolve_device("auto")
@@ -116,26 +120,63 @@ def estimate(
     else:
         Console().print(result.table())
     if plot:
-        from .plots import plot_shares
+        from .reports.plots import plot_shares
 
         plot_shares(name, model, plot)
 
 
+@contextmanager
+def _stoppable() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM (timeout's) end the block, not the command; whether one did is in the list that is given."""
+    stopped: list[int] = []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield stopped
+    except KeyboardInterrupt:
+        stopped.append(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _progress(console: Any) -> Iterator[Callable[[str], object]]:
+    """Tells what is being measured: in one line that changes on a terminal, line by line into a file."""
+    if console.is_terminal:
+        with console.status("") as status:
+            yield status.update
+    else:
+        yield partial(print, flush=True)
+
+
 @bench.command()
-def ceilings(device: Device = "auto") -> None:
-    """Measure this machine's rates (products, copies, exponentials, attention) and keep them for the estimates."""
+def ceilings(
+    device: Device = "auto",
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="Of products and kernels; bfloat16 when left out. May be given several times."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="The budget: sizes that do not fit into it are left out.")] = 30.0,
+) -> None:
+    """Measure this machine's rates (products, copies, exponentials, each kernel) and keep them for the estimates.
+
+    They are kept as they come: an interrupt loses nothing.
+    """
     from rich.console import Console
 
     from ..training.loop import resolve_device
-    from .ceilings import ceilings_table, measure_ceilings, save_ceilings
+    from .rates.ceilings import ceilings_table, keep_ceilings, left_out_lines, load_ceilings, path_of
+    from .tune import read_dtypes
 
-    place = resolve_device(device)
+    place, dtypes = resolve_device(device), read_dtypes(dtype or ["bfloat16"])
     console = Console()
-    with console.status("") as status:
-        measured = measure_ceilings(place, progress=status.update)
-    path = save_ceilings(measured, place)
-    console.print(ceilings_table(measured))
-    console.print(f"Kept in {path}")
+    with _stoppable() as stopped, _progress(console) as progress:
+        keep_ceilings(place, dtypes=dtypes, seconds=seconds, progress=progress)
+    if kept := load_ceilings(place):
+        console.print(ceilings_table(kept))
+        for line in left_out_lines(kept, place):
+            console.print(line)
+        console.print(f"Kept in {path_of(place)}")
+    raise typer.Exit(130 if stopped else 0)
 
 
 @bench.command()
@@ -152,21 +193,36 @@ def validate(
         "runs/validation.json"
     ),
     plot: Annotated[Path | None, typer.Option(help="Also draw predicted against measured.")] = None,
+    seconds: Annotated[float, typer.Option(help="For all models; what does not fit in is left out and named.")] = 140.0,
+    counters: Annotated[
+        bool, typer.Option("--counters", help="Also read a GPU's counters by ncu: minutes for a large model.")
+    ] = False,
 ) -> None:
-    """Predict a training step, write that down, then measure it: every component by itself, and the whole."""
+    """Predict a training step, write that down, then measure it: every component by itself, and the whole.
+
+    Each model is written to the results as soon as it is measured: an interrupt loses only the one it falls into.
+    """
     from rich.console import Console
 
     from ..training.files import write_json
     from ..training.loop import resolve_device
-    from .harness import machine
-    from .validate import read_model
-    from .validate import validate as run
+    from .measure.harness import machine
+    from .predict.validate import Validation, read_model
+    from .predict.validate import validate as run
 
     place = resolve_device(device)
     console = Console()
     predictions = json_path.with_suffix(".predicted.json")
-    with console.status("") as status:
-        done = run(
+    results: dict[str, Any] = {"kind": "validation", "machine": machine(place), "validations": [], "failures": {}}
+
+    def keep(done: list[Validation], failures: dict[str, str]) -> None:
+        results.update(validations=[validation.to_dict() for validation in done], failures=failures)
+        write_json(json_path, results)
+        told[:] = done
+
+    told: list[Validation] = []
+    with _stoppable() as stopped, _progress(console) as progress:
+        run(
             dict(read_model(model) for model in models or DEFAULT_MODELS[place.type]),
             place,
             batch_size=batch_size,
@@ -174,19 +230,23 @@ def validate(
             dtype=dtype,
             optimizer=optimizer,
             compiled=compiled,
+            counted=counters,
             runs=runs,
+            seconds=seconds,
             predictions=predictions,
-            progress=status.update,
+            progress=progress,
+            keep=keep,
         )
-    for validation in done:
+    for validation in told:
         console.print(validation.table())
-    results = [validation.to_dict() for validation in done]
-    write_json(json_path, {"kind": "validation", "machine": machine(place), "validations": results})
-    console.print(f"Predicted: {predictions}. Measured: {json_path}.")
-    if plot:
-        from .plots import plot_validation
+    for name, why in results["failures"].items():
+        console.print(f"{name}: {why}")
+    console.print(f"Predicted: {predictions}. Measured: {json_path if told else 'nothing'}.")
+    if plot and told:
+        from .reports.plots import plot_validation
 
-        plot_validation(results, plot)
+        plot_validation(results["validations"], plot)
+    raise typer.Exit(130 if stopped else 0)
 
 
 @bench.command()
@@ -200,9 +260,9 @@ def kernels(
 
     from ..training.files import write_json
     from ..training.loop import resolve_device
-    from .harness import machine
-    from .report import failures_table, kernel_results, table
-    from .worker import kernels as run
+    from .measure.harness import machine
+    from .measure.worker import kernels as run
+    from .reports.kernel_tables import failures_table, kernel_results, table
 
     place = resolve_device(device)
     where = machine(place)
@@ -287,10 +347,58 @@ def report(
     ] = None,
 ) -> None:
     """Write the tables of bench/results/ into the README, and with --page everything there as a page of its own."""
-    from .page import write_page
-    from .report import update_readme
+    from .reports.page import write_page
+    from .reports.report import update_readme
 
     print(f"{readme}: {'updated' if update_readme(readme) else 'already up to date'}")
     for path in page or []:
         write_page(path)
         print(f"{path}: written")
+
+
+def bench_tokenizer(
+    file: Annotated[Path, typer.Argument(help="Text file, UTF-8, its documents separated by <|endoftext|>.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", "-t", help="Encode with this one, and train none.")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="Tokens to train, on the whole of FILE.")] = 10_000,
+    megabytes: Annotated[float, typer.Option(help="Of FILE, so much from its beginning is encoded.")] = 20.0,
+    repeats: Annotated[int, typer.Option(help="Runs of each, in turns, of which the fastest counts.")] = 3,
+    peer: Annotated[list[str] | None, typer.Option(help="Only this one; may be given several times.")] = None,
+    num_workers: Annotated[int | None, typer.Option(help="Processes; default, one for each CPU core.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Results file to write.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No line for each run.")] = False,
+) -> None:
+    """Training, encoding and decoding beside whichever peers are installed, side by side in one table.
+
+    Trainers: tokenizers, gigabpe, gigatoken, rustbpe, bpeasy, sentencepiece. Encoders: tiktoken, tokenizers, gigatoken;
+    their ids must be ours, or no speed is shown.
+    """
+    import json
+
+    from rich.console import Console
+
+    from ..tokenizer.commands import load
+    from ..tokenizer.encode_file import atomic
+    from ..tokenizer.workers import check_num_workers
+    from .cases.tokenizer import compare, results, table
+
+    workers = check_num_workers(num_workers)
+    loaded = None if tokenizer is None else load(tokenizer)
+    vocab_size = vocab_size if loaded is None else loaded.vocab_size
+    rows = compare(
+        file,
+        vocab_size=vocab_size,
+        tokenizer=loaded,
+        encode_bytes=int(megabytes * 1e6),
+        num_workers=workers,
+        repeats=repeats,
+        only=peer or None,
+        told=lambda line: None if quiet else typer.echo(line, err=True),
+    )
+    title = f"{file}, {file.stat().st_size / 1e6:,.1f} MB, {vocab_size:,} tokens, {workers} processes"
+    Console(width=120).print(table(rows, title))
+    if json_path is not None:
+        content = results(rows, file, vocab_size=vocab_size, encode_bytes=int(megabytes * 1e6), num_workers=workers)
+        with atomic(json_path) as written:
+            written.write(json.dumps(content, indent=1).encode() + b"\n")

@@ -21,9 +21,9 @@ from ..training.checkpoint import load_model
 from ..training.config import TrainConfig
 from ..training.files import write_json
 from ..training.loop import TrainResult, resolve_device, train
-from .harness import machine
+from .measure.harness import machine
+from .predict.validate import validate_step
 from .text import END_OF_TEXT, find_text, read_documents, split_text
-from .validate import validate_step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import cost, reference
 from .dispatch import call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
+from .launching import launch
 from .rows import is_blackwell, most_warps, multiprocessors, row_layout, statistics, tile_offsets
 
 __all__ = ["RMSNormFunction", "rms_norm"]
@@ -235,7 +236,8 @@ def rms_norm_fwd(
     x, x_layout = row_layout(x)
     residual, residual_layout = (None, None) if residual is None else row_layout(residual)
     weight = None if weight is None else weight.contiguous()
-    _rms_norm_fwd_kernel[(programs,)](
+    launch(
+        _rms_norm_fwd_kernel, (programs,),
         x, x_layout, residual, residual_layout, weight, y, stream, rstd, M, N, eps, weight_offset,
         ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, STAGES=stages, DTYPE=statistics(x.dtype)[1], num_warps=warps,
     )  # fmt: skip
@@ -262,20 +264,23 @@ def rms_norm_bwd(
     weight = None if weight is None else weight.contiguous()
     mean = torch.empty_like(rstd) if panels > 1 else None
     if mean is not None:
-        _rms_norm_mean_kernel[(M,)](
+        launch(
+            _rms_norm_mean_kernel, (M,),
             h, h_layout, dy, dy_layout, weight, rstd, mean, N, weight_offset,
             BLOCK_N=LOOP_TILE, DTYPE=DTYPE, num_warps=LOOP_WARPS,
         )  # fmt: skip
     partial = torch.empty(programs, N, dtype=rstd.dtype, device=h.device) if needs_dw else None
-    _rms_norm_bwd_kernel[(programs, panels)](
+    launch(
+        _rms_norm_bwd_kernel, (programs, panels),
         h, h_layout, dy, dy_layout, dstream, dstream_layout, weight, rstd, mean, dh, partial, M, N, weight_offset,
         ROWS=rows, BLOCK_N=columns, HOLD_SCALE=columns <= BACKWARD_TILE, STAGES=stages, DTYPE=DTYPE, num_warps=warps,
     )  # fmt: skip
     if partial is not None:
         columns = _reduced_columns(N)
-        _rms_norm_dw_kernel[(-(-N // columns),)](
-            partial, dw, programs, N, ROWS=REDUCE_ROWS, BLOCK_N=columns, num_warps=REDUCE_WARPS
-        )
+        launch(
+            _rms_norm_dw_kernel, (-(-N // columns),),
+            partial, dw, programs, N, ROWS=REDUCE_ROWS, BLOCK_N=columns, num_warps=REDUCE_WARPS,
+        )  # fmt: skip
     return dh, dw
 
 

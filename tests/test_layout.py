@@ -19,6 +19,14 @@ MAY_IMPORT = {
     "bench": {"kernels", "model", "training", "tokenizer"},
     "tokenizer": set(),
 }
+# The same inside bench; its files at the top (the commands, the demo) may import every room.
+BENCH_MAY_IMPORT = {
+    "cases": set(),
+    "measure": {"cases"},
+    "rates": {"measure"},
+    "predict": {"measure", "rates"},
+    "reports": {"measure"},  # its records
+}
 LIMIT = 400  # lines in a file
 
 
@@ -26,10 +34,10 @@ def python_files(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-def rooms_imported(source: str, path: Path) -> set[str]:
-    """Rooms that a module under ROOT names in an import, relative or by the installed name."""
+def names_imported(source: str, path: Path) -> list[list[str]]:
+    """What a module under ROOT imports, relative or by the installed name, as the parts of absolute names."""
     package = ("rooflight", *path.relative_to(ROOT).parts[:-1])
-    found = set()
+    found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name.split(".") for alias in node.names]
@@ -39,9 +47,15 @@ def rooms_imported(source: str, path: Path) -> set[str]:
             names = [[*base, alias.name] for alias in node.names]
         else:
             continue
-        found |= {name[1] for name in names if name[0] == "rooflight" and len(name) > 1}
-        found |= {name[0] for name in names if name[0] in ("tests", "support", "conftest")}
+        found += names
     return found
+
+
+def rooms_imported(source: str, path: Path) -> set[str]:
+    """Rooms that a module under ROOT names in an import; tests and their support too."""
+    names = names_imported(source, path)
+    rooms = {name[1] for name in names if name[0] == "rooflight" and len(name) > 1}
+    return rooms | {name[0] for name in names if name[0] in ("tests", "support", "conftest")}
 
 
 @pytest.mark.parametrize("room", MAY_IMPORT)
@@ -52,6 +66,20 @@ def test_imports_go_one_way(room):
         if path.name.startswith("benchmark_"):  # collected by pytest like a test
             stray -= {"support"}
         assert not stray, f"{path.relative_to(ROOT)} imports {', '.join(sorted(stray))}"
+
+
+@pytest.mark.parametrize("room", BENCH_MAY_IMPORT)
+def test_imports_inside_bench_go_one_way(room):
+    """Nor to the commands above the rooms."""
+    for path in python_files(f"bench/{room}"):
+        names = [name for name in names_imported(path.read_text(), path) if name[:2] == ["rooflight", "bench"]]
+        allowed = BENCH_MAY_IMPORT[room] | {room}
+        stray = {".".join(name) for name in names if not allowed & {*name[2:3]}}
+        assert not stray, f"{path.relative_to(ROOT)} imports {', '.join(sorted(stray))}"
+
+
+def test_every_folder_of_bench_that_holds_python_is_a_room():
+    assert {path.parent.name for path in (ROOT / "bench").glob("*/*.py")} == set(BENCH_MAY_IMPORT)
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,7 @@ def test_every_room_is_installed_and_typed():
     for folder in rooms.values():
         assert (ROOT / folder / "py.typed").exists()
         packages = {
-            f"rooflight.{path.parent.relative_to(ROOT)}".replace("/", ".")
-            for path in (ROOT / folder).rglob("__init__.py")
+            f"rooflight.{path.parent.relative_to(ROOT)}".replace("/", ".") for path in (ROOT / folder).rglob("py.typed")
         }
         assert packages <= set(PROJECT["tool"]["setuptools"]["packages"])
 

@@ -1,4 +1,4 @@
-"""`rooflight tokenizer train|encode|decode|inspect|bench`: the tokenizer's command line."""
+"""`rooflight tokenizer train|encode|decode|inspect`: the tokenizer's command line."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def encode(
     """Encode a text file into a token file (.bin and .bin.json), or --text to the screen."""
     import time
 
-    loaded = _load(tokenizer)
+    loaded = load(tokenizer)
     if text is not None:
         if offsets:
             for i, (start, end) in zip(*loaded.encode(text, offsets=True), strict=True):
@@ -102,7 +102,7 @@ def decode(
 
     from .encode_file import atomic, read_token_file
 
-    loaded = _load(tokenizer)
+    loaded = load(tokenizer)
     if ids is not None:
         print(loaded.decode([int(i) for i in ids.replace(",", " ").split()]))
         return
@@ -133,7 +133,7 @@ def inspect(
     """Vocabulary, longest tokens, bytes per token on a file, and how a text is split."""
     from rich.console import Console
 
-    loaded = _load(tokenizer)
+    loaded = load(tokenizer)
     specials = ", ".join(f"{token} = {i}" for token, i in loaded.special_tokens.items())
     rows = [
         ("vocabulary", f"{loaded.vocab_size:,} tokens, {len(loaded.merges):,} merges"),
@@ -153,55 +153,8 @@ def inspect(
         Console(soft_wrap=True).print(_coloured(loaded, text))
 
 
-@app.command()
-def bench(
-    file: Annotated[Path, typer.Argument(help="Text file, UTF-8, its documents separated by <|endoftext|>.")],
-    tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", "-t", help="Encode with this one, and train none.")
-    ] = None,
-    vocab_size: Annotated[int, typer.Option(help="Tokens to train, on the whole of FILE.")] = 10_000,
-    megabytes: Annotated[float, typer.Option(help="Of FILE, so much from its beginning is encoded.")] = 20.0,
-    repeats: Annotated[int, typer.Option(help="Runs of each, in turns, of which the fastest counts.")] = 3,
-    peer: Annotated[list[str] | None, typer.Option(help="Only this one; may be given several times.")] = None,
-    num_workers: Workers = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Results file to write.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No line for each run.")] = False,
-) -> None:
-    """Training, encoding and decoding beside whichever peers are installed, side by side in one table.
-
-    Trainers: tokenizers, gigabpe, gigatoken, rustbpe, bpeasy, sentencepiece. Encoders: tiktoken, tokenizers, gigatoken;
-    their ids must be ours, or no speed is shown.
-    """
-    import json
-
-    from rich.console import Console
-
-    from .compare import compare, results, table
-    from .encode_file import atomic
-    from .workers import check_num_workers
-
-    workers = check_num_workers(num_workers)
-    loaded = None if tokenizer is None else _load(tokenizer)
-    vocab_size = vocab_size if loaded is None else loaded.vocab_size
-    rows = compare(
-        file,
-        vocab_size=vocab_size,
-        tokenizer=loaded,
-        encode_bytes=int(megabytes * 1e6),
-        num_workers=workers,
-        repeats=repeats,
-        only=peer or None,
-        told=lambda line: None if quiet else typer.echo(line, err=True),
-    )
-    title = f"{file}, {file.stat().st_size / 1e6:,.1f} MB, {vocab_size:,} tokens, {workers} processes"
-    Console(width=120).print(table(rows, title))
-    if json_path is not None:
-        content = results(rows, file, vocab_size=vocab_size, encode_bytes=int(megabytes * 1e6), num_workers=workers)
-        with atomic(json_path) as written:
-            written.write(json.dumps(content, indent=1).encode() + b"\n")
-
-
-def _load(path: Path) -> Tokenizer:
+def load(path: Path) -> Tokenizer:
+    """Of a folder that `train` wrote, or of a Hugging Face tokenizer.json."""
     from . import Tokenizer
 
     return Tokenizer.from_hf(path) if path.suffix == ".json" else Tokenizer.load(path)

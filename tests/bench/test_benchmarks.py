@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rooflight.bench import ceilings, harness
-from rooflight.bench.cases import attention_case, rms_norm_case
+from rooflight.bench.cases.kernels import attention_case, rms_norm_case
+from rooflight.bench.measure import harness
+from rooflight.bench.rates import ceilings
 from rooflight.kernels.cost import Cost
 from rooflight.model.ceilings import Ceilings
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rooflight.bench.ceilings import save_ceilings
-from rooflight.bench.harness import machine
+from rooflight.bench.measure.harness import machine
+from rooflight.bench.rates.ceilings import save_ceilings
 from rooflight.model.ceilings import Ceilings
 
 CPU = torch.device("cpu")

@@ -7,8 +7,10 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from rooflight.bench import harness, tune
-from rooflight.kernels.attention import tiles, tuned
+from rooflight.bench import tune
+from rooflight.bench.measure import harness
+from rooflight.kernels.attention import tuned
+from rooflight.kernels.attention.portable import tiles
 from rooflight.kernels.attention.tuned import Identity, Tile, UserTable
 
 CPU = torch.device("cpu")

@@ -7,6 +7,8 @@ import pytest
 from support.aot import SHARED_LIMIT, compile_cases
 from support.artifacts import CASES, LOOPS, TARGETS, check_committed, committed, rms_norm, rope, swiglu
 
+pytestmark = pytest.mark.cpu
+
 # What runs by default: RMSNorm in both precisions, and one of its companions.
 DEFAULT = [
     (rms_norm, {"N": 4096, "dtype": "bfloat16", "residual": True}),

@@ -33,7 +33,7 @@ def case(device, dtype, shape, *, residual=False, weight=True, weight_dtype=None
 @pytest.mark.parametrize(
     "shape",
     [
-        (1, 1),  # the smallest: y = sign(x)
+        (1, 1),  # the smallest
         (3, 2, 7),  # odd, less than the smallest tile
         (130, 64),  # a head's q/k norm: several rows a program, the last tile in part
         (33, 128),
@@ -47,7 +47,9 @@ def case(device, dtype, shape, *, residual=False, weight=True, weight_dtype=None
 )
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_shapes(device, dtype, shape, residual):
-    judge(rms_norm, reference.rms_norm, case(device, dtype, shape, residual=residual))
+    # of one number dx is nothing but the cancellation dy - dy, unless eps is of its square's size
+    options = {"eps": 0.3} if shape[-1] == 1 else {}
+    judge(rms_norm, reference.rms_norm, case(device, dtype, shape, residual=residual), **options)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from rooflight import kernels
-from rooflight.bench.memory import peak_bytes
-from rooflight.bench.step import Step
+from rooflight.bench.measure.memory import peak_bytes
+from rooflight.bench.predict.step import Step
 from rooflight.kernels import reference
 from rooflight.model import PRESETS, ModelConfig, Transformer, estimate
 from rooflight.model.memory import saved_activations

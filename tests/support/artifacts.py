@@ -112,7 +112,7 @@ CASES: list[Case] = [
 
 def _attention() -> Callable[..., None]:
     """Attention's own case function."""
-    path = ROOT / "tests" / "kernels" / "test_attention_compiled.py"
+    path = ROOT / "tests" / "kernels" / "attention" / "test_attention_compiled.py"
     spec = importlib.util.spec_from_file_location("attention_compiled", path)
     assert spec is not None
     assert spec.loader is not None

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from rooflight.kernels import reference
-from rooflight.kernels.attention import flash_attention, flash_attention_varlen, tiles
+from rooflight.kernels.attention import flash_attention, flash_attention_varlen
+from rooflight.kernels.attention.portable import tiles
 from support.tolerance import gaussian, judge
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

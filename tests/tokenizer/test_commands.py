@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from rooflight.tokenizer import Tokenizer, compare
+from rooflight.tokenizer import Tokenizer
 from rooflight.tokenizer.commands import app
 
 TEXT = "the cat sat on the mat<|endoftext|>naïve 日本語, they'll see 1234\n" * 200
@@ -78,49 +77,6 @@ def test_token_files_of_another_tokenizer_are_refused(folder: Path) -> None:
         run("encode", "-t", folder / "tk")
     with pytest.raises(ValueError, match="neither a file nor --ids"):
         run("decode", "-t", folder / "tk")
-
-
-def test_bench_measures_every_installed_peer(folder: Path) -> None:
-    printed = run("bench", folder / "x.txt", "--vocab-size", 285, "--repeats", 1, "--json", folder / "bench.json", "-q")
-    assert "tiktoken" in printed
-    assert "285 tokens" in printed
-    found = json.loads((folder / "bench.json").read_text())
-    assert found["kind"] == "tokenizer"
-    assert found["corpus"] == {"name": "x.txt", "bytes": 14_000, "encoded_bytes": 14_000, "vocab_size": 285}
-    assert found["failures"] == []
-    measured = {(row["task"], row["peer"]) for row in found["rows"]}
-    encoders = ("tiktoken", "tokenizers")
-    tasks = ("encode", "encode again", "encode short", "decode", "encode file")
-    assert measured >= {("train", "tokenizers"), *((task, peer) for task in tasks for peer in encoders)}
-    for row in found["rows"]:
-        assert min(value for name, value in row.items() if name not in ("task", "peer")) > 0
-
-
-def test_bench_shows_no_speed_for_other_ids_and_says_why_a_peer_fails(folder: Path, monkeypatch) -> None:
-    jobs = []
-
-    def measured(job: dict) -> dict | str:
-        jobs.append((job["task"], job["peer"], job["workers"]))
-        if job["peer"] == "tokenizers":
-            return "it crashed"
-        return {"parts": {job["task"]: [2.0, 1.0]}, "proof": job["peer"] == "tiktoken", "peak_bytes": 1_000_000}
-
-    monkeypatch.setattr(compare, "_run", measured)
-    tokenizer = Tokenizer.load(folder / "tk")
-    rows = compare.compare(folder / "x.txt", tokenizer=tokenizer, only=["tiktoken", "tokenizers"], repeats=2)
-    assert jobs[:6] == [
-        ("encode", "rooflight", 1),
-        ("encode", "tiktoken", 1),
-        ("encode", "tokenizers", 1),
-        ("encode", "rooflight", 1),
-        ("encode file", "rooflight", 2),
-        ("encode file", "tiktoken", 2),
-    ]
-    assert rows[0] == ("encode", "rooflight", 2.0, 1.0, 1_000_000, "")
-    assert [row.why_not for row in rows[1:3]] == ["other result: True", "it crashed"]
-    found = compare.results(rows, folder / "x.txt", vocab_size=285, encode_bytes=1, num_workers=2)
-    assert found["rows"] == []
-    assert len(found["failures"]) == 4
 
 
 def test_the_commands_do_without_torch() -> None:

@@ -1,0 +1,1 @@
+"""How: clocks, memory, checks before speed, and workers in processes of their own."""

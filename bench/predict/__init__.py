@@ -1,0 +1,1 @@
+"""Predictions held against measurement: whole steps, their components, hardware counters."""

@@ -1,0 +1,85 @@
+"""One training step of a model on tokens of no meaning: what is timed, weighed and counted whole."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ...kernels import reference
+from ...model import ModelConfig, Transformer
+from ...training.optim import build_optimizers
+from ..measure.clock import median_seconds
+from ..measure.memory import peak_bytes
+from ..rates.kernel_rates import ops_on
+
+
+class Step:
+    """Forward, backward and update, as the training loop runs them, for B sequences of T tokens."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        context_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        compiled: bool = False,
+        optimizer: str = "adamw",
+    ) -> None:
+        self.device, self.dtype = device, dtype
+        with device:
+            self.model = Transformer(config, ops_on(device)[1])
+            tokens = torch.randint(config.vocab_size, (batch_size, context_length + 1))
+        self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        self.optimizers = build_optimizers(self.model, optimizer=optimizer, lr=1e-4, muon_dtype=dtype)
+        self.forward = torch.compile(self.model) if compiled else self.model
+
+    def issue(self) -> None:
+        """Forward, backward and update, as far as the host's part goes."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.forward(self.inputs, self.targets)
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def __call__(self) -> None:
+        self.issue()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, budget: float) -> tuple[float, float | None]:
+        """(a step's median, the median until the host has issued it) in about `budget` seconds; no host on a CPU."""
+        issued: list[float] = []
+
+        def step() -> None:
+            start = time.perf_counter()
+            self.issue()
+            issued.append(time.perf_counter() - start)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+
+        (whole,) = median_seconds([step], self.device, seconds=budget, capture=False)
+        return whole, statistics.median(issued[1:]) if self.device.type == "cuda" else None  # the first warms up
+
+    def peak_bytes(self) -> int:
+        """The step's peak memory: parameters and moments, and what the step allocates besides."""
+        self()  # the moments are allocated in the first
+        states = sum(p.nbytes for p in self.model.parameters())
+        moments = (x for o in self.optimizers for state in o.state.values() for x in state.values())
+        states += sum(x.nbytes for x in moments if isinstance(x, torch.Tensor))
+        return states + peak_bytes(self, self.device)
+
+
+def count_flops(config: ModelConfig, batch_size: int, context_length: int | None = None) -> tuple[int, int]:
+    """(parameters, matrix-product FLOPs of a forward and backward) as torch counts them, on tensors without storage."""
+    with torch.device("meta"):
+        model = Transformer(config, ops=reference)
+        tokens = torch.zeros(batch_size, context_length or config.context_length, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, targets=tokens).backward()
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops()

@@ -1,0 +1,380 @@
+"""Prediction beside measurement: parameters, FLOPs, memory and time of one training step, component by component.
+
+The prediction is written to disk before anything of it is measured, and every model's measurement as soon as it is
+there. All models share a budget of seconds.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group
+from rich.table import Table
+
+from ...model import ModelConfig, estimate
+from ...model.estimate import Estimate
+from ...training.config import TrainConfig, model_config
+from ...training.files import write_json
+from ...training.loop import TrainResult
+from ..measure.harness import machine
+from ..rates.ceilings import ceilings_of, require_ceilings
+from ..rates.kernel_rates import ops_on
+from . import counters
+from .components import Timed, measure_components
+from .step import Step, count_flops
+
+SECONDS = 140.0  # for all models: with imports and the model that is running when they end, under 150
+STEP_SECONDS = 5.0  # for the median of the whole step, where the budget leaves as much
+STEP_SHARE, COMPONENTS_SHARE = 0.2, 0.4  # of a model's seconds, for running; the rest is for making what runs
+RUNS = 16  # of a step at the least, or what comes to one: for the memory, the time, and once more in components
+TITLES = {"adamw": "AdamW", "muon": "Muon and AdamW"}
+JOINED = {"loss": "logits"}  # one kernel computes both: their rows are measured, and compared, together
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity; what says how it was measured and why it may differ from the prediction."""
+
+    quantity: str
+    unit: str
+    predicted: float
+    measured: float
+    what: str
+
+    @property
+    def ratio(self) -> float:
+        """Predicted over measured."""
+        return self.predicted / self.measured if self.measured else float("nan")
+
+
+@dataclass(frozen=True)
+class ComponentRow:
+    """A component's seconds in one step, forward, backward and update together."""
+
+    name: str
+    predicted: float
+    measured: float
+
+    @property
+    def ratio(self) -> float:
+        """Predicted over measured."""
+        return self.predicted / self.measured if self.measured else float("nan")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One step, whole and in its components, and the estimate it is held against."""
+
+    name: str
+    predicted: Estimate
+    rows: tuple[Row, ...]
+    components: tuple[ComponentRow, ...] = ()
+    step_seconds: float | None = None
+    notes: tuple[str, ...] = ()  # what could not be measured, and why
+    host_seconds: float | None = None  # of the step, until the host has issued all of it; None on a CPU
+
+    @property
+    def residual(self) -> float | None:
+        """Seconds of the measured step that its measured components leave unexplained; None without both."""
+        if self.step_seconds is None or not self.components:
+            return None
+        return self.step_seconds - sum(row.measured for row in self.components)
+
+    def table(self) -> Group:
+        """For rich.print: the totals, and the components where they were measured."""
+        return Group(*([self._component_table()] if self.components else []), self._total_table())
+
+    def _total_table(self) -> Table:
+        out = Table(title=f"{self._title()}: predicted and measured", caption=self._caption())
+        out.add_column("quantity")
+        for column in ("predicted", "measured", "ratio"):
+            out.add_column(column, justify="right")
+        out.add_column("how it is measured")
+        for row in self.rows:
+            numbers = [f"{v:,.0f}" if row.unit == "" else f"{v:,.2f} {row.unit}" for v in (row.predicted, row.measured)]
+            out.add_row(row.quantity, *numbers, f"{row.ratio:.3f}", row.what)
+        return out
+
+    def _component_table(self) -> Table:
+        out = Table(title=f"{self._title()}: components, each by itself")
+        out.add_column("component")
+        for column in ("predicted", "measured", "ratio", "share of step"):
+            out.add_column(column, justify="right")
+        for row in self.components:
+            out.add_row(row.name, _ms(row.predicted), _ms(row.measured), f"{row.ratio:.3f}", self._share(row.measured))
+        out.add_section()
+        predicted, measured = (sum(getattr(row, key) for row in self.components) for key in ("predicted", "measured"))
+        out.add_row("sum", _ms(predicted), _ms(measured), f"{predicted / measured:.3f}", self._share(measured))
+        if self.step_seconds is not None and self.residual is not None:
+            out.add_row("residual: step - sum", "", _ms(self.residual), "", self._share(self.residual))
+            step = self.step_seconds
+            out.add_row("step", _ms(predicted), _ms(step), f"{predicted / step:.3f}", "100.0%", style="bold")
+        return out
+
+    def _share(self, seconds: float) -> str:
+        return f"{seconds / self.step_seconds:.1%}" if self.step_seconds else ""
+
+    def _title(self) -> str:
+        e = self.predicted
+        return f"{self.name}, batch {e.batch_size} x {e.context_length}, {e.dtype}"
+
+    def _caption(self) -> str:
+        c = self.predicted.ceilings
+        assert c is not None
+        rates = ", ".join(f"{dtype} {rate / 1e12:.3f} TFLOP/s" for dtype, rate in c.gemm_flops.items())
+        machine = f"{c.device}, {c.date}: products {rates}; copy {c.copy_bandwidth / 1e9:.1f} GB/s"
+        host = "" if self.host_seconds is None else f"the host issues a step in {_ms(self.host_seconds)}"
+        return "\n".join(filter(None, (machine, host, *self.notes)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the totals, the components, the residual."""
+        e = self.predicted
+        return {
+            "name": self.name,
+            "model": e.config.to_dict(),
+            "batch_size": e.batch_size,
+            "context_length": e.context_length,
+            "dtype": e.dtype,
+            "rows": [asdict(row) | {"ratio": row.ratio} for row in self.rows],
+            "components": [asdict(row) | {"ratio": row.ratio} for row in self.components],
+            "step_seconds": self.step_seconds,
+            "residual_seconds": self.residual,
+            "host_seconds": self.host_seconds,
+            "notes": list(self.notes),
+        }
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.3f} ms"
+
+
+def read_model(text: str) -> tuple[str, ModelConfig]:
+    """(name, configuration) of a preset, or of a TOML file with a [model] table or the fields themselves.
+
+    Raises ValueError naming what is wrong, FileNotFoundError when the file is not there.
+    """
+    if not text.endswith(".toml"):
+        return text, model_config({"preset": text})
+    path = Path(text)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not TOML: {error}") from None
+    return path.stem, model_config(values.get("model", values))
+
+
+def predict(
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    context_length: int | None,
+    dtype: str,
+    device: torch.device,
+    optimizer: str = "adamw",
+) -> Estimate:
+    """The closed form on this machine's ceilings; ValueError when none were measured or an argument is impossible."""
+    return estimate(
+        config,
+        batch_size=batch_size,
+        context_length=context_length,
+        dtype=dtype,
+        causal="full",  # as torch's FlopCounterMode counts
+        ceilings=require_ceilings(device),
+        ops=ops_on(device)[0],
+        optimizer=optimizer,
+    )
+
+
+def validate(
+    models: dict[str, ModelConfig],
+    device: torch.device,
+    *,
+    batch_size: int,
+    context_length: int | None = None,
+    dtype: str = "bfloat16",
+    optimizer: str = "adamw",
+    compiled: bool = False,
+    counted: bool = False,
+    runs: int = 1,
+    seconds: float = SECONDS,
+    predictions: Path,
+    progress: Callable[[str], object] = lambda what: None,
+    keep: Callable[[list[Validation], dict[str, str]], object] = lambda done, failures: None,
+) -> list[Validation]:
+    """Predict every model's step, write that to `predictions` (JSON), then measure them one after another.
+
+    counted: also by the GPU's counters, where there are any.  runs: rounds over all models, of which each quantity's
+    median counts.  seconds: for all of it; a model for which they do not suffice is left out.  keep gets, after each
+    model, what is measured so far, and {model: why not} of those that do not fit into the seconds or the memory.
+    Raises ValueError unless seconds > 0.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds: expected > 0, got {seconds}")
+    deadline = time.perf_counter() + seconds
+    predicted = {
+        name: predict(
+            config,
+            batch_size=batch_size,
+            context_length=context_length,
+            dtype=dtype,
+            device=device,
+            optimizer=optimizer,
+        )
+        for name, config in models.items()
+    }
+    written = {name: e.to_dict() | {"ceilings": None} for name, e in predicted.items()}
+    stands_on = require_ceilings(device).to_dict()  # once, for all of them
+    write_json(
+        predictions,
+        {"kind": "prediction", "machine": machine(device), "ceilings": stands_on, "predictions": written},
+    )
+    measured: dict[str, list[Validation]] = {name: [] for name in models}
+    failures: dict[str, str] = {}
+    turns = [name for _ in range(runs) for name in models]
+    for i, name in enumerate(turns):
+        left, e = deadline - time.perf_counter(), predicted[name]
+        if not measured[name] and (name in failures or left < RUNS * (e.seconds or 0.0)):
+            failures.setdefault(name, f"left out: {max(0.0, left):.0f} of {seconds:.0f} seconds were left for it")
+        elif left > 0:
+            try:
+                share = left / (len(turns) - i)
+                measured[name].append(_measure(name, e, device, compiled, counted, share, progress))
+            except torch.OutOfMemoryError:
+                failures[name] = _does_not_fit(e)
+            if device.type == "cuda":  # the next model's tensors are of other sizes
+                gc.collect()
+                torch.cuda.empty_cache()
+        keep([_median(same) for same in measured.values() if same], failures)
+    return [_median(same) for same in measured.values() if same]
+
+
+def _does_not_fit(e: Estimate) -> str:
+    assert e.ceilings is not None
+    memory = e.ceilings.memory_bytes
+    has = "" if memory is None else f" of the device's {memory / 2**30:.1f}"
+    return f"does not fit into memory: predicted {e.memory_bytes / 2**30:.1f} GiB{has} for a step"
+
+
+def _median(same: Sequence[Validation]) -> Validation:
+    """One validation of several of the same model: what was measured becomes its median."""
+
+    def middle(key: str) -> list[Any]:
+        columns = zip(*(getattr(validation, key) for validation in same), strict=True)
+        return [replace(rows[0], measured=statistics.median(row.measured for row in rows)) for rows in columns]
+
+    def median(key: str) -> float | None:
+        values = [getattr(validation, key) for validation in same if getattr(validation, key) is not None]
+        return statistics.median(values) if values else None
+
+    return replace(
+        same[0],
+        rows=tuple(middle("rows")),
+        components=tuple(middle("components")),
+        step_seconds=median("step_seconds"),
+        host_seconds=median("host_seconds"),
+    )
+
+
+def _measure(
+    name: str,
+    e: Estimate,
+    device: torch.device,
+    compiled: bool,
+    counted: bool,
+    seconds: float,
+    progress: Callable[[str], object],
+) -> Validation:
+    """One model's step and components in about so many seconds; torch.OutOfMemoryError where the step does not fit."""
+    deadline = time.perf_counter() + seconds
+    sizes = e.config, e.batch_size, e.context_length, getattr(torch, e.dtype), device
+    progress(f"{name}: FLOPs, memory")
+    step = Step(*sizes, optimizer=e.optimizer)
+    rows = [*_counted(e), _memory(e, step.peak_bytes())]
+    progress(f"{name}: step")
+    step_seconds = min(STEP_SECONDS, STEP_SHARE * seconds)
+    whole, host = step.seconds(step_seconds)
+    rows += _times(e, whole, f"eager, {TITLES[e.optimizer]}")
+    del step
+    components = measure_components(
+        *sizes,
+        optimizer=e.optimizer,
+        seconds=COMPONENTS_SHARE * max(0.0, deadline - time.perf_counter()),
+        progress=lambda what: progress(f"{name}: {what}"),
+    )
+    if compiled:
+        progress(f"{name}: step, compiled")
+        fused, _ = Step(*sizes, compiled=True, optimizer=e.optimizer).seconds(step_seconds)
+        rows += _times(e, fused, f"torch.compile, {TITLES[e.optimizer]}", ", compiled")
+    notes: list[str] = []
+    if counted and counters.available(device, e.dtype):
+        progress(f"{name}: the GPU's counters")
+        try:
+            rows += _executed(e, *counters.count_step(e, device))
+        except RuntimeError as error:
+            notes.append(str(error))
+    return Validation(name, e, tuple(rows), tuple(_side_by_side(e, components)), whole, tuple(notes), host)
+
+
+def _executed(e: Estimate, operations: float, moved: float) -> list[Row]:
+    """What the kernels really did, and the closed form of it."""
+    predicted = sum(e.ledgers["executed"].values()) + sum(c.update.executed_flops for c in e.components)
+    least = sum(c.bytes for c in e.components)
+    return [
+        Row("executed FLOPs", "TFLOP", predicted / 1e12, operations / 1e12, "the tensor cores' counters, by ncu"),
+        Row("bytes moved", "GB", least / 1e9, moved / 1e9, "DRAM, by ncu; predicted: the least of each kernel"),
+    ]
+
+
+def _counted(e: Estimate) -> list[Row]:
+    parameters, flops = count_flops(e.config, e.batch_size, e.context_length)
+    return [
+        Row("parameters", "", e.parameters, parameters, "counted in the model"),
+        Row("matrix FLOPs", "GFLOP", e.flops / 1e9, flops / 1e9, "torch's FlopCounterMode"),
+    ]
+
+
+def _memory(e: Estimate, measured: int) -> Row:
+    what = "allocated by torch, one eager step"
+    return Row("peak memory", "MiB", e.memory_bytes / 2**20, measured / 2**20, what)
+
+
+def _times(e: Estimate, seconds: float, what: str, suffix: str = "") -> list[Row]:
+    predicted = e.seconds or 0.0
+    return [
+        Row(f"step time{suffix}", "ms", predicted * 1e3, seconds * 1e3, what),
+        Row(f"throughput{suffix}", "k tokens/s", e.tokens / predicted / 1e3, e.tokens / seconds / 1e3, what),
+    ]
+
+
+def _side_by_side(e: Estimate, measured: dict[str, Timed]) -> list[ComponentRow]:
+    predicted: dict[str, float] = {}
+    for component in e.components:
+        name = JOINED.get(component.name, component.name)
+        predicted[name] = predicted.get(name, 0.0) + (component.seconds or 0.0)
+    titles = {name: f"{name} and {joined}" for joined, name in JOINED.items()}
+    return [ComponentRow(titles.get(name, name), predicted[name], measured[name].seconds) for name in predicted]
+
+
+def validate_step(run: TrainConfig, device: torch.device, measured: TrainResult) -> Validation:
+    """Hold the closed form of a run's training step against a step of its own, and the run's time against both."""
+    ceilings_of(device, run.dtype)
+    sizes = {"batch_size": run.batch_size, "context_length": run.model.context_length}
+    e = predict(run.model, **sizes, dtype=run.dtype, device=device, optimizer=run.optimizer)
+    step = Step(
+        run.model, **sizes, dtype=getattr(torch, run.dtype), device=device, compiled=run.compile,
+        optimizer=run.optimizer,
+    )  # fmt: skip
+    memory = _memory(e, step.peak_bytes())
+    seconds, _ = step.seconds(STEP_SECONDS)
+    rows = [*_counted(e), memory, *_times(e, seconds, f"one step alone, {TITLES[e.optimizer]}")]
+    what = "the run: with data, clipping, logging"
+    rows.append(Row("step time in training", "ms", (e.seconds or 0) * 1e3, measured.step_seconds * 1e3, what))
+    return Validation("One training step", e, tuple(rows), (), seconds)

@@ -1,0 +1,1 @@
+"""What this machine reaches: products, copies, exponentials, and each kernel by itself."""

@@ -1,0 +1,1 @@
+"""Results told: tables, the README's rows, the page, and plots."""

@@ -1,0 +1,477 @@
+"""The backward kernel for Hopper: dk, dv and dq in one pass over the scores (Shah et al. 2024, FlashAttention-3, §3).
+
+A program owns BLOCK_N keys of a key-value head, half of them in each of two consumer warpgroups, and walks the tiles of
+BLOCK_M queries that see them, in all query heads of the group. Scores stand transposed (keys by queries), so that p and
+ds leave the registers only once, as the shared tile that dq is multiplied from:
+
+    s = k q^T      p = 2^(scale log2(e) s - lse2)      dp = v dout^T      ds = p (dp - delta)
+    dv += p dout   dk += ds q                          dq += ds^T k       (dk and dq times scale at the end)
+
+Each warpgroup multiplies its own keys, except for dq, which sums over all keys of the program: there it takes half of
+the columns, or of the rows where BLOCK_M is 128. Products are issued so that one is always under way while the
+exponentials and ds are computed: dp beside p, dv beside ds; and with 128 queries in two halves, the second half's
+scores beside the first half's p and the first half's dv and dk beside the second half's p.
+
+dq sums over programs, in fp32, in a buffer of its own, which a second kernel rounds (gradients.py). fp32
+addition is not associative, so programs take turns: a counter for each row tile says how many have added, and the
+producer, which also loads the tiles by TMA, admits its program when all keys to the left are in. Programs start in that
+order, so whom one waits for is always running. Walking rows from the last to the first, heavy tiles first, they wait
+least: in a simulation of 132 SMs and 16 heads, causal, D = 128, turns cost 6 % at T = 4096 and 3 % at 8192, and less
+under a full mask. ordered=False drops them.
+
+dk and dv fill more than half of a consumer's registers: what the loop does not use must not be in the others. Where the
+program stands is therefore worked out once, and read from shared memory before the loop and after (place.py).
+
+The last tiles of a packed sequence hold rows of the next one, which meet p = 0. Finite, they add nothing; NaN or inf in
+them reaches this sequence's gradients, unlike in the portable kernels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from ...launching import launch
+from ..portable.backward import _flash_attention_delta_kernel
+from .blocks import (
+    ELEMENT,
+    LINE,
+    as_heads,
+    describe,
+    describe_lines,
+    describe_rows,
+    fence_async_global,
+    fence_async_shared,
+    first_row_tile,
+    gl,
+    gluon,
+    mbarrier,
+    new_barriers,
+    slot,
+    tma,
+    tma_add,
+    tma_load,
+    tma_obstacle,
+    tma_store,
+    tma_written,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from .gradients import fragment_layout, programs_before, round_dq, store_rows, to_fragments
+from .loads import Problem
+from .place import find_place, place_of, unknown_zero
+
+BLOCK_M = {64: 128, 128: 64}  # queries, by head size: what the registers hold
+BLOCK_N = 128  # keys, 64 in each warpgroup
+STAGES = 2
+GROUP = 16  # heads in flight together: fewer wait longer for their turns, more share less of the L2 cache
+CONSUMER_REGISTERS = 240  # and 24 remain for each thread of the producer
+
+
+@gluon.jit
+def _zero_rows(tile, length):
+    """Zero rows `length` .. of a tile in shared memory, a few at a time: the producer has few registers."""
+    N: gl.constexpr = tile.shape[0]
+    HEAD_DIM: gl.constexpr = tile.shape[1]
+    ROWS: gl.constexpr = 1024 // HEAD_DIM
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    for i in gl.static_range(0, N, ROWS):
+        if i + ROWS > length:
+            part = tile.slice(i, ROWS)
+            rows = i + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+            part.store(gl.where((rows < length)[:, None], part.load(layout), 0.0))
+
+
+@gluon.jit
+def _landing(s, length, ROWS: gl.constexpr, STAGES: gl.constexpr, VARLEN: gl.constexpr):
+    """Which of `full` counts the load of slot s: the next sequence's rows are to go before consumers see the others."""
+    return gl.where(length < ROWS, STAGES, s) if VARLEN else s
+
+
+@gluon.jit
+def _clean(x, y, length, full, s, n_clean, STAGES: gl.constexpr, VARLEN: gl.constexpr):
+    """Zero what slot s holds of the next sequence, if anything: rows `length` .. meet p = 0, but 0 x NaN is NaN."""
+    ROWS: gl.constexpr = x.shape[2]
+    HEAD_DIM: gl.constexpr = x.shape[3]
+    if VARLEN and length < ROWS:
+        mbarrier.wait(full.index(STAGES), n_clean & 1)
+        _zero_rows(x.reshape([ROWS, HEAD_DIM]), length)
+        _zero_rows(y.reshape([ROWS, HEAD_DIM]), length)
+        fence_async_shared()  # wgmma reads through the asynchronous proxy
+        mbarrier.arrive(full.index(s), count=1)
+        n_clean += 1
+    return n_clean
+
+
+@gluon.jit
+def _wait_for_turn(counter, before):
+    """Wait until `before` programs, those of the keys to the left, have added to a row tile of dq."""
+    while gl.atomic_add(counter, 0, sem="acquire", scope="gpu") != before:
+        pass
+
+
+@gluon.jit
+def _step(g, lo, n_block, tile, n_row_tile, BLOCK_M: gl.constexpr):
+    """Query head of the group, first query and row tile of dq of the g-th step: head by head, the last rows first."""
+    h = g // n_block
+    m = lo + (n_block - 1 - (g - h * n_block)) * BLOCK_M
+    return h, m, tile + h * n_row_tile + m // BLOCK_M
+
+
+@gluon.jit
+def _produce(descs, buffers, barriers, problem, added_ptr, n_row_tile, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+             STAGES: gl.constexpr, ORDERED: gl.constexpr, BULK: gl.constexpr):  # fmt: skip
+    """Load the tiles, STAGES ahead, take turns and send dq away: step g loads tile g, and adds g - 2 to dq.
+
+    Without BULK the consumers add: step g ends the turn of g - 2 and asks for that of g - 1.
+    """
+    q_desc, dout_desc, k_desc, v_desc, rows_desc, dq_desc = descs
+    q_buf, dout_buf, k_buf, v_buf, rows_buf, _, dq_buf, here = buffers
+    full, empty, _, dq_full, dq_empty, turn = barriers
+    VARLEN: gl.constexpr = problem.cu_seqlens_q is not None
+    LINES: gl.constexpr = dq_desc.block_shape[0]
+    gl.static_assert(STAGES == 2)
+    b, h_kv, group, first, start_q, start_k, T, S, lo, _, _, n_block = place_of(here)
+    left = problem.left
+    tile = h_kv * group * n_row_tile + first_row_tile(problem.cu_seqlens_q, b, start_q, T, BLOCK_M)
+    if VARLEN:
+        b = 0
+    n_clean = 0
+    if n_block > 0:
+        into = _landing(STAGES + 1, S - first, BLOCK_N, STAGES, VARLEN)
+        mbarrier.expect(full.index(into), 2 * k_desc.block_type.nbytes)
+        tma_load(k_desc, [b, h_kv, start_k + first, 0], full.index(into), k_buf.index(0))
+        tma_load(v_desc, [b, h_kv, start_k + first, 0], full.index(into), v_buf.index(0))
+        n_clean = _clean(k_buf.index(0), v_buf.index(0), S - first, full, STAGES + 1, n_clean, STAGES, VARLEN)
+    n_step = group * n_block
+    for g in range(n_step + 2):
+        s, parity = slot(g, STAGES)
+        if g < n_step:
+            h, m, row_tile = _step(g, lo, n_block, tile, n_row_tile, BLOCK_M)
+            into = _landing(s, T - m, BLOCK_M, STAGES, VARLEN)
+            h += h_kv * group
+            mbarrier.wait(empty.index(s), parity ^ 1)
+            mbarrier.expect(full.index(into), 2 * q_desc.block_type.nbytes + rows_desc.block_type.nbytes)
+            tma_load(q_desc, [b, h, start_q + m, 0], full.index(into), q_buf.index(s))
+            tma_load(dout_desc, [b, h, start_q + m, 0], full.index(into), dout_buf.index(s))
+            tma_load(rows_desc, [row_tile * (2 * BLOCK_M)], full.index(into), rows_buf.index(s))
+            n_clean = _clean(q_buf.index(s), dout_buf.index(s), T - m, full, s, n_clean, STAGES, VARLEN)
+        if g >= 2 and (BULK or ORDERED):
+            _, m, row_tile = _step(g - 2, lo, n_block, tile, n_row_tile, BLOCK_M)
+            if BULK:
+                mbarrier.wait(dq_full.index(0), g & 1)
+                before = programs_before(first, m, left, T, S, BLOCK_N)
+                if ORDERED:
+                    _wait_for_turn(added_ptr + row_tile, before)
+                    fence_async_global()
+                if ORDERED and before == 0:
+                    tma_store(dq_desc, [row_tile * LINES, 0], dq_buf.index(0))  # what was there is not zeroed before
+                else:
+                    tma_add(dq_desc, [row_tile * LINES, 0], dq_buf.index(0))
+                tma.store_wait(0)
+                mbarrier.arrive(dq_empty.index(0), count=1)
+                if ORDERED:
+                    tma_written()
+            elif g >= n_step:  # else the load has waited
+                mbarrier.wait(empty.index(s), parity ^ 1)
+            if ORDERED:
+                gl.atomic_add(added_ptr + row_tile, 1, sem="release", scope="gpu")
+        if ORDERED and not BULK and (g >= 1) & (g <= n_step):
+            _, m, row_tile = _step(g - 1, lo, n_block, tile, n_row_tile, BLOCK_M)
+            _wait_for_turn(added_ptr + row_tile, programs_before(first, m, left, T, S, BLOCK_N))
+            mbarrier.arrive(turn.index(0), count=1)
+
+
+@gluon.jit
+def _probabilities(z, lse2, m, masked, since, until, exp_scale, layout: gl.constexpr):
+    """p of queries m .. against the keys of a warpgroup, (keys, queries)."""
+    p = gl.exp2(z * exp_scale - lse2[None, :])
+    if masked:
+        i = m + gl.arange(0, z.shape[1], gl.SliceLayout(0, layout))
+        visible = i[None, :] >= since[:, None]
+        if until is not None:
+            visible = visible & (i[None, :] <= until[:, None])
+        p = gl.where(visible, p, 0.0)
+    return p
+
+
+@gluon.jit
+def _consume(work, c: gl.constexpr,
+             BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+             FRAGMENTS: gl.constexpr, ORDERED: gl.constexpr, BULK: gl.constexpr):  # fmt: skip
+    """Keys c * BLOCK_N / 2 .. of the program: dk and dv, and part c of dq."""
+    grads, buffers, barriers, problem, n_row_tile, scale, exp_scale = work
+    dq_ptr, dk_ptr, dv_ptr, dk_strides, dv_strides = grads
+    q_buf, dout_buf, k_buf, v_buf, rows_buf, ds_buf, dq_buf, here = buffers
+    full, empty, ds_full, dq_full, dq_empty, turn = barriers
+    KEYS: gl.constexpr = BLOCK_N // 2
+    COLS: gl.constexpr = HEAD_DIM * BLOCK_M // 128  # of dq's part: 64 rows of them
+    DTYPE: gl.constexpr = q_buf.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, dk_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
+    b, h_kv, group, first, start_q, _, T, S, lo, full_lo, full_hi, n_block = place_of(here)
+    left, right = problem.left, problem.right
+    j = first + c * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, s_layout))
+    # key j is seen by the queries since .. until; of rows past T, lse2 = inf makes p 0
+    since = gl.where(j < S, 0 if right is None else T - S - right + j, T)
+    until = None if left is None else T - S + left + j
+    dk = gl.zeros([KEYS, HEAD_DIM], gl.float32, dk_layout)
+    dv = gl.zeros([KEYS, HEAD_DIM], gl.float32, dk_layout)
+    zero_s = gl.zeros([KEYS, 64], gl.float32, s_layout)
+    zero_dq = gl.zeros([64, COLS], gl.float32, dq_layout)
+    tile = h_kv * group * n_row_tile + first_row_tile(problem.cu_seqlens_q, b, start_q, T, BLOCK_M)
+    dq_ptr += gl.cast(tile, gl.int64) * (BLOCK_M * HEAD_DIM) + c * 64 * COLS
+    mbarrier.wait(full.index(STAGES + 1), 0, pred=n_block > 0)
+    g = 0
+    for _ in range(group):
+        for n in range(n_block):
+            m = lo + (n_block - 1 - n) * BLOCK_M
+            masked = (m < full_lo) | (m >= full_hi)
+            s, parity = slot(g, STAGES)
+            zero = unknown_zero(here)  # else their descriptors are made before the loop, and spill
+            k_all = k_buf.index(zero).reshape([BLOCK_N, HEAD_DIM])
+            k = k_all.slice(c * KEYS, KEYS)
+            v = v_buf.index(zero).reshape([BLOCK_N, HEAD_DIM]).slice(c * KEYS, KEYS)
+            q = q_buf.index(s).reshape([BLOCK_M, HEAD_DIM])
+            dout = dout_buf.index(s).reshape([BLOCK_M, HEAD_DIM])
+            lse2 = rows_buf.index(s).slice(0, BLOCK_M)
+            delta = rows_buf.index(s).slice(BLOCK_M, BLOCK_M)
+            ds_tile = ds_buf.index(g % 2)
+            mbarrier.wait(full.index(s), parity)
+            if BLOCK_M == 64:
+                z = warpgroup_mma(k, q.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                dp = warpgroup_mma(v, dout.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                z = warpgroup_mma_wait(1, [z])
+                p = _probabilities(z, lse2.load(row_layout), m, masked, since, until, exp_scale, s_layout)
+                dv = warpgroup_mma(gl.convert_layout(gl.cast(p, DTYPE), p_layout), dout, dv, is_async=True)
+                dp = warpgroup_mma_wait(1, [dp])
+                ds = gl.cast(p * (dp - delta.load(row_layout)[None, :]), DTYPE)
+                ds_tile.slice(c * KEYS, KEYS).store(ds)
+                fence_async_shared()
+                mbarrier.arrive(ds_full.index(0), count=1)
+                ds_part = ds_tile
+                k_part = k_all.slice(c * COLS, COLS, 1)
+            else:
+                q0, q1 = q.slice(0, 64), q.slice(64, 64)
+                dout0, dout1 = dout.slice(0, 64), dout.slice(64, 64)
+                z0 = warpgroup_mma(k, q0.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                dp0 = warpgroup_mma(v, dout0.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                z1 = warpgroup_mma(k, q1.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                z0 = warpgroup_mma_wait(2, [z0])
+                p0 = _probabilities(
+                    z0, lse2.slice(0, 64).load(row_layout), m, masked, since, until, exp_scale, s_layout
+                )
+                dp0 = warpgroup_mma_wait(1, [dp0])
+                dp1 = warpgroup_mma(v, dout1.permute((1, 0)), zero_s, use_acc=False, is_async=True)
+                ds0 = gl.cast(p0 * (dp0 - delta.slice(0, 64).load(row_layout)[None, :]), DTYPE)
+                dv = warpgroup_mma(gl.convert_layout(gl.cast(p0, DTYPE), p_layout), dout0, dv, is_async=True)
+                ds_tile.slice(c * KEYS, KEYS).slice(0, 64, 1).store(ds0)
+                dk = warpgroup_mma(gl.convert_layout(ds0, p_layout), q0, dk, is_async=True)
+                z1 = warpgroup_mma_wait(3, [z1])
+                p1 = _probabilities(
+                    z1, lse2.slice(64, 64).load(row_layout), m + 64, masked, since, until, exp_scale, s_layout
+                )
+                dp1 = warpgroup_mma_wait(2, [dp1])
+                ds1 = gl.cast(p1 * (dp1 - delta.slice(64, 64).load(row_layout)[None, :]), DTYPE)
+                ds_tile.slice(c * KEYS, KEYS).slice(64, 64, 1).store(ds1)
+                fence_async_shared()
+                mbarrier.arrive(ds_full.index(0), count=1)
+                dv = warpgroup_mma(gl.convert_layout(gl.cast(p1, DTYPE), p_layout), dout1, dv, is_async=True)
+                ds_part = ds_tile.slice(c * 64, 64, 1)
+                k_part = k_all
+            mbarrier.wait(ds_full.index(0), g % 2)
+            dq = warpgroup_mma(ds_part.permute((1, 0)), k_part, zero_dq, use_acc=False, is_async=True)
+            if BLOCK_M == 64:
+                dk = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
+            else:
+                dk = warpgroup_mma(gl.convert_layout(ds1, p_layout), q1, dk, is_async=True)
+            dv, dq = warpgroup_mma_wait(1, [dv, dq])  # dk goes on while dq leaves
+            dq = to_fragments(dq, COLS)
+            if BULK:
+                mbarrier.wait(dq_empty.index(0), (g & 1) ^ 1)
+                part = dq_buf.index(0).slice(c * 2 * COLS, 2 * COLS)
+                part.store(gl.reshape(dq, [2 * COLS, LINE]))
+                fence_async_shared()
+                mbarrier.arrive(dq_full.index(0), count=1)
+            else:
+                dq = gl.convert_layout(dq, FRAGMENTS)
+                dq_ptrs = dq_ptr + gl.cast(m, gl.int64) * HEAD_DIM + gl.arange(0, 64 * COLS, FRAGMENTS)
+                if ORDERED:
+                    mbarrier.wait(turn.index(0), g % 2)
+                if ORDERED and programs_before(first, m, left, T, S, BLOCK_N) == 0:
+                    gl.store(dq_ptrs, dq)  # what was there is not zeroed before
+                else:
+                    gl.atomic_add(dq_ptrs, dq, sem="relaxed")
+            dk = warpgroup_mma_wait(0, [dk])
+            mbarrier.arrive(empty.index(s), count=1)
+            g += 1
+        dq_ptr += gl.cast(n_row_tile, gl.int64) * (BLOCK_M * HEAD_DIM)
+    b, h_kv, _, first, _, start_k, _, S, _, _, _, _ = place_of(here)
+    store_rows(dv_ptr, dv_strides, b, h_kv, start_k, first + c * KEYS, S, dv, dk_layout)
+    store_rows(dk_ptr, dk_strides, b, h_kv, start_k, first + c * KEYS, S, dk * scale, dk_layout)
+
+
+@gluon.jit
+def _flash_attention_bwd_hopper_kernel(
+    q_desc,  # no tuples of descriptors: a launch takes them apart only here
+    dout_desc,
+    k_desc,
+    v_desc,
+    rows_desc,  # lse2 and delta by row tile, flat
+    dq_desc,
+    grads,
+    added_ptr,  # for each row tile of dq, the programs that have added to it; None without turns
+    n_row_tile,  # row tiles of a head
+    problem,
+    scale,
+    exp_scale,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    FRAGMENTS: gl.constexpr, ORDERED: gl.constexpr, BULK: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    DTYPE: gl.constexpr = q_desc.dtype
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    q_buf = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, HEAD_DIM], q_desc.layout)
+    dout_buf = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, HEAD_DIM], dout_desc.layout)
+    k_buf = gl.allocate_shared_memory(DTYPE, [1, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
+    v_buf = gl.allocate_shared_memory(DTYPE, [1, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout)
+    rows_buf = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BLOCK_M], rows_desc.layout)
+    ds_buf = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, BLOCK_M], ds_layout)
+    if BULK:
+        dq_buf = gl.allocate_shared_memory(gl.float32, [1, BLOCK_M * HEAD_DIM // LINE, LINE], dq_desc.layout)
+    else:
+        dq_buf = ds_buf  # not used
+    here = find_place(problem, BLOCK_M, BLOCK_N)
+    full = new_barriers(STAGES + 2, 1)  # of the slots; of what is to be cleaned first; of keys and values
+    empty = new_barriers(STAGES, 2)
+    ds_full = new_barriers(1, 2)
+    dq_full = new_barriers(1, 2)
+    dq_empty = new_barriers(1, 1)
+    turn = new_barriers(1, 1)
+    descs = (q_desc, dout_desc, k_desc, v_desc, rows_desc, dq_desc)
+    buffers = (q_buf, dout_buf, k_buf, v_buf, rows_buf, ds_buf, dq_buf, here)
+    barriers = (full, empty, ds_full, dq_full, dq_empty, turn)
+    work = (grads, buffers, barriers, problem, n_row_tile, scale, exp_scale)
+    # the producer comes first: ptxas would hoist the first partition's addresses out of its loop, and spill them
+    gl.warp_specialize(
+        [
+            (_produce, (descs, buffers, barriers, problem, added_ptr, n_row_tile,
+                        BLOCK_M, BLOCK_N, STAGES, ORDERED, BULK)),
+            (_consume, (work, 0, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED, BULK)),
+            (_consume, (work, 1, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED, BULK)),
+        ],
+        [4, 4],
+        [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
+    )  # fmt: skip
+
+
+def _count_row_tiles(q: Tensor, cu_seqlens_q: Tensor | None, T: int) -> int:
+    """Row tiles of a head: each sequence has its own."""
+    block_m = BLOCK_M[q.shape[-1]]
+    if cu_seqlens_q is not None:
+        return q.shape[0] // block_m + cu_seqlens_q.shape[0] - 1
+    return q.shape[0] * triton.cdiv(T, block_m)
+
+
+def supports(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, cu_seqlens_q: Tensor | None, softcap: float = 0.0
+) -> str | None:
+    """None where launch_backward computes these gradients on sm_90, else why it does not."""
+    varlen = cu_seqlens_q is not None
+    if q.dtype not in ELEMENT:
+        return f"no {q.dtype} kernel"
+    if q.shape[-1] not in (64, 128):
+        return f"head size {q.shape[-1]}, not 64 or 128"
+    if softcap != 0:
+        return "softcap"
+    if q.numel() == 0 or k.numel() == 0:
+        return "no queries or no keys"
+    if q.shape[1] * _count_row_tiles(q, cu_seqlens_q, q.shape[-2]) * 2 * BLOCK_M[q.shape[-1]] >= 1 << 31:
+        return "too many rows"
+    tensors = (("q", q), ("k", k), ("v", v), ("dout", dout))
+    return next((reason for name, x in tensors if (reason := tma_obstacle(name, x, varlen))), None)
+
+
+def launch_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    delta: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    T: int,
+    S: int,
+    left: int | None,
+    right: int | None,
+    scale: float,
+    *,
+    ordered: bool = True,
+    reduction: str = "bulk",
+    group: int = GROUP,
+) -> None:
+    """Write dq, dk and dv, of any strides, for inputs that `supports` accepts, and delta where it is given.
+
+    q, out, dout, dq: (B, H, T, D) or, with cu_seqlens_q and cu_seqlens_k, (total_q, H, D).  k, v, dk, dv: the same with
+    K heads and S rows; T and S are then the longest lengths.  lse: log-sum-exp, -inf for rows that see no key;
+    dlse: its gradient, or None; delta: rowsum(dout * out) - dlse; all fp32, (B, H, T) or (H, total_q), delta as lse.
+    left, right: how far a query sees from its own position, None without end.
+    ordered: add to dq in one order, bitwise the same in every run; else as the programs come.
+    reduction: "bulk", dq leaves through shared memory, or "atomic", from registers.  group: heads in flight together.
+    """
+    varlen = cu_seqlens_q is not None
+    H, K, head_dim = q.shape[1], k.shape[1], q.shape[-1]
+    n_sequence = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
+    block_m = BLOCK_M[head_dim]
+    n_row_tile = _count_row_tiles(q, cu_seqlens_q, T)
+    n_tile = triton.cdiv(S, BLOCK_N)
+    allocate = torch.empty if ordered else torch.zeros
+    accumulator = allocate((H, n_row_tile, block_m * head_dim), dtype=torch.float32, device=q.device)
+    rows = torch.empty((H, n_row_tile, 2, block_m), dtype=torch.float32, device=q.device)
+    added = torch.empty((H, n_row_tile), dtype=torch.int32, device=q.device) if ordered else None
+
+    def strides(x: Tensor) -> tuple[int, ...]:
+        b, h, row, d = as_heads(x, varlen).stride()
+        return 0 if varlen else b, h, row, d
+
+    def row_strides(x: Tensor) -> tuple[int, ...]:
+        return (0, *x.stride()) if varlen else x.stride()
+
+    launch(
+        _flash_attention_delta_kernel,
+        (n_sequence * H * triton.cdiv(T, block_m),),
+        out, dout, lse, dlse, None, delta, rows, added, cu_seqlens_q, strides(out), strides(dout),
+        None if dlse is None else row_strides(dlse), row_strides(lse), H, T, n_row_tile, head_dim, head_dim, block_m,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    # past both lengths a window is none; as they stand, the kernel counts in 32 bits
+    left, right = (None if n is None else min(n, T + S) for n in (left, right))
+    problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, T, S, n_sequence * K, n_tile, group)
+    launch(
+        _flash_attention_bwd_hopper_kernel,
+        (n_sequence * K * n_tile,),
+        *(describe(x, block_m, varlen) for x in (q, dout)),
+        *(describe(x, BLOCK_N, varlen) for x in (k, v)),
+        describe_rows(rows, 2 * block_m),
+        describe_lines(accumulator, block_m * head_dim // LINE.value),
+        (accumulator, dk, dv, strides(dk), strides(dv)),
+        added,
+        n_row_tile,
+        problem,
+        scale,
+        scale * math.log2(math.e),
+        block_m, BLOCK_N, head_dim, STAGES, fragment_layout(head_dim * block_m // 128), ordered, reduction == "bulk",
+        CONSUMER_REGISTERS, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    round_dq(accumulator, added, dq, strides(dq), cu_seqlens_q, n_sequence, T, scale, block_m)

@@ -1,0 +1,180 @@
+"""Predicted first, then measured; and bad input named in a sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from rooflight.bench.commands import bench, estimate
+from rooflight.bench.measure.harness import machine
+from rooflight.bench.predict import validate as module
+from rooflight.bench.predict.validate import ComponentRow, Row, Validation, predict, read_model, validate
+from rooflight.bench.rates.ceilings import save_ceilings
+from rooflight.model import PRESETS, Ceilings, ModelConfig
+
+CPU = torch.device("cpu")
+SMALL = ModelConfig(128, 64, 2, 4, n_kv_head=2, d_model=64, d_ff=96)
+TOML = """[model]
+vocab_size = 128
+context_length = 64
+n_layer = 2
+n_head = 4
+n_kv_head = 2
+d_model = 64
+d_ff = 96
+"""
+
+
+@pytest.fixture(autouse=True)
+def _ceilings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "STEP_SECONDS", 0.0)
+    where = machine(CPU)
+    rates = {"float32": 1e11, "bfloat16": 2e11}
+    save_ceilings(Ceilings(rates, 1e10, device=where["device"], versions={"torch": where["torch"]}), CPU)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_and_its_components(dtype: str, tmp_path: Path):
+    predictions = tmp_path / "predicted.json"
+    (done,) = validate({"small": SMALL}, CPU, batch_size=4, context_length=48, dtype=dtype, predictions=predictions)
+    rows = {row.quantity: row for row in done.rows}
+    assert rows["parameters"].ratio == rows["matrix FLOPs"].ratio == 1
+    assert rows["peak memory"].ratio == pytest.approx(1, abs=0.02)
+    assert rows["step time"].measured == pytest.approx(1e3 * done.step_seconds)
+    assert rows["throughput"].measured == pytest.approx(4 * 48 / done.step_seconds / 1e3)
+    assert all(row.measured > 0 and row.predicted > 0 for row in done.components)
+    # the components' predictions are the step's
+    assert sum(row.predicted for row in done.components) == pytest.approx(done.predicted.seconds)
+    written = json.loads(predictions.read_text())
+    assert written["kind"] == "prediction"
+    assert written["predictions"]["small"]["seconds"] == done.predicted.seconds
+
+
+def test_of_several_runs_the_medians_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    steps = iter([5.0, 50.0, 1.0, 20.0, 9.0, 30.0])
+
+    def measure(name, e, *rest):
+        seconds = next(steps)
+        row = Row("step time", "ms", 2.0, 1e3 * seconds, "")
+        return Validation(name, e, (row,), (ComponentRow("FFN", 1.0, seconds / 2),), seconds)
+
+    monkeypatch.setattr(module, "_measure", measure)
+    a, b = validate({"a": SMALL, "b": SMALL}, CPU, batch_size=1, runs=3, predictions=tmp_path / "predicted.json")
+    assert (a.name, a.step_seconds, a.rows[0].measured, a.components[0].measured) == ("a", 5.0, 5000.0, 2.5)
+    assert (b.name, b.step_seconds, b.rows[0].measured, b.components[0].measured) == ("b", 30.0, 30000.0, 15.0)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(module.__file__).parents[1] / "models").glob("*.toml")), ids=lambda p: p.stem
+)
+def test_the_models_that_come_along_are_read(path: Path):
+    name, config = read_model(str(path))
+    assert name == path.stem
+    predict(config, batch_size=1, context_length=None, dtype="float32", device=CPU)
+
+
+def test_muon_beside_adamw(tmp_path: Path):
+    (done,) = validate({"small": SMALL}, CPU, batch_size=1, optimizer="muon", predictions=tmp_path / "predicted.json")
+    assert {"AdamW", "Muon"} <= {row.name for row in done.components if row.measured > 0}
+    assert "Muon" in next(row.what for row in done.rows if row.quantity == "step time")
+
+
+def test_the_prediction_is_on_disk_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    predictions = tmp_path / "predicted.json"
+    seen = []
+
+    def measure(name, e, *rest):
+        seen.append(json.loads(predictions.read_text())["predictions"])
+        return Validation(name, e, ())
+
+    monkeypatch.setattr(module, "_measure", measure)
+    validate({"a": SMALL, "tiny": PRESETS["tiny"]}, CPU, batch_size=1, predictions=predictions)
+    assert [set(written) for written in seen] == [{"a", "tiny"}] * 2
+
+
+def test_the_residual_is_what_the_components_leave():
+    e = predict(SMALL, batch_size=1, context_length=None, dtype="float32", device=CPU)
+    components = ComponentRow("FFN", 2.0, 4.0), ComponentRow("QKV", 1.0, 2.0)
+    done = Validation("small", e, (), components, step_seconds=8.0)
+    assert done.residual == 2.0
+    assert [row["ratio"] for row in done.to_dict()["components"]] == [0.5, 0.5]
+    console = Console(width=120, record=True, quiet=True)
+    console.quiet = False
+    with console.capture() as text:
+        console.print(done.table())
+    for part in ("residual: step - sum", "2,000.000 ms", "25.0%", "small, batch 1 x 64, float32"):
+        assert part in text.get()
+    assert Validation("small", e, ()).residual is None
+
+
+def run(app, *arguments: str):
+    return CliRunner().invoke(app, arguments, catch_exceptions=True)
+
+
+def test_the_command_writes_results_prediction_and_plot(tmp_path: Path):
+    model = tmp_path / "small.toml"
+    model.write_text(TOML)
+    out, plot = tmp_path / "out" / "v.json", tmp_path / "v.svg"
+    result = run(
+        bench, "validate", str(model), "--batch-size", "2", "--json", str(out), "--plot", str(plot), "--device", "cpu"
+    )
+    assert result.exit_code == 0, result.output
+    results = json.loads(out.read_text())
+    assert (results["kind"], results["validations"][0]["name"]) == ("validation", "small")
+    assert results["machine"]["device"] == machine(CPU)["device"]
+    assert json.loads((out.parent / "v.predicted.json").read_text())["kind"] == "prediction"
+    assert "<svg" in plot.read_text()
+    assert "residual: step - sum" in result.output
+
+
+BAD = {
+    "preset": ("tinny", [], "preset: no preset 'tinny'; did you mean 'tiny'?"),
+    "positions": (
+        "tiny", ["--context-length", "257"],
+        "context_length: expected at most the model's 256 positions, got 257",
+    ),
+    "dtype": ("tiny", ["--dtype", "float16"], "ceilings: no GEMM rate for dtype 'float16' (measured: float32, bfl"),
+    "not TOML": ("bad.toml", [], "bad.toml: not TOML: "),
+    "heads": ("heads.toml", [], "n_kv_head: expected a divisor of n_head (4), got 3"),
+    "no file": ("none.toml", [], "No such file or directory: 'none.toml'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.toml").write_text("[model\n")
+    Path("heads.toml").write_text(TOML.replace("n_kv_head = 2", "n_kv_head = 3"))
+    model, options, sentence = BAD[case]
+    for app, command in ((bench, ["validate", model, "--device", "cpu"]), (estimate_app(), [model])):
+        error = run(app, *command, *options).exception
+        assert isinstance(error, ValueError | FileNotFoundError), error
+        assert sentence in str(error)
+        assert "\n" not in str(error)
+
+
+def estimate_app():
+    import typer
+
+    app = typer.Typer()
+    app.command()(estimate)
+    return app
+
+
+def test_without_ceilings_the_command_to_run_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    error = run(bench, "validate", "tiny", "--device", "cpu").exception
+    assert isinstance(error, ValueError)
+    assert "run `rooflight bench ceilings`" in str(error)
+
+
+def test_a_model_is_a_preset_or_a_file(tmp_path: Path):
+    assert read_model("tiny") == ("tiny", PRESETS["tiny"])
+    path = tmp_path / "mine.toml"
+    path.write_text('preset = "tiny"\nn_layer = 2\n')
+    name, config = read_model(str(path))
+    assert (name, config.n_layer, config.d_model) == ("mine", 2, 128)

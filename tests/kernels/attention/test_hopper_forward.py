@@ -1,0 +1,441 @@
+"""The Hopper attention forward, run from its own source by the Gluon emulator, and bugs that must not pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from rooflight.kernels import reference
+from rooflight.kernels.attention import checks
+from rooflight.kernels.attention.hopper import blocks as hopper_blocks
+from rooflight.kernels.attention.hopper import forward as hopper_forward
+from rooflight.kernels.attention.hopper import loads as hopper_loads
+from rooflight.kernels.attention.hopper import schedule as hopper_schedule
+from rooflight.kernels.attention.hopper.schedule import TILE, Schedule
+from support.attention import LAYOUTS, draw, draw_packed, draw_sinks
+from support.gluon_emulator import DeadlockError, EmulationError, ProtocolError, RaceError, emulated, mutated
+from support.tolerance import judge
+
+pytestmark = pytest.mark.cpu
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+MASKS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "full": {"causal": False},
+    "window": {"window": 70},  # narrower than a block: none is visible to every row
+    "wide window": {"window": 300},  # partial, whole and partial blocks
+    "two-sided window": {"causal": False, "window": (200, 40)},
+}
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    module: ModuleType = hopper_forward,
+    seed: int = 0,
+    resident: int = 3,
+    causal: bool = True,
+    window: Any = None,
+    return_lse: bool = True,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """launch_forward in the emulator, called as the oracle is."""
+    assert module.supports(q, k, v, cu_seqlens_q) is None
+    shape = (q.shape[1], q.shape[0]) if cu_seqlens_q is not None else q.shape[:3]
+    out, lse = torch.full_like(q, torch.nan), torch.full(shape, torch.nan)  # written by nobody else
+    T, S = (q.shape[2], k.shape[2]) if cu_seqlens_q is None else (max_seqlen_q, max_seqlen_k)
+    left, right = checks.reach(causal, window)
+    scale = checks.score_scale(None, 0.0, q.shape[-1])
+    with emulated(module, seed=seed, resident=resident):
+        module.launch_forward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, T, S, left, right, scale, **options)
+    return out, lse
+
+
+def judge_forward(inputs: dict[str, Any], *, seed: int = 0, **options: Any) -> None:
+    """Output and log-sum-exp against the oracle in fp64."""
+    run = {name: options.pop(name) for name in ("schedule",) if name in options}
+    oracle = reference.flash_attention_varlen if "cu_seqlens_q" in inputs else reference.flash_attention
+
+    def ours(*args: Any, **given: Any) -> tuple[Tensor, Tensor]:
+        return attend(*args, seed=seed, **run, **given)
+
+    judge(ours, oracle, inputs, backward=False, return_lse=True, **options)
+
+
+# ---------------------------------------------------------------- results
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks(mask: str, head_dim: int) -> None:
+    judge_forward(draw(1, 2, 1, 300, 300, head_dim, BF16), seed=1, **MASKS[mask])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_fp16_and_every_head_size(head_dim: int) -> None:
+    judge_forward(draw(1, 1, 1, 200, 330, head_dim, FP16), seed=2)
+
+
+# One query (decoding), one key, a whole tile, one row more, fewer queries than keys, the other way (rows with no key)
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 300), (128, 128), (129, 257), (150, 400), (400, 150)], ids=str)
+@pytest.mark.parametrize("mask", ["causal", "two-sided window"])
+def test_lengths_align_at_the_bottom_right(mask: str, lengths: tuple[int, int]) -> None:
+    judge_forward(draw(1, 1, 1, *lengths, 64, BF16), seed=3, **MASKS[mask])
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 1), (4, 2)], ids=str)
+def test_each_query_head_reads_its_own_key_value_head(heads: tuple[int, int]) -> None:
+    judge_forward(draw(2, *heads, 130, 130, 64, BF16), seed=4)
+
+
+# Empty sequences on either side and on both, a whole tile, ends within a tile, more queries than keys
+PACKED = ([130, 0, 128, 7, 50, 0, 1], [140, 20, 128, 0, 30, 0, 260])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("mask", ["causal", "full", "window"])
+def test_packed_sequences(mask: str, head_dim: int) -> None:
+    judge_forward(draw_packed(*PACKED, 2, 1, head_dim, BF16), seed=5, **MASKS[mask])
+
+
+@pytest.mark.parametrize("kind", ["dense", "packed"])
+@pytest.mark.parametrize("seed", range(6))
+def test_many_schedules(seed: int, kind: str) -> None:
+    inputs = draw(1, 1, 1, 300, 400, 64, BF16) if kind == "dense" else draw_packed([140, 60], [300, 60], 1, 1, 64, BF16)
+    judge_forward(inputs, seed=100 + seed)
+
+
+RUNS = [TILE, Schedule("static", 1), Schedule("static", 3), Schedule("dynamic", 1), Schedule("dynamic", 3)]
+
+
+def name_of(schedule: Schedule) -> str:
+    return f"{schedule.kind} {schedule.n_program or ''}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", RUNS, ids=name_of)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_many_more_schedules(head_dim: int, mask: str, schedule: Schedule) -> None:
+    for seed in range(5):
+        judge_forward(draw(1, 2, 1, 300, 500, head_dim, BF16), seed=seed, schedule=schedule, **MASKS[mask])
+        judge_forward(draw_packed(*PACKED, 2, 1, head_dim, BF16), seed=seed, schedule=schedule, **MASKS[mask])
+
+
+@pytest.mark.parametrize("schedule", RUNS, ids=name_of)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 256])  # two slots for queries, one
+def test_schedules(head_dim: int, packed: bool, schedule: Schedule) -> None:
+    inputs = draw_packed(*PACKED, 2, 1, head_dim, BF16) if packed else draw(1, 2, 1, 300, 300, head_dim, BF16)
+    for seed in (6, 7):
+        judge_forward(inputs, seed=seed, schedule=schedule)
+
+
+@pytest.mark.parametrize("n_program", [1, 2, 5])
+def test_a_launch_leaves_the_counter_at_zero(n_program: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(hopper_forward, "tile_counter", lambda device: counter)
+    for T in (300, 64):  # more tiles than programs, then as many tiles as heads
+        for seed in range(3):
+            judge_forward(draw(1, 2, 1, T, T, 64, BF16), seed=seed, schedule=Schedule("dynamic", n_program))
+            assert counter.item() == 0
+
+
+@pytest.mark.parametrize("layout", ["(B, T, H, D)", "(T, B, H, D)", "fused"])
+def test_layouts(layout: str) -> None:
+    inputs = {name: LAYOUTS[layout](x) for name, x in draw(2, 2, 2, 140, 140, 64, BF16).items()}
+    judge_forward(inputs, seed=8)
+
+
+def test_rows_past_a_packed_end_are_left_alone() -> None:
+    inputs = draw_packed([90, 70], [90, 70], 1, 1, 64, BF16)
+    padded = {name: torch.nn.functional.pad(inputs[name], (0, 0, 0, 0, 0, 50)) for name in "qkv"}
+    ends = inputs["cu_seqlens_q"]
+    out, lse = torch.full_like(padded["q"], 7.0), torch.full((1, 210), 7.0)
+    with emulated(hopper_forward):
+        hopper_forward.launch_forward(*padded.values(), out, lse, ends, ends, 90, 90, None, 0, 0.1)
+    assert (out[160:] == 7).all()
+    assert (lse[:, 160:] == 7).all()
+    # nor does one sequence write its neighbour's rows after the neighbour did
+    backwards = torch.full_like(padded["q"], 7.0)
+    with emulated(hopper_forward):
+        hopper_forward.launch_forward(*padded.values(), backwards, lse, ends[:2], ends[:2], 90, 90, None, 0, 0.1)
+    assert (backwards[90:] == 7).all()
+    assert torch.equal(backwards[:90], out[:90])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_outputs_past_2_31_elements(packed: bool) -> None:
+    inputs = draw_packed([140], [140], 1, 1, 64, BF16) if packed else draw(1, 1, 1, 140, 140, 64, BF16)
+    expected, _ = attend(**inputs)
+    stride = 1 << 24  # row 128 stands at 2^31; untouched, most of the storage is no memory
+    storage = torch.UntypedStorage(2 * 140 * stride)
+    out = torch.tensor([], dtype=BF16).set_(
+        storage, 0, expected.shape, (stride, 64, 1) if packed else (0, 0, stride, 1)
+    )
+    ends, lse = inputs.get("cu_seqlens_q"), torch.empty(1, 140) if packed else torch.empty(1, 1, 140)
+    with emulated(hopper_forward):
+        hopper_forward.launch_forward(*list(inputs.values())[:3], out, lse, ends, ends, 140, 140, None, 0, 0.125)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_of_a_packed_neighbour_do_not_reach_over(value: float) -> None:
+    inputs = draw_packed([90, 70, 60], [90, 70, 60], 1, 1, 64, BF16)
+    clean, _ = attend(**inputs, seed=9)
+    poisoned = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    for name in "kv":
+        poisoned[name][90:160] = value
+    out, _ = attend(**poisoned, seed=9)
+    for rows in (slice(0, 90), slice(160, 220)):
+        assert torch.equal(out[rows], clean[rows])
+
+
+def test_what_it_serves() -> None:
+    def reason(head_dim: int = 64, dtype: torch.dtype = BF16, S: int = 8, **changes: Any) -> str | None:
+        options = {name: changes.pop(name) for name in ("softcap", "has_sinks") if name in changes}
+        tensors = draw(2, 2, 2, 8, S, head_dim, dtype) | changes
+        return hopper_forward.supports(*tensors.values(), None, **options)
+
+    assert reason() is None
+    assert reason(256, FP16) is None
+    assert reason(dtype=torch.float32) == "no torch.float32 kernel"
+    assert reason(80) == "head size 80, not 64, 128, 256"
+    assert reason(softcap=1.0) == "softcap"
+    assert reason(has_sinks=draw_sinks(2, BF16) is not None) == "sinks"
+    assert reason(S=0) == "no queries or no keys"
+    x = draw(2, 2, 2, 8, 8, 64, BF16)["k"]
+    assert reason(k=LAYOUTS["every other"](x)) == "k is not contiguous along the head size"
+    assert reason(v=LAYOUTS["odd offset"](x)) == "v is not aligned to 16 bytes"
+    assert reason(k=LAYOUTS["expanded over B and H"](x)) == "k is expanded"
+    for layout in ("(B, T, H, D)", "fused"):
+        assert reason(k=LAYOUTS[layout](x)) is None
+    packed, ends = x[0].transpose(0, 1), torch.tensor([0, 8], dtype=torch.int32)
+    assert hopper_forward.supports(packed, packed, packed, ends) is None
+    assert hopper_forward.supports(packed, packed, packed[::2].repeat_interleave(2, 2)[..., ::2], ends) is not None
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.parametrize("layout", ["(B, T, H, D)", "fused"])
+def test_descriptors_are_those_that_triton_makes(layout: str, varlen: bool) -> None:
+    x = LAYOUTS[layout](draw(2, 3, 3, 5, 5, 64, FP16)["q"])
+    if varlen:
+        x = x[0].transpose(0, 1)
+    ours, heads = hopper_blocks.describe(x, 128, varlen), hopper_blocks.as_heads(x, varlen)
+    strides = [n if size > 1 else 64 for n, size in zip(heads.stride(), heads.shape, strict=True)]
+    layout_in_memory = hopper_blocks.gl.NVMMASharedLayout.get_default_for([1, 1, 128, 64], hopper_blocks.gl.float16)
+    theirs = TensorDescriptor(heads, list(heads.shape), strides, [1, 1, 128, 64], layout_in_memory)
+    assert vars(ours).keys() == vars(theirs).keys()
+    for name, value in vars(theirs).items():
+        assert name == "base" or getattr(ours, name) == value, name
+    assert ours.base.data_ptr() == theirs.base.data_ptr()
+
+
+# ---------------------------------------------------------------- bugs that must not pass
+
+FENCE_OUT = (
+    "    fence_async_shared()  # TMA reads it, or loads the next queries over it, through the asynchronous proxy\n"
+)
+RELEASE_K = "            mbarrier.arrive(shared.k_empty.index(s), count=1)\n"
+RELEASE_V = "            mbarrier.arrive(shared.v_empty.index(s_v), count=1)\n"
+WAIT_Z = "            z = warpgroup_mma_wait(1, [z])\n"
+WAIT_O = "            o = warpgroup_mma_wait(0, [o])\n"
+NEXT_K = "mbarrier.wait(shared.k_full.index(s_next), parity_next, pred=n + 1 < tile.n_block)"
+PLACE = """\
+    for n in gl.static_range(NUMBERS if problem.cu_seqlens_q is not None else DENSE_NUMBERS):
+        write_number(shared.place, s_q * NUMBERS + n, tile[n], 1)
+"""
+PERSISTENT, DYNAMIC, PACK = {"schedule": Schedule("static", 1)}, {"schedule": Schedule("dynamic", 2)}, {"packed": True}
+
+BUGS: dict[str, tuple[type[BaseException], dict[str, Any], list[tuple[str, str]]]] = {
+    "k released before its product is done": (RaceError, {}, [(WAIT_Z + RELEASE_K, RELEASE_K + WAIT_Z)]),
+    "v released before its product is done": (RaceError, {}, [(WAIT_O + RELEASE_V, RELEASE_V + WAIT_O)]),
+    "no phase flip of k_full": (EmulationError, {}, [(NEXT_K, NEXT_K.replace("parity_next", "0"))]),
+    "no phase flip of v_full": (
+        EmulationError,
+        {},
+        [("mbarrier.wait(shared.v_full.index(s_v), parity_v)", "mbarrier.wait(shared.v_full.index(s_v), 0)")],
+    ),
+    "no phase flip of k_empty": (
+        EmulationError,
+        {},
+        [("mbarrier.wait(shared.k_empty.index(s), parity ^ 1)", "mbarrier.wait(shared.k_empty.index(s), 1)")],
+    ),
+    "no phase flip of v_empty": (
+        EmulationError,
+        {},
+        [("mbarrier.wait(shared.v_empty.index(s_v), parity_v ^ 1)", "mbarrier.wait(shared.v_empty.index(s_v), 1)")],
+    ),
+    "the next keys not waited for": (RaceError, {}, [(NEXT_K, "pass")]),
+    "queries not waited for": (
+        RaceError,
+        {},
+        [("    mbarrier.wait(shared.q_full.index(s * CONSUMERS + c), parity)\n", "")],
+    ),
+    "no fence before the TMA store": (
+        RaceError,
+        {},
+        [
+            (
+                FENCE_OUT,
+                "",
+            )
+        ],
+    ),
+    "no fence after values are zeroed": (
+        RaceError,
+        PACK,
+        [("        fence_async_shared()  # wgmma reads through the asynchronous proxy\n", "")],
+    ),
+    "values zeroed before they land": (
+        AssertionError,  # a race with the load, or a result: the load may not have started
+        PACK,
+        [("            mbarrier.wait(shared.v_full.index(s), parity)\n", "")],
+    ),
+    "values used before both halves are zeroed": (
+        EmulationError,
+        PACK,
+        [("    mbarrier.wait(v_clean, parity)\n", "")],
+    ),
+    "scores used in flight": (RaceError, {}, [("warpgroup_mma_wait(1, [z])", "warpgroup_mma_wait(2, [z])")]),
+    "output used in flight": (RaceError, {}, [("warpgroup_mma_wait(0, [o])", "warpgroup_mma_wait(1, [o])")]),
+    "too few bytes expected": (ProtocolError, {}, [("block_type.nbytes)", "block_type.nbytes // 2)")]),
+    "too many bytes expected": (DeadlockError, {}, [("block_type.nbytes)", "block_type.nbytes * 2)")]),
+    "one consumer releases for both": (
+        EmulationError,
+        {},
+        [("k_empty = new_barriers(STAGES, CONSUMERS)", "k_empty = new_barriers(STAGES, 1)")],
+    ),
+    "more releases than consumers": (
+        DeadlockError,
+        {},
+        [("v_empty = new_barriers(STAGES, CONSUMERS)", "v_empty = new_barriers(STAGES, CONSUMERS + 1)")],
+    ),
+    "program ends before its store": (
+        ProtocolError,
+        {},
+        [
+            (
+                "        s_q, n_block = _next_place(n_done, shared, c)\n    tma.store_wait(0)\n",
+                "        s_q, n_block = _next_place(n_done, shared, c)\n",
+            )
+        ],
+    ),
+    "queries reloaded under the output": (
+        RaceError,
+        PERSISTENT,
+        [("        mbarrier.wait(shared.q_empty.index(s * CONSUMERS + c), parity ^ 1)\n", "        pass\n")],
+    ),
+    "blocks of earlier tiles not counted": (
+        EmulationError,
+        PERSISTENT,
+        [
+            (
+                "            g += tile.n_block\n",
+                "",
+            )
+        ],
+    ),
+    "slot of queries released before the output has left": (
+        RaceError,
+        PERSISTENT,
+        [("    tma.store_wait(0)\n    mbarrier.arrive(", "    mbarrier.arrive(")],
+    ),
+    "slot of queries never released": (
+        DeadlockError,
+        PERSISTENT,
+        [("_release_output(s_q ^ 1, shared, c, n_done > 0)", "_release_output(s_q ^ 1, shared, c, False)")],
+    ),
+    "slot of queries released before it was used": (
+        EmulationError,
+        {},
+        [("_release_output(s_q ^ 1, shared, c, n_done > 0)", "_release_output(s_q ^ 1, shared, c, True)")],
+    ),
+    "the end not announced": (
+        DeadlockError,
+        {},
+        [("        mbarrier.arrive(shared.q_full", "        pass  # (shared.q_full")],
+    ),
+    "a place announced after its queries": (
+        AssertionError,
+        PERSISTENT,
+        [
+            (PLACE, ""),
+            ("    for i in range(tile.n_block + 1):\n", PLACE + "    for i in range(tile.n_block + 1):\n"),
+        ],
+    ),
+    "a tile taken twice": (
+        AssertionError,
+        PERSISTENT,
+        [("        n_taken += 1\n        t = next", "        n_taken = gl.maximum(n_taken + 1, 2)\n        t = next")],
+    ),
+    "a tile skipped": (AssertionError, DYNAMIC, [("t = n_program + n_added", "t = n_program + n_added + 1")]),
+    "a masked block left unmasked": (
+        AssertionError,
+        {},
+        [("masked_block(n, tile.hi,", "masked_block(0, tile.hi,")],
+    ),
+    "o not rescaled": (
+        AssertionError,
+        {},
+        [("o = o * gl.convert_layout(rescale, gl.SliceLayout(1, layout))[:, None]", "o = o * 1.0")],
+    ),
+    "packed ends stored whole": (
+        AssertionError,
+        PACK,
+        [("    if VARLEN and first + 64 > tile.T:\n", "    if False:\n")],
+    ),
+    "values past a packed end not zeroed": (
+        AssertionError,
+        PACK,
+        [("        if n_valid < BLOCK_N:\n", "        if False:\n")],
+    ),
+}
+
+
+def caught(module: ModuleType, run: dict[str, Any], seeds: int = 8) -> BaseException | None:
+    """What the first of some schedules raises, a wrong result included."""
+    options = dict(run)
+    if options.pop("packed", False):  # sequences, then rows that belong to none, which must stay as they were
+        inputs = draw_packed([90, 130], [90, 130], 1, 1, 64, BF16)
+        for name, value in (("q", 1.0), ("k", torch.inf), ("v", torch.inf)):
+            inputs[name] = torch.nn.functional.pad(inputs[name], (0, 0, 0, 0, 0, 70), value=value)
+    elif options:  # many tiles of few blocks
+        inputs = draw(1, 3, 1, 250, 300, 64, BF16)
+    else:
+        inputs = draw(1, 1, 1, 300, 900, 64, BF16)
+        options = {"window": 500}
+    expected = [x.nan_to_num(7) for x in attend(**inputs, **options)]
+    for seed in range(seeds):
+        try:
+            found = [x.nan_to_num(7) for x in attend(**inputs, module=module, seed=seed, **options)]
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), "another result"
+        except (EmulationError, AssertionError) as error:
+            return error
+    return None
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_bug_is_caught(bug: str, tmp_path: Path) -> None:
+    kind, run, replacements = BUGS[bug]
+    module = mutated(tmp_path, (hopper_blocks, hopper_schedule, hopper_loads, hopper_forward), *replacements)
+    error = caught(module, run)
+    assert isinstance(error, kind), repr(error)
+
+
+@pytest.mark.parametrize("run", [{}, PERSISTENT, DYNAMIC, PACK], ids=str)
+def test_no_bug_is_not_caught(run: dict[str, Any], tmp_path: Path) -> None:
+    assert caught(mutated(tmp_path, (hopper_blocks, hopper_schedule, hopper_loads, hopper_forward)), run) is None
