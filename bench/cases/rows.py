@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import kernels
 from ...kernels import cost, reference
 from .case import OURS, Case, Provider, leaves
-from .peers import rms_norm_peers
+from .peers import compiled, rms_norm_peers
 
 EPSILON = 1e-6
 
@@ -21,7 +21,7 @@ def _beside(ours: Provider, peer: Provider, oracle: Provider, device: torch.devi
     """Ours, torch's eager operators, and on a GPU the same compiled; on a CPU, which has the time, the oracle."""
     providers = {OURS: ours, "torch": peer}
     if device.type == "cuda":
-        return providers | {"torch.compile": torch.compile(peer, dynamic=False, fullgraph=True)}
+        return providers | {"torch.compile": compiled(peer)}
     return providers | {"eager": oracle}
 
 
