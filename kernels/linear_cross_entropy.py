@@ -39,8 +39,8 @@ __all__ = [
 # Logits of a chunk. On a GPU 2^28, half a GB in bf16: 2048 rows at V = 128k, enough for its matrix products to run at
 # full rate. On a CPU 2^22, so that a chunk stays in the cache's reach.
 CHUNK_LOGITS = {"cuda": 2**28, "cpu": 2**22}
-# Rows of logits begin at multiples of it: 128 bytes of a 2-byte type. H200, 2026-11-26, forward of 16384 x 1600: 28.2 ms
-# at V = 50257, where cuBLAS takes a kernel that loads single elements, 4.05 ms at V = 50304.
+# Rows of logits begin at multiples of it: 128 bytes of a 2-byte type. H200, 2026-11-26, forward of 16384 x 1600: 28.2
+# ms at V = 50257, where cuBLAS takes a kernel that loads single elements, 4.05 ms at V = 50304.
 ALIGNMENT = 64
 TILE_ROWS = 128  # of the products' tiles: a chunk holds whole ones
 
