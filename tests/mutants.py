@@ -71,7 +71,7 @@ MUTANTS = (
     Mutant("cross-entropy: z-loss gradient halved", "cross_entropy.py", "(1.0 + 2.0 * z_loss * lse)",
            "(1.0 + z_loss * lse)", ("test_cross_entropy.py",)),
     Mutant("cross-entropy: softcap's slope missing", "cross_entropy.py", "dx *= 1.0 - ratio * ratio", "dx *= 1.0",
-           ("test_cross_entropy.py",)),
+           ("test_linear_cross_entropy.py",)),
     Mutant("cross-entropy: gradient past the vocabulary", "cross_entropy.py", "!= ignore_index)[:, None] & mask, dx",
            "!= ignore_index)[:, None], dx", ("test_cross_entropy.py",)),
     Mutant("linear cross-entropy: a chunk's dweight lost", "linear_cross_entropy.py", "self.dweight += share",
