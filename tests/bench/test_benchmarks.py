@@ -1,8 +1,10 @@
 """`pytest --benchmark` as its users run it: what a saved benchmark says, and what makes one fail."""
 
 import dataclasses
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,9 @@ import torch
 
 from rooflight.bench.cases.kernels import attention_case, rms_norm_case
 from rooflight.bench.measure import harness
-from rooflight.bench.rates import ceilings
-from rooflight.kernels.cost import Cost
+from rooflight.bench.rates import ceilings, kernel_rates
+from rooflight.kernels.cost import Cost, rms_norm_cost
+from rooflight.model import PRESETS, estimate
 from rooflight.model.ceilings import Ceilings
 
 ROOT = Path(__file__).parents[2]
@@ -30,11 +33,17 @@ def run_pytest(*arguments: str, **environment: str) -> subprocess.CompletedProce
 def benchmark(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Quick runs of bench/, with ceilings at hand so that none are measured."""
     where = harness.machine(CPU)
+    rates = {
+        f"{kernel}{suffix} {dtype}": {sizes[0]: 1e9}
+        for dtype in ("float32", "bfloat16")
+        for kernel, sizes in kernel_rates.grids(getattr(torch, dtype), CPU).items()
+        for suffix in ("", " backward")
+    }
     known = Ceilings(
         dict.fromkeys(("float32", "bfloat16"), 1e11),
         1e10,
         1e9,
-        {"rms_norm float32": {(4096 * 256, 256): 2e9}},
+        rates | {"rms_norm float32": {(4096 * 256, 256): 2e9}},
         device=where["device"],
         versions={"torch": where["torch"]},
     )
@@ -63,6 +72,42 @@ def test_a_saved_benchmark_has_its_cost_its_rates_and_its_prediction(tmp_path: P
         assert info["share of ceiling"] == pytest.approx(info["bytes"] / 1e10 / median)
         assert info["predicted_seconds"] == pytest.approx(4096 * 256 / 2e9)
         assert info["predicted / measured"] == pytest.approx(info["predicted_seconds"] / median)
+
+
+def read_table(output: str) -> list[dict[str, str]]:
+    """The rows of the table that pytest ends with; columns are two spaces apart at least."""
+    lines = output.partition(" predicted and measured ")[2].splitlines()
+    table = itertools.takewhile(lambda line: "  " in line, lines[1:])
+    header, *rows = [re.split("  +", line.strip()) for line in table]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the cases that it names are a CPU's; a GPU runs others")
+def test_the_terminal_ends_with_predicted_beside_measured(tmp_path: Path):
+    norm = "rms_norm-M4096-N256"
+    only = f"({norm} and rooflight) or ({norm} and torch and forward) or (train_step and float32)"
+    done = benchmark(tmp_path, "-k", only)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {(row["benchmark"], row["provider"]): row for row in read_table(done.stdout)}
+    step, name = f"train step, tiny, batch 8 x {PRESETS['tiny'].context_length}, float32", f"{norm}-float32"
+    ours = {(f"{name} {mode}", "rooflight") for mode in ("forward", "backward")} | {(step, "rooflight")}
+    assert set(rows) == ours | {(f"{name} forward", "torch")}
+    assert rows[f"{name} forward", "torch"]["predicted ms"] == rows[f"{name} forward", "torch"]["ratio"] == "-"
+    for key in ours:
+        numbers = {column: float(cell.rstrip("%").replace(",", "")) for column, cell in list(rows[key].items())[2:]}
+        assert numbers["ratio"] == pytest.approx(numbers["predicted ms"] / numbers["measured ms"], abs=1e-3, rel=1e-3)
+        if key[0] == step:
+            closed = estimate(PRESETS["tiny"], batch_size=8, dtype="float32", causal="full")
+            flops, moved = closed.flops, sum(component.bytes for component in closed.components)
+            least = flops / 1e11
+        else:
+            cost = rms_norm_cost(4096, 256, torch.float32, backward=key[0].endswith("backward"))
+            flops, moved, least = cost.flops, cost.bytes, cost.bytes / 1e10
+            rate = 1e9 if key[0].endswith("backward") else 2e9
+            assert numbers["predicted ms"] == pytest.approx(4096 * 256 / rate * 1e3, abs=1e-4)
+        assert numbers["MFLOP"] == pytest.approx(flops / 1e6, abs=1e-3)
+        assert numbers["MB"] == pytest.approx(moved / 1e6, abs=1e-3)
+        assert numbers["of ceiling"] == pytest.approx(1e5 * least / numbers["measured ms"], abs=0.06, rel=1e-3)
 
 
 def test_without_the_flag_benchmarks_are_skipped():
