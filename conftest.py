@@ -1,9 +1,10 @@
-"""Pytest set-up: the `--benchmark` flag, and Triton's interpreter where there is no GPU."""
+"""Pytest set-up: Triton's interpreter where there is no GPU, and the `--benchmark` and `--announce` flags."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported: busy OpenMP threads that spin-wait cost up to 10x on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -17,15 +18,42 @@ BENCH = ROOT / "bench"
 QUICK = (("benchmark_max_time", "1.0", "0.2"), ("benchmark_min_rounds", 5, 3))
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     parser.addoption(
         "--benchmark",
         action="store_true",
         help="run the benchmarks in bench/ (through pytest-benchmark) instead of the tests",
     )
+    parser.addoption("--announce", action="store_true", help="print each failure's first line as it happens")
+    if not pluginmanager.has_plugin("timeout"):
+        parser.addini("timeout", "seconds that a test may take, where pytest-timeout is installed")
+
+
+class Announcer:
+    """Prints a failure's name and first line when it happens: a run that is cut off never reaches its summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._announce(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._announce(report)
+
+    def _announce(self, report: Any) -> None:
+        if not report.failed:
+            return
+        crash = getattr(report.longrepr, "reprcrash", None)
+        lines = (crash.message if crash else str(report.longrepr)).strip().splitlines()
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        terminal.write_line(f"\nFAILED {report.nodeid}: {lines[0] if lines else ''}")  # after a line of dots
+        terminal.flush()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--announce") and not hasattr(config, "workerinput"):  # xdist's workers have no terminal
+        config.pluginmanager.register(Announcer(config))
     if config.getoption("--benchmark"):
         if config.args_source is pytest.Config.ArgsSource.TESTPATHS:
             config.args = [str(BENCH)]

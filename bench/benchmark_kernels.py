@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rooflight.bench.cases.kernels import Case, cases
-from rooflight.bench.measure.harness import check, check_flops, task
+from rooflight.bench.measure.harness import check, check_flops, running, task
 from rooflight.bench.predict.benchmarks import CEILING_SECONDS, record
 from rooflight.bench.rates.ceilings import ceilings_of
 
@@ -26,7 +26,7 @@ def test_kernel(benchmark, case: Case, provider: str, mode: str) -> None:
         check(case, DEVICE)
         check_flops(case, DEVICE)
         _checked.add(case.name)
-    with case.path(provider):
+    with running(case, provider):
         _time(benchmark, case, provider, mode)
 
 

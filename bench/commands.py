@@ -262,7 +262,7 @@ def kernels(
     from ..training.loop import resolve_device
     from .measure.harness import machine
     from .measure.worker import kernels as run
-    from .reports.report import failures_table, kernel_results, table
+    from .reports.kernel_tables import failures_table, kernel_results, table
 
     place = resolve_device(device)
     where = machine(place)

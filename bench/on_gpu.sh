@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: results first, hang-safe, then speed; results as JSON and logs in OUT, in under 10 minutes.
-# Uses the torch, triton and pytest that python3 already has, and installs nothing. One part that fails loses no other.
-#   usage: bench/on_gpu.sh OUT [kernels|tests|tune ...]       (all but tune when left out)
+# On a machine with a GPU: correctness, then speed. Uses the torch, triton and pytest that python3 already has, and
+# installs nothing. One part that fails loses no other, and every part keeps what it has found when its time is up.
+#   usage: bench/on_gpu.sh OUT [tests|ceilings|validate|attention|kernels|tune|sanitize ...]
+# Without parts: the first five, in 9 minutes. OUT: log.txt with all that was printed, and a JSON file for each part.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: bench/on_gpu.sh OUT [part ...]}" && cd "$1" && pwd)
 parts=" ${*:2} "
+[[ $parts == "  " ]] && parts=" tests ceilings validate attention kernels "
 cd "$(dirname "$0")/.."
 
 # The folders under their import name, as an installation would place them.
@@ -13,33 +15,60 @@ trap 'rm -rf "$site"' EXIT
 mkdir "$site/rooflight"
 for room in kernels model tokenizer training bench; do ln -s "$PWD/$room" "$site/rooflight/$room"; done
 export PYTHONPATH="$site" PYTHONUNBUFFERED=1 COLUMNS=150
-rooflight() { timeout -k 10 "$1" python3 -P -c 'from rooflight.bench.cli import main; main()' "${@:2}"; }
-wanted() { [[ $parts == "  " || $parts == *" $1 "* ]]; }
+
 status=0
+deadline=$((SECONDS + ${TOTAL_SECONDS:-530}))
+# left SECONDS: so many, or what is left of them all.
+left() { echo $((SECONDS >= deadline ? 0 : deadline - SECONDS < $1 ? deadline - SECONDS : $1)); }
+# run NAME SECONDS COMMAND ...: for that long at most; then Ctrl-C, on which a command tells what it has, then an end.
+run() {
+    local seconds
+    seconds=$(left "$2")
+    echo "== $(date +%T) $1, at most $seconds s" | tee -a "$out/log.txt"
+    ((seconds > 0)) || { status=1 && return; }
+    timeout -s INT -k 10 "$seconds" "${@:3}" 2>&1 | tee -a "$out/log.txt"
+    status=$((status | PIPESTATUS[0]))
+}
+# A shell in the background has its children ignore Ctrl-C: take it back.
+ctrl_c='import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)'
+rooflight() { run "$3" "$1" python3 -P -c "$ctrl_c; from rooflight.bench.cli import main; main()" "${@:2}"; }
+wanted() { [[ $parts == *" $1 "* ]]; }
+has() { python3 -P -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+cached() { cp "${XDG_CACHE_HOME:-$HOME/.cache}/rooflight"/$1 "$out/" || status=1; }
 
-nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit --format=csv | tee "$out/gpu.csv"
-rooflight 60 bench paths 2>&1 | tee "$out/paths.log"
+: > "$out/log.txt"
+run GPU 20 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit --format=csv
+rooflight 60 bench paths
 
-# Ceilings, then small cases of every kind in a process that may hang, 100 backward runs compared to the last bit, then
-# each large case: checked, timed, written down before the next begins.
+# The suite as it runs on a CPU, on the GPU, a process on each core: each failure's name and first line as it happens.
+if wanted tests; then
+    options=(-p no:benchmark -m "not slow and not cpu" -q --tb=short --announce)
+    has xdist && options+=(-n "$(($(nproc) < 16 ? $(nproc) : 16))" --dist worksteal)
+    has pytest_timeout && options+=(--timeout 90 -o timeout_method=thread) # ends the process: a GPU can hang
+    # Sixteen processes need no threads of their own, nor as many processes again to compile.
+    OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 run tests "${TEST_SECONDS:-140}" \
+        python3 -P -c "$ctrl_c; import pytest; sys.exit(pytest.main(sys.argv[1:]))" \
+        "${options[@]}" tests/kernels tests/model tests/training
+fi
+if wanted sanitize; then
+    run sanitize 200 compute-sanitizer --error-exitcode 9 python3 -P -m rooflight.bench.measure.worker \
+        "$(python3 -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')" sanitized '[]'
+fi
+if wanted ceilings; then
+    rooflight 45 bench ceilings
+    cached 'ceilings-*.json'
+fi
+wanted validate && rooflight 150 bench validate --json "$out/validate.json"
+# The Hopper path's own programme, where there is one.
+wanted attention && [[ -e bench/attention.py ]] && run attention 60 python3 -P bench/attention.py --json "$out/attention.json"
+# Small cases of every kind in a process that may hang, 100 backward runs compared to the last bit, then each large case:
+# checked, timed, written down before the next begins. It takes what time is left.
 if wanted kernels; then
-    rooflight 560 bench kernels --seconds "${KERNEL_SECONDS:-500}" --json "$out/kernels.json" 2>&1 | tee "$out/bench.log"
+    rooflight 520 bench kernels --seconds "${KERNEL_SECONDS:-$(($(left 520) - 20))}" --json "$out/kernels.json"
     [[ -s $out/kernels.json ]] || status=1
 fi
-# The suite as it runs on a CPU, on the GPU.
-if wanted tests; then
-    timeout -k 10 "${TEST_SECONDS:-300}" python3 -P -m pytest tests/kernels -m "not slow" -q --timeout 120 \
-        --junitxml "$out/kernels.xml" 2>&1 | tee "$out/kernels.log"
-    status=$((status | PIPESTATUS[0]))
-    if command -v compute-sanitizer > /dev/null; then
-        timeout -k 10 200 compute-sanitizer --error-exitcode 9 python3 -P -m rooflight.bench.measure.worker \
-            "$(python3 -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')" sanitized '[]' 2>&1 |
-            tee "$out/sanitizer.log"
-        status=$((status | PIPESTATUS[0]))
-    fi
-fi
-if [[ $parts == *" tune "* ]]; then
-    rooflight 500 bench tune 2>&1 | tee "$out/tune.log"
-    cp "${XDG_CACHE_HOME:-$HOME/.cache}"/rooflight/attention-*.json "$out/" || status=1
+if wanted tune; then
+    rooflight 500 bench tune
+    cached 'attention-*.json'
 fi
 exit "$status"

@@ -25,7 +25,8 @@ from ..kernels.attention.portable import tiles
 from ..kernels.attention.tuned import KERNELS, PASSES, PATHS, Identity, Tile, UserTable, architecture, read
 from ..training.files import write_json
 from .cases.kernels import HOPPER, Case, attention_case
-from .measure.harness import Checker, WrongResult, seconds, task
+from .measure.clock import median_seconds
+from .measure.harness import Checker, WrongResult, task
 from .measure.worker import STEP, command, right_kinds, run
 
 # What a candidate must save for the one that ships to be given up: less is noise.
@@ -72,7 +73,7 @@ def read_dtypes(names: Sequence[str]) -> list[torch.dtype]:
 
 
 def median_ms(call: Callable[[], object], device: torch.device) -> float:
-    return seconds(call, device)[1] * 1e3
+    return median_seconds([call], device, seconds=0.1)[0] * 1e3
 
 
 def tune(

@@ -1,18 +1,23 @@
 """What every operation shares: where its kernels run, how its launchers become torch operators, its input checks.
 
 CUDA tensors run the Triton kernels. CPU tensors run the same kernels in Triton's interpreter when TRITON_INTERPRET=1
-was set before triton was first imported, and the eager oracle otherwise.
+was set before triton was first imported (interpreter.py makes it right in bfloat16), and the eager oracle otherwise.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch.autograd import profiler as _profiler
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
+
+from . import interpreter
 
 __all__ = [
     "FLOAT_DTYPES",
@@ -28,7 +33,12 @@ __all__ = [
 # Decided once, as triton itself does: a kernel decorated under the interpreter stays interpreted.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
+# The interpreter's own bfloat16 is garbage. A version of triton that the correction does not know stays so.
+BFLOAT16_IS_EXACT: bool = not INTERPRETED or interpreter.correct()
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_n_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 _library = torch.library.Library("rooflight", "FRAGMENT")
 
@@ -53,44 +63,77 @@ def define_op(
     `out_shape`, the FLOPs that FlopCounterMode reports.  setup_context(ctx, inputs, output), backward(ctx, *grads): the
     derivative, as in torch.library.register_autograd; without one, differentiating the operator's outputs raises.
 
-    torch.compile traces the operator and its derivative. Eager calls go through an autograd.Function and `call`: the
-    Python layers of torch.library's own autograd cost 20 us a call on the host, more than launching a small kernel.
+    torch.compile traces the operator and its derivative. Eager calls go through an autograd.Function and `call`, past
+    torch.library's own autograd and the dispatcher: on the host both take longer than launching a small kernel.
     """
     name = launcher.__name__
+    launch = _on_its_device(launcher)
 
     def no_derivative(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(f"rooflight::{name} is not differentiable; second derivatives are not implemented")
 
     schema = torch.library.infer_schema(launcher, mutates_args=())
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, _on_its_device(launcher), "CompositeExplicitAutograd")
+    _library.impl(name, launch, "CompositeExplicitAutograd")
     qualified = f"rooflight::{name}"
     torch.library.register_fake(qualified, fake, lib=_library)
     torch.library.register_autograd(qualified, backward or no_derivative, setup_context=setup_context, lib=_library)
     packet = getattr(torch.ops.rooflight, name)
     if flops is not None:
         register_flop_formula(packet)(flops)
+    _launchers[packet.default] = launch
     return packet.default
 
 
+_launchers: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+
+# Arguments that no dispatch key but the device's and autograd's has a say in: no subclass of Tensor.
+_PLAIN = frozenset({Tensor, Parameter, type(None), int, float, bool})
+
+
 def call(op: torch._ops.OpOverload, *args: Any) -> Any:
-    """op(*args) past its own derivative, from within an autograd.Function that supplies one; eager mode only."""
+    """op(*args) past its own derivative, from within an autograd.Function that supplies one; eager mode only.
+
+    Its launcher is called directly unless someone is to see the operator: a dispatch mode (FLOP counts, fake tensors),
+    a tensor subclass or a profiler.
+    """
     if torch.is_grad_enabled():  # a backward pass with create_graph=True: let the operator refuse
         return op(*args)
+    unseen = not (_n_dispatch_modes() or _profiler._is_profiler_enabled)
+    if unseen and _PLAIN.issuperset(map(type, args)):
+        return _launchers[op](*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
 def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device: make it the first argument's."""
+    """Triton launches on the current device: make it the first argument's, and its context the thread's."""
 
     def launch(first: Tensor, *args: Any) -> Any:
-        if first.is_cuda and first.get_device() != torch.cuda.current_device():
-            with torch.cuda.device(first.get_device()):
-                return launcher(first, *args)
+        if first.is_cuda:
+            if first.get_device() != torch.cuda.current_device():
+                with torch.cuda.device(first.get_device()):
+                    return launcher(first, *args)
+            if not getattr(_thread, "has_context", False):
+                _make_context_current(first.device)
         return launcher(first, *args)
 
     return launch
+
+
+_thread = threading.local()
+
+
+def _make_context_current(device: torch.device) -> None:
+    """Once in a thread: make the current device's context the thread's, by a launch.
+
+    A thread that is new to CUDA, as autograd's is at first, has no context of its own until a call of the CUDA runtime
+    gives it the device's; torch.cuda.set_device makes none where the device is the current one already. cuBLAS, when it
+    comes first, does not make one: torch then warns of it ("no current CUDA context", pytorch PR 120131), sets the
+    context itself and goes on. A launch is allowed in a graph's capture too, where a synchronisation is not.
+    """
+    torch.zeros(1, device=device)
+    _thread.has_context = True
 
 
 def refuse_transforms(name: str) -> None:
@@ -104,6 +147,11 @@ def refuse_transforms(name: str) -> None:
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> None:
     """Raise ValueError unless `tensor` has one of the allowed dtypes (fp64 too where nothing is compiled)."""
+    if tensor.dtype == torch.bfloat16 and not BFLOAT16_IS_EXACT:
+        raise ValueError(
+            f"{name}: expected dtype float32 or float16, got bfloat16, which the interpreter of triton"
+            f" {triton.__version__} computes wrongly (TRITON_INTERPRET=1; 3.6 to 3.9 are corrected)"
+        )
     if tensor.dtype in allowed or (tensor.dtype == torch.float64 and not tensor.is_cuda):
         return
     expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)

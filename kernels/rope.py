@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import cost, reference
 from .dispatch import call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
+from .launching import launch
 from .rows import statistics
 
 __all__ = ["RoPEFunction", "rope"]
@@ -109,7 +110,8 @@ def rope_turn(
     block_rest = triton.next_power_of_2(D - 2 * half + 1)  # 1 where every feature turns
     block_t = max(1, TILE // block_half)
     grid = (B * triton.cdiv(T, block_t) * (triton.cdiv(H, HEADS) + triton.cdiv(K, HEADS)),)
-    _rope_kernel[grid](
+    launch(
+        _rope_kernel, grid,
         q, q.stride(), q_out, q_out.stride(), H, k, k.stride(), k_out, k_out.stride(), K,
         cos, sin, cos.stride(0), sin.stride(0), positions, stride_pb, stride_pt, T, half, D,
         BLOCK_T=block_t, HEADS=HEADS, BLOCK_HALF=block_half, BLOCK_REST=block_rest,

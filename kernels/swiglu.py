@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import cost, reference
 from .dispatch import call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
+from .launching import launch
 from .rows import row_layout, statistics, tile_offsets
 
 __all__ = ["SwiGLUFunction", "swiglu"]
@@ -69,7 +70,7 @@ def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]
     rows = TILE // columns
     grid = (triton.cdiv(M, rows) * triton.cdiv(N, columns),)
     pairs = [part for x in inputs for part in row_layout(x)]
-    kernel[grid](*pairs, *outputs, M, N, ROWS=rows, BLOCK_N=columns, DTYPE=statistics(dtype)[1])
+    launch(kernel, grid, *pairs, *outputs, M, N, ROWS=rows, BLOCK_N=columns, DTYPE=statistics(dtype)[1])
 
 
 def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:

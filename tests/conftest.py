@@ -23,3 +23,11 @@ def uninitialised_memory_is_nan(strict_interpreter: None) -> Iterator[None]:
 
     with poisoned_empty():
         yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on_a_lost_gpu() -> Iterator[None]:
+    from support.cuda_context import end_if_lost
+
+    yield
+    end_if_lost()

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -21,6 +22,52 @@ Call = Callable[[], object]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 L2_FLUSH = 2**28  # bytes written before each timed call on a GPU, several times its L2
+WAKE = 0.01  # seconds of work before the first sample: an idle GPU's clocks are low
+ROUND = 0.01  # seconds of a round of calls that follow one another
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the 20th percentile, the median and the 80th of its runs.
+
+    by: how they were timed, "graph" (replays of a CUDA graph), "events" (around the call itself) or "clock" (a CPU).
+    """
+
+    low: float
+    median: float
+    high: float
+    by: str
+
+
+def timings(
+    calls: Sequence[Call],
+    device: torch.device,
+    *,
+    seconds: float,
+    rounds: tuple[int, int] = (3, 25),
+    capture: bool = True,
+) -> list[Timing]:
+    """Each call's timing, of rounds[0] to rounds[1] runs, as many as fit into its share of `seconds`.
+
+    On a GPU: events around the replay of a CUDA graph of the call, on a cold L2 (around the call itself where it cannot
+    be captured, or is not to be). On a CPU: the clock on the wall; with a single thread, the time that thread ran.
+    """
+    if device.type == "cuda":
+        flush = torch.empty(L2_FLUSH, dtype=torch.uint8, device=device)
+        runs = [_captured(call, device) if capture else None for call in calls]
+        ways = ["events" if run is None else "graph" for run in runs]
+        samplers = [_cuda_sampler(run or call, flush) for run, call in zip(runs, calls, strict=True)]
+        _wake(samplers)
+    else:
+        _keep_memory()
+        ways = ["clock"] * len(calls)
+        samplers = [_cpu_sampler(call) for call in calls]
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds[1]):
+        for sampler, samples in zip(samplers, times, strict=True):
+            if len(samples) < rounds[0] or sum(samples) < seconds / len(calls):
+                samples.append(sampler())
+    return [Timing(*_quantiles(samples), way) for samples, way in zip(times, ways, strict=True)]
 
 
 def median_seconds(
@@ -31,23 +78,36 @@ def median_seconds(
     rounds: tuple[int, int] = (3, 25),
     capture: bool = True,
 ) -> list[float]:
-    """Each call's median seconds, of rounds[0] to rounds[1] runs, as many as fit into its share of `seconds`.
+    """Each call's median seconds, timed as `timings` does."""
+    return [timing.median for timing in timings(calls, device, seconds=seconds, rounds=rounds, capture=capture)]
 
-    On a GPU: events around the replay of a CUDA graph of the call, on a cold L2 (around the call itself where it cannot
-    be captured, or is not to be). On a CPU: the clock on the wall; with a single thread, the time that thread ran.
+
+def _quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """The 20th percentile, the median and the 80th, between the samples beside them."""
+    if len(samples) == 1:
+        return samples[0], samples[0], samples[0]
+    fifths = statistics.quantiles(samples, n=5, method="inclusive")
+    return fifths[0], statistics.median(samples), fifths[-1]
+
+
+def launch_times(call: Call, device: torch.device, seconds: float) -> tuple[float, float]:
+    """(seconds until the host has issued a call, seconds of a call) of calls on a GPU that follow one another.
+
+    seconds: about what the device needs for one; too few are issued to fill the queue, and the best of three rounds
+    counts. The caches are as the calls leave them.
     """
-    if device.type == "cuda":
-        flush = torch.empty(L2_FLUSH, dtype=torch.uint8, device=device)
-        samplers = [_cuda_sampler(_captured(call, device) if capture else call, flush) for call in calls]
-    else:
-        _keep_memory()
-        samplers = [_cpu_sampler(call) for call in calls]
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds[1]):
-        for sampler, samples in zip(samplers, times, strict=True):
-            if len(samples) < rounds[0] or sum(samples) < seconds / len(calls):
-                samples.append(sampler())
-    return [statistics.median(samples) for samples in times]
+    count = max(3, min(100, int(ROUND / seconds)))
+    call()
+    issued = ended = float("inf")
+    for _ in range(3):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        issued = min(issued, (time.perf_counter() - start) / count)
+        torch.cuda.synchronize(device)
+        ended = min(ended, (time.perf_counter() - start) / count)
+    return issued, ended
 
 
 def clock() -> Callable[[], float]:
@@ -95,8 +155,15 @@ def _cuda_sampler(run: Call, flush: Tensor) -> Callable[[], float]:
     return sample
 
 
-def _captured(call: Call, device: torch.device) -> Call:
-    """The replay of a CUDA graph of the call; the call itself where it synchronises and so cannot be captured.
+def _wake(samplers: Sequence[Callable[[], float]]) -> None:
+    end = time.perf_counter() + WAKE
+    while time.perf_counter() < end:
+        for sampler in samplers:
+            sampler()
+
+
+def _captured(call: Call, device: torch.device) -> Call | None:
+    """The replay of a CUDA graph of the call; None where it synchronises and so cannot be captured.
 
     A backward pass runs on the stream its forward ran on: that must be this one (on_capture_stream).
     """
@@ -112,7 +179,7 @@ def _captured(call: Call, device: torch.device) -> Call:
             call()
     except RuntimeError:
         torch.cuda.synchronize(device)
-        return call
+        return None
     return graph.replay
 
 

@@ -1,4 +1,4 @@
-"""How a case is measured: the result is checked first, then timed on cold caches, and reported with its cost.
+"""How a case is measured: the result is checked first, then timed, device and host apart, and reported with its cost.
 
 A speed is never reported for a wrong result: the error against the truth in fp64 (fp32 on a GPU) may be at most twice
 the error of torch's own operation in the same dtype (three times for gradients), plus a few ulps of the truth's scale.
@@ -9,9 +9,8 @@ from __future__ import annotations
 import datetime
 import platform
 import subprocess
-import time
-from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,41 +19,22 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ...kernels.attention import paths
 from ...kernels.cost import flash_attention_cost
-from ..cases.kernels import Case, Provider
+from ..cases.case import COMPILED, Case, Provider
+from .clock import launch_times, on_capture_stream, timings
+from .compiler import compiled, no_fallback
+from .memory import peak_bytes
+from .records import Failure, Measurement, is_host_bound
 
 ULPS = 4
+MODES = ("forward", "backward")
+SECONDS = {"cpu": 0.2, "cuda": 0.04}  # of runs of one mode of one provider
+ROUNDS = {"cpu": (5, 100), "cuda": (10, 25)}
 
 
 class WrongResult(AssertionError):  # noqa: N818 - it is a verdict, not a fault of the harness
     """A provider's output or gradient is further from the truth than the rule allows."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One provider's time for one mode of a case; rates count the case's closed-form cost, not what was executed."""
-
-    operation: str
-    mode: str
-    shape: dict[str, int | bool]
-    dtype: str
-    provider: str
-    milliseconds: float  # median
-    milliseconds_p20: float
-    milliseconds_p80: float
-    gigabytes_per_second: float
-    teraflops: float
-    peak_mib: float | None  # device memory above the inputs; None on a CPU
-    host_microseconds: float | None = None  # to launch the call; None on a CPU
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A provider that does not run a case, or runs it wrong."""
-
-    case: str
-    provider: str
-    error: str
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -112,6 +92,14 @@ def _upstream(outputs: Results) -> Results:
     return tuple(torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype) for o in outputs)
 
 
+@contextmanager
+def running(case: Case, name: str) -> Iterator[None]:
+    """What all calls of a provider must run in: on its path, with a compiler of its own, and no fallback unsaid."""
+    paths.forget()  # a path that failed is tried again, and fails again
+    with no_fallback(), case.path(name), compiled() if name in COMPILED else nullcontext():
+        yield
+
+
 class Checker:
     """A case's truth, worked out once, that any provider's results are held against."""
 
@@ -159,7 +147,8 @@ def check(case: Case, device: torch.device) -> None:
     """Compare every provider with the truth, output and gradients; raises WrongResult."""
     checker = Checker(case, device)
     for name in case.providers:
-        checker.check(name)
+        with running(case, name):
+            checker.check(name)
 
 
 def check_flops(case: Case, device: torch.device) -> None:
@@ -187,43 +176,42 @@ def check_flops(case: Case, device: torch.device) -> None:
 
 
 def task(case: Case, provider: Provider, mode: str, device: torch.device) -> Callable[[], object]:
-    """The call to time: the forward alone, or the backward alone of a graph that is kept."""
-    inputs = case.inputs(device)
+    """The call to time: the forward alone, or the backward alone of a graph that is kept.
+
+    Drawn and, for the backward, run forward where the clock captures calls.
+    """
+    with on_capture_stream(device):
+        inputs = case.inputs(device)
+        if mode == "forward":
+            inputs = tuple(x.detach() for x in inputs)
+        else:
+            outputs = _outputs(provider(*inputs))
+            upstream = _upstream(outputs)
+    settle(device)  # the call may be made on another stream
     if mode == "forward":
-        inputs = tuple(x.detach() for x in inputs)
         return lambda: provider(*inputs)
-    outputs = _outputs(provider(*inputs))
-    upstream = _upstream(outputs)
     return lambda: _gradients(outputs, inputs, upstream)
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> tuple[float, float, float]:
-    """(p20, median, p80) of the call's time: CUDA events on a cold L2, or wall-clock time on a CPU."""
+class ContextLost(RuntimeError):  # noqa: N818 - what it says is what happened
+    """The device answers every call with an error: this process can measure nothing any more."""
+
+
+def settle(device: torch.device) -> None:
+    """Wait until the device has done all it was asked for; raises the error of whatever failed."""
     if device.type == "cuda":
-        low, median, high = triton.testing.do_bench(call, quantiles=(0.2, 0.5, 0.8))
-        return low / 1e3, median / 1e3, high / 1e3
-    from torch.utils.benchmark import Timer
-
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    times = torch.tensor(timer.blocked_autorange(min_run_time=0.2).times, dtype=torch.float64)
-    low, median, high = times.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-    return low, median, high
-
-
-def host_microseconds(call: Callable[[], object], device: torch.device, seconds: float) -> float | None:
-    """How long the host takes to launch a call that takes `seconds`, the best of three rounds; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    calls = max(5, min(100, int(0.02 / seconds)))  # too few to fill the queue of launches
-    best = float("inf")
-    for _ in range(3):
         torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        best = min(best, (time.perf_counter() - start) / calls)
-    torch.cuda.synchronize(device)
-    return best * 1e6
+
+
+def alive(device: torch.device) -> bool:
+    """Whether the device still works for this process, after an error."""
+    if device.type != "cuda":
+        return True
+    for _ in range(2):  # the first may tell of an error that passes
+        with suppress(RuntimeError):
+            torch.cuda.synchronize(device)
+            return True
+    return False
 
 
 def measure(
@@ -233,31 +221,32 @@ def measure(
     without: Container[str] = (),
     progress: Callable[[str], object] = lambda provider: None,
 ) -> Iterator[Measurement | Failure]:
-    """Check each provider of the case, then time it, forward and backward; one that fails loses nobody else's time."""
+    """Check each provider of the case, then time it, forward and backward; one that fails loses nobody else's time.
+
+    Raises ContextLost, with what the provider at hand raised, once the device answers no more.
+    """
     checker = Checker(case, device)
-    right = []
     for name in case.providers:
         if name in without:
             continue
         progress(name)
         try:
-            checker.check(name)
-            if case.repeats:
-                checker.check_repeats(name)
-            right.append(name)
+            with running(case, name):
+                checker.check(name)
+                if case.repeats:
+                    checker.check_repeats(name)
+                found = [_timed(case, name, mode, device) for mode in MODES] if case.timed else []
+                settle(device)  # an error that is still on its way is this provider's
         except Exception as error:
-            yield Failure(case.name, name, _sentence(error))
-    del checker
-    for name in right if case.timed else ():
-        progress(name)
-        try:
-            with case.path(name):
-                yield from [_timed(case, name, mode, device) for mode in ("forward", "backward")]
-        except Exception as error:
-            yield Failure(case.name, name, _sentence(error))
+            if not alive(device):
+                raise ContextLost(sentence(error)) from error
+            yield Failure(case.name, name, sentence(error))
+        else:
+            yield from found
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
+    """The first line of what it says, with its type unless that is a verdict."""
     first = (str(error).strip() or "no message").splitlines()[0]
     return first if isinstance(error, WrongResult) else f"{type(error).__name__}: {first}"
 
@@ -265,29 +254,29 @@ def _sentence(error: Exception) -> str:
 def _timed(case: Case, name: str, mode: str, device: torch.device) -> Measurement:
     cost = case.cost(mode == "backward")
     call = task(case, case.providers[name], mode, device)
-    peak = None
+    peak, host = None, None
     if device.type == "cuda":
         call()  # compile and warm up before memory is counted
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
-        call()
-        peak = (torch.cuda.max_memory_allocated(device) - held) / 2**20
-    low, median, high = seconds(call, device)
+        peak = peak_bytes(call, device) / 2**20
+    (timing,) = timings([call], device, seconds=SECONDS[device.type], rounds=ROUNDS[device.type])
+    total = timing.median
+    if device.type == "cuda":
+        host, total = launch_times(call, device, timing.median)
     return Measurement(
         operation=case.operation,
         mode=mode,
         shape=dict(case.shape),
         dtype=str(case.dtype).removeprefix("torch."),
         provider=name,
-        milliseconds=median * 1e3,
-        milliseconds_p20=low * 1e3,
-        milliseconds_p80=high * 1e3,
-        gigabytes_per_second=cost.bytes / median / 1e9,
-        teraflops=cost.flops / median / 1e12,
+        device_milliseconds=timing.median * 1e3,
+        device_milliseconds_p20=timing.low * 1e3,
+        device_milliseconds_p80=timing.high * 1e3,
+        call_milliseconds=total * 1e3,
+        gigabytes_per_second=cost.bytes / timing.median / 1e9,
+        teraflops=cost.flops / timing.median / 1e12,
         peak_mib=peak,
-        host_microseconds=host_microseconds(call, device, median),
+        host_microseconds=None if host is None else host * 1e6,
+        host_bound=is_host_bound(None if host is None else host * 1e6, total * 1e3),
+        timed_by=timing.by,
+        path=case.taken(name, mode),
     )
-
-
-def as_records(measurements: Iterable[Measurement]) -> list[dict[str, Any]]:
-    return [asdict(measurement) for measurement in measurements]

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
 
 from ...model import ModelConfig
 from ...model.estimate import Estimate
 
-TIMEOUT = 300.0  # seconds: replays slow a step down a hundredfold
+TIMEOUT = 60.0  # seconds: replays slow a step down a hundredfold
+LARGEST = 500e6  # parameters of a model whose step is counted: the counters save and restore memory at every kernel
 BYTES = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 # Math operations on the tensor cores, two a multiply-add, by the operands' dtype.
 TENSOR_OPERATIONS = {
@@ -37,8 +41,11 @@ def available(device: torch.device, dtype: str) -> bool:
 def count_step(e: Estimate, device: torch.device, *, timeout: float = TIMEOUT) -> tuple[float, float]:
     """(tensor-core operations, DRAM bytes) of one step of the estimate's model.
 
-    Raises RuntimeError with ncu's last words where it fails or takes longer than `timeout` seconds.
+    Raises RuntimeError with ncu's last words where it fails or takes longer than `timeout` seconds, and for a model of
+    more than LARGEST parameters, which would.
     """
+    if e.parameters > LARGEST:
+        raise RuntimeError(f"ncu: not asked for models of more than {LARGEST / 1e6:.0f} M parameters")
     operations = TENSOR_OPERATIONS[e.dtype]
     request = {
         "model": e.config.to_dict(),
@@ -48,21 +55,36 @@ def count_step(e: Estimate, device: torch.device, *, timeout: float = TIMEOUT) -
         "optimizer": e.optimizer,
         "device": str(device),
     }
-    command = ["ncu", "--profile-from-start", "off", "--csv", "--print-units", "base"]
+    # ncu holds the clocks at their base by itself, and a card that it is stopped on keeps them there
+    command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--print-units", "base"]
     command += ["--metrics", ",".join((operations, *BYTES)), sys.executable, "-P", "-c"]
     command += ["from rooflight.bench.predict.counters import main; main()", json.dumps(request)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"ncu: no answer in {timeout:.0f} seconds") from None
-    if done.returncode != 0:
-        words = (done.stdout + done.stderr).strip().splitlines() or [f"exit status {done.returncode}"]
+    status, output, errors = _bounded(command, timeout)
+    if status != 0:
+        words = (output + errors).strip().splitlines() or [f"exit status {status}"]
         raise RuntimeError(f"ncu: {words[-1]}")
-    totals = sum_metrics(done.stdout.splitlines())
+    totals = sum_metrics(output.splitlines())
     missing = [name for name in (operations, *BYTES) if name not in totals]
     if missing:
         raise RuntimeError(f"ncu: its answer has no {missing[0]}")
     return totals[operations], sum(totals[name] for name in BYTES)
+
+
+def _bounded(command: list[str], timeout: float) -> tuple[int, str, str]:
+    """Exit status, output and errors of ncu; past the timeout it is ended, with the process that it watches.
+
+    Raises RuntimeError then: the watched process alone would keep the GPU, and the pipes, for as long as it likes.
+    """
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"ncu: no answer in {timeout:.0f} seconds") from None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output, errors
 
 
 def sum_metrics(lines: Iterable[str]) -> dict[str, float]:

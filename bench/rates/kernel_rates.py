@@ -118,7 +118,8 @@ def _linear_cross_entropy(make: Leaves, M: int, N: int, V: int) -> Call:
     # logits of a model's size: larger ones underflow in the softmax, and a CPU is ten times slower over denormals
     weight = make(V, N, dtype=torch.float32, scale=N**-0.5)
     x, target = make(M, N), make.tokens(M, V)
-    return lambda: make.ops.linear_cross_entropy(x, weight, target)
+    # the two passes apart: a step that keeps the gradients is their sum, less the logits computed again
+    return lambda: make.ops.linear_cross_entropy(x, weight, target, keep_gradients=False)
 
 
 def _embedding(make: Leaves, elements: int) -> Call:

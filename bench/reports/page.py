@@ -14,7 +14,8 @@ from typing import Any
 
 from ...model import PRESETS
 from ...training.files import write_text
-from .plots import plot_kernels, plot_rates, plot_shares, plot_validation, rate_series
+from .kernel_tables import newest_first, records
+from .plots import plot_kernels, plot_rates, plot_shares, plot_steps, plot_validation, rate_series
 from .report import RESULTS, markdown_table, read_results, section
 
 STYLE = """
@@ -50,16 +51,22 @@ def write_page(path: Path, folder: Path = RESULTS) -> None:
 
 def _blocks(folder: Path) -> Iterator[str | Picture]:
     yield "# rooflight, predicted and measured"
-    for name, results in read_results(folder).items():
+    found = read_results(folder)
+    measured = newest_first([results for results in found.values() if results["kind"] == "kernels"])
+    if rate_series(measured):
+        yield "## Rates on a GPU"
+        yield "Of device time, bf16, each figure the newest there is; the files that it comes from follow below."
+        yield Picture("rates", "rates by length and row size", partial(plot_rates, measured))
+    for name, results in found.items():
         yield f"## {name}"
         yield section(results)
         if results["kind"] == "validation":
             yield from map(_components, results["validations"])
             yield Picture(name, "predicted and measured", partial(plot_validation, results["validations"]))
-        elif results["kind"] == "kernels" and any(m["provider"] != "rooflight" for m in results["measurements"]):
-            yield Picture(name, "kernels and their peers", partial(plot_kernels, results["measurements"]))
-            if rate_series(results["measurements"]):
-                yield Picture(f"{name}-rates", "rates by length", partial(plot_rates, results["measurements"]))
+        elif results["kind"] == "steps":
+            yield Picture(name, "training steps", partial(plot_steps, results))
+        elif results["kind"] == "kernels" and {m["provider"] for m in results["measurements"]} > {"rooflight"}:
+            yield Picture(name, "kernels and their peers", partial(plot_kernels, records(results["measurements"])))
     yield "## Where the FLOPs go"
     yield "In closed form; nothing here is measured."
     yield Picture("shares", "shares of the FLOPs", partial(plot_shares, "gpt2-xl", PRESETS["gpt2-xl"]))

@@ -25,7 +25,7 @@ SHORTEST, LONGEST = 256, 65536
 MARKERS = "osD^vP*X"
 
 
-def _figure(columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+def _figure(columns: int, size: tuple[float, float], rows: int = 1) -> tuple[Figure, Any]:
     try:
         import matplotlib
     except ModuleNotFoundError:
@@ -33,7 +33,7 @@ def _figure(columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    return plt.subplots(1, columns, figsize=size, layout="constrained", squeeze=False)
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -138,12 +138,14 @@ def plot_validation(validations: Sequence[dict[str, Any]], path: Path) -> None:
 def plot_kernels(measurements: Sequence[dict[str, Any]], path: Path) -> None:
     """Each case's peers as times ours, one line a case; right of 1 the peer is slower.
 
-    measurements: as in a results file.  Raises ValueError when there is none.
+    measurements: as `kernel_tables.records` gives them.  Raises ValueError when there is none.
     """
     cases: dict[str, dict[str, float]] = {}
     for m in measurements:
         shape = " ".join(f"{key}={int(value)}" for key, value in m["shape"].items())
-        cases.setdefault(f"{m['operation']} {m['mode']}, {shape}, {m['dtype']}", {})[m["provider"]] = m["milliseconds"]
+        cases.setdefault(f"{m['operation']} {m['mode']}, {shape}, {m['dtype']}", {})[m["provider"]] = m[
+            "device_milliseconds"
+        ]
     peers = list(dict.fromkeys(m["provider"] for m in measurements if m["provider"] != "rooflight"))
     if not peers:
         raise ValueError("measurements: expected some of a peer, got none")
@@ -179,7 +181,7 @@ def rate_series(measurements: Sequence[dict[str, Any]]) -> dict[tuple[str, str],
             mask = "causal" if shape["causal"] else "full"
             title = f"attention {m['mode']}, {mask}, head size {shape['D']}", "TFLOP/s by sequence length"
             length, rate = shape["T"], m["teraflops"]
-        elif m["operation"] == "rms_norm" and "residual" not in shape:
+        elif m["operation"] == "rms_norm" and "residual" not in shape and shape["M"] > 64:  # not the launch-bound one
             title = f"rms_norm {m['mode']}", "GB/s by row size"
             length, rate = shape["N"], m["gigabytes_per_second"]
         else:
@@ -194,17 +196,20 @@ def rate_series(measurements: Sequence[dict[str, Any]]) -> dict[tuple[str, str],
 
 
 def plot_rates(measurements: Sequence[dict[str, Any]], path: Path) -> None:
-    """Rates against lengths, ours beside each peer's: a panel for each of rate_series.
+    """Rates against lengths, ours beside each peer's: a panel for each of rate_series, four in a row.
 
-    measurements: as in a results file.  Raises ValueError where none has two lengths.
+    measurements: as `kernel_tables.records` gives them.  Raises ValueError where none has two lengths.
     """
     panels = rate_series(measurements)
     if not panels:
         raise ValueError("measurements: expected an operation at two lengths, got none")
     names = list(dict.fromkeys(provider for series in panels.values() for provider in series))
     look = dict(zip(names, zip(COLORS * len(names), MARKERS * len(names), strict=False), strict=False))
-    figure, (row,) = _figure(len(panels), (3.6 * len(panels), 3.6))
-    for axes, ((title, unit), series) in zip(row, panels.items(), strict=True):
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, grid = _figure(columns, (3.8 * columns, 3.6 * rows), rows)
+    every = [axes for row in grid for axes in row]
+    for axes, ((title, unit), series) in zip(every, panels.items(), strict=False):
         for provider, points in series.items():
             color, marker = look[provider]
             axes.plot(list(points), list(points.values()), f"{marker}-", color=color, label=provider)
@@ -212,6 +217,24 @@ def plot_rates(measurements: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_title(title, fontsize=9)
         axes.set(xlabel=unit.partition(" by ")[2], ylabel=unit.partition(" by ")[0], ylim=(0, None))
         axes.grid(alpha=0.3)
-    lines = {line.get_label(): line for axes in row for line in axes.get_lines()}
+    for axes in every[len(panels) :]:
+        axes.set_axis_off()
+    lines = {line.get_label(): line for axes in every for line in axes.get_lines()}
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=6, frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def plot_steps(results: dict[str, Any], path: Path) -> None:
+    """A bar for each way to take one training step, ours and the peers', the host's part drawn into it."""
+    rows = results["rows"]
+    figure, ((axes,),) = _figure(1, (9, 1.2 + 0.4 * len(rows)))
+    for y, row in enumerate(rows):
+        axes.barh(y, row["milliseconds"], color=COLORS[0] if row["ours"] else COLORS[4], height=0.7)
+        axes.barh(y, row["host_milliseconds"], color="none", edgecolor="black", height=0.4, linewidth=0.8)
+        axes.text(row["milliseconds"], y, f" {row['milliseconds']:,.0f} ms", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [f"{row['name']}, V = {row['vocab_size']:,}" for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="ms a step; framed: the host's part", title=results["title"])
+    axes.margins(x=0.1)
+    axes.grid(alpha=0.3, axis="x")
     _save(figure, path)

@@ -1,4 +1,4 @@
-"""Tables of what was measured: for the terminal, and for the README from the files in bench/results/.
+"""Tables of what was measured, from the files in bench/results/: the README's few, and a section for each file.
 
 A results file is JSON with "kind" (which renderer reads it), "machine" (where, with what, when) and the measurements.
 """
@@ -8,94 +8,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from ...training.files import write_text
+from . import kernel_tables
 
 RESULTS = Path(__file__).parents[1] / "results"
 PREDICTED = ".predicted.json"  # `bench validate` writes it beside the measurement, before there is one
 BEGIN, END = "<!-- results: written by `rooflight bench report` -->", "<!-- end of results -->"
-
-
-def kernel_results(machine: dict[str, Any], heard: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The content of a results file, from what the workers of `bench kernels` said."""
-    measurements: dict[tuple[str, str, str], dict] = {}  # a case begun anew measures some of its providers again
-    failures, ceilings = [], {}
-    for line in heard:
-        if "measurement" in line:
-            m = line["measurement"]
-            case = " ".join((m["operation"], _shape(m["shape"]), m["dtype"]))
-            measurements[case, m["mode"], m["provider"]] = m
-        elif "failure" in line:
-            failures.append(line["failure"])
-        elif "ceilings" in line:
-            ceilings = line["ceilings"]
-    cases = list(dict.fromkeys(case for case, _, _ in measurements))
-    in_order = sorted(measurements, key=lambda key: (cases.index(key[0]), key[1] != "forward"))
-    return {
-        "kind": "kernels",
-        "machine": machine,
-        "ceilings": ceilings,
-        "measurements": [measurements[key] for key in in_order],
-        "failures": failures,
-    }
-
-
-def of_roof(m: dict[str, Any], ceilings: dict[str, float]) -> float | None:
-    """A measurement's share of the ceiling that bounds it: products for attention, copies for the rest."""
-    if not ceilings:
-        return None
-    if m["operation"] == "flash_attention":
-        return m["teraflops"] / ceilings["gemm_teraflops"]
-    return m["gigabytes_per_second"] / ceilings["copy_gigabytes_per_second"]
-
-
-def table(measurements: Iterable[dict[str, Any]], ceilings: dict[str, float]) -> Table:
-    """One row per provider and mode, in the order measured."""
-    out = Table(title="Kernels, ours beside their peers (median; p20 to p80)", expand=False)
-    if ceilings:
-        gemm, copy = ceilings["gemm_teraflops"], ceilings["copy_gigabytes_per_second"]
-        out.caption = f"roof: products {gemm:,.3g} TFLOP/s, copies {copy:,.0f} GB/s"
-    for column in ("case", "provider"):
-        out.add_column(column)
-    for column in ("ms", "p20-p80", "GB/s", "TFLOP/s", "% roof", "MiB", "host us"):
-        out.add_column(column, justify="right", no_wrap=True)
-    before = None
-    for m in measurements:
-        case = f"{m['operation']} {m['mode']}, {_shape(m['shape'])}, {m['dtype']}"
-        if before not in (None, case):
-            out.add_section()
-        share = of_roof(m, ceilings)
-        out.add_row(
-            case if case != before else "",
-            m["provider"],
-            f"{m['milliseconds']:.3f}",
-            f"{m['milliseconds_p20']:.3f}-{m['milliseconds_p80']:.3f}",
-            f"{m['gigabytes_per_second']:.1f}",
-            f"{m['teraflops']:.3f}",
-            "" if share is None else f"{100 * share:.1f}",
-            "" if m["peak_mib"] is None else f"{m['peak_mib']:.0f}",
-            "" if m["host_microseconds"] is None else f"{m['host_microseconds']:.1f}",
-        )
-        before = case
-    return out
-
-
-def failures_table(failures: Iterable[dict[str, str]]) -> Table:
-    out = Table(title="Not measured")
-    for column in ("case", "provider", "because"):
-        out.add_column(column)
-    for failure in failures:
-        out.add_row(failure["case"], failure["provider"] or "all", failure["error"])
-    return out
-
-
-def _shape(shape: dict[str, Any]) -> str:
-    return " ".join(f"{key}={int(value)}" for key, value in shape.items())
 
 
 def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
@@ -104,30 +26,69 @@ def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _where(machine: dict[str, Any]) -> str:
-    parts = [machine["device"], f"torch {machine['torch']}", f"triton {machine['triton']}"]
-    if not machine.get("cuda"):
-        parts.insert(1, f"{machine['threads']} threads")
-    return ", ".join([*parts, f"commit {machine['commit']}", machine["date"]])
-
-
 def _kernels(results: dict[str, Any]) -> str:
-    """Ours and each peer in one row: milliseconds, and the rate that bounds the operation."""
-    grouped: dict[tuple[str, str, str, str], dict[str, dict]] = {}
-    for m in results["measurements"]:
-        grouped.setdefault((m["operation"], m["mode"], _shape(m["shape"]), m["dtype"]), {})[m["provider"]] = m
+    """A row for each provider of each case, and what was not measured and why."""
+    ceilings = results.get("ceilings") or {}
+    rows, before = [], None
+    for m in kernel_tables.records(results["measurements"]):
+        case = kernel_tables.case_text(m)
+        rows.append([case if case != before else "", m["provider"], *kernel_tables.cells(m, ceilings)])
+        before = case
+    text = markdown_table(["kernel", "provider", *kernel_tables.COLUMNS], rows)
+    text = f"{text}\n\n{kernel_tables.caption(ceilings)}."
+    if failures := results.get("failures"):
+        lost = [[failure["case"], failure["provider"] or "all", failure["error"]] for failure in failures]
+        text += "\n\nNot measured, or measured and left out:\n\n" + markdown_table(
+            ["case", "provider", "because"], lost
+        )
+    return text
+
+
+def _headlines(files: Sequence[dict[str, Any]]) -> list[str]:
+    """The GPU's kernels, a row for a shape, each figure the newest there is."""
+    measured = kernel_tables.newest_first(files)
+    places = dict.fromkeys(m["measured_on"] for m in measured)
+    tables = kernel_tables.headlines(measured)
+    return [
+        f"{title}:\n\n{markdown_table(columns, rows)}\n\nMeasured on: {'; '.join(places)}."
+        for title, columns, rows in tables
+    ]
+
+
+def _steps(results: dict[str, Any]) -> str:
+    """Training steps of one model, ours beside plain PyTorch's, each over the fastest peer with its vocabulary."""
+    best: dict[int, float] = {}
+    for row in results["rows"]:
+        if not row["ours"]:
+            best[row["vocab_size"]] = min(row["milliseconds"], best.get(row["vocab_size"], math.inf))
+    rows = [
+        [
+            f"{row['name']}, vocabulary {row['vocab_size']:,}",
+            f"{row['milliseconds']:,.0f}",
+            f"{row['tokens_per_second'] / 1e3:,.1f} k",
+            f"{row['host_milliseconds']:,.0f}",
+            f"{row['peak_bytes'] / 2**30:,.1f}",
+            f"{best[row['vocab_size']] / row['milliseconds']:.2f}" if row["ours"] and row["vocab_size"] in best else "",
+        ]
+        for row in results["rows"]
+    ]
+    columns = [results["title"], "ms", "tokens/s", "host ms", "peak GiB", "speed over the peer's"]
+    return "One training step:\n\n" + markdown_table(columns, rows)
+
+
+def _predictions(results: dict[str, Any]) -> str:
+    """What was predicted before there was a measurement, beside it: misses stay."""
     rows = []
-    for (operation, mode, shape, dtype), providers in grouped.items():
-        if "rooflight" not in providers:
-            continue
-        ours = providers.pop("rooflight")
-        if operation == "rms_norm":
-            rate = f"{ours['gigabytes_per_second']:,.0f} GB/s"
-        else:
-            rate = f"{ours['teraflops']:,.1f} TFLOP/s"
-        peers = ", ".join(f"{name} {peer['milliseconds']:.3f}" for name, peer in providers.items())
-        rows.append([f"{operation} {mode}, {shape}, {dtype}", f"{ours['milliseconds']:.3f}", rate, peers])
-    return markdown_table(["kernel", "ms", "rate", "peers, ms"], rows)
+    for row in results["rows"]:
+        low, high, measured = row["low"], row["high"], row["measured"]
+        predicted = f"{low:,g}" if low == high else f">= {low:,g}" if high is None else f"{low:,g} to {high:,g}"
+        hit = low <= measured <= (math.inf if high is None else high) if low != high else None
+        ratio = f"{low / measured:.2f}" if hit is None else "held" if hit else "missed"
+        rows.append(
+            [row["what"], row["unit"], predicted, row["predicted_on"], f"{measured:,g}", row["measured_on"], ratio]
+        )
+    columns = ["what", "unit", "predicted", "on", "measured", "on", "held, or predicted / measured"]
+    return "Predicted before, measured since:\n\n" + markdown_table(columns, rows)
 
 
 def _demo(results: dict[str, Any]) -> str:
@@ -224,6 +185,8 @@ def _prediction(results: dict[str, Any]) -> str:
 
 RENDERERS = {
     "kernels": _kernels,
+    "steps": _steps,
+    "predictions": _predictions,
     "demo": _demo,
     "tokenizer": _tokenizer,
     "validation": _validation,
@@ -250,20 +213,24 @@ def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
 def section(results: dict[str, Any]) -> str:
     """One file's results as Markdown, and where they come from."""
     source = "For" if results["kind"] == "prediction" else "Measured on"
-    return f"{RENDERERS[results['kind']](results)}\n\n{source}: {_where(results['machine'])}."
+    return f"{RENDERERS[results['kind']](results)}\n\n{source}: {kernel_tables.where(results['machine'])}."
 
 
 def render(folder: Path = RESULTS) -> str:
-    """Every results file as Markdown, ordered by file name, the tokenizer's as one table where they name their text.
+    """The README's tables: GPU kernels by shape, steps, the demo, validations, the tokenizer's texts together.
 
-    Raises ValueError on a kind that nothing renders.
+    The page has every file whole (reports/page.py). Raises ValueError on a kind that nothing renders.
     """
     found = list(read_results(folder).values())
-    together = [results for results in found if results["kind"] == "tokenizer" and "corpus" in results]
-    sections = [section(results) for results in found if results not in together]
-    if together:
-        places = dict.fromkeys(_where(results["machine"]) for results in together)
-        sections.append(f"{_tokenizers(together)}\n\nMeasured on: {'; '.join(places)}.")
+    by_kind = {kind: [results for results in found if results["kind"] == kind] for kind in RENDERERS}
+    sections = _headlines(by_kind["kernels"])
+    for kind in ("steps", "demo", "validation", "prediction"):
+        sections += map(section, by_kind[kind])
+    texts = [results for results in by_kind["tokenizer"] if "corpus" in results]
+    sections += [section(results) for results in by_kind["tokenizer"] if results not in texts]
+    if texts:
+        places = dict.fromkeys(kernel_tables.where(results["machine"]) for results in texts)
+        sections.append(f"{_tokenizers(texts)}\n\nMeasured on: {'; '.join(places)}.")
     return "\n\n".join(sections)
 
 

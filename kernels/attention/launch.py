@@ -1,7 +1,8 @@
-"""The launchers, as torch operators: rooflight::flash_attention_fwd and rooflight::flash_attention_bwd.
+"""The operators rooflight::flash_attention_fwd and rooflight::flash_attention_bwd: which path's launcher serves a call.
 
 Both take a dense batch (q (B, H, T, D), k and v (B, K, S, D), lse (B, H, T)) or, with cu_seqlens, packed sequences
-(q (total_q, H, D), k and v (total_k, K, D), lse (H, total_q)); one set of kernels reads either through its strides.
+(q (total_q, H, D), k and v (total_k, K, D), lse (H, total_q)). paths.py chooses; what the hopper path cannot do on
+this machine after all goes to the portable one.
 FLOPs follow rooflight.kernels.cost: visible pairs only, two products forward and five backward, where, as in torch's
 own formula for scaled_dot_product_attention, the recomputed scores count once.
 """
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import math
 import sys
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,37 +22,8 @@ from torch.utils.flop_counter import register_flop_formula
 from ..cost import flash_attention_cost, flash_attention_varlen_cost
 from ..dispatch import call, define_op
 from . import paths
-from .portable import tiles
-from .portable.backward import (
-    _flash_attention_bwd_dkdv_kernel,
-    _flash_attention_bwd_dq_kernel,
-    _flash_attention_delta_kernel,
-)
-from .portable.forward import _flash_attention_fwd_kernel
-
-LOG2E = math.log2(math.e)
-
-
-def _strides(x: Tensor, varlen: bool) -> tuple[int, ...]:
-    """Strides as (b, h, row, d); packed sequences stand in the first dimension and have no batch stride."""
-    if not varlen:
-        return x.stride()
-    if x.dim() == 2:  # (H, total)
-        return (0, *x.stride())
-    total, head, dim = x.stride()
-    return 0, head, total, dim
-
-
-def _sizes(q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, max_q: int, max_k: int) -> tuple[int, int, int, int, int]:
-    """(B, H, K, T, S), T and S those of the longest sequence."""
-    if cu_seqlens_q is not None:
-        return cu_seqlens_q.shape[0] - 1, q.shape[1], k.shape[1], max_q, max_k
-    return q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2]
-
-
-def _contiguous(*vectors: Tensor | None) -> list[Tensor | None]:
-    """The short vectors that kernels index without a stride: sinks and cu_seqlens."""
-    return [None if x is None else x.contiguous() for x in vectors]
+from .portable import launch as portable
+from .portable.launch import Problem
 
 
 def _statistic_like(q: Tensor, varlen: bool) -> Tensor:
@@ -70,47 +44,39 @@ def _given(unround: Tensor) -> Tensor | None:
     return unround if unround.dim() > 1 else None
 
 
-def _score_factors(scale: float, softcap: float) -> tuple[float | None, float]:
-    """What a score is multiplied by inside tanh (None without softcap) and in the base-2 exponent."""
-    return (scale / softcap, softcap * LOG2E) if softcap > 0 else (None, scale * LOG2E)
+def _problem(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_q: int, max_k: int, *rest: Any
+) -> Problem:
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        return Problem(q.shape[2], k.shape[2], None, None, *rest)
+    return Problem(max_q, max_k, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), *rest)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """fp32 products are IEEE unless the caller opted into TF32 through torch's own switch."""
-    opted = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if opted and torch.version.hip is None else "ieee"
+@cache
+def _hopper(pass_: str) -> ModuleType:
+    from .hopper import backward, forward
+
+    return forward if pass_ == "forward" else backward
 
 
-def _takes_hopper(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None, bounds: tuple[Any, ...], softcap: float, sinks: Tensor | None
-) -> bool:
-    """Whether the hopper path serves this call (paths.py): a backward pass where dout is given."""
-    ends, left, right = bounds
-
-    def obstacle() -> str | None:
-        from .hopper import backward, forward
-
-        if dout is None:
-            return forward.supports(q, k, v, ends, softcap, sinks is not None)
-        return backward.supports(q, k, v, dout, ends, softcap)
-
-    used = {"window": left is not None or bool(right), "packed": ends is not None}
-    used |= {"softcap": softcap > 0, "sinks": sinks is not None}
-    return paths.choose("forward" if dout is None else "backward", q, k, obstacle, **used) == "hopper"
+def _by_hopper(pass_: str, asked: tuple[Any, ...], args: tuple[Any, ...]) -> bool:
+    """Whether the hopper path did it: its launch_forward or launch_backward of `args`, where it supports(*asked)."""
+    try:
+        hopper = _hopper(pass_)
+        if (why := hopper.supports(*asked)) is None:
+            getattr(hopper, f"launch_{pass_}")(*args)
+            return True
+    except Exception as error:
+        paths.give_up(pass_, error)
+    else:
+        paths.step_back(why)
+    return False
 
 
-def _run(kernel: Any, name: str, q: Tensor, n_row: int, n_head: int, args: tuple[Any, ...]) -> None:
-    """Launch one program for each tile of rows of each head; `name` "dkdv" walks keys, the others queries."""
-    tile = tiles.choose(name, q.shape[-1], q.dtype, q.device)
-    block = tile.block_n if name == "dkdv" else tile.block_m
-    grid = (-(-n_row // block) * n_head,)
-    if grid[0] == 0:
-        return
-    blocks: dict[str, Any] = {"HEAD_DIM": q.shape[-1], "BLOCK_D": tiles.block_d(q.shape[-1]), "BLOCK_M": tile.block_m}
-    if name != "delta":
-        blocks |= {"BLOCK_N": tile.block_n, "PRECISION": _precision(q.dtype)}
-    # Triton 3.10 is to change the default of fused multiply-adds, and 3.9 warns of it
-    kernel[grid](*args, **blocks, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True)
+def _path(pass_: str, q: Tensor, k: Tensor, p: Problem, sinks: Tensor | None) -> str:
+    windowed = p.left is not None or bool(p.right)
+    used = (windowed, p.ends_q is not None, p.softcap > 0, sinks is not None, p.T < paths.SHORT)
+    return paths.choose(pass_, q, k, used)
 
 
 def flash_attention_fwd(
@@ -127,19 +93,15 @@ def flash_attention_fwd(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    varlen = cu_seqlens_q is not None
-    B, H, K, T, S = _sizes(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
-    out, lse, unround = _outputs(q, varlen)
-    sinks, *ends = _contiguous(sinks, cu_seqlens_q, cu_seqlens_k)
-    if _takes_hopper(q, k, v, None, (ends[0], left, right), softcap, sinks):
-        from .hopper.forward import launch_forward
-
-        launch_forward(q, k, v, out, lse, ends[0], ends[1], T, S, left, right, scale)
-        return out, lse, unround
-    strides = (_strides(x, varlen) for x in (q, k, v, out, lse))
-    sizes = (H, K, T, S, left, right, *_score_factors(scale, softcap))
-    tensors = (q, k, v, sinks, out, lse, _given(unround))
-    _run(_flash_attention_fwd_kernel, "fwd", q, T, B * H, (*tensors, *ends, *strides, *sizes))
+    out, lse, unround = _outputs(q, cu_seqlens_q is not None)
+    p = _problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
+    bounds = (p.ends_q, p.ends_k, p.T, p.S, left, right, scale)
+    if not (
+        _path("forward", q, k, p, sinks) == "hopper"
+        and _by_hopper("forward", (q, k, v, p.ends_q, softcap, sinks is not None), (q, k, v, out, lse, *bounds))
+    ):
+        sinks = None if sinks is None else sinks.contiguous()
+        portable.launch_forward(q, k, v, sinks, out, lse, _given(unround), p)
     return out, lse, unround
 
 
@@ -166,33 +128,20 @@ def flash_attention_bwd(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    varlen = cu_seqlens_q is not None
-    B, H, K, T, S = _sizes(q, k, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
+    p = _problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
-    sq, sk, sv, so, sdo, slse, sdq, sdk, sdv = (_strides(x, varlen) for x in (q, k, v, out, dout, lse, dq, dk, dv))
-    sdlse = None if dlse is None else _strides(dlse, varlen)
-    ends = _contiguous(cu_seqlens_q, cu_seqlens_k)
-    _run(
-        _flash_attention_delta_kernel, "delta", q, T, B * H,
-        (out, dout, lse, dlse, lse2, delta, ends[0], so, sdo, sdlse, slse, H, T),
-    )  # fmt: skip
-    if _takes_hopper(q, k, v, dout, (ends[0], left, right), softcap, sinks):
-        from .hopper.backward import launch_backward
-
-        launch_backward(q, k, v, dout, lse2, delta, dq, dk, dv, ends[0], ends[1], T, S, left, right, scale)
-    else:
-        sizes = (H, K, T, S, left, right, scale, *_score_factors(scale, softcap))
-        inputs = (q, k, v, dout, lse2, delta, _given(unround))
-        _run(
-            _flash_attention_bwd_dkdv_kernel, "dkdv", q, S, B * K,
-            (*inputs, dk, dv, *ends, sq, sk, sv, sdo, slse, sdk, sdv, *sizes),
-        )  # fmt: skip
-        _run(
-            _flash_attention_bwd_dq_kernel, "dq", q, T, B * H,
-            (*inputs, dq, *ends, sq, sk, sv, sdo, slse, sdq, *sizes),
-        )  # fmt: skip
-    return dq, dk, dv, _sink_gradient(sinks, lse, delta, varlen) if sinks is not None else q.new_empty(0)
+    delta = None if sinks is None else torch.empty_like(lse)
+    bounds = (p.ends_q, p.ends_k, p.T, p.S, left, right, scale)
+    written = (q, k, v, out, dout, lse, dlse, dq, dk, dv, delta, *bounds)
+    if not (
+        _path("backward", q, k, p, sinks) == "hopper"
+        and _by_hopper("backward", (q, k, v, dout, p.ends_q, softcap), written)
+    ):
+        lse2, delta = portable.launch_delta(out, dout, lse, dlse, p)
+        portable.launch_backward(q, k, v, dout, lse2, delta, _given(unround), dq, dk, dv, p)
+    if sinks is None or delta is None:
+        return dq, dk, dv, q.new_empty(0)
+    return dq, dk, dv, _sink_gradient(sinks, lse, delta, cu_seqlens_q is not None)
 
 
 def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor, varlen: bool) -> Tensor:

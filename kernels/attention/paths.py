@@ -4,30 +4,51 @@ portable: the Triton kernels of portable/; every call on every GPU, and under th
 hopper: the Gluon kernels of hopper/; what `_obstacle` leaves to them.
 sdpa, eager: a plain CPU tensor runs torch's scaled_dot_product_attention where it has the semantics, else the oracle.
 
-A path is the default only where it was measured to win. The hopper path was not measured yet, so `portable` is the
-default everywhere, until a user's own measurement (`rooflight bench tune`) or `use("hopper")` says otherwise.
+A path is the default only where it was measured to win (MEASURED). A user's own measurement (`rooflight bench tune`)
+goes before that, and `use` before both. Where the hopper path cannot run on a machine after all (a triton without
+Gluon, a compile or a launch that fails), one warning says so and the portable one serves from then on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+import triton
 from torch import Tensor
 
 from ..dispatch import INTERPRETED
 from .tuned import PATHS, architecture, table_of
 
-__all__ = ["OPTIONS", "Call", "Choice", "choose", "decide", "forget", "table", "use"]
+__all__ = [
+    "MEASURED", "OPTIONS", "Call", "Choice", "choose", "decide", "forget", "give_up", "step_back", "table", "use",
+]  # fmt: skip
 
-OPTIONS = ("window", "packed", "softcap", "sinks")
+OPTIONS = ("window", "packed", "softcap", "sinks", "short")
+SHORT = 512  # fewer queries than that are "short": the least that was measured
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "cpu")
 HOPPER_HEADS = {"forward": (64, 128, 256), "backward": (64, 128)}
 HOPPER_DTYPES = (torch.bfloat16, torch.float16)
 NOT_IN_HOPPER = {"forward": {"softcap", "sinks"}, "backward": {"softcap"}}  # a sink is in the log-sum-exp by then
+
+# Where the hopper path is the default: its and the portable path's TFLOP/s of device time by length, on one H200,
+# 2026-11-26, bf16, causal, torch 2.11, triton 3.6.0. Head size 256 was not measured.
+HARDWARE = "one H200, 2026-11-26, triton 3.6.0"
+MEASURED: dict[tuple[str, int], dict[str, tuple[int, int]]] = {
+    ("forward", 128): {"8k": (668, 449), "2k": (499, 353), "512": (232, 191)},
+    ("forward", 64): {"8k": (422, 345), "1k": (227, 204)},
+    ("backward", 128): {"8k": (473, 315), "2k": (344, 257), "512": (168, 155)},
+    ("backward", 64): {"8k": (406, 230), "1k": (194, 151)},
+}
+# The options under which that holds. Packed sequences are right on the GPU, but were not timed: add "packed" once they
+# are (their heads' lengths differ, and short ones fill the machine less).
+MEASURED_OPTIONS = frozenset({"window"})
+# The triton versions whose code of the hopper path ran on hardware; with others it was compiled only.
+RAN_ON_HARDWARE = ("3.6.0",)
 
 
 @dataclass(frozen=True)
@@ -60,7 +81,17 @@ def _obstacle(call: Call) -> str | None:
     return None
 
 
+def _win(call: Call) -> str | None:
+    """The measurement that makes the hopper path the default for a call that it serves, or None."""
+    rates = MEASURED.get((call.pass_, call.head_dim))
+    if rates is None or not call.options <= MEASURED_OPTIONS:
+        return None
+    rates_of = ", ".join(f"{hopper}/{portable} at {length}" for length, (hopper, portable) in rates.items())
+    return f"measured to win: {rates_of} TFLOP/s beside portable, bf16, causal ({HARDWARE})"
+
+
 _asked: str | None = None
+_failed: dict[str, str] = {}  # by pass: why the hopper path cannot run here
 
 
 @contextmanager
@@ -80,10 +111,12 @@ def use(path: str | None) -> Iterator[None]:
         _asked = before
 
 
-def decide(call: Call, *, asked: str | None = None, measured: str | None = None) -> Choice:
-    """The rule. asked: by `use`.  measured: the path that a user's own table names for this call."""
+def decide(call: Call, *, asked: str | None = None, measured: str | None = None, failed: str | None = None) -> Choice:
+    """The rule. asked: by `use`.  measured: the path that a user's own table names for this call.  failed: why the
+    hopper path cannot run on this machine.
+    """
     if call.architecture == "cpu":
-        if call.options:
+        if call.options - {"short"}:
             return Choice("eager", "torch's scaled_dot_product_attention has no window, packing, softcap or sinks")
         return Choice("sdpa", "torch's own, where causal lengths agree and no log-sum-exp is asked for; else eager")
     obstacle = _obstacle(call)
@@ -93,13 +126,43 @@ def decide(call: Call, *, asked: str | None = None, measured: str | None = None)
         return Choice(asked, f"asked for by use({asked!r})")
     if obstacle:
         return Choice("portable", f"hopper does not serve it: {obstacle}")
+    if failed:
+        return Choice("portable", f"hopper failed on this machine: {failed}")
     if measured:
         return Choice(measured, "measured fastest on this GPU by `rooflight bench tune`")
-    return Choice("portable", "hopper serves it too, but was not measured yet")
+    if won := _win(call):
+        return Choice("hopper", won)
+    return Choice("portable", "hopper serves it too, but was not measured there yet")
+
+
+def give_up(pass_: str, error: Exception) -> None:
+    """Called where the hopper path raised `error`: warn once, and take the portable path from then on.
+
+    Raises the error itself where it says nothing of the path (out of memory), and under use("hopper").
+    """
+    if isinstance(error, torch.OutOfMemoryError) or _asked == "hopper":
+        raise error
+    why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    # without the module neither pass runs
+    for name in ("forward", "backward") if isinstance(error, ImportError) else (pass_,):
+        _failed[name] = why
+    _decided.cache_clear()
+    warnings.warn(
+        f"attention's hopper {pass_} cannot run here with triton {triton.__version__} ({why}); the portable kernels"
+        " are used from now on",
+        stacklevel=2,
+    )
+
+
+def step_back(why: str) -> None:
+    """Called where these very tensors keep the hopper path from a call. Raises ValueError where `use` asked for it."""
+    if _asked == "hopper":
+        raise ValueError(f"use('hopper'): expected tensors that path serves, but {why}")
 
 
 def forget() -> None:
-    """Read the user's table anew at the next launch."""
+    """Read the user's table anew at the next launch, and try again what failed."""
+    _failed.clear()
     table_of.cache_clear()
     _decided.cache_clear()
 
@@ -110,33 +173,18 @@ def _decided(
 ) -> str:
     measured = table_of(device).paths.get((pass_, str(dtype).removeprefix("torch."), head_dim))
     options = frozenset(name for name, is_used in zip(OPTIONS, used, strict=True) if is_used)
-    return decide(Call(pass_, architecture(), head_dim, dtype, options), asked=asked, measured=measured).path
+    call = Call(pass_, architecture(), head_dim, dtype, options)
+    return decide(call, asked=asked, measured=measured, failed=_failed.get(pass_)).path
 
 
-def choose(
-    pass_: str,
-    q: Tensor,
-    k: Tensor,
-    obstacle: Callable[[], str | None],
-    *,
-    window: bool,
-    packed: bool,
-    softcap: bool,
-    sinks: bool,
-) -> str:
-    """The path of a call on a GPU: "hopper" or "portable".
+def choose(pass_: str, q: Tensor, k: Tensor, used: tuple[bool, ...]) -> str:
+    """The path of a call on a GPU, "hopper" or "portable"; the tensors themselves may still keep it from hopper.
 
-    obstacle: what in these very tensors (alignment, strides) keeps the hopper path from them, or None; asked last.
-    Raises ValueError where `use` asked for a path that does not serve the call.
+    used: which of OPTIONS the call uses.  Raises ValueError where `use` asked for a path that does not serve the call.
     """
     if INTERPRETED or q.numel() == 0 or k.numel() == 0:
         return "portable"
-    path = _decided(_asked, pass_, q.shape[-1], q.dtype, q.device, (window, packed, softcap, sinks))
-    if path == "hopper" and (why := obstacle()):
-        if _asked == "hopper":
-            raise ValueError(f"use('hopper'): expected tensors that path serves, but {why}")
-        return "portable"
-    return path
+    return _decided(_asked, pass_, q.shape[-1], q.dtype, q.device, used)
 
 
 def table(target: str, device: torch.device | None = None) -> list[tuple[str, str, str, str, Choice]]:
@@ -154,6 +202,7 @@ def table(target: str, device: torch.device | None = None) -> list[tuple[str, st
         frozenset({"packed"}),
         frozenset({"softcap"}),
         frozenset({"sinks"}),
+        frozenset({"short"}),
     ]
     measured = table_of(device).paths if device is not None else {}
     grouped: dict[Choice, list[Call]] = {}
@@ -163,7 +212,9 @@ def table(target: str, device: torch.device | None = None) -> list[tuple[str, st
                 key = (pass_, str(dtype).removeprefix("torch."), head_dim)
                 for used in options:
                     call = Call(pass_, target, head_dim, dtype, used)
-                    grouped.setdefault(decide(call, measured=measured.get(key)), []).append(call)
+                    failed = _failed.get(pass_) if device is not None else None
+                    choice = decide(call, measured=measured.get(key), failed=failed)
+                    grouped.setdefault(choice, []).append(call)
     return [(*_described(calls), choice) for choice, calls in grouped.items()]
 
 

@@ -9,6 +9,8 @@ import triton.language as tl
 
 from support.aot import SHARED_LIMIT, compile_cases
 
+pytestmark = pytest.mark.cpu
+
 
 @triton.jit
 def _matmul_kernel(a_ptr, b_ptr, c_ptr, K, N: tl.constexpr):

@@ -7,10 +7,13 @@ import pytest
 from support.aot import SHARED_LIMIT, compile_cases
 from support.artifacts import CASES, LOOPS, TARGETS, check_committed, committed, rms_norm, rope, swiglu
 
+pytestmark = pytest.mark.cpu
+
 # What runs by default: RMSNorm in both precisions, and one of its companions.
 DEFAULT = [
     (rms_norm, {"N": 4096, "dtype": "bfloat16", "residual": True}),
     (rms_norm, {"N": 8192, "dtype": "float32", "residual": True}),
+    (rms_norm, {"N": 16384, "dtype": "bfloat16", "residual": True}),
     (rope, {"head_dim": 128, "dtype": "bfloat16"}),
     (swiglu, {"N": 11008, "dtype": "bfloat16"}),
 ]

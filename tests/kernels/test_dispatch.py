@@ -6,9 +6,15 @@ import inspect
 import os
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rooflight import kernels
 from rooflight.kernels import dispatch
@@ -85,3 +91,79 @@ def test_kernel_and_oracle_share_a_signature(name):
     assert [(p.name, p.kind, p.default) for p in ours.parameters.values()] == [
         (p.name, p.kind, p.default) for p in oracle.parameters.values()
     ]
+
+
+class _Seen(TorchDispatchMode):
+    """The operators that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_eager_calls_go_past_the_dispatcher_unless_someone_looks(device):
+    """Direct calls save time; a mode, a profiler and tensor subclasses must see the operator all the same."""
+    x = torch.randn(2, 8, device=device, requires_grad=True)
+    ran = []
+    real = dict(dispatch._launchers)
+
+    def through(op, launcher):
+        return lambda *args: (ran.append(str(op)), launcher(*args))[1]
+
+    with mock.patch.dict(dispatch._launchers, {op: through(op, launcher) for op, launcher in real.items()}):
+        kernels.swiglu(x, x).sum().backward()
+        assert ran == ["rooflight.swiglu_fwd.default", "rooflight.swiglu_bwd.default"]
+        ran.clear()
+        with _Seen() as seen:
+            kernels.swiglu(x, x).sum().backward()
+        assert {"rooflight.swiglu_fwd.default", "rooflight.swiglu_bwd.default"} <= set(seen.names)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            kernels.swiglu(x, x).sum().backward()
+        names = {event.key for event in profiler.key_averages()}
+        assert {"rooflight::swiglu_fwd", "rooflight::swiglu_bwd"} <= names
+        assert ran == []
+    with torch.device(device), FakeTensorMode():
+        fake = torch.ones(2, 8)
+    y = kernels.swiglu(fake, fake)  # outside its mode: a subclass by itself
+    assert isinstance(y, FakeTensor)
+
+
+def test_a_thread_has_a_context_before_its_first_product(monkeypatch):
+    """A stand-in for a GPU: in each thread one launch comes before the first operator, and none before the others."""
+    events = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch, "zeros", lambda *args, device: events.append(f"a launch on {device}"))
+    monkeypatch.setattr(dispatch, "_thread", threading.local())
+    tensor = SimpleNamespace(is_cuda=True, get_device=lambda: 0, device="cuda:0")
+    operator = dispatch._on_its_device(lambda first: events.append("a product"))
+
+    def twice():
+        operator(tensor)
+        operator(tensor)
+
+    twice()
+    thread = threading.Thread(target=twice)
+    thread.start()
+    thread.join()
+    assert events == 2 * ["a launch on cuda:0", "a product", "a product"]
+    operator(SimpleNamespace(is_cuda=False))
+    assert events[-2:] == ["a product", "a product"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_autograds_thread_has_a_context_before_its_first_product():
+    """A process of its own, whose first backward is a product: torch would warn that there was no context."""
+    code = """
+import torch
+from rooflight.kernels import linear_cross_entropy
+x, w = torch.randn(4, 8, device="cuda", requires_grad=True), torch.randn(9, 8, device="cuda")
+loss = linear_cross_entropy(x, w, torch.tensor([1, 2, 3, 4], device="cuda"), reduction="none")
+loss.backward(torch.ones(4, device="cuda"))
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

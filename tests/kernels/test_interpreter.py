@@ -1,16 +1,24 @@
-"""Each patch of the interpreter catches the fault it is there for."""
+"""The corrections make the interpreter right, and each of the tests' patches catches the fault it is there for."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from support.interpreter import extent, narrow, widen
+from rooflight.kernels.interpreter import narrow, widen
+from support.interpreter import extent
 
 INTERPRETED = triton.knobs.runtime.interpret
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: there is a GPU")
+pytestmark = [
+    pytest.mark.cpu,
+    pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1: there is a GPU"),
+]
 OUT_OF_BOUNDS = "out of bounds"
 
 
@@ -194,3 +202,79 @@ def test_uninitialised_memory_is_nan():
     for made in (torch.empty(2, 3), torch.empty_like(x), x.new_empty(4), torch.empty_strided((2, 2), (4, 1))):
         assert made.isnan().all()
     assert torch.empty(2, dtype=torch.int32).eq(2**31 - 1).all()
+
+
+# ---------------------------------------------------------------- a user's process, without the patches of these tests
+
+USERS_OWN = """
+import sys
+
+import torch
+import triton
+import triton.language as tl
+
+if sys.argv[1:]:  # an interpreter whose internals are not those that are known
+    from triton.runtime.interpreter import InterpreterBuilder
+    delattr(InterpreterBuilder, sys.argv[1])
+
+import rooflight.kernels as kernels
+from rooflight.kernels import reference
+
+
+@triton.jit
+def _users_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.bfloat16)
+    for row in range(n):  # a bound known at run time
+        total += tl.load(x_ptr + row * BLOCK + tl.arange(0, BLOCK))
+    tl.store(y_ptr + tl.arange(0, BLOCK), total)
+
+
+def near(ours, exact):
+    assert ours.dtype == torch.bfloat16 and ours.isfinite().all(), ours
+    assert (ours.double() - exact).abs().max() <= 2**-7 * exact.abs().max()
+
+
+generator = torch.Generator().manual_seed(0)
+x, weight = (torch.randn(shape, generator=generator).bfloat16() for shape in ((5, 64), (64,)))
+qkv = [torch.randn(1, 2, 40, 32, generator=generator).bfloat16().requires_grad_() for _ in "qkv"]
+if sys.argv[1:]:
+    for name, call in {"x": lambda: kernels.rms_norm(x, weight), "q": lambda: kernels.flash_attention(*qkv)}.items():
+        try:
+            call()
+        except ValueError as error:
+            assert str(error).startswith(f"{name}: expected dtype float32 or float16, got bfloat16"), error
+            assert triton.__version__ in str(error)
+        else:
+            raise AssertionError(f"{name} was not refused")
+    exact = reference.rms_norm(x.double(), weight.double())
+    torch.testing.assert_close(kernels.rms_norm(x.float(), weight.float()).double(), exact, rtol=1e-5, atol=1e-5)
+else:
+    near(kernels.rms_norm(x, weight), reference.rms_norm(x.double(), weight.double()))
+    doubles = [t.detach().double().requires_grad_() for t in qkv]
+    out, exact = kernels.flash_attention(*qkv), reference.flash_attention(*doubles)
+    near(out, exact)
+    dout = torch.randn(out.shape, generator=generator).bfloat16()
+    for ours, theirs in zip(torch.autograd.grad(out, qkv, dout), torch.autograd.grad(exact, doubles, dout.double())):
+        near(ours, theirs)
+    y = torch.zeros(64, dtype=torch.bfloat16)
+    _users_kernel[(1,)](x, y, 5, BLOCK=64)
+    expected = torch.zeros_like(y)
+    for row in x:
+        expected += row
+    assert torch.equal(y, expected)
+print("right")
+"""
+
+
+@pytest.mark.parametrize("missing", [[], ["create_clampf"]], ids=["corrected", "unknown"])
+def test_a_user_gets_bfloat16_right_or_refused(missing, tmp_path):
+    script = tmp_path / "users_own.py"  # triton reads a kernel's source from its file
+    script.write_text(USERS_OWN, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, script, *missing],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        check=False,
+    )
+    assert done.stdout.strip() == "right", done.stderr

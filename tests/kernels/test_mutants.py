@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from mutants import MUTANTS, ROOT, survives
 
+pytestmark = pytest.mark.cpu
+
 KERNELS = ROOT / "kernels"
 
 

@@ -70,9 +70,9 @@ def check(seed: int, device: torch.device | str = "cpu") -> None:
         ) from error
 
 
-@pytest.mark.parametrize("first", range(0, DEFAULT, 20))
+@pytest.mark.parametrize("first", range(0, DEFAULT, 5))  # on a GPU each seed compiles kernels of its own
 def test_fuzz(device, first):
-    for seed in range(first, first + 20):
+    for seed in range(first, first + 5):
         check(seed, device)
 
 

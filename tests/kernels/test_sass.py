@@ -6,6 +6,8 @@ import pytest
 
 from support.sass import inner_loops, together
 
+pytestmark = pytest.mark.cpu
+
 S = [f"HGMMA.64x128x16.F32.BF16 R24, gdesc[UR{n}], {'RZ, !UPT' if n == 0 else 'R24'}" for n in range(8)]
 PV = [f"HGMMA.64x128x16.F32.BF16 R88, R{160 + 4 * n}, gdesc[UR4].tnspB, R88" for n in range(8)]
 S[-1] += ", gsb0"

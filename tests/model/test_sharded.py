@@ -13,6 +13,8 @@ import torch.multiprocessing as mp
 from rooflight.model import ModelConfig, Transformer, estimate
 from support.sharded import batch, step
 
+pytestmark = pytest.mark.cpu
+
 WORLD, BATCH = 2, 2
 CONFIG = ModelConfig(64, 16, 3, 4, n_kv_head=2, d_model=32, d_ff=48, qk_norm=True)
 

@@ -1,15 +1,14 @@
 """Makes Triton's interpreter as strict as a GPU is unforgiving, for triton 3.6 to 3.9.
 
-1. bfloat16 is exact: casts round to nearest even, arithmetic and reductions happen in fp32 and round once. The
-   interpreter itself truncates casts and computes on the raw uint16 bits. A dot that adds in fp32 rounds once too,
-   so that no result depends on the order in which this processor's BLAS adds: by that alone the same fp32 scores
-   differ threefold in their error from one processor to another.
+1. A dot that adds in fp32 rounds once, so that no result depends on the order in which this processor's BLAS adds: by
+   that alone the same fp32 scores differ threefold in their error from one processor to another.
 2. Every active lane of a load, store or atomic must lie inside the extent of the tensor its pointer was derived from;
    a pointer with no known origin must lie inside one of the launch's tensors.
 3. A masked-off lane loaded without `other` is NaN (a large number for integers): its value is undefined on a GPU.
 4. Memory from torch.empty and its kin is filled with NaN (`poisoned_empty`), so an element never written shows.
 
-`install` is called once per session, and only under the interpreter; `poisoned_empty` also serves on a GPU.
+`install` is called once per session, and only under the interpreter; `poisoned_empty` also serves on a GPU. That
+bfloat16 is exact is no strictness: the package itself sees to it (kernels/interpreter.py).
 """
 
 from __future__ import annotations
@@ -24,89 +23,23 @@ import numpy as np
 import torch
 from torch.utils._device import _device_constructors
 
-# ---------------------------------------------------------------- bfloat16
+from rooflight.kernels.interpreter import correct, widen
+
+# ---------------------------------------------------------------- products
 
 
-def widen(bits: np.ndarray) -> np.ndarray:
-    """bfloat16 bits (uint16) to the fp32 of the same value."""
-    return (np.asarray(bits).astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def narrow(values: np.ndarray) -> np.ndarray:
-    """fp32 values to bfloat16 bits (uint16), to nearest, ties to even."""
-    values = np.asarray(values).astype(np.float32)
-    bits = values.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
-
-
-def _patch_bfloat16(interp: Any, tl: Any) -> None:
+def _patch_dot(interp: Any, tl: Any) -> None:
     builder, handle = interp.InterpreterBuilder, interp.TensorHandle
-
-    def is_bf16(x: Any) -> bool:
-        return isinstance(x, handle) and x.dtype.scalar == tl.bfloat16
-
-    def fp32(x: Any) -> Any:
-        return handle(widen(x.data), tl.float32) if is_bf16(x) else x
-
-    def in_fp32(method: Callable) -> Callable:
-        @functools.wraps(method)
-        def wrapped(self: Any, *args: Any) -> Any:
-            if not any(is_bf16(x) for x in args):
-                return method(self, *args)
-            result = method(self, *map(fp32, args))
-            is_value = np.asarray(result.data).dtype == np.float32  # a comparison's result is bool
-            return handle(narrow(result.data), tl.bfloat16) if is_value else result
-
-        return wrapped
-
-    for name in ("binary_op", "unary_op", "ternary_op", "create_fma", "create_clampf", "create_erf", "create_rsqrt"):
-        setattr(builder, name, in_fp32(getattr(builder, name)))
-
-    def cast(method: Callable, position: int) -> Callable:
-        @functools.wraps(method)
-        def wrapped(self: Any, src: Any, dst_type: Any, *args: Any) -> Any:
-            source, target = src.dtype.scalar, dst_type.scalar
-            if source == target or tl.bfloat16 not in (source, target):
-                return method(self, src, dst_type, *args)
-            if position and args[0] == interp._ir.ROUNDING_MODE.RTZ:
-                return method(self, src, dst_type, *args)
-            if target == tl.bfloat16:
-                return handle(narrow(src.data), tl.bfloat16)
-            wide = fp32(src)
-            return wide if target == tl.float32 else method(self, wide, dst_type, *args)
-
-        return wrapped
-
-    builder.cast_impl = cast(builder.cast_impl, 0)
-    builder.create_fp_to_fp = cast(builder.create_fp_to_fp, 1)
-    builder.get_bf16 = lambda self, value: handle(narrow(np.array([value])), tl.bfloat16)
-
     dot = builder.create_dot
 
     def exact_dot(self: Any, a: Any, b: Any, acc: Any, *args: Any) -> Any:
         if acc.data.dtype != np.float32 or min(a.dtype.primitive_bitwidth, b.dtype.primitive_bitwidth) < 16:
             return dot(self, a, b, acc, *args)
-        product = np.matmul(fp32(a).data, fp32(b).data, dtype=np.float64) + acc.data
+        a, b = (widen(x.data) if x.dtype.scalar == tl.bfloat16 else x.data for x in (a, b))
+        product = np.matmul(a, b, dtype=np.float64) + acc.data
         return handle(product.astype(np.float32), acc.dtype.scalar)
 
     builder.create_dot = exact_dot
-
-    reduce = interp.ReduceScanOpInterface.apply
-
-    def apply(self: Any, inputs: Any) -> Any:
-        if not isinstance(inputs, tuple):
-            return apply(self, (inputs,))[0]
-        wide = tuple(self.to_tensor(widen(x.handle.data), tl.float32) if x.dtype == tl.bfloat16 else x for x in inputs)
-        outputs = reduce(self, wide)
-        return tuple(
-            self.to_tensor(narrow(out.handle.data), tl.bfloat16)
-            if x.dtype == tl.bfloat16 and out.dtype == tl.float32
-            else out
-            for out, x in zip(outputs, inputs, strict=False)
-        )
-
-    interp.ReduceScanOpInterface.apply = apply
 
 
 # ---------------------------------------------------------------- bounds
@@ -243,23 +176,16 @@ def _patch_launch(interp: Any) -> None:
     # CPU tensors were never copied, so there is nothing to copy back: each launch would copy whole storages.
     interp.GridExecutor._restore_args_dev = lambda self, *args: None
 
-    lang_tensor = interp._patch_lang_tensor
-
-    def patch_lang_tensor(tensor: Any, *args: Any) -> None:
-        lang_tensor(tensor, *args)
-        # triton 3.6 converts a one-element array, which numpy 2.4 refuses: `range(n)` would not run.
-        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
-
-    interp._patch_lang_tensor = patch_lang_tensor
-
 
 @functools.cache
 def install() -> None:
     """Patch the interpreter of this process, once."""
+    import triton
     import triton.language as tl
     from triton.runtime import interpreter as interp
 
-    _patch_bfloat16(interp, tl)
+    assert correct(), f"the interpreter of triton {triton.__version__} is not corrected"
+    _patch_dot(interp, tl)
     _patch_bounds(interp, tl)
     _patch_launch(interp)
 

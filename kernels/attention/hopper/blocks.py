@@ -11,13 +11,15 @@ Importing this module imports Gluon: the launchers do it only when a Hopper kern
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -27,21 +29,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ...launching import Described
 from .. import blocks
 
 __all__ = [
     "ELEMENT",
+    "LINE",
     "as_heads",
     "block_order",
     "describe",
+    "describe_lines",
+    "describe_rows",
     "extents",
+    "fence_async_global",
     "fence_async_shared",
+    "first_row_tile",
     "gl",
     "gluon",
     "load_rows",
     "masked_block",
     "mbarrier",
     "new_barriers",
+    "new_numbers",
     "row_layout",
     "sequence",
     "share_numbers",
@@ -49,11 +58,15 @@ __all__ = [
     "slot",
     "tile_of",
     "tma",
+    "tma_add",
+    "tma_load",
     "tma_obstacle",
     "tma_store",
+    "tma_written",
     "visible_blocks",
     "warpgroup_mma",
     "warpgroup_mma_wait",
+    "write_number",
 ]
 
 # Triton 3.6 and 3.7 say async_copy_*, 3.9 async_*.
@@ -62,10 +75,25 @@ tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
+LINE: gl.constexpr = gl.constexpr(32)  # fp32 values: 128 bytes, a row of shared memory's widest swizzle
 ONE: gl.constexpr = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # one number, in each thread of a warpgroup
+
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # 3.6 has the latter
+
+try:  # triton 3.8
+    tma_add = tma.async_atomic_add
+except AttributeError:  # 3.6 and 3.7 have the instruction, but no function of this name
+
+    @builtin
+    def tma_add(tensor_desc, coord, src, _semantic=None):
+        """Start the addition of a tile in shared memory to global memory."""
+        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+        _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
 
 visible_blocks = gluon.jit(blocks.visible_blocks.fn)
 sequence = gluon.jit(blocks.sequence.fn)
+first_row_tile = gluon.jit(blocks.first_row_tile.fn)
 
 
 def extents(x: Tensor, varlen: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -106,18 +134,80 @@ def _prototype(dtype: torch.dtype, rows: int, head_dim: int) -> dict[str, Any]:
     return vars(TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)) | {"base": None}
 
 
+def describe_rows(x: Tensor, rows: int) -> Any:
+    """The TMA descriptor of one fp32 value a row, flat, for `rows` of them."""
+    return _rows_described(x.data_ptr(), x.numel(), rows) if x.is_cuda else _rows_descriptor(x, x.numel(), rows)
+
+
+@lru_cache(maxsize=1024)
+def _rows_described(address: int, size: int, rows: int) -> TensorDescriptor:
+    return _rows_descriptor(_Address(address, torch.float32), size, rows)
+
+
+def _rows_descriptor(base: Tensor | _Address, size: int, rows: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    descriptor = TensorDescriptor(base, [size], [1], [rows], layout)
+    vars(descriptor)["described"] = Described((torch.float32, rows))
+    return descriptor
+
+
+def describe_lines(x: Tensor, lines: int) -> Any:
+    """The TMA descriptor of an fp32 tensor as lines of LINE values, for `lines` of them."""
+    return _lines_described(x.data_ptr(), x.numel(), lines) if x.is_cuda else _lines_descriptor(x, x.numel(), lines)
+
+
+@lru_cache(maxsize=1024)
+def _lines_described(address: int, size: int, lines: int) -> TensorDescriptor:
+    return _lines_descriptor(_Address(address, torch.float32), size, lines)
+
+
+def _lines_descriptor(base: Tensor | _Address, size: int, lines: int) -> TensorDescriptor:
+    n = LINE.value
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    descriptor = TensorDescriptor(base, [size // n, n], [n, 1], [lines, n], layout)
+    vars(descriptor)["described"] = Described((torch.float32, lines, n))
+    return descriptor
+
+
+class _Address:
+    """A tensor as a descriptor needs it. It holds no memory: descriptors are kept when their tensors are gone."""
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self.address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
 def describe(x: Tensor, rows: int, varlen: bool) -> Any:
     """The TMA descriptor of x as (b, h, row, d), for tiles of `rows` rows; loads past an end read zeros.
 
-    TensorDescriptor's own checks, which tma_obstacle has made already, would cost 10 us of every launch.
+    The same object for the same address, sizes and strides: a model's tensors return to their addresses at every step,
+    and the driver's encoding is kept with the descriptor.
     """
     sizes, strides = extents(x, varlen)
+    if x.is_cuda:
+        return _described(x.data_ptr(), x.dtype, sizes, strides, rows)
+    return _descriptor(x, x.dtype, sizes, strides, rows)
+
+
+@lru_cache(maxsize=1024)
+def _described(
+    address: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], rows: int
+) -> TensorDescriptor:
+    return _descriptor(_Address(address, dtype), dtype, sizes, strides, rows)
+
+
+def _descriptor(
+    base: Tensor | _Address, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], rows: int
+) -> TensorDescriptor:
+    """Without TensorDescriptor's own checks, which tma_obstacle has made already: they take 10 us."""
     descriptor = TensorDescriptor.__new__(TensorDescriptor)
-    vars(descriptor).update(_prototype(x.dtype, rows, sizes[3]))
-    descriptor.base, descriptor.shape = x, list(sizes)
+    vars(descriptor).update(_prototype(dtype, rows, sizes[3]))
     # the stride of a single element is any: one that TMA takes
-    descriptor.strides = [stride if size > 1 else sizes[3] for size, stride in zip(sizes[:3], strides, strict=False)]
-    descriptor.strides.append(1)
+    strides = tuple(stride if size > 1 else sizes[3] for size, stride in zip(sizes[:3], strides, strict=False))
+    described = Described((dtype, rows, sizes[3]))
+    vars(descriptor).update(base=base, shape=list(sizes), strides=[*strides, 1], described=described)
     return descriptor
 
 
@@ -129,9 +219,9 @@ def row_layout(x):
 
 @gluon.jit
 def slot(g, STAGES: gl.constexpr):
-    """Slot and parity of buffer g of a ring of 2 or 4."""
-    gl.static_assert(STAGES == 2 or STAGES == 4)
-    SHIFT: gl.constexpr = 1 if STAGES == 2 else 2
+    """Slot and parity of buffer g of a ring of 1, 2 or 4."""
+    gl.static_assert(STAGES == 1 or STAGES == 2 or STAGES == 4)
+    SHIFT: gl.constexpr = STAGES // 2
     return g & (STAGES - 1), (g >> SHIFT) & 1
 
 
@@ -145,18 +235,51 @@ def new_barriers(N: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def new_numbers(N: gl.constexpr):
+    """N 32-bit integers in shared memory."""
+    return gl.allocate_shared_memory(gl.int32, [N, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def write_number(shared, i, number, WARPS: gl.constexpr):
+    """Set the i-th of them, from a partition of so many warps."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    shared.index(i).store(gl.full([1], number, gl.int32, layout))
+
+
+@gluon.jit
 def share_numbers(numbers):
     """32-bit integers in shared memory, for `shared_number`: before the partitions part, for any of them."""
-    shared = gl.allocate_shared_memory(gl.int32, [len(numbers), 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    shared = new_numbers(len(numbers))
     for i in gl.static_range(len(numbers)):
-        shared.index(i).store(gl.full([1], numbers[i], gl.int32, ONE))
+        write_number(shared, i, numbers[i], 4)
     return shared
 
 
 @gluon.jit
-def shared_number(shared, i: gl.constexpr):
+def shared_number(shared, i):
     """The i-th of them. No compiler knows it, so nothing that follows from it is moved to before this."""
     return gl.sum(shared.index(i).load(ONE), 0)
+
+
+@gluon.jit
+def tma_written():
+    """Wait until all that was stored and added by TMA stands in global memory, for a release to pass on.
+
+    tma.store_wait waits for the reads of shared memory alone. PTX ISA: without .read, cp.async.bulk.wait_group waits
+    for the writes too, "being made visible to the executing thread"; they were made by the asynchronous proxy, and
+    fence.proxy.async orders them with what follows in the generic one, the release. That is another thread's: barrier.
+    """
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; fence.proxy.async.global; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1
+    )
+    barrier()
+
+
+@gluon.jit
+def fence_async_global():
+    """After an acquire: let the TMA accesses that follow see what it has seen (PTX ISA, fence.proxy.async)."""
+    gl.inline_asm_elementwise("fence.proxy.async.global; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
 
 
 @gluon.jit

@@ -46,6 +46,35 @@ def test_a_short_call_is_timed_more_often_than_a_long_one(monkeypatch: pytest.Mo
     assert (machine.log.count("a"), machine.log.count("b")) == (1 + 25, 1 + 5)
 
 
+def test_a_timing_has_its_spread(monkeypatch: pytest.MonkeyPatch):
+    machine = Machine(monkeypatch)
+    call = machine.call("a", 9.0, 1.0, 6.0, 2.0, 5.0, 3.0, 4.0)
+    assert clock.timings([call], CPU, seconds=100.0, rounds=(3, 6)) == [clock.Timing(2.0, 3.5, 5.0, "clock")]
+    (one,) = clock.timings([machine.call("b", 7.0)], CPU, seconds=0.0, rounds=(1, 1))
+    assert (one.low, one.median, one.high) == (7.0, 7.0, 7.0)
+
+
+@pytest.mark.parametrize(("host", "device"), [(3.0, 1.0), (1.0, 3.0)], ids=["host-bound", "device-bound"])
+def test_launches_and_calls_are_timed_apart(host: float, device: float, monkeypatch: pytest.MonkeyPatch):
+    """A host that issues in `host` seconds, a device that works off each call in `device` when it has it."""
+    now = idle_at = 0.0
+
+    def call() -> None:
+        nonlocal now, idle_at
+        now += host
+        idle_at = max(idle_at, now) + device
+
+    def synchronize(_: torch.device) -> None:
+        nonlocal now
+        now = max(now, idle_at)
+
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    issued, ended = clock.launch_times(call, torch.device("cuda"), 0.0002)
+    assert issued == pytest.approx(host)
+    assert ended == pytest.approx(max(host, device), rel=0.05)
+
+
 def test_one_thread_is_timed_by_its_own_time(monkeypatch: pytest.MonkeyPatch):
     import time
 

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from rooflight.bench.predict import counters
 from rooflight.bench.predict.counters import BYTES, TENSOR_OPERATIONS, available, count_step, sum_metrics
 from rooflight.bench.predict.validate import _executed
 from rooflight.model import ModelConfig, estimate
+from rooflight.model.config import PRESETS
 
 E = estimate(ModelConfig(128, 64, 2, 4, n_kv_head=2, d_model=64, d_ff=96), batch_size=2)
 OPERATIONS = TENSOR_OPERATIONS["bfloat16"]
@@ -54,6 +56,7 @@ def test_a_step_is_asked_for_and_its_answer_read(ncu):
     assert count_step(E, torch.device("cuda")) == (4194304, 1527.5)
     arguments = json.loads(asked.read_text())
     assert arguments[arguments.index("--metrics") + 1].split(",") == [OPERATIONS, *BYTES]
+    assert arguments[arguments.index("--clock-control") + 1] == "none"  # else it changes the card's clocks
     request = json.loads(arguments[-1])
     assert ModelConfig(**request["model"]) == E.config
     assert (request["batch_size"], request["context_length"], request["dtype"]) == (2, 64, "bfloat16")
@@ -73,6 +76,26 @@ def test_without_an_answer_it_says_why(ncu, lines: list[str], message: str):
     ncu(*lines)
     with pytest.raises(RuntimeError, match=message):
         count_step(E, torch.device("cuda"), timeout=1)
+
+
+def test_the_process_that_ncu_watches_ends_with_it(ncu):
+    """It holds the pipes that the answer is awaited from, as long as it lives."""
+    ncu(
+        "import subprocess",
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)'])",
+        "time.sleep(30)",
+    )
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match="no answer in 1 seconds"):
+        count_step(E, torch.device("cuda"), timeout=1)
+    assert time.monotonic() - begun < 15
+
+
+def test_a_step_too_large_to_replay_is_not_begun(ncu):
+    asked = ncu(f"print({CSV!r})")
+    with pytest.raises(RuntimeError, match="not asked for models of more than 500 M parameters"):
+        count_step(estimate(PRESETS["gpt2-xl"], batch_size=1), torch.device("cuda"))
+    assert not asked.exists()
 
 
 def test_counters_are_asked_for_on_a_gpu_that_has_them(ncu, monkeypatch: pytest.MonkeyPatch):

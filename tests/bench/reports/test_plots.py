@@ -40,7 +40,7 @@ def validation(name: str = "tiny") -> dict:
 def kernel(provider: str, milliseconds: float) -> dict:
     return {
         "operation": "rms_norm", "mode": "forward", "shape": {"M": 2, "N": 4}, "dtype": "float32", "provider": provider,
-        "milliseconds": milliseconds, "gigabytes_per_second": 1.0, "teraflops": 0.5,
+        "device_milliseconds": milliseconds, "gigabytes_per_second": 1.0, "teraflops": 0.5,
     }  # fmt: skip
 
 
@@ -78,7 +78,10 @@ def test_nothing_to_draw_is_named(tmp_path: Path):
 
 def attention(provider: str, T: int, rate: float, **changes) -> dict:
     shape = {"B": 1, "H": 2, "K": 2, "T": T, "D": 128, "causal": True} | changes
-    return {"operation": "flash_attention", "mode": "forward", "shape": shape, "provider": provider, "teraflops": rate}
+    return {
+        "operation": "flash_attention", "mode": "forward", "shape": shape, "provider": provider, "teraflops": rate,
+        "dtype": "bfloat16", "device_milliseconds": 1.0, "timed_by": "graph",
+    }  # fmt: skip
 
 
 def test_rates_stand_against_lengths(tmp_path: Path):
@@ -95,6 +98,23 @@ def test_rates_stand_against_lengths(tmp_path: Path):
     assert "<svg" in (tmp_path / "r.svg").read_text()
     with pytest.raises(ValueError, match="expected an operation at two lengths"):
         plots.plot_rates(others, tmp_path / "r.svg")
+
+
+def test_steps_are_bars(tmp_path: Path):
+    row = {"name": "ours", "ours": True, "vocab_size": 64, "milliseconds": 404.0, "host_milliseconds": 300.0}
+    plots.plot_steps({"title": "a step", "rows": [row, row | {"name": "theirs", "ours": False}]}, tmp_path / "s.svg")
+    assert "<svg" in (tmp_path / "s.svg").read_text()
+
+
+def test_the_page_shows_gpu_rates_once_from_all_files(tmp_path: Path):
+    gpu = MACHINE | {"cuda": "13.0"}
+    for name, T in (("a", 4096), ("b", 8192)):
+        content = {"kind": "kernels", "machine": gpu, "measurements": [attention("rooflight", T, 2.0)]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    page.write_page(tmp_path / "page.md", tmp_path)
+    assert re.findall(r"!\[[^]]+\]\(([^)]+)\)", (tmp_path / "page.md").read_text()) == [
+        "page-rates.svg", "page-shares.svg",
+    ]  # fmt: skip
 
 
 def test_without_matplotlib_the_way_to_get_it_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -10,6 +10,8 @@ import torch
 from support.aot import SHARED_LIMIT, Artifact, compile_cases
 from support.artifacts import check_committed
 
+pytestmark = pytest.mark.cpu
+
 KERNELS = {"fwd", "delta", "bwd_dkdv", "bwd_dq"}
 TENSOR_CORE = {"sm_90": "HGMMA", "sm_100": "UTC.*MMA|HMMA", "gfx942": "v_mfma"}  # the others: HMMA
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import warnings
 from unittest import mock
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
-from rooflight.kernels.attention import paths, tuned
+from rooflight.kernels import dispatch, flash_attention
+from rooflight.kernels.attention import launch, paths, tuned
 from rooflight.kernels.attention.paths import Call, decide
 from rooflight.kernels.attention.portable import tiles
 from rooflight.kernels.attention.tuned import Identity, Tile, UserTable
@@ -33,12 +36,34 @@ def save(content: object) -> None:
 # ---------------------------------------------------------------- paths
 
 
-def test_what_is_not_measured_is_not_the_default():
-    for pass_ in ("forward", "backward"):
-        assert decide(Call(pass_, "sm_90", 128, BF16)).path == "portable"
-        assert decide(Call(pass_, "sm_90", 128, BF16), measured="hopper").path == "hopper"
-        assert decide(Call(pass_, "sm_90", 128, BF16), asked="hopper").path == "hopper"
-        assert decide(Call(pass_, "sm_90", 128, BF16), asked="portable", measured="hopper").path == "portable"
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+def test_what_was_measured_to_win_is_the_default_and_nothing_else(pass_):
+    for head_dim in (64, 128):
+        for options in (frozenset(), frozenset({"window"})):
+            choice = decide(Call(pass_, "sm_90", head_dim, BF16, options))
+            assert choice.path == "hopper"
+            for fact in ("H200", "2026-11-26", "triton 3.6.0", "TFLOP/s"):
+                assert fact in choice.why
+    assert "668/449 at 8k" in decide(Call("forward", "sm_90", 128, BF16)).why
+    assert all(hopper > portable for rates in paths.MEASURED.values() for hopper, portable in rates.values())
+    unmeasured = [Call(pass_, "sm_90", 128, BF16, frozenset({option})) for option in ("packed", "short")]
+    if pass_ == "forward":
+        unmeasured.append(Call(pass_, "sm_90", 256, BF16))
+    for call in unmeasured:
+        assert decide(call).path == "portable"
+        assert "not measured" in decide(call).why
+        assert decide(call, measured="hopper").path == "hopper"
+        assert decide(call, asked="hopper").path == "hopper"
+
+
+def test_use_goes_before_a_users_table_and_that_before_the_measurement():
+    call = Call("forward", "sm_90", 128, BF16)
+    assert decide(call, measured="portable").path == "portable"
+    assert decide(call, asked="portable", measured="hopper").path == "portable"
+    assert decide(call, asked="hopper", measured="portable").path == "hopper"
+    assert decide(call, measured="hopper", failed="no Gluon") == paths.Choice(
+        "portable", "hopper failed on this machine: no Gluon"
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,38 +102,155 @@ def test_use_nests_and_refuses_other_names():
 
 def test_the_table_has_every_call_once():
     rows = paths.table("sm_90")
-    assert {choice.path for *_, choice in rows} == {"portable"}
-    assert any("not measured" in choice.why and "64, 128" in heads for _, heads, _, _, choice in rows)
+    assert {choice.path for *_, choice in rows} == {"portable", "hopper"}
+    assert {choice.path for *_, choice in paths.table("sm_80")} == {"portable"}
+    assert any("not measured" in choice.why and "packed" in options for *_, options, choice in rows)
     assert {choice.path for *_, choice in paths.table("cpu")} == {"sdpa", "eager"}
 
 
-PLAIN = {"window": False, "packed": False, "softcap": False, "sinks": False}
+def chosen(q, *options):
+    return paths.choose("forward", q, q, tuple(option in options for option in paths.OPTIONS))
 
 
-def chosen(q, obstacle=lambda: None, **used):
-    return paths.choose("forward", q, q, obstacle, **(PLAIN | used))
-
-
-def test_the_interpreter_takes_the_portable_path():
+def test_the_interpreter_takes_the_portable_path(monkeypatch):
+    monkeypatch.setattr(paths, "INTERPRETED", True)  # there may be a GPU
     with paths.use("hopper"):
         assert chosen(torch.zeros(1, 1, 1, 128, dtype=BF16)) == "portable"
 
 
-def test_the_tensors_have_the_last_word(monkeypatch):
+@pytest.fixture
+def hopper_gpu(monkeypatch):
+    """CPU tensors stand on an H200; the portable kernels run in the interpreter as ever."""
+    if not dispatch.INTERPRETED:
+        pytest.skip("the tensors are a CPU's, which run kernels in the interpreter only")
     monkeypatch.setattr(paths, "INTERPRETED", False)
     monkeypatch.setattr(paths, "architecture", lambda: "sm_90")
-    monkeypatch.setattr(paths, "table_of", lambda device: TABLE)
-    paths._decided.cache_clear()
+    monkeypatch.setattr(paths, "table_of", mock.Mock(return_value=UserTable()))
+    paths.forget()
+    monkeypatch.setattr(paths, "SHORT", 0)  # what the interpreter can run in a second
+    launch._hopper.cache_clear()
+    yield monkeypatch
+    paths.forget()
+    launch._hopper.cache_clear()
+
+
+def test_fewer_queries_than_were_measured_are_short(hopper_gpu):
+    hopper_gpu.setattr(paths, "SHORT", 8)
+    chooses = hopper_gpu.setattr(paths, "choose", mock.Mock(return_value="portable")) or paths.choose
+    for n_query, short in ((7, True), (8, False)):
+        q = torch.randn(1, 1, n_query, 64).to(BF16)
+        flash_attention(q, q, q)
+        assert dict(zip(paths.OPTIONS, chooses.call_args.args[-1], strict=True)) == {
+            "window": False, "packed": False, "softcap": False, "sinks": False, "short": short
+        }  # fmt: skip
+
+
+def test_a_users_table_has_its_say_and_use_the_last(hopper_gpu):
     q = torch.zeros(1, 1, 1, 128, dtype=BF16)
-    assert chosen(q) == "hopper"  # as the user's table says
-    assert chosen(q, softcap=True) == "portable"
-    assert chosen(q, lambda: "q is not aligned") == "portable"
-    assert chosen(q[:, :, :0]) == "portable"
+    assert chosen(q) == chosen(q, "window") == "hopper"
+    assert chosen(q, "packed") == chosen(q, "softcap") == chosen(q[:, :, :0]) == "portable"
+    hopper_gpu.setattr(paths, "table_of", mock.Mock(return_value=TABLE))
+    paths.forget()
+    assert chosen(q, "packed") == "hopper"  # as the user's table says
     with paths.use("portable"):
         assert chosen(q) == "portable"
+    with paths.use("hopper"), pytest.raises(ValueError, match="softcap"):
+        chosen(q, "softcap")
+
+
+# ---------------------------------------------------------------- a hopper path that cannot run
+
+
+def gradients(head_dim: int = 64) -> list[torch.Tensor]:
+    """The output and the gradients of one attention."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 9, head_dim).to(BF16).requires_grad_() for _ in range(3))
+    out = flash_attention(q, k, v)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))]
+
+
+def warned(function) -> tuple[object, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = function()
+    return result, [str(warning.message) for warning in caught]
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_triton_without_gluon_is_one_warning(hopper_gpu):
+    with paths.use("portable"):
+        expected = gradients()
+    for name in list(sys.modules):
+        if name.startswith(launch.__package__ + ".hopper"):
+            hopper_gpu.delitem(sys.modules, name)
+    hopper_gpu.delattr(sys.modules[launch.__package__], "hopper", raising=False)
+    hopper_gpu.setitem(sys.modules, "triton.experimental.gluon", None)  # importing it raises ImportError
+    found, messages = warned(gradients)
+    assert same(found, expected)
+    assert len(messages) == 1  # forward and backward together
+    assert "ImportError" in messages[0] or "ModuleNotFoundError" in messages[0]
+    assert "portable kernels are used" in messages[0]
+    assert warned(gradients)[1] == []
+    assert "failed on this machine" in decide(Call("forward", "sm_90", 64, BF16), failed=paths._failed["forward"]).why
+
+
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("PassManager::run failed"),
+        AttributeError("module 'gl' has no attribute 'warp_specialize'"),
+        OutOfResources(240_000, 232_448, "shared memory"),
+        RuntimeError("Triton Error [CUDA]: no kernel image is available for execution on the device\nmore"),
+    ],
+    ids=["compile", "name", "resources", "launch"],
+)
+def test_a_kernel_that_does_not_compile_or_launch_is_one_warning(hopper_gpu, pass_, error):
+    with paths.use("portable"):
+        expected = gradients()
+    from rooflight.kernels.attention.hopper import backward, forward
+
+    def fail(*args, **kwargs):
+        raise error
+
+    module = {"forward": forward, "backward": backward}
+    for name in ("forward", "backward"):  # the other pass is not here either: it steps back without a word
+        if name == pass_:
+            hopper_gpu.setattr(module[name], f"launch_{name}", fail)
+        else:
+            hopper_gpu.setattr(module[name], "supports", lambda *args: "not this one")
+    found, messages = warned(gradients)
+    assert same(found, expected)
+    assert len(messages) == 1
+    assert f"hopper {pass_} cannot run" in messages[0]
+    assert str(error).splitlines()[0] in messages[0]
+    assert "\n" not in messages[0]
+    assert warned(gradients)[1] == []
+
+
+def test_what_says_nothing_of_the_path_is_raised(hopper_gpu):
+    from rooflight.kernels.attention.hopper import forward
+
+    hopper_gpu.setattr(forward, "launch_forward", mock.Mock(side_effect=torch.OutOfMemoryError("full")))
+    with pytest.raises(torch.OutOfMemoryError):
+        gradients()
+    hopper_gpu.setattr(forward, "launch_forward", mock.Mock(side_effect=RuntimeError("broken")))
+    with paths.use("hopper"), pytest.raises(RuntimeError, match="broken"):
+        gradients()  # asked for: the error, not another path
+    assert not paths._failed
+
+
+def test_tensors_that_tma_cannot_address_step_back_silently(hopper_gpu):
+    q = torch.randn(1, 2, 9, 72).to(BF16)[..., 1:65]  # its rows start between multiples of 16 bytes
+    found, messages = warned(lambda: flash_attention(q, q, q))
+    assert messages == []
+    with paths.use("portable"):
+        assert torch.equal(found, flash_attention(q, q, q))
     with paths.use("hopper"), pytest.raises(ValueError, match="q is not aligned"):
-        chosen(q, lambda: "q is not aligned")
-    paths._decided.cache_clear()
+        flash_attention(q, q, q)
 
 
 def test_the_rule_and_the_kernels_agree():

@@ -22,6 +22,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from support.gluon_emulator import DeadlockError, ProtocolError, RaceError, emulated
 from support.gluon_values import Int, Long, integer
 
+pytestmark = pytest.mark.cpu
+
 load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 

@@ -9,6 +9,8 @@ import pytest
 from support.aot import SHARED_LIMIT, Artifact, compile_cases
 from support.artifacts import check_committed, hopper
 
+pytestmark = pytest.mark.cpu
+
 # Instructions that store or load a spilled register, in all and inside the hot loop, at most: none with triton 3.7,
 # elsewhere as measured (3.6: 6 and 0 in the forward, packed; 3.9: the others).
 SPILLS: dict[tuple[str, int], tuple[int, int]] = {

@@ -1,0 +1,217 @@
+"""Host time of a call: what Python, torch and Triton's launcher take before the GPU has anything to do.
+
+    python -m rooflight.bench.measure.host      # on a GPU where there is one, else on a stand-in for Triton's driver
+
+The stand-in names an sm_90 that is not there, compiles nothing and launches nothing; everything above the C launcher
+is what runs on a GPU: argument checks, autograd, allocation, specialisation, Triton's own CudaLauncher. Its times are
+to be read as ratios, and say nothing of cudaLaunchKernel itself (about 2 us).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
+from triton.compiler import CompiledKernel
+
+from ...kernels import dispatch, flash_attention, rms_norm
+from ...kernels.attention import paths
+from ...kernels.attention.hopper import backward as hopper_backward
+from ...kernels.attention.hopper import blocks
+from ...kernels.attention.hopper import forward as hopper_forward
+
+__all__ = ["StandIn", "cases", "microseconds", "standing_in"]
+
+SHARED = 227 << 10  # bytes that one block of an sm_90 can use
+
+
+class StandIn:
+    """As much of Triton's CUDA driver as launching needs. launched: the arguments of each call of the C launcher."""
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[Any, ...]] = []
+        self.kernels: dict[int, CompiledKernel] = {}  # by function: every variant that was compiled
+        self.keep = True
+        self.device = 0
+        self.target = GPUTarget("cuda", 90, 32)
+        self.utils = self
+        self.launcher_cls = nvidia.CudaLauncher
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 7
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED, "multiprocessor_count": 132, "warpSize": 32}
+
+    # ------------------------------------------------------------ what Triton's C modules do
+
+    def launch(self, *args: Any) -> None:
+        if self.keep:
+            self.launched.append(args)
+
+    def build_signature_metadata(self, signature: list[str]) -> bytes:
+        return ",".join(signature).encode()
+
+    def fill_tma_descriptor(self, *args: Any) -> tuple[Any, ...]:
+        return "tensor map", *(tuple(arg) if isinstance(arg, list) else arg for arg in args)
+
+    fill_tma_descriptor_tiled = fill_tma_descriptor
+
+    def compile(self, source: Any, target: Any = None, options: Any = None, **_: Any) -> CompiledKernel:
+        """A compiled kernel without machine code; its launcher is Triton's own."""
+        kernel = _Compiled(source, options)
+        self.kernels[kernel.function] = kernel
+        return kernel
+
+
+class _Compiled(CompiledKernel):
+    def __init__(self, source: Any, options: dict[str, Any]) -> None:
+        described = [kind for kind in source.signature.values() if str(kind).startswith("tensordesc")]
+        scratch = {f"{kind}_scratch_{part}": 0 for kind in ("global", "profile") for part in ("size", "align")}
+        self.metadata = SimpleNamespace(
+            name=source.fn.__name__, shared=0, launch_cooperative_grid=False, launch_pdl=False, num_ctas=1,
+            tensordesc_meta=[_descriptor_fields(kind) for kind in described], **scratch,
+        )  # fmt: skip
+        self.packed_metadata = (options["num_warps"], 1, 0)
+        self.src, self.name, self.hash = source, source.fn.__name__, ""
+        self.module, self._module_pid, self.function = 0, None, id(self)
+        self._run = nvidia.CudaLauncher(source, self.metadata)
+
+
+def _descriptor_fields(kind: str) -> dict[str, Any]:
+    match = re.match(r"tensordesc<(\w+)\[([^\]]*)\]", kind)
+    assert match is not None
+    sizes = [int(size) for size in match[2].split(",")]
+    return {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": sizes, "fp4_padded": False}
+
+
+class _KernelArg:
+    def __init__(self, nested_tuple: Any, type: Any) -> None:
+        self.nested_tuple, self.type = nested_tuple, type
+
+
+def _always(tensor: torch.Tensor) -> bool:
+    return True
+
+
+def _describe(x: torch.Tensor, rows: int, varlen: bool) -> Any:
+    return blocks._described(x.data_ptr(), x.dtype, *blocks.extents(x, varlen), rows)
+
+
+def _describe_rows(x: torch.Tensor, rows: int) -> Any:
+    return blocks._rows_described(x.data_ptr(), x.numel(), rows)
+
+
+@contextmanager
+def standing_in() -> Iterator[StandIn]:
+    """Within, CPU tensors are launched like a GPU's, into nothing. For a process of its own without the interpreter."""
+    assert not dispatch.INTERPRETED
+    stand_in = StandIn()
+    module = SimpleNamespace(launch=stand_in.launch)
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", stand_in))
+        stack.enter_context(mock.patch.object(triton.compiler, "compile", stand_in.compile))
+        for name, value in {
+            "PyKernelArg": _KernelArg, "ARG_CONSTEXPR": 0, "ARG_KERNEL": 1, "ARG_TUPLE": 2,
+            "compile_module_from_src": lambda **_: module, "library_dirs": list,
+        }.items():  # fmt: skip
+            stack.enter_context(mock.patch.object(nvidia, name, value, create=True))
+        for room in ("attention", "cross_entropy", "rms_norm", "rope", "swiglu"):
+            # the module: the package's name of most is the function in it
+            module_of = sys.modules[f"{dispatch.__package__}.{room}"]
+            stack.enter_context(mock.patch.object(module_of, "runs_triton", _always))
+        for module_of in (blocks, hopper_forward, hopper_backward):
+            stack.enter_context(mock.patch.object(module_of, "describe", _describe))
+        stack.enter_context(mock.patch.object(hopper_backward, "describe_rows", _describe_rows))
+        yield stand_in
+
+
+def microseconds(call: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
+    """The least mean of 60 batches of 20 calls; `before` is not counted."""
+    for _ in range(20):
+        before()
+        call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    # On the CPU a backward runs on the thread that asks for it: other processes' time does not count.
+    clock = time.perf_counter_ns if torch.cuda.is_available() else time.thread_time_ns
+    times = []
+    for _ in range(60):
+        total = 0
+        for _ in range(20):
+            before()
+            start = clock()
+            call()
+            total += clock() - start
+        times.append(total / 20e3)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return min(times)
+
+
+Case = tuple[str, Callable[[], Any], Callable[[], Any]]  # name, the call, what must come before it
+
+
+def _passes(name: str, forward: Callable[..., Any], *inputs: torch.Tensor) -> Iterator[Case]:
+    """The forward of inputs that want gradients, and its backward."""
+    yield f"{name} forward", lambda: forward(*inputs), lambda: None
+    gradient = torch.ones_like(forward(*inputs))
+    made: list[torch.Tensor] = []
+
+    def graph() -> None:
+        made[:] = [forward(*inputs)]
+
+    yield f"{name} backward", lambda: torch.autograd.grad(made[0], inputs, gradient), graph
+
+
+def cases(device: torch.device, rows: int, length: int) -> Iterator[Case]:
+    """rms_norm of (rows, 4096 / rows) and attention of (1, 4, length, 128), ours and torch's, in bf16."""
+
+    def wanting(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=torch.bfloat16).requires_grad_()
+
+    x, weight = wanting(rows, 4096), wanting(4096)
+    yield from _passes("rms_norm torch", lambda x, w: F.rms_norm(x, (4096,), w, 1e-6), x, weight)
+    yield from _passes("rms_norm ours", rms_norm, x, weight)
+    q, k, v = (wanting(1, 16, length, 128) for _ in range(3))
+    yield from _passes(
+        "attention torch", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), q, k, v
+    )
+    for path in ("portable", "hopper"):
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, path: str = path) -> Any:
+            with paths.use(path):
+                return flash_attention(q, k, v)
+
+        yield from _passes(f"attention {path}", attend, q, k, v)
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    with ExitStack() as stack:
+        if not on_gpu:
+            stack.enter_context(standing_in()).keep = False
+        device = torch.device("cuda" if on_gpu else "cpu")
+        for name, call, before in cases(device, *((64, 512) if on_gpu else (1, 16))):
+            print(f"{name:30} {microseconds(call, before):8.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""Launching kernels that were launched before: past Triton's Python, straight to its C launcher.
+
+`kernel[grid](*args)` binds the arguments, works out what to specialise on and looks the variant up, which takes longer
+than many kernels. `launch` keeps, for each variant that it saw, the compiled kernel as Triton's C launcher takes it.
+Its key holds every integer as it is, each tensor's dtype and whether its address is a multiple of 16, the type of each
+float, every constant, the device and the knobs that Triton's own key holds; so equal keys are one variant to Triton
+too, whatever it specialises on. What has no handle yet goes through Triton, which compiles it if need be.
+
+Triton keeps its own way wherever it does more than launch: with hooks (profilers), the interpreter, another vendor's
+driver, kernels with scratch memory, and versions whose C launcher is not known here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import triton
+from torch import Tensor
+from torch.nn import Parameter
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+__all__ = ["Described", "direct", "launch", "variant"]
+
+# The C launcher's arguments were read in these versions; hardware has run 3.6.0 (bench/NOTES.md).
+KNOWN_VERSIONS = ("3.6.", "3.7.", "3.9.")
+# Handles kept for one kernel; more lengths than that in turn, and they are found anew.
+MOST_HANDLES = 2048
+
+_INTEGERS = frozenset({int})
+_TENSORS = (Tensor, Parameter)
+
+Launch = Callable[[int, int, int, int, list[Any]], None]  # grid, stream, arguments before the constants
+
+_direct: bool = triton.__version__.startswith(KNOWN_VERSIONS)
+
+
+class Described:
+    """What a tensor descriptor is to a launch: its variant, and how the driver encodes it, made once.
+
+    A descriptor that has one in its attribute `described` must never change. variant: hashable, and different for
+    descriptors that Triton tells apart (dtype, block, layout).
+    """
+
+    __slots__ = ("encoded", "variant")
+
+    def __init__(self, variant: Any) -> None:
+        self.variant = variant
+        self.encoded: dict[Any, list[Any]] = {}
+
+
+@contextmanager
+def direct(enabled: bool) -> Iterator[None]:
+    """Within the block launches go past Triton's Python where they can, or never; for the whole process."""
+    global _direct
+    before, _direct = _direct, enabled
+    try:
+        yield
+    finally:
+        _direct = before
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """kernel[grid](*args, **constants), the constants being its trailing constexprs and Triton's options."""
+    if not (_direct and isinstance(kernel, JITFunction)) or _observed(kernel):
+        kernel[grid](*args, **constants)
+        return
+    device = driver.active.get_current_device()
+    known = variant(kernel, device, args, constants)
+    if known is None:
+        kernel[grid](*args, **constants)
+        return
+    key, given = known
+    handles = kernel.rooflight_handles
+    handle = handles.get(key)
+    if handle is not None:
+        handle(*grid, *(1,) * (3 - len(grid)), driver.active.get_current_stream(device), given)
+        return
+    handle = _handle(kernel[grid](*args, **constants), len(kernel.params) - kernel.rooflight_n_runtime)
+    if handle is not None:
+        if len(handles) >= MOST_HANDLES:
+            handles.clear()
+        handles[key] = handle
+
+
+def variant(
+    kernel: Any, device: int, args: tuple[Any, ...], constants: dict[str, Any]
+) -> tuple[tuple[Any, ...], list[Any]] | None:
+    """The key of a launch's handle, and its arguments before the constants with tensors as addresses.
+
+    None where an argument is of a kind that is not known here, or a runtime argument is missing.
+    """
+    try:
+        n_runtime = kernel.rooflight_n_runtime
+    except AttributeError:
+        n_runtime = _prepare(kernel)
+    if len(args) < n_runtime:
+        return None
+    key: list[Any] = [device, knobs.runtime.debug, knobs.compilation.instrumentation_mode]
+    given = _read(args[:n_runtime], key)
+    if given is None:
+        return None
+    fixed = (*args[n_runtime:], *constants.values())
+    key.extend(fixed)
+    key.extend(map(type, fixed))  # True is no 1 to Triton
+    key.extend(constants)
+    return tuple(key), given
+
+
+def _observed(kernel: Any) -> bool:
+    """Whether someone asked Triton to be told of launches, or changes what it compiles."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    if (enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True)):
+        return True
+    return bool(kernel.pre_run_hooks) or getattr(runtime, "add_stages_inspection_hook", None) is not None
+
+
+def _prepare(kernel: Any) -> int:
+    """How many parameters come before the constants, which must be the last; makes the place for the handles."""
+    constant = [param.is_constexpr for param in kernel.params]
+    n_runtime = constant.index(True) if True in constant else len(constant)
+    if not all(constant[n_runtime:]):
+        n_runtime = sys.maxsize  # a constant among the arguments: Triton launches it
+    kernel.rooflight_handles = {}
+    kernel.rooflight_n_runtime = n_runtime
+    return n_runtime
+
+
+def _read(values: tuple[Any, ...], key: list[Any]) -> list[Any] | None:
+    """The values with tensors as addresses; what tells variants apart goes to `key`. None: something unheard of.
+
+    No key is the beginning of another: each value's part starts with what kind it is, or with itself.
+    """
+    read: list[Any] = []
+    for x in values:
+        kind = type(x)
+        if kind in _TENSORS:
+            address = x.data_ptr()
+            key.append(x.dtype)
+            key.append(not address & 15)
+            read.append(address)
+        elif kind is int or x is None:
+            key.append(x)
+            read.append(x)
+        elif kind is float or kind is bool:
+            key.append(kind)
+            read.append(x)
+        elif isinstance(x, tuple):
+            if kind is tuple and _INTEGERS.issuperset(map(type, x)):
+                key.append(x)
+                read.append(x)
+            else:
+                key.append(kind)
+                key.append(len(x))
+                inner = _read(x, key)
+                if inner is None:
+                    return None
+                read.append(tuple(inner))
+        elif (described := getattr(x, "described", None)) is not None:
+            key.append(described.variant)
+            read.append(x)
+        else:
+            return None
+    return read
+
+
+# ---------------------------------------------------------------- Triton's C launcher
+
+
+def _handle(compiled: Any, n_constant: int) -> Launch | None:
+    """How to launch a compiled kernel again; None where Triton does more than hand over the arguments."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    launcher: Any = getattr(compiled, "_run", None)
+    if type(launcher) is not CudaLauncher or getattr(launcher, "gsan_enabled", False):
+        return None
+    if launcher.global_scratch_size > 0 or launcher.profile_scratch_size > 0:
+        return None
+    start: Any = launcher.launch
+    if (code := getattr(start, "__code__", None)) is not None:  # a Python layer that encodes descriptors
+        layer = dict(zip(code.co_freevars, (cell.cell_contents for cell in start.__closure__ or ()), strict=True))
+        start = layer.get("launcher", start)
+    descriptors = _descriptors(compiled)
+    packed = compiled.packed_metadata
+    flags = launcher.launch_cooperative_grid, launcher.launch_pdl
+    constants = (None,) * n_constant  # the C launcher steps over them
+    if hasattr(launcher, "arg_annotations"):  # from 3.7 on
+        tail = (packed, None, None, None, None, None, launcher.arg_annotations, launcher.kernel_signature)
+
+        def go(x: int, y: int, z: int, stream: int, given: list[Any]) -> None:
+            for i, fields in descriptors:
+                given[i : i + 1] = _encode(given[i], fields)
+            given.extend(constants)
+            start(x, y, z, stream, compiled.function, *flags, *tail, given)
+    else:
+        middle = (*flags, None, None, packed, None, None, None)
+
+        def go(x: int, y: int, z: int, stream: int, given: list[Any]) -> None:
+            for i, fields in descriptors:
+                given[i : i + 1] = _encode(given[i], fields)
+            start(x, y, z, stream, compiled.function, *middle, *given, *constants)
+
+    return go
+
+
+class _Fields:
+    """Triton's description of a descriptor parameter; one object for all that are alike, compared by identity."""
+
+    def __init__(self, fields: Any) -> None:
+        self.fields = fields
+
+
+_fields: dict[str, _Fields] = {}
+
+
+def _descriptors(compiled: Any) -> list[tuple[int, _Fields]]:
+    """Which parameters are descriptors, the last first, so that taking one apart moves none still to come."""
+    kinds = list(compiled.src.signature.values())
+    at = [i for i, kind in enumerate(kinds) if isinstance(kind, str) and kind.startswith("tensordesc")]
+    fields = getattr(compiled.metadata, "tensordesc_meta", None) or [None] * len(at)
+    found = [_fields.setdefault(repr(f), _Fields(f)) for f in fields]
+    return list(zip(at, found, strict=True))[::-1]
+
+
+def _encode(descriptor: Any, fields: _Fields) -> list[Any]:
+    """The arguments that a descriptor becomes: its tensor map, sizes and strides."""
+    encoded = descriptor.described.encoded
+    try:
+        return encoded[fields]
+    except KeyError:
+        from triton.backends.nvidia import driver as nvidia
+
+        more = (None,) * (nvidia.make_tensordesc_arg.__code__.co_argcount - 2)  # 3.9 passes one that it does not use
+        encoded[fields] = made = list(nvidia.make_tensordesc_arg(descriptor, fields.fields, *more))
+        return made

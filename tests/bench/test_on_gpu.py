@@ -1,0 +1,116 @@
+"""bench/on_gpu.sh, as far as it goes without a GPU: what its tests are, and that it tells of a failure at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.cuda_context import end_if_lost
+
+ROOT = Path(__file__).parents[2]
+# What stands in for a GPU, or compiles for one that is not there.
+CPU_ONLY = re.compile(
+    r"support\.(gluon_\w+|aot|artifacts|sass)|from mutants|test_mutants|support\.interpreter import extent"
+)
+
+
+def on_gpu(out: Path, part: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", ROOT / "bench" / "on_gpu.sh", out, part],
+        env=os.environ | {"PATH": path} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_tests_part_takes_what_a_gpu_changes(tmp_path):
+    busy = {"TEST_SECONDS": "900", "TOTAL_SECONDS": "1000"}  # this machine may be
+    done = on_gpu(tmp_path, "tests", PYTEST_ADDOPTS="--collect-only -p no:terminalprogress", **busy)
+    tests = re.findall(r"^(tests/\S+\.py)::", done.stdout, re.MULTILINE)
+    assert len(tests) > 800, done.stdout[-2000:]
+    files = set(tests)
+    assert {"tests/kernels/test_rms_norm.py", "tests/model/test_transformer.py", "tests/training/test_data.py"} <= files
+    assert [name for name in files if name.endswith("/test_attention.py")]
+    assert not [name for name in files if CPU_ONLY.search((ROOT / name).read_text(encoding="utf-8"))]
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
+
+
+def test_no_part_begins_after_the_last_second(tmp_path):
+    done = on_gpu(tmp_path, "tests", TOTAL_SECONDS="0")
+    assert done.returncode == 1
+    assert re.sub(r"== \S+ ", "", done.stdout).splitlines() == [f"{x}, at most 0 s" for x in ("GPU", "paths", "tests")]
+
+
+FAILING = """
+import time
+from pathlib import Path
+import pytest
+
+def test_that_fails():
+    assert 1 == 2, "the first line\\nthe second line"
+
+@pytest.fixture
+def broken():
+    raise RuntimeError("no such thing")
+
+def test_that_cannot_begin(broken):
+    pass
+
+def test_that_waits():
+    end = time.monotonic() + 30
+    while not Path("go on").exists():
+        assert time.monotonic() < end, "nobody has read of the failures"
+        time.sleep(0.01)
+"""
+
+
+def test_a_failure_is_announced_while_the_others_run(tmp_path):
+    """In the plain process and in xdist's: the last test ends only once both failures were read here."""
+    for name in ("conftest.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_made_up.py").write_text(FAILING, encoding="utf-8")
+    for options in (["-p", "no:xdist", "-p", "no:timeout"], ["-n", "1"]):
+        (tmp_path / "go on").unlink(missing_ok=True)
+        command = [sys.executable, "-P", "-m", "pytest", "-p", "no:benchmark", "-q", "--tb=no", "--announce", *options]
+        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            expected = [
+                "test_that_fails: AssertionError: the first line",
+                "test_that_cannot_begin: RuntimeError: no such",
+            ]
+            for line in process.stdout:
+                if line.startswith("FAILED "):
+                    assert line.startswith(f"FAILED tests/test_made_up.py::{expected.pop(0)}")
+                    if not expected:
+                        break
+            assert process.poll() is None
+            (tmp_path / "go on").touch()
+            assert "1 passed" in process.stdout.read()
+        assert not expected
+
+
+def test_a_lost_cuda_context_ends_the_process(monkeypatch):
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal instruction was encountered")
+
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    end_if_lost()  # CUDA was never used here
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(pytest.exit.Exception, match="context is lost: CUDA error: an illegal instruction"):
+        end_if_lost()
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    monkeypatch.setattr(os, "_exit", lambda code: sys.exit(code))
+    with pytest.raises(SystemExit):
+        end_if_lost()
