@@ -122,6 +122,12 @@ def _linear_cross_entropy(make: Leaves, M: int, N: int, V: int) -> Call:
     return lambda: make.ops.linear_cross_entropy(x, weight, target, keep_gradients=False)
 
 
+def _scale(make: Leaves, elements: int) -> Call:
+    """What the loss's backward does to gradients that its forward has made; most of them are the fp32 weight's."""
+    gradients, factor = make(elements, dtype=torch.float32).detach(), torch.ones(1, device=make.device)
+    return lambda: torch.mul(gradients, factor, out=torch.empty_like(gradients))
+
+
 def _embedding(make: Leaves, elements: int) -> Call:
     rows = elements // WIDTH
     table, tokens = make(rows, WIDTH, dtype=torch.float32), make.tokens(rows, rows)
@@ -224,6 +230,7 @@ KERNELS: dict[str, Kernel] = {
     "swiglu": Kernel(_swiglu, WIDE),
     "gelu": Kernel(_gelu, WIDE),
     "add": Kernel(_add, FLAT, backward=False),
+    "scale": Kernel(_scale, FLAT, backward=False),
     "embedding": Kernel(_embedding, FLAT, _embedding_elements),
     "cast": Kernel(_cast, FLAT),
     "adamw": Kernel(_adamw, FLAT, backward=False),

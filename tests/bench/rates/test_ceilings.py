@@ -74,7 +74,7 @@ def test_the_rates_of_one_number_of_threads_are_not_those_of_another(monkeypatch
 SMALL = {
     "gemm": (32, 16, 8), "attention": (16, 8), "linear_cross_entropy": (8, 4, 16), "rms_norm": (64, 8),
     "rms_norm residual": (64, 8), "rope": (256, 8), "swiglu": (64, 8), "gelu": (64, 8), "add": (64,),
-    "embedding": (512,), "cast": (64,), "adamw": (64,), "muon": (8, 16),
+    "scale": (64,), "embedding": (512,), "cast": (64,), "adamw": (64,), "muon": (8, 16),
 }  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def test_measuring_gives_every_rate(monkeypatch: pytest.MonkeyPatch):
     told: list[str] = []
     dtypes = torch.float32, torch.bfloat16
     measured = ceilings.measure_ceilings(CPU, dtypes=dtypes, progress=told.append)
-    assert told[1] == "gemm 32 x 16 x 8, float32 (1 of 12)"
+    assert told[1] == "gemm 32 x 16 x 8, float32 (1 of 13)"
     assert set(measured.gemm_flops) == {"float32", "bfloat16"}
     assert measured.copy_bandwidth == 2 * 2**28 / 0.5
     for dtype in measured.gemm_flops:
