@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from ...training.throughput import measure_peak_flops
 from ..measure.clock import best_seconds
 from ..measure.harness import machine
 from .exponentials import exp_rate
-from .kernel_rates import KERNELS, grids, kernel_rates
+from .kernel_rates import KERNELS, Rates, grids, kernel_rates
 from .schedule import left_out
 
 SECONDS = 30.0  # the budget: with imports and the kernel that is running when it ends, under 45
@@ -80,25 +81,22 @@ def measure_ceilings(
     )
     keep(ceilings)
     for i, dtype in enumerate(dtypes):
-        before = ceilings
-
-        def beside(
-            rates: dict[str, dict[Sizes, float]], before: Ceilings = before, dtype: str = _name(dtype)
-        ) -> Ceilings:
-            kernels = {f"{kernel} {dtype}": dict(points) for kernel, points in rates.items()}
-            return replace(before, kernels=before.kernels | kernels)
-
         now = time.perf_counter()
+        beside = partial(_with_rates, ceilings, _name(dtype))
         rates = kernel_rates(
             dtype,
             device,
             names=names,
             deadline=now + max(0.0, deadline - now) / (len(dtypes) - i),
             progress=progress,
-            keep=lambda rates, beside=beside: keep(beside(rates)),
+            keep=lambda rates, beside=beside: keep(beside(rates)),  # type: ignore[misc],
         )
         ceilings = beside(rates)
     return ceilings
+
+
+def _with_rates(ceilings: Ceilings, dtype: str, rates: Rates) -> Ceilings:
+    return replace(ceilings, kernels=ceilings.kernels | {f"{name} {dtype}": rates[name].copy() for name in rates})
 
 
 def keep_ceilings(

@@ -26,6 +26,8 @@ from ...training.optim import AdamW, Muon
 from ..measure.clock import Call, median_seconds, on_capture_stream
 from .schedule import Budget, plan
 
+Rates = dict[str, dict[Sizes, float]]  # kernel -> {sizes: work/s}
+
 SECONDS = 0.5  # for a kernel's sizes, forward and backward together
 HURRY = 0.05  # seconds left for each task, below which one round is all that a call gets
 HEADS = 4  # of the q that is rotated, and of the k
@@ -260,8 +262,8 @@ def kernel_rates(
     names: Container[str] = KERNELS,
     deadline: float = float("inf"),
     progress: Callable[[str], object] = lambda what: None,
-    keep: Callable[[dict[str, dict[Sizes, float]]], object] = lambda rates: None,
-) -> dict[str, dict[Sizes, float]]:
+    keep: Callable[[Rates], object] = lambda rates: None,
+) -> Rates:
     """{"gemm": {sizes: work/s}, "gemm backward": ...} of the named kernels in that dtype.
 
     Each at one size at least, at the others as far as they end before `deadline` (time.perf_counter's) and fit into
@@ -275,7 +277,7 @@ def kernel_rates(
     # a CPU's sizes are timed in turn, so that its slow moments fall on all; a GPU's tensors are too large for that
     tasks = plan(wanted, work, together=device.type == "cpu")
     budget = Budget(deadline)
-    rates: dict[str, dict[Sizes, float]] = {}
+    rates: Rates = {}
     for i, task in enumerate(tasks):
         if not budget.allows(task):
             continue
