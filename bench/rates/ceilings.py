@@ -83,13 +83,17 @@ def measure_ceilings(
     for i, dtype in enumerate(dtypes):
         now = time.perf_counter()
         beside = partial(_with_rates, ceilings, _name(dtype))
+
+        def keep_rates(rates: Rates, beside: Callable[[Rates], Ceilings] = beside) -> None:
+            keep(beside(rates))
+
         rates = kernel_rates(
             dtype,
             device,
             names=names,
             deadline=now + max(0.0, deadline - now) / (len(dtypes) - i),
             progress=progress,
-            keep=lambda rates, beside=beside: keep(beside(rates)),  # type: ignore[misc],
+            keep=keep_rates,
         )
         ceilings = beside(rates)
     return ceilings
