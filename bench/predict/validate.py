@@ -249,11 +249,16 @@ def validate(
                 measured[name].append(_measure(name, e, device, compiled, counted, share, progress))
             except torch.OutOfMemoryError:
                 failures[name] = _does_not_fit(e)
-            if device.type == "cuda":  # the next model's tensors are of other sizes
-                gc.collect()
-                torch.cuda.empty_cache()
+            _free(device)
         keep([_median(same) for same in measured.values() if same], failures)
     return [_median(same) for same in measured.values() if same]
+
+
+def _free(device: torch.device) -> None:
+    """Give back a model's memory: the next one's tensors are of other sizes."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _does_not_fit(e: Estimate) -> str:
@@ -303,6 +308,7 @@ def _measure(
     whole, host = step.seconds(step_seconds)
     rows += _times(e, whole, f"eager, {TITLES[e.optimizer]}")
     del step
+    _free(device)
     components = measure_components(
         *sizes,
         optimizer=e.optimizer,
