@@ -27,6 +27,12 @@ def head_pointer(ptr, strides, b, h, start):
 
 
 @triton.jit
+def first_row_tile(cu_seqlens_q_ptr, b, start_q, T, BLOCK_M: tl.constexpr):
+    """Sequence b's first row tile, where each has its own; packed sequences have room to round up."""
+    return b * tl.cdiv(T, BLOCK_M) if cu_seqlens_q_ptr is None else start_q // BLOCK_M + b
+
+
+@triton.jit
 def row_offsets(first, rows, stride):
     """64-bit offsets of rows first + rows: a scalar that moves with the loop plus a vector that does not."""
     return tl.cast(first, tl.int64) * stride + rows.to(tl.int64) * stride

@@ -130,16 +130,18 @@ def flash_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p = _problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    lse2, delta = portable.launch_delta(out, dout, lse, dlse, p)
+    delta = None if sinks is None else torch.empty_like(lse)
     bounds = (p.ends_q, p.ends_k, p.T, p.S, left, right, scale)
-    written = (q, k, v, dout, lse2, delta, dq, dk, dv, *bounds)
+    written = (q, k, v, out, dout, lse, dlse, dq, dk, dv, delta, *bounds)
     if not (
         _path("backward", q, k, p, sinks) == "hopper"
         and _by_hopper("backward", (q, k, v, dout, p.ends_q, softcap), written)
     ):
+        lse2, delta = portable.launch_delta(out, dout, lse, dlse, p)
         portable.launch_backward(q, k, v, dout, lse2, delta, _given(unround), dq, dk, dv, p)
-    varlen = cu_seqlens_q is not None
-    return dq, dk, dv, _sink_gradient(sinks, lse, delta, varlen) if sinks is not None else q.new_empty(0)
+    if sinks is None or delta is None:
+        return dq, dk, dv, q.new_empty(0)
+    return dq, dk, dv, _sink_gradient(sinks, lse, delta, cu_seqlens_q is not None)
 
 
 def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor, varlen: bool) -> Tensor:

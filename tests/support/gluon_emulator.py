@@ -34,6 +34,7 @@ from triton.experimental.gluon import language as real_gl
 from triton.experimental.gluon.language.nvidia import hopper as real_hopper
 from triton.runtime.jit import JITFunction
 
+from rooflight.kernels.attention.hopper import blocks
 from support import gluon_hardware as hardware
 from support.gluon_scheduler import (
     DeadlockError,
@@ -80,6 +81,9 @@ _STAND_INS: list[tuple[Any, Any]] = [
     (real_tl, _LANGUAGE),
     (real_hopper.mbarrier, hardware.MBarrier),
     (real_hopper.tma, hardware.TMA),
+    (blocks.tma_add, hardware.TMA.async_atomic_add),
+    (blocks.tma_written, hardware.TMA.written),
+    (blocks.fence_async_global, lambda: current_program().pause()),
     (real_hopper.fence_async_shared, hardware.fence_async_shared),
     (real_hopper.warpgroup_mma, hardware.warpgroup_mma),
     (real_hopper.warpgroup_mma_wait, hardware.warpgroup_mma_wait),

@@ -181,6 +181,9 @@ class MBarrier:
 # ---------------------------------------------------------------- TMA
 
 
+ALIGNMENT = 16  # bytes, of the address that a TMA access starts at: PTX ISA, cp.async.bulk.tensor; triton issue 7385
+
+
 class Descriptor:
     """A TMA descriptor: tiles of a tensor in global memory, zeros where they hang over."""
 
@@ -190,6 +193,15 @@ class Descriptor:
         nbytes = self.tensor.element_size() * torch.Size(self.block_shape).numel()
         self.block_type = types.SimpleNamespace(nbytes=nbytes, shape=self.block_shape)
         self.nbytes_per_cta = nbytes
+
+    def check_aligned(self, coordinates: list[int]) -> None:
+        """The address of a tile, in bytes, must be a multiple of 16: what hardware answers with a lost context."""
+        strides = self.tensor.stride()
+        offset = sum(int(i) * stride for i, stride in zip(coordinates, strides, strict=True))
+        address = self.tensor.data_ptr() + offset * self.tensor.element_size()
+        if address % ALIGNMENT:
+            at = f"coordinates {[int(i) for i in coordinates]} of {list(self.tensor.shape)}, strides {list(strides)}"
+            raise ProtocolError(f"TMA at an address that is no multiple of {ALIGNMENT} bytes: {at}")
 
     def window(self, coordinates: list[int]) -> tuple[Tensor, tuple[slice, ...]]:
         """The part of the tile that lies inside the tensor, and where in the tile it stands."""
@@ -203,11 +215,11 @@ class Descriptor:
 
 
 class Transfer:
-    """A TMA load or store in flight."""
+    """A TMA load in flight, or a store: first it reads its buffer, then it writes."""
 
-    def __init__(self, what: str, home: list[Transfer], action: Callable[[], None]) -> None:
+    def __init__(self, what: str, home: list[Transfer], action: Callable[[], None], is_late: bool = False) -> None:
         self.what, self.home, self.action = what, home, action
-        self.is_late = current_program().random.random() < 0.1  # comes when nothing else can happen
+        self.is_late = is_late  # it comes when nothing else can happen
         home.append(self)
 
     def happen(self) -> None:
@@ -234,6 +246,7 @@ class TMA:
         if barrier.announced < nbytes:
             raise ProtocolError(f"{what} has {nbytes} bytes, of which {barrier.announced} are expected")
         barrier.announced -= nbytes
+        desc.check_aligned(coord)
         result.check_write(program.running.name, True)
         buffer = _check_tile(desc, result)
         buffer.fill_(torch.nan)
@@ -247,7 +260,7 @@ class TMA:
             barrier.bytes -= nbytes
             barrier.complete()
 
-        Transfer(what, program.loads, land)
+        Transfer(what, program.loads, land, is_late=program.random.random() < 0.1)
 
     @staticmethod
     def async_store(desc: Descriptor, coord: list[int], src: Shared) -> None:
@@ -261,23 +274,38 @@ class TMA:
     def _write(desc: Descriptor, coord: list[int], src: Shared, write: Callable[[Tensor, Tensor], Any]) -> None:
         program = current_program()
         program.pause()
+        desc.check_aligned(coord)
         src.check_read(program.running.name, True)
         buffer = _check_tile(desc, src)
         src.state("reading").add_(1)
 
-        def read() -> None:
-            target, place = desc.window(coord)
-            write(target, buffer[place])
-            src.state("reading").sub_(1)
+        what, running = f"the store of {src.label}", program.running
 
-        Transfer(f"the store of {src.label}", program.running.stores, read)
+        def read() -> None:
+            tile = buffer.clone()
+            src.state("reading").sub_(1)
+            Transfer(what, running.writes, lambda: land(tile))
+
+        def land(tile: Tensor) -> None:
+            target, place = desc.window(coord)
+            write(target, tile[place])
+
+        Transfer(what, running.stores, read)
 
     @staticmethod
     def store_wait(pendings: int, read_only: bool = True) -> None:
+        """Until the buffers are read or, not read_only, the tensors are written."""
         program = current_program()
         program.pause()
         while len(program.running.stores) > pendings:
             program.running.stores[0].happen()
+        while not read_only and len(program.running.writes) > pendings:
+            program.running.writes[0].happen()
+
+    @staticmethod
+    def written() -> None:
+        """hopper/blocks.py's tma_written."""
+        TMA.store_wait(0, read_only=False)
 
     async_copy_global_to_shared = async_load
     async_copy_shared_to_global = async_store

@@ -47,12 +47,15 @@ class Partition:
         self.polls = False  # it only looks at global memory, again and again
         self.mmas: list[Mma] = []  # in flight, oldest first
         self.stores: list[Transfer] = []  # still to read shared memory
+        self.writes: list[Transfer] = []  # still to reach global memory
 
     def check_idle(self) -> None:
-        """The end of the partition: nothing of its own may be left in flight."""
+        """The end of the partition: of its own only writes to global memory, which then land, may be in flight."""
         if self.mmas or self.stores:
             mmas, stores = len(self.mmas), len(self.stores)
             raise ProtocolError(f"{self.name} ended with {mmas} wgmmas and {stores} TMA stores in flight")
+        while self.writes:
+            self.writes[0].happen()
 
 
 class Machine:
@@ -130,6 +133,7 @@ class Program:
         for partition in self.partitions:
             actions += [m.happen for m in partition.mmas if m.result is None][:1]
             actions += [s.happen for s in partition.stores][:1]
+            actions += [w.happen for w in partition.writes][:1]
         return actions
 
     def pause(self, ready: Callable[[], bool] = lambda: True, waits_for: str = "", polls: bool = False) -> None:

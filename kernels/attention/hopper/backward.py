@@ -35,23 +35,32 @@ import triton
 from torch import Tensor
 
 from ...launching import launch
+from ..portable.backward import _flash_attention_delta_kernel
 from .blocks import (
     ELEMENT,
+    LINE,
     as_heads,
     describe,
+    describe_lines,
     describe_rows,
+    fence_async_global,
     fence_async_shared,
+    first_row_tile,
     gl,
     gluon,
     mbarrier,
     new_barriers,
     slot,
+    tma,
+    tma_add,
     tma_load,
     tma_obstacle,
+    tma_store,
+    tma_written,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .gradients import first_row_tile, fragment_layout, programs_before, round_dq, store_rows, to_fragments
+from .gradients import fragment_layout, programs_before, round_dq, store_rows, to_fragments
 from .loads import Problem
 from .place import find_place, place_of, unknown_zero
 
@@ -63,86 +72,141 @@ CONSUMER_REGISTERS = 240  # and 24 remain for each thread of the producer
 
 
 @gluon.jit
-def _wait_for_turn(counter, before, turn):
-    """Admit this program to a row tile of dq once `before` programs, those of the keys to the left, have added."""
-    while gl.atomic_add(counter, 0, sem="acquire", scope="gpu") != before:
-        pass
-    mbarrier.arrive(turn.index(0), count=1)
+def _zero_rows(tile, length):
+    """Zero rows `length` .. of a tile in shared memory, a few at a time: the producer has few registers."""
+    N: gl.constexpr = tile.shape[0]
+    HEAD_DIM: gl.constexpr = tile.shape[1]
+    ROWS: gl.constexpr = 1024 // HEAD_DIM
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    for i in gl.static_range(0, N, ROWS):
+        if i + ROWS > length:
+            part = tile.slice(i, ROWS)
+            rows = i + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+            part.store(gl.where((rows < length)[:, None], part.load(layout), 0.0))
 
 
 @gluon.jit
-def _produce(descs, buffers, barriers, problem, lse_strides, added_ptr, n_row_tile, BLOCK_M: gl.constexpr,
-             BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr):  # fmt: skip
-    """Load the tiles, STAGES ahead, and take turns: while tile g - 1 is worked on, load g, end g - 2, ask for g - 1."""
-    q_desc, dout_desc, k_desc, v_desc, lse2_desc, delta_desc = descs
-    q_buf, dout_buf, k_buf, v_buf, lse2_buf, delta_buf, _, here = buffers
-    kv_full, full, empty, _, turn = barriers
+def _landing(s, length, ROWS: gl.constexpr, STAGES: gl.constexpr, VARLEN: gl.constexpr):
+    """Which of `full` counts the load of slot s: the next sequence's rows are to go before consumers see the others."""
+    return gl.where(length < ROWS, STAGES, s) if VARLEN else s
+
+
+@gluon.jit
+def _clean(x, y, length, full, s, n_clean, STAGES: gl.constexpr, VARLEN: gl.constexpr):
+    """Zero what slot s holds of the next sequence, if anything: rows `length` .. meet p = 0, but 0 x NaN is NaN."""
+    ROWS: gl.constexpr = x.shape[2]
+    HEAD_DIM: gl.constexpr = x.shape[3]
+    if VARLEN and length < ROWS:
+        mbarrier.wait(full.index(STAGES), n_clean & 1)
+        _zero_rows(x.reshape([ROWS, HEAD_DIM]), length)
+        _zero_rows(y.reshape([ROWS, HEAD_DIM]), length)
+        fence_async_shared()  # wgmma reads through the asynchronous proxy
+        mbarrier.arrive(full.index(s), count=1)
+        n_clean += 1
+    return n_clean
+
+
+@gluon.jit
+def _wait_for_turn(counter, before):
+    """Wait until `before` programs, those of the keys to the left, have added to a row tile of dq."""
+    while gl.atomic_add(counter, 0, sem="acquire", scope="gpu") != before:
+        pass
+
+
+@gluon.jit
+def _step(g, lo, n_block, tile, n_row_tile, BLOCK_M: gl.constexpr):
+    """Query head of the group, first query and row tile of dq of the g-th step: head by head, the last rows first."""
+    h = g // n_block
+    m = lo + (n_block - 1 - (g - h * n_block)) * BLOCK_M
+    return h, m, tile + h * n_row_tile + m // BLOCK_M
+
+
+@gluon.jit
+def _produce(descs, buffers, barriers, problem, added_ptr, n_row_tile, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+             STAGES: gl.constexpr, ORDERED: gl.constexpr, BULK: gl.constexpr):  # fmt: skip
+    """Load the tiles, STAGES ahead, take turns and send dq away: step g loads tile g, and adds g - 2 to dq.
+
+    Without BULK the consumers add: step g ends the turn of g - 2 and asks for that of g - 1.
+    """
+    q_desc, dout_desc, k_desc, v_desc, rows_desc, dq_desc = descs
+    q_buf, dout_buf, k_buf, v_buf, rows_buf, _, dq_buf, here = buffers
+    full, empty, _, dq_full, dq_empty, turn = barriers
+    VARLEN: gl.constexpr = problem.cu_seqlens_q is not None
+    LINES: gl.constexpr = dq_desc.block_shape[0]
     gl.static_assert(STAGES == 2)
     b, h_kv, group, first, start_q, start_k, T, S, lo, _, _, n_block = place_of(here)
     left = problem.left
-    row = b * lse_strides[0] + h_kv * group * lse_strides[1] + start_q
     tile = h_kv * group * n_row_tile + first_row_tile(problem.cu_seqlens_q, b, start_q, T, BLOCK_M)
-    if problem.cu_seqlens_q is not None:
+    if VARLEN:
         b = 0
-    some = n_block > 0
-    mbarrier.expect(kv_full.index(0), 2 * k_desc.block_type.nbytes, pred=some)
-    tma_load(k_desc, [b, h_kv, start_k + first, 0], kv_full.index(0), k_buf.index(0), pred=some)
-    tma_load(v_desc, [b, h_kv, start_k + first, 0], kv_full.index(0), v_buf.index(0), pred=some)
-    last, last_before, last_but_one = 0, 0, 0  # row tiles g - 1 and g - 2
-    g = 0
-    for h in range(h_kv * group, h_kv * group + group):
-        for i in range(n_block):
-            m = lo + (n_block - 1 - i) * BLOCK_M
-            s, parity = slot(g, STAGES)
+    n_clean = 0
+    if n_block > 0:
+        into = _landing(STAGES + 1, S - first, BLOCK_N, STAGES, VARLEN)
+        mbarrier.expect(full.index(into), 2 * k_desc.block_type.nbytes)
+        tma_load(k_desc, [b, h_kv, start_k + first, 0], full.index(into), k_buf.index(0))
+        tma_load(v_desc, [b, h_kv, start_k + first, 0], full.index(into), v_buf.index(0))
+        n_clean = _clean(k_buf.index(0), v_buf.index(0), S - first, full, STAGES + 1, n_clean, STAGES, VARLEN)
+    n_step = group * n_block
+    for g in range(n_step + 2):
+        s, parity = slot(g, STAGES)
+        if g < n_step:
+            h, m, row_tile = _step(g, lo, n_block, tile, n_row_tile, BLOCK_M)
+            into = _landing(s, T - m, BLOCK_M, STAGES, VARLEN)
+            h += h_kv * group
             mbarrier.wait(empty.index(s), parity ^ 1)
-            mbarrier.expect(full.index(s), 2 * (q_desc.block_type.nbytes + lse2_desc.block_type.nbytes))
-            tma_load(q_desc, [b, h, start_q + m, 0], full.index(s), q_buf.index(s))
-            tma_load(dout_desc, [b, h, start_q + m, 0], full.index(s), dout_buf.index(s))
-            tma_load(lse2_desc, [row + m], full.index(s), lse2_buf.index(s))
-            tma_load(delta_desc, [row + m], full.index(s), delta_buf.index(s))
+            mbarrier.expect(full.index(into), 2 * q_desc.block_type.nbytes + rows_desc.block_type.nbytes)
+            tma_load(q_desc, [b, h, start_q + m, 0], full.index(into), q_buf.index(s))
+            tma_load(dout_desc, [b, h, start_q + m, 0], full.index(into), dout_buf.index(s))
+            tma_load(rows_desc, [row_tile * (2 * BLOCK_M)], full.index(into), rows_buf.index(s))
+            n_clean = _clean(q_buf.index(s), dout_buf.index(s), T - m, full, s, n_clean, STAGES, VARLEN)
+        if g >= 2 and (BULK or ORDERED):
+            _, m, row_tile = _step(g - 2, lo, n_block, tile, n_row_tile, BLOCK_M)
+            if BULK:
+                mbarrier.wait(dq_full.index(0), g & 1)
+                before = programs_before(first, m, left, T, S, BLOCK_N)
+                if ORDERED:
+                    _wait_for_turn(added_ptr + row_tile, before)
+                    fence_async_global()
+                if ORDERED and before == 0:
+                    tma_store(dq_desc, [row_tile * LINES, 0], dq_buf.index(0))  # what was there is not zeroed before
+                else:
+                    tma_add(dq_desc, [row_tile * LINES, 0], dq_buf.index(0))
+                tma.store_wait(0)
+                mbarrier.arrive(dq_empty.index(0), count=1)
+                if ORDERED:
+                    tma_written()
+            elif g >= n_step:  # else the load has waited
+                mbarrier.wait(empty.index(s), parity ^ 1)
             if ORDERED:
-                if g > 1:  # `empty` says that tile g - 2 is in
-                    gl.atomic_add(added_ptr + last_but_one, 1, sem="release", scope="gpu")
-                if g > 0:
-                    _wait_for_turn(added_ptr + last, last_before, turn)
-                last_but_one = last
-                last = tile + m // BLOCK_M
-                last_before = programs_before(first, m, left, T, S, BLOCK_N)
-            g += 1
-        row += lse_strides[1]
-        tile += n_row_tile
-    if ORDERED:
-        if g > 1:
-            s, parity = slot(g - 2, STAGES)
-            mbarrier.wait(empty.index(s), parity)
-            gl.atomic_add(added_ptr + last_but_one, 1, sem="release", scope="gpu")
-        if g > 0:
-            _wait_for_turn(added_ptr + last, last_before, turn)
-            s, parity = slot(g - 1, STAGES)
-            mbarrier.wait(empty.index(s), parity)
-            gl.atomic_add(added_ptr + last, 1, sem="release", scope="gpu")
+                gl.atomic_add(added_ptr + row_tile, 1, sem="release", scope="gpu")
+        if ORDERED and not BULK and (g >= 1) & (g <= n_step):
+            _, m, row_tile = _step(g - 1, lo, n_block, tile, n_row_tile, BLOCK_M)
+            _wait_for_turn(added_ptr + row_tile, programs_before(first, m, left, T, S, BLOCK_N))
+            mbarrier.arrive(turn.index(0), count=1)
 
 
 @gluon.jit
-def _probabilities(z, lse2, m, mask, exp_scale, layout: gl.constexpr):
+def _probabilities(z, lse2, m, masked, since, until, exp_scale, layout: gl.constexpr):
     """p of queries m .. against the keys of a warpgroup, (keys, queries)."""
-    masked, since, until = mask
     p = gl.exp2(z * exp_scale - lse2[None, :])
     if masked:
         i = m + gl.arange(0, z.shape[1], gl.SliceLayout(0, layout))
-        p = gl.where((i[None, :] >= since[:, None]) & (i[None, :] <= until[:, None]), p, 0.0)
+        visible = i[None, :] >= since[:, None]
+        if until is not None:
+            visible = visible & (i[None, :] <= until[:, None])
+        p = gl.where(visible, p, 0.0)
     return p
 
 
 @gluon.jit
 def _consume(work, c: gl.constexpr,
              BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-             FRAGMENTS: gl.constexpr, ORDERED: gl.constexpr):  # fmt: skip
+             FRAGMENTS: gl.constexpr, ORDERED: gl.constexpr, BULK: gl.constexpr):  # fmt: skip
     """Keys c * BLOCK_N / 2 .. of the program: dk and dv, and part c of dq."""
     grads, buffers, barriers, problem, n_row_tile, scale, exp_scale = work
     dq_ptr, dk_ptr, dv_ptr, dk_strides, dv_strides = grads
-    q_buf, dout_buf, k_buf, v_buf, lse2_buf, delta_buf, ds_buf, here = buffers
-    kv_full, full, empty, ds_full, turn = barriers
+    q_buf, dout_buf, k_buf, v_buf, rows_buf, ds_buf, dq_buf, here = buffers
+    full, empty, ds_full, dq_full, dq_empty, turn = barriers
     KEYS: gl.constexpr = BLOCK_N // 2
     COLS: gl.constexpr = HEAD_DIM * BLOCK_M // 128  # of dq's part: 64 rows of them
     DTYPE: gl.constexpr = q_buf.dtype
@@ -154,21 +218,21 @@ def _consume(work, c: gl.constexpr,
     b, h_kv, group, first, start_q, _, T, S, lo, full_lo, full_hi, n_block = place_of(here)
     left, right = problem.left, problem.right
     j = first + c * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, s_layout))
-    # key j is seen by the queries since .. until
+    # key j is seen by the queries since .. until; of rows past T, lse2 = inf makes p 0
     since = gl.where(j < S, 0 if right is None else T - S - right + j, T)
-    until = T - 1 + 0 * j if left is None else gl.minimum(T - 1, T - S + left + j)
+    until = None if left is None else T - S + left + j
     dk = gl.zeros([KEYS, HEAD_DIM], gl.float32, dk_layout)
     dv = gl.zeros([KEYS, HEAD_DIM], gl.float32, dk_layout)
     zero_s = gl.zeros([KEYS, 64], gl.float32, s_layout)
     zero_dq = gl.zeros([64, COLS], gl.float32, dq_layout)
     tile = h_kv * group * n_row_tile + first_row_tile(problem.cu_seqlens_q, b, start_q, T, BLOCK_M)
     dq_ptr += gl.cast(tile, gl.int64) * (BLOCK_M * HEAD_DIM) + c * 64 * COLS
-    mbarrier.wait(kv_full.index(0), 0, pred=n_block > 0)
+    mbarrier.wait(full.index(STAGES + 1), 0, pred=n_block > 0)
     g = 0
     for _ in range(group):
         for n in range(n_block):
             m = lo + (n_block - 1 - n) * BLOCK_M
-            mask = ((m < full_lo) | (m >= full_hi), since, until)
+            masked = (m < full_lo) | (m >= full_hi)
             s, parity = slot(g, STAGES)
             zero = unknown_zero(here)  # else their descriptors are made before the loop, and spill
             k_all = k_buf.index(zero).reshape([BLOCK_N, HEAD_DIM])
@@ -176,22 +240,21 @@ def _consume(work, c: gl.constexpr,
             v = v_buf.index(zero).reshape([BLOCK_N, HEAD_DIM]).slice(c * KEYS, KEYS)
             q = q_buf.index(s).reshape([BLOCK_M, HEAD_DIM])
             dout = dout_buf.index(s).reshape([BLOCK_M, HEAD_DIM])
-            lse2 = lse2_buf.index(s)
-            delta = delta_buf.index(s)
+            lse2 = rows_buf.index(s).slice(0, BLOCK_M)
+            delta = rows_buf.index(s).slice(BLOCK_M, BLOCK_M)
             ds_tile = ds_buf.index(g % 2)
             mbarrier.wait(full.index(s), parity)
             if BLOCK_M == 64:
                 z = warpgroup_mma(k, q.permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 dp = warpgroup_mma(v, dout.permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 z = warpgroup_mma_wait(1, [z])
-                p = _probabilities(z, lse2.load(row_layout), m, mask, exp_scale, s_layout)
+                p = _probabilities(z, lse2.load(row_layout), m, masked, since, until, exp_scale, s_layout)
                 dv = warpgroup_mma(gl.convert_layout(gl.cast(p, DTYPE), p_layout), dout, dv, is_async=True)
                 dp = warpgroup_mma_wait(1, [dp])
                 ds = gl.cast(p * (dp - delta.load(row_layout)[None, :]), DTYPE)
                 ds_tile.slice(c * KEYS, KEYS).store(ds)
                 fence_async_shared()
                 mbarrier.arrive(ds_full.index(0), count=1)
-                dk = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
                 ds_part = ds_tile
                 k_part = k_all.slice(c * COLS, COLS, 1)
             else:
@@ -201,7 +264,9 @@ def _consume(work, c: gl.constexpr,
                 dp0 = warpgroup_mma(v, dout0.permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 z1 = warpgroup_mma(k, q1.permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 z0 = warpgroup_mma_wait(2, [z0])
-                p0 = _probabilities(z0, lse2.slice(0, 64).load(row_layout), m, mask, exp_scale, s_layout)
+                p0 = _probabilities(
+                    z0, lse2.slice(0, 64).load(row_layout), m, masked, since, until, exp_scale, s_layout
+                )
                 dp0 = warpgroup_mma_wait(1, [dp0])
                 dp1 = warpgroup_mma(v, dout1.permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 ds0 = gl.cast(p0 * (dp0 - delta.slice(0, 64).load(row_layout)[None, :]), DTYPE)
@@ -209,27 +274,41 @@ def _consume(work, c: gl.constexpr,
                 ds_tile.slice(c * KEYS, KEYS).slice(0, 64, 1).store(ds0)
                 dk = warpgroup_mma(gl.convert_layout(ds0, p_layout), q0, dk, is_async=True)
                 z1 = warpgroup_mma_wait(3, [z1])
-                p1 = _probabilities(z1, lse2.slice(64, 64).load(row_layout), m + 64, mask, exp_scale, s_layout)
+                p1 = _probabilities(
+                    z1, lse2.slice(64, 64).load(row_layout), m + 64, masked, since, until, exp_scale, s_layout
+                )
                 dp1 = warpgroup_mma_wait(2, [dp1])
                 ds1 = gl.cast(p1 * (dp1 - delta.slice(64, 64).load(row_layout)[None, :]), DTYPE)
                 ds_tile.slice(c * KEYS, KEYS).slice(64, 64, 1).store(ds1)
                 fence_async_shared()
                 mbarrier.arrive(ds_full.index(0), count=1)
                 dv = warpgroup_mma(gl.convert_layout(gl.cast(p1, DTYPE), p_layout), dout1, dv, is_async=True)
-                dk = warpgroup_mma(gl.convert_layout(ds1, p_layout), q1, dk, is_async=True)
                 ds_part = ds_tile.slice(c * 64, 64, 1)
                 k_part = k_all
             mbarrier.wait(ds_full.index(0), g % 2)
             dq = warpgroup_mma(ds_part.permute((1, 0)), k_part, zero_dq, use_acc=False, is_async=True)
-            dv, dk, dq = warpgroup_mma_wait(0, [dv, dk, dq])
-            dq = gl.convert_layout(to_fragments(dq, COLS), FRAGMENTS)
-            dq_ptrs = dq_ptr + gl.cast(m, gl.int64) * HEAD_DIM + gl.arange(0, 64 * COLS, FRAGMENTS)
-            if ORDERED:
-                mbarrier.wait(turn.index(0), g % 2)
-            if ORDERED and programs_before(first, m, left, T, S, BLOCK_N) == 0:
-                gl.store(dq_ptrs, dq)  # what was there is not zeroed before
+            if BLOCK_M == 64:
+                dk = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
             else:
-                gl.atomic_add(dq_ptrs, dq, sem="relaxed")
+                dk = warpgroup_mma(gl.convert_layout(ds1, p_layout), q1, dk, is_async=True)
+            dv, dq = warpgroup_mma_wait(1, [dv, dq])  # dk goes on while dq leaves
+            dq = to_fragments(dq, COLS)
+            if BULK:
+                mbarrier.wait(dq_empty.index(0), (g & 1) ^ 1)
+                part = dq_buf.index(0).slice(c * 2 * COLS, 2 * COLS)
+                part.store(gl.reshape(dq, [2 * COLS, LINE]))
+                fence_async_shared()
+                mbarrier.arrive(dq_full.index(0), count=1)
+            else:
+                dq = gl.convert_layout(dq, FRAGMENTS)
+                dq_ptrs = dq_ptr + gl.cast(m, gl.int64) * HEAD_DIM + gl.arange(0, 64 * COLS, FRAGMENTS)
+                if ORDERED:
+                    mbarrier.wait(turn.index(0), g % 2)
+                if ORDERED and programs_before(first, m, left, T, S, BLOCK_N) == 0:
+                    gl.store(dq_ptrs, dq)  # what was there is not zeroed before
+                else:
+                    gl.atomic_add(dq_ptrs, dq, sem="relaxed")
+            dk = warpgroup_mma_wait(0, [dk])
             mbarrier.arrive(empty.index(s), count=1)
             g += 1
         dq_ptr += gl.cast(n_row_tile, gl.int64) * (BLOCK_M * HEAD_DIM)
@@ -244,17 +323,16 @@ def _flash_attention_bwd_hopper_kernel(
     dout_desc,
     k_desc,
     v_desc,
-    lse2_desc,  # all rows of all heads, flat
-    delta_desc,
+    rows_desc,  # lse2 and delta by row tile, flat
+    dq_desc,
     grads,
     added_ptr,  # for each row tile of dq, the programs that have added to it; None without turns
     n_row_tile,  # row tiles of a head
     problem,
-    lse_strides,
     scale,
     exp_scale,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    FRAGMENTS: gl.constexpr, ORDERED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    FRAGMENTS: gl.constexpr, ORDERED: gl.constexpr, BULK: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = q_desc.dtype
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -262,30 +340,42 @@ def _flash_attention_bwd_hopper_kernel(
     dout_buf = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, HEAD_DIM], dout_desc.layout)
     k_buf = gl.allocate_shared_memory(DTYPE, [1, 1, 1, BLOCK_N, HEAD_DIM], k_desc.layout)
     v_buf = gl.allocate_shared_memory(DTYPE, [1, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout)
-    lse2_buf = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], lse2_desc.layout)
-    delta_buf = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], delta_desc.layout)
+    rows_buf = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BLOCK_M], rows_desc.layout)
     ds_buf = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, BLOCK_M], ds_layout)
+    if BULK:
+        dq_buf = gl.allocate_shared_memory(gl.float32, [1, BLOCK_M * HEAD_DIM // LINE, LINE], dq_desc.layout)
+    else:
+        dq_buf = ds_buf  # not used
     here = find_place(problem, BLOCK_M, BLOCK_N)
-    kv_full = new_barriers(1, 1)
-    full = new_barriers(STAGES, 1)
+    full = new_barriers(STAGES + 2, 1)  # of the slots; of what is to be cleaned first; of keys and values
     empty = new_barriers(STAGES, 2)
     ds_full = new_barriers(1, 2)
+    dq_full = new_barriers(1, 2)
+    dq_empty = new_barriers(1, 1)
     turn = new_barriers(1, 1)
-    descs = (q_desc, dout_desc, k_desc, v_desc, lse2_desc, delta_desc)
-    buffers = (q_buf, dout_buf, k_buf, v_buf, lse2_buf, delta_buf, ds_buf, here)
-    barriers = (kv_full, full, empty, ds_full, turn)
+    descs = (q_desc, dout_desc, k_desc, v_desc, rows_desc, dq_desc)
+    buffers = (q_buf, dout_buf, k_buf, v_buf, rows_buf, ds_buf, dq_buf, here)
+    barriers = (full, empty, ds_full, dq_full, dq_empty, turn)
     work = (grads, buffers, barriers, problem, n_row_tile, scale, exp_scale)
     # the producer comes first: ptxas would hoist the first partition's addresses out of its loop, and spill them
     gl.warp_specialize(
         [
-            (_produce, (descs, buffers, barriers, problem, lse_strides, added_ptr, n_row_tile,
-                        BLOCK_M, BLOCK_N, STAGES, ORDERED)),
-            (_consume, (work, 0, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED)),
-            (_consume, (work, 1, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED)),
+            (_produce, (descs, buffers, barriers, problem, added_ptr, n_row_tile,
+                        BLOCK_M, BLOCK_N, STAGES, ORDERED, BULK)),
+            (_consume, (work, 0, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED, BULK)),
+            (_consume, (work, 1, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED, BULK)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
     )  # fmt: skip
+
+
+def _count_row_tiles(q: Tensor, cu_seqlens_q: Tensor | None, T: int) -> int:
+    """Row tiles of a head: each sequence has its own."""
+    block_m = BLOCK_M[q.shape[-1]]
+    if cu_seqlens_q is not None:
+        return q.shape[0] // block_m + cu_seqlens_q.shape[0] - 1
+    return q.shape[0] * triton.cdiv(T, block_m)
 
 
 def supports(
@@ -301,7 +391,7 @@ def supports(
         return "softcap"
     if q.numel() == 0 or k.numel() == 0:
         return "no queries or no keys"
-    if q.numel() // q.shape[-1] >= 1 << 31:
+    if q.shape[1] * _count_row_tiles(q, cu_seqlens_q, q.shape[-2]) * 2 * BLOCK_M[q.shape[-1]] >= 1 << 31:
         return "too many rows"
     tensors = (("q", q), ("k", k), ("v", v), ("dout", dout))
     return next((reason for name, x in tensors if (reason := tma_obstacle(name, x, varlen))), None)
@@ -311,12 +401,14 @@ def launch_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
     dout: Tensor,
-    lse2: Tensor,
-    delta: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    delta: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     T: int,
@@ -326,46 +418,60 @@ def launch_backward(
     scale: float,
     *,
     ordered: bool = True,
+    reduction: str = "bulk",
+    group: int = GROUP,
 ) -> None:
-    """Write dq, dk and dv, of any strides, for inputs that `supports` accepts.
+    """Write dq, dk and dv, of any strides, for inputs that `supports` accepts, and delta where it is given.
 
-    q, dout, dq: (B, H, T, D) or, with cu_seqlens_q and cu_seqlens_k, (total_q, H, D).  k, v, dk, dv: the same with K
-    heads and S rows; T and S are then the longest lengths.  lse2: base-2 log-sum-exp, +inf for rows that see no key;
-    delta: rowsum(dout * out) less the gradient of the log-sum-exp; both fp32, (B, H, T) or (H, total_q), contiguous.
+    q, out, dout, dq: (B, H, T, D) or, with cu_seqlens_q and cu_seqlens_k, (total_q, H, D).  k, v, dk, dv: the same with
+    K heads and S rows; T and S are then the longest lengths.  lse: log-sum-exp, -inf for rows that see no key;
+    dlse: its gradient, or None; delta: rowsum(dout * out) - dlse; all fp32, (B, H, T) or (H, total_q), delta as lse.
     left, right: how far a query sees from its own position, None without end.
     ordered: add to dq in one order, bitwise the same in every run; else as the programs come.
+    reduction: "bulk", dq leaves through shared memory, or "atomic", from registers.  group: heads in flight together.
     """
     varlen = cu_seqlens_q is not None
     H, K, head_dim = q.shape[1], k.shape[1], q.shape[-1]
     n_sequence = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
     block_m = BLOCK_M[head_dim]
-    n_row_tile = q.shape[0] // block_m + n_sequence if varlen else n_sequence * triton.cdiv(T, block_m)
+    n_row_tile = _count_row_tiles(q, cu_seqlens_q, T)
     n_tile = triton.cdiv(S, BLOCK_N)
     allocate = torch.empty if ordered else torch.zeros
     accumulator = allocate((H, n_row_tile, block_m * head_dim), dtype=torch.float32, device=q.device)
-    added = torch.zeros((H, n_row_tile), dtype=torch.int32, device=q.device) if ordered else None
+    rows = torch.empty((H, n_row_tile, 2, block_m), dtype=torch.float32, device=q.device)
+    added = torch.empty((H, n_row_tile), dtype=torch.int32, device=q.device) if ordered else None
 
     def strides(x: Tensor) -> tuple[int, ...]:
         b, h, row, d = as_heads(x, varlen).stride()
         return 0 if varlen else b, h, row, d
 
+    def row_strides(x: Tensor) -> tuple[int, ...]:
+        return (0, *x.stride()) if varlen else x.stride()
+
+    launch(
+        _flash_attention_delta_kernel,
+        (n_sequence * H * triton.cdiv(T, block_m),),
+        out, dout, lse, dlse, None, delta, rows, added, cu_seqlens_q, strides(out), strides(dout),
+        None if dlse is None else row_strides(dlse), row_strides(lse), H, T, n_row_tile, head_dim, head_dim, block_m,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
     # past both lengths a window is none; as they stand, the kernel counts in 32 bits
     left, right = (None if n is None else min(n, T + S) for n in (left, right))
-    problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, T, S, n_sequence * K, n_tile, GROUP)
+    problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, T, S, n_sequence * K, n_tile, group)
     launch(
         _flash_attention_bwd_hopper_kernel,
         (n_sequence * K * n_tile,),
         *(describe(x, block_m, varlen) for x in (q, dout)),
         *(describe(x, BLOCK_N, varlen) for x in (k, v)),
-        *(describe_rows(x, block_m) for x in (lse2, delta)),
+        describe_rows(rows, 2 * block_m),
+        describe_lines(accumulator, block_m * head_dim // LINE.value),
         (accumulator, dk, dv, strides(dk), strides(dv)),
         added,
         n_row_tile,
         problem,
-        (0, q.shape[0]) if varlen else (H * T, T),
         scale,
         scale * math.log2(math.e),
-        block_m, BLOCK_N, head_dim, STAGES, fragment_layout(head_dim * block_m // 128), ordered, CONSUMER_REGISTERS,
-        num_warps=4, enable_fp_fusion=True,
+        block_m, BLOCK_N, head_dim, STAGES, fragment_layout(head_dim * block_m // 128), ordered, reduction == "bulk",
+        CONSUMER_REGISTERS, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     round_dq(accumulator, added, dq, strides(dq), cu_seqlens_q, n_sequence, T, scale, block_m)

@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -32,12 +34,16 @@ from .. import blocks
 
 __all__ = [
     "ELEMENT",
+    "LINE",
     "as_heads",
     "block_order",
     "describe",
+    "describe_lines",
     "describe_rows",
     "extents",
+    "fence_async_global",
     "fence_async_shared",
+    "first_row_tile",
     "gl",
     "gluon",
     "load_rows",
@@ -52,8 +58,11 @@ __all__ = [
     "slot",
     "tile_of",
     "tma",
+    "tma_add",
+    "tma_load",
     "tma_obstacle",
     "tma_store",
+    "tma_written",
     "visible_blocks",
     "warpgroup_mma",
     "warpgroup_mma_wait",
@@ -66,10 +75,25 @@ tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
+LINE: gl.constexpr = gl.constexpr(32)  # fp32 values: 128 bytes, a row of shared memory's widest swizzle
 ONE: gl.constexpr = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # one number, in each thread of a warpgroup
+
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # 3.6 has the latter
+
+try:  # triton 3.8
+    tma_add = tma.async_atomic_add
+except AttributeError:  # 3.6 and 3.7 have the instruction, but no function of this name
+
+    @builtin
+    def tma_add(tensor_desc, coord, src, _semantic=None):
+        """Start the addition of a tile in shared memory to global memory."""
+        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+        _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
 
 visible_blocks = gluon.jit(blocks.visible_blocks.fn)
 sequence = gluon.jit(blocks.sequence.fn)
+first_row_tile = gluon.jit(blocks.first_row_tile.fn)
 
 
 def extents(x: Tensor, varlen: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -124,6 +148,24 @@ def _rows_descriptor(base: Tensor | _Address, size: int, rows: int) -> TensorDes
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
     descriptor = TensorDescriptor(base, [size], [1], [rows], layout)
     vars(descriptor)["described"] = Described((torch.float32, rows))
+    return descriptor
+
+
+def describe_lines(x: Tensor, lines: int) -> Any:
+    """The TMA descriptor of an fp32 tensor as lines of LINE values, for `lines` of them."""
+    return _lines_described(x.data_ptr(), x.numel(), lines) if x.is_cuda else _lines_descriptor(x, x.numel(), lines)
+
+
+@lru_cache(maxsize=1024)
+def _lines_described(address: int, size: int, lines: int) -> TensorDescriptor:
+    return _lines_descriptor(_Address(address, torch.float32), size, lines)
+
+
+def _lines_descriptor(base: Tensor | _Address, size: int, lines: int) -> TensorDescriptor:
+    n = LINE.value
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    descriptor = TensorDescriptor(base, [size // n, n], [n, 1], [lines, n], layout)
+    vars(descriptor)["described"] = Described((torch.float32, lines, n))
     return descriptor
 
 
@@ -218,6 +260,26 @@ def share_numbers(numbers):
 def shared_number(shared, i):
     """The i-th of them. No compiler knows it, so nothing that follows from it is moved to before this."""
     return gl.sum(shared.index(i).load(ONE), 0)
+
+
+@gluon.jit
+def tma_written():
+    """Wait until all that was stored and added by TMA stands in global memory, for a release to pass on.
+
+    tma.store_wait waits for the reads of shared memory alone. PTX ISA: without .read, cp.async.bulk.wait_group waits
+    for the writes too, "being made visible to the executing thread"; they were made by the asynchronous proxy, and
+    fence.proxy.async orders them with what follows in the generic one, the release. That is another thread's: barrier.
+    """
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; fence.proxy.async.global; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1
+    )
+    barrier()
+
+
+@gluon.jit
+def fence_async_global():
+    """After an acquire: let the TMA accesses that follow see what it has seen (PTX ISA, fence.proxy.async)."""
+    gl.inline_asm_elementwise("fence.proxy.async.global; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
 
 
 @gluon.jit

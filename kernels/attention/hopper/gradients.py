@@ -3,7 +3,8 @@
 The accumulator holds row tiles of BLOCK_M queries, (H, row tiles, BLOCK_M * D), sequence after sequence. A row tile has
 two parts, one from each warpgroup: the halves of its columns, or for BLOCK_M = 128 of its rows. A part stands in the
 order in which a warpgroup's threads hold a (64, COLS) product: a thread's values in groups of four, side by side with
-its neighbours', so that a warp adds 512 contiguous bytes with one instruction.
+its neighbours', so that a warp writes 512 contiguous bytes with one instruction, to shared memory without a conflict.
+To TMA the accumulator is a matrix of LINE numbers a row, one row of shared memory's swizzle, and a row tile one box.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ...launching import launch
 from .. import blocks
-from ..blocks import head_pointer, sequence, store_tile
+from ..blocks import first_row_tile, head_pointer, sequence, store_tile
 from .blocks import gl, gluon
 
 gluon_head_pointer = gluon.jit(blocks.head_pointer.fn)
@@ -34,12 +35,6 @@ def to_fragments(x, COLS: gl.constexpr):
     """A (64, COLS) accumulator flat, each thread's registers in groups of four: no data moves."""
     x = gl.reshape(x, [4, 2, 8, COLS // 8, 4, 2])  # warp, half, row, column, lane, pair
     return gl.reshape(gl.permute(x, [3, 0, 2, 4, 1, 5]), [64 * COLS])
-
-
-@gluon.jit
-def first_row_tile(cu_seqlens_q_ptr, b, start_q, T, BLOCK_M: gl.constexpr):
-    """Sequence b's first row tile; packed sequences, each starting at start_q, have room to round up."""
-    return b * ((T + BLOCK_M - 1) // BLOCK_M) if cu_seqlens_q_ptr is None else start_q // BLOCK_M + b
 
 
 @gluon.jit
@@ -84,7 +79,7 @@ def _flash_attention_dq_kernel(
     start, length = sequence(cu_seqlens_q_ptr, b, T)
     if first >= length:
         return
-    tile = pid % n_tile + (b * n_tile if cu_seqlens_q_ptr is None else start // BLOCK_M + b)
+    tile = pid % n_tile + first_row_tile(cu_seqlens_q_ptr, b, start, T, BLOCK_M)
     COLS: tl.constexpr = HEAD_DIM * BLOCK_M // 128
     tile += tl.cast(h, tl.int64) * n_row_tile
     is_set = True if added_ptr is None else tl.load(added_ptr + tile) > 0

@@ -16,6 +16,7 @@ import triton.language as tl
 from ...elementwise import tanh
 from ..blocks import (
     base_2,
+    first_row_tile,
     head_pointer,
     is_visible,
     load_tile,
@@ -33,8 +34,10 @@ def _flash_attention_delta_kernel(
     dout_ptr,
     lse_ptr,
     dlse_ptr,  # None: no gradient through the log-sum-exp
-    lse2_ptr,
-    delta_ptr,
+    lse2_ptr,  # None: not by row
+    delta_ptr,  # None: not by row
+    tiles_ptr,  # (H, row tiles, 2, BLOCK_M): lse2 and delta by row tile, +inf and 0 past the end; None: not by tile
+    added_ptr,  # (H, row tiles): counters to zero, or None
     cu_seqlens_q_ptr,
     out_strides,
     dout_strides,
@@ -42,6 +45,7 @@ def _flash_attention_delta_kernel(
     lse_strides,  # lse2's and delta's too
     H,
     T,
+    n_row_tile,  # of a head
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -60,20 +64,28 @@ def _flash_attention_delta_kernel(
     out_ptr = head_pointer(out_ptr, out_strides, b, h, start)
     dout_ptr = head_pointer(dout_ptr, dout_strides, b, h, start)
     lse_ptr = head_pointer(lse_ptr, lse_strides, b, h, start)
-    lse2_ptr = head_pointer(lse2_ptr, lse_strides, b, h, start)
-    delta_ptr = head_pointer(delta_ptr, lse_strides, b, h, start)
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     out = load_tile(out_ptr, out_strides, first, rows, cols, T, HEAD_DIM, True).to(ACC)
     dout = load_tile(dout_ptr, dout_strides, first, rows, cols, T, HEAD_DIM, True).to(ACC)
     delta = tl.sum(out * dout, 1)
     in_range = first + rows < T
     offsets = row_offsets(first, rows, lse_strides[2])
-    lse = tl.load(lse_ptr + offsets, mask=in_range, other=0.0)
+    lse2 = base_2(tl.load(lse_ptr + offsets, mask=in_range, other=float("-inf")))
     if dlse_ptr is not None:
         dlse_ptr = head_pointer(dlse_ptr, dlse_strides, b, h, start)
         delta -= tl.load(dlse_ptr + row_offsets(first, rows, dlse_strides[2]), mask=in_range, other=0.0).to(ACC)
-    tl.store(lse2_ptr + offsets, base_2(lse), mask=in_range)
-    tl.store(delta_ptr + offsets, delta, mask=in_range)
+    if lse2_ptr is not None:
+        tl.store(head_pointer(lse2_ptr, lse_strides, b, h, start) + offsets, lse2, mask=in_range)
+    if delta_ptr is not None:
+        tl.store(head_pointer(delta_ptr, lse_strides, b, h, start) + offsets, delta, mask=in_range)
+    if tiles_ptr is not None:
+        tile = tl.cast(h, tl.int64) * n_row_tile
+        tile += first_row_tile(cu_seqlens_q_ptr, b, start, T, BLOCK_M) + first // BLOCK_M
+        tiles_ptr += tile * (2 * BLOCK_M)
+        tl.store(tiles_ptr + rows, lse2)
+        tl.store(tiles_ptr + BLOCK_M + rows, delta)
+        if added_ptr is not None:
+            tl.store(added_ptr + tile, 0)
 
 
 @triton.jit

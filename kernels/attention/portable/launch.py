@@ -106,8 +106,8 @@ def launch_delta(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, p:
     H = out.shape[1]
     _run(
         _flash_attention_delta_kernel, "delta", out, p.T, p.n_batch(out) * H,
-        out, dout, lse, dlse, lse2, delta, p.ends_q, _strides(out, varlen), _strides(dout, varlen),
-        None if dlse is None else _strides(dlse, varlen), _strides(lse, varlen), H, p.T,
+        out, dout, lse, dlse, lse2, delta, None, None, p.ends_q, _strides(out, varlen), _strides(dout, varlen),
+        None if dlse is None else _strides(dlse, varlen), _strides(lse, varlen), H, p.T, None,
     )  # fmt: skip
     return lse2, delta
 
