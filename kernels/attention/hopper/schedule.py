@@ -1,7 +1,9 @@
 """Which program computes which tile of the Hopper forward, and when: the schedule, apart from the kernel that walks it.
 
-Tiles are numbered by `tile_of` (blocks.py): heads in sections whose keys and values stay in the L2 cache together, in a
-section the tiles with the most keys first. A schedule says how programs take them:
+Tiles are numbered by `tile_of`: heads in sections whose keys and values stay in the L2 cache together. In the last
+section the tiles with the most keys (the last rows, under a causal mask) come first, so that short ones fill the gaps
+at the end; from one section to the next the direction turns, so that neighbours in the order are alike. A schedule says
+how programs take them:
 
     TILE      a program for each tile, in that order; the hardware starts one whenever another has ended
     STATIC    a program for each multiprocessor, which takes one tile of every round of `n_program`, back and forth:
@@ -26,7 +28,17 @@ from torch import Tensor
 
 from .blocks import gl, gluon
 
-__all__ = ["DYNAMIC", "SCHEDULES", "STATIC", "TILE", "Schedule", "next_tile", "section_heads", "tile_counter"]
+__all__ = [
+    "DYNAMIC",
+    "SCHEDULES",
+    "STATIC",
+    "TILE",
+    "Schedule",
+    "next_tile",
+    "section_heads",
+    "tile_counter",
+    "tile_of",
+]
 
 # Keys and values of the heads that run together; the L2 cache of H100 and H200 has 50 MB, for all that passes through.
 L2_BYTES = 32 << 20
@@ -48,6 +60,17 @@ class Schedule(NamedTuple):
 
 
 TILE, STATIC, DYNAMIC = SCHEDULES = (Schedule("tile"), Schedule("static"), Schedule("dynamic"))
+
+
+@gluon.jit
+def tile_of(t, n_row_tile, n_head, SECTION):
+    """(b * H + h, row tile) of the t-th tile, of n_row_tile in each of n_head heads, SECTION heads in a section."""
+    section = t // (SECTION * n_row_tile)
+    size = gl.minimum(SECTION, n_head - section * SECTION)
+    r = t - section * SECTION * n_row_tile
+    after = (n_head - 1) // SECTION - section  # sections
+    n = r // size
+    return section * SECTION + r % size, gl.where(after % 2 == 0, n_row_tile - 1 - n, n)
 
 
 @gluon.jit

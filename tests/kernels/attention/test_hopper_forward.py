@@ -144,6 +144,13 @@ def test_schedules(head_dim: int, packed: bool, schedule: Schedule) -> None:
         judge_forward(inputs, seed=seed, schedule=schedule)
 
 
+@pytest.mark.parametrize("schedule", RUNS, ids=name_of)
+def test_sections_of_heads(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper_schedule, "L2_BYTES", 2 * 300 * 64 * 2)  # of one key-value head
+    judge_forward(draw(1, 5, 5, 300, 300, 64, BF16), schedule=schedule)
+    judge_forward(draw(3, 4, 2, 150, 300, 64, BF16), schedule=schedule)
+
+
 @pytest.mark.parametrize("n_program", [1, 2, 5])
 def test_a_launch_leaves_the_counter_at_zero(n_program: int, monkeypatch: pytest.MonkeyPatch) -> None:
     counter = torch.zeros(1, dtype=torch.int32)
