@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cost, reference
-from .dispatch import call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
+from .dispatch import apply, call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
 from .launching import launch
 from .rows import most_warps, multiprocessors, row_layout, statistics, tile_offsets
 
@@ -395,8 +395,8 @@ def rms_norm(
     if torch.compiler.is_compiling():
         y, stream, _ = _fwd(x, weight, eps, residual, weight_offset)
         return y if residual is None else (y, stream)
-    refuse_transforms("rms_norm")
     if not torch.is_grad_enabled():  # nothing to save
+        refuse_transforms("rms_norm")
         y, stream, _ = call(_fwd, x, weight, eps, residual, weight_offset)
         return y if residual is None else (y, stream)
-    return RMSNormFunction.apply(x, weight, eps, residual, weight_offset)
+    return apply("rms_norm", RMSNormFunction, x, weight, eps, residual, weight_offset)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cost, reference
-from .dispatch import call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
+from .dispatch import apply, call, check_device, check_dtype, define_op, runs_triton
 from .launching import launch
 from .rows import statistics
 
@@ -180,8 +180,7 @@ def rope(
         return reference.rope(q, k, cos, sin, interleaved=interleaved, positions=positions)
     if torch.compiler.is_compiling():
         return _turn(q, k, cos, sin, positions, interleaved, False)
-    refuse_transforms("rope")
-    return RoPEFunction.apply(q, k, cos, sin, positions, interleaved, False)
+    return apply("rope", RoPEFunction, q, k, cos, sin, positions, interleaved, False)
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
