@@ -22,7 +22,7 @@ from torch import Tensor
 from . import cost, reference
 from .dispatch import apply, call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
 from .launching import launch
-from .rows import most_warps, multiprocessors, row_layout, statistics, tile_offsets
+from .rows import is_blackwell, most_warps, multiprocessors, row_layout, statistics, tile_offsets
 
 __all__ = ["RMSNormFunction", "rms_norm"]
 
@@ -199,11 +199,12 @@ def _forward_tile(N: int, element_size: int, residual: bool) -> tuple[int, int, 
 
 
 @cache
-def _backward_tile(N: int, many: bool, element_size: int) -> tuple[int, int, int, int]:
+def _backward_tile(N: int, many: bool, element_size: int, residual: bool) -> tuple[int, int, int, int]:
     """The backward's, as _forward_tile. many: elements for a whole tile on every multiprocessor."""
     two_bytes, amd = element_size <= 2, most_warps() < 32
     columns = max(triton.next_power_of_2(N), 16)
-    if columns > (BACKWARD_LONGEST if two_bytes and not amd else BACKWARD_TILE):
+    fits = two_bytes and not amd and not (residual and is_blackwell())  # where it compiles without a spill
+    if columns > (BACKWARD_LONGEST if fits else BACKWARD_TILE):
         columns = BACKWARD_TILE
     rows = max(1, (BACKWARD_TILE if many else SHORT_TILE) // columns)
     warps = min(max(rows * columns // 512, 4), most_warps())
@@ -253,7 +254,8 @@ def rms_norm_bwd(
     if M == 0:
         return dh, dw.zero_()
     processors, DTYPE = multiprocessors(h.device), statistics(h.dtype)[1]
-    rows, columns, warps, stages = _backward_tile(N, processors * BACKWARD_TILE <= M * N, h.element_size())
+    many = processors * BACKWARD_TILE <= M * N
+    rows, columns, warps, stages = _backward_tile(N, many, h.element_size(), dstream is not None)
     panels = -(-N // columns)
     programs = max(1, min(-(-M // rows), processors * max(1, RESIDENT_WARPS // warps) // panels))
     h, h_layout = row_layout(h)

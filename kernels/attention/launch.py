@@ -130,22 +130,22 @@ def flash_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p = _problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    delta = None if sinks is None else torch.empty_like(lse)
     bounds = (p.ends_q, p.ends_k, p.T, p.S, left, right, scale)
-    varlen = cu_seqlens_q is not None
-    if _path("backward", q, k, p, sinks) == "hopper":
-        delta = None if sinks is None else torch.empty_like(lse)
-        written = (q, k, v, out, dout, lse, dlse, dq, dk, dv, delta, *bounds)
-        if _by_hopper("backward", (q, k, v, dout, p.ends_q, softcap), written):
-            return dq, dk, dv, _sink_gradient(q, sinks, lse, delta, varlen)
-    lse2, delta = portable.launch_delta(out, dout, lse, dlse, p)
-    portable.launch_backward(q, k, v, dout, lse2, delta, _given(unround), dq, dk, dv, p)
-    return dq, dk, dv, _sink_gradient(q, sinks, lse, delta, varlen)
-
-
-def _sink_gradient(q: Tensor, sinks: Tensor | None, lse: Tensor, delta: Tensor | None, varlen: bool) -> Tensor:
-    """dsink = -sum over rows of e^(sink - lse) delta: a softmax gradient whose value vector is zero. Empty without."""
+    written = (q, k, v, out, dout, lse, dlse, dq, dk, dv, delta, *bounds)
+    if not (
+        _path("backward", q, k, p, sinks) == "hopper"
+        and _by_hopper("backward", (q, k, v, dout, p.ends_q, softcap), written)
+    ):
+        lse2, delta = portable.launch_delta(out, dout, lse, dlse, p)
+        portable.launch_backward(q, k, v, dout, lse2, delta, _given(unround), dq, dk, dv, p)
     if sinks is None or delta is None:
-        return q.new_empty(0)
+        return dq, dk, dv, q.new_empty(0)
+    return dq, dk, dv, _sink_gradient(sinks, lse, delta, cu_seqlens_q is not None)
+
+
+def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor, varlen: bool) -> Tensor:
+    """dsink = -sum over rows of e^(sink - lse) delta: a softmax gradient whose value vector is zero."""
     sink = sinks.to(lse.dtype)[:, None]
     share = torch.exp(sink - lse).masked_fill_(lse == -math.inf, 0)
     return -(share * delta).sum(1 if varlen else (0, 2)).to(sinks.dtype)

@@ -38,9 +38,11 @@ from ...launching import launch
 from ..portable.backward import _flash_attention_delta_kernel
 from .blocks import (
     ELEMENT,
+    LINE,
     as_heads,
     describe,
-    describe_flat,
+    describe_lines,
+    describe_rows,
     fence_async_global,
     fence_async_shared,
     first_row_tile,
@@ -58,7 +60,7 @@ from .blocks import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .gradients import LINE, fragment_layout, programs_before, round_dq, store_rows, to_fragments
+from .gradients import fragment_layout, programs_before, round_dq, store_rows, to_fragments
 from .loads import Problem
 from .place import find_place, place_of, unknown_zero
 
@@ -184,13 +186,15 @@ def _produce(descs, buffers, barriers, problem, added_ptr, n_row_tile, BLOCK_M: 
 
 
 @gluon.jit
-def _probabilities(z, lse2, m, mask, exp_scale, layout: gl.constexpr):
+def _probabilities(z, lse2, m, masked, since, until, exp_scale, layout: gl.constexpr):
     """p of queries m .. against the keys of a warpgroup, (keys, queries)."""
-    masked, since, until = mask
     p = gl.exp2(z * exp_scale - lse2[None, :])
     if masked:
         i = m + gl.arange(0, z.shape[1], gl.SliceLayout(0, layout))
-        p = gl.where((i[None, :] >= since[:, None]) & (i[None, :] <= until[:, None]), p, 0.0)
+        visible = i[None, :] >= since[:, None]
+        if until is not None:
+            visible = visible & (i[None, :] <= until[:, None])
+        p = gl.where(visible, p, 0.0)
     return p
 
 
@@ -214,9 +218,9 @@ def _consume(work, c: gl.constexpr,
     b, h_kv, group, first, start_q, _, T, S, lo, full_lo, full_hi, n_block = place_of(here)
     left, right = problem.left, problem.right
     j = first + c * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, s_layout))
-    # key j is seen by the queries since .. until
+    # key j is seen by the queries since .. until; of rows past T, lse2 = inf makes p 0
     since = gl.where(j < S, 0 if right is None else T - S - right + j, T)
-    until = T - 1 + 0 * j if left is None else gl.minimum(T - 1, T - S + left + j)
+    until = None if left is None else T - S + left + j
     dk = gl.zeros([KEYS, HEAD_DIM], gl.float32, dk_layout)
     dv = gl.zeros([KEYS, HEAD_DIM], gl.float32, dk_layout)
     zero_s = gl.zeros([KEYS, 64], gl.float32, s_layout)
@@ -228,7 +232,7 @@ def _consume(work, c: gl.constexpr,
     for _ in range(group):
         for n in range(n_block):
             m = lo + (n_block - 1 - n) * BLOCK_M
-            mask = ((m < full_lo) | (m >= full_hi), since, until)
+            masked = (m < full_lo) | (m >= full_hi)
             s, parity = slot(g, STAGES)
             zero = unknown_zero(here)  # else their descriptors are made before the loop, and spill
             k_all = k_buf.index(zero).reshape([BLOCK_N, HEAD_DIM])
@@ -244,7 +248,7 @@ def _consume(work, c: gl.constexpr,
                 z = warpgroup_mma(k, q.permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 dp = warpgroup_mma(v, dout.permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 z = warpgroup_mma_wait(1, [z])
-                p = _probabilities(z, lse2.load(row_layout), m, mask, exp_scale, s_layout)
+                p = _probabilities(z, lse2.load(row_layout), m, masked, since, until, exp_scale, s_layout)
                 dv = warpgroup_mma(gl.convert_layout(gl.cast(p, DTYPE), p_layout), dout, dv, is_async=True)
                 dp = warpgroup_mma_wait(1, [dp])
                 ds = gl.cast(p * (dp - delta.load(row_layout)[None, :]), DTYPE)
@@ -260,7 +264,9 @@ def _consume(work, c: gl.constexpr,
                 dp0 = warpgroup_mma(v, dout0.permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 z1 = warpgroup_mma(k, q1.permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 z0 = warpgroup_mma_wait(2, [z0])
-                p0 = _probabilities(z0, lse2.slice(0, 64).load(row_layout), m, mask, exp_scale, s_layout)
+                p0 = _probabilities(
+                    z0, lse2.slice(0, 64).load(row_layout), m, masked, since, until, exp_scale, s_layout
+                )
                 dp0 = warpgroup_mma_wait(1, [dp0])
                 dp1 = warpgroup_mma(v, dout1.permute((1, 0)), zero_s, use_acc=False, is_async=True)
                 ds0 = gl.cast(p0 * (dp0 - delta.slice(0, 64).load(row_layout)[None, :]), DTYPE)
@@ -268,7 +274,9 @@ def _consume(work, c: gl.constexpr,
                 ds_tile.slice(c * KEYS, KEYS).slice(0, 64, 1).store(ds0)
                 dk = warpgroup_mma(gl.convert_layout(ds0, p_layout), q0, dk, is_async=True)
                 z1 = warpgroup_mma_wait(3, [z1])
-                p1 = _probabilities(z1, lse2.slice(64, 64).load(row_layout), m + 64, mask, exp_scale, s_layout)
+                p1 = _probabilities(
+                    z1, lse2.slice(64, 64).load(row_layout), m + 64, masked, since, until, exp_scale, s_layout
+                )
                 dp1 = warpgroup_mma_wait(2, [dp1])
                 ds1 = gl.cast(p1 * (dp1 - delta.slice(64, 64).load(row_layout)[None, :]), DTYPE)
                 ds_tile.slice(c * KEYS, KEYS).slice(64, 64, 1).store(ds1)
@@ -441,7 +449,8 @@ def launch_backward(
         return (0, *x.stride()) if varlen else x.stride()
 
     launch(
-        _flash_attention_delta_kernel, (n_sequence * H * triton.cdiv(T, block_m),),
+        _flash_attention_delta_kernel,
+        (n_sequence * H * triton.cdiv(T, block_m),),
         out, dout, lse, dlse, None, delta, rows, added, cu_seqlens_q, strides(out), strides(dout),
         None if dlse is None else row_strides(dlse), row_strides(lse), H, T, n_row_tile, head_dim, head_dim, block_m,
         num_warps=4, enable_fp_fusion=True,
@@ -454,8 +463,8 @@ def launch_backward(
         (n_sequence * K * n_tile,),
         *(describe(x, block_m, varlen) for x in (q, dout)),
         *(describe(x, BLOCK_N, varlen) for x in (k, v)),
-        describe_flat(rows, (2 * block_m,)),
-        describe_flat(accumulator, (block_m * head_dim // LINE.value, LINE.value)),
+        describe_rows(rows, 2 * block_m),
+        describe_lines(accumulator, block_m * head_dim // LINE.value),
         (accumulator, dk, dv, strides(dk), strides(dv)),
         added,
         n_row_tile,

@@ -34,10 +34,12 @@ from .. import blocks
 
 __all__ = [
     "ELEMENT",
+    "LINE",
     "as_heads",
     "block_order",
     "describe",
-    "describe_flat",
+    "describe_lines",
+    "describe_rows",
     "extents",
     "fence_async_global",
     "fence_async_shared",
@@ -73,6 +75,7 @@ tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
+LINE: gl.constexpr = gl.constexpr(32)  # fp32 values: 128 bytes, a row of shared memory's widest swizzle
 ONE: gl.constexpr = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # one number, in each thread of a warpgroup
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # 3.6 has the latter
@@ -131,25 +134,38 @@ def _prototype(dtype: torch.dtype, rows: int, head_dim: int) -> dict[str, Any]:
     return vars(TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)) | {"base": None}
 
 
-def describe_flat(x: Tensor, block: tuple[int, ...]) -> Any:
-    """The TMA descriptor of fp32 numbers, contiguous: flat, or as lines of a block's width."""
-    at = x.data_ptr()
-    return _flat_described(at, x.numel(), block) if x.is_cuda else _flat_descriptor(x, x.numel(), block)
+def describe_rows(x: Tensor, rows: int) -> Any:
+    """The TMA descriptor of one fp32 value a row, flat, for `rows` of them."""
+    return _rows_described(x.data_ptr(), x.numel(), rows) if x.is_cuda else _rows_descriptor(x, x.numel(), rows)
 
 
 @lru_cache(maxsize=1024)
-def _flat_described(address: int, size: int, block: tuple[int, ...]) -> TensorDescriptor:
-    return _flat_descriptor(_Address(address, torch.float32), size, block)
+def _rows_described(address: int, size: int, rows: int) -> TensorDescriptor:
+    return _rows_descriptor(_Address(address, torch.float32), size, rows)
 
 
-def _flat_descriptor(base: Tensor | _Address, size: int, block: tuple[int, ...]) -> TensorDescriptor:
-    rank = len(block)
-    swizzle = 0 if rank == 1 else 128
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=32, rank=rank)
-    shape = [size] if rank == 1 else [size // block[1], block[1]]
-    strides = [1] if rank == 1 else [block[1], 1]
-    descriptor = TensorDescriptor(base, shape, strides, list(block), layout)
-    vars(descriptor)["described"] = Described((torch.float32, block))
+def _rows_descriptor(base: Tensor | _Address, size: int, rows: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    descriptor = TensorDescriptor(base, [size], [1], [rows], layout)
+    vars(descriptor)["described"] = Described((torch.float32, rows))
+    return descriptor
+
+
+def describe_lines(x: Tensor, lines: int) -> Any:
+    """The TMA descriptor of an fp32 tensor as lines of LINE values, for `lines` of them."""
+    return _lines_described(x.data_ptr(), x.numel(), lines) if x.is_cuda else _lines_descriptor(x, x.numel(), lines)
+
+
+@lru_cache(maxsize=1024)
+def _lines_described(address: int, size: int, lines: int) -> TensorDescriptor:
+    return _lines_descriptor(_Address(address, torch.float32), size, lines)
+
+
+def _lines_descriptor(base: Tensor | _Address, size: int, lines: int) -> TensorDescriptor:
+    n = LINE.value
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    descriptor = TensorDescriptor(base, [size // n, n], [n, 1], [lines, n], layout)
+    vars(descriptor)["described"] = Described((torch.float32, lines, n))
     return descriptor
 
 

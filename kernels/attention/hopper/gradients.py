@@ -20,8 +20,6 @@ from .. import blocks
 from ..blocks import first_row_tile, head_pointer, sequence, store_tile
 from .blocks import gl, gluon
 
-LINE: gl.constexpr = gl.constexpr(32)  # fp32 numbers: 128 bytes, a row of shared memory's widest swizzle
-
 gluon_head_pointer = gluon.jit(blocks.head_pointer.fn)
 
 
