@@ -11,7 +11,7 @@ longer than a tile a kernel before it computes mean(xhat g), so that a program c
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from . import cost, reference
 from .dispatch import apply, call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
-from .launching import launch
-from .rows import is_blackwell, most_warps, multiprocessors, row_layout, statistics, tile_offsets
+from .launching import TENSOR, Plan
+from .rows import Layout, is_blackwell, most_warps, multiprocessors, row_layout, statistics, tile_offsets
 
 __all__ = ["RMSNormFunction", "rms_norm"]
 
@@ -228,20 +228,30 @@ def rms_norm_fwd(
     M = rstd.numel()
     if M == 0:
         return y, stream, rstd
-    element_size = stream.element_size()
-    rows, columns, warps, stages = _forward_tile(N, element_size, residual is not None)
-    programs = -(-M // rows)
-    if stages > 1:
-        programs = min(programs, multiprocessors(x.device) * max(1, FORWARD_BYTES // (rows * columns * element_size)))
     x, x_layout = row_layout(x)
     residual, residual_layout = (None, None) if residual is None else row_layout(residual)
     weight = None if weight is None else weight.contiguous()
-    launch(
-        _rms_norm_fwd_kernel, (programs,),
-        x, x_layout, residual, residual_layout, weight, y, stream, rstd, M, N, eps, weight_offset,
-        ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, STAGES=stages, DTYPE=statistics(x.dtype)[1], num_warps=warps,
-    )  # fmt: skip
+    plan = _forward_plan(
+        M, N, x.dtype, stream.element_size(), x.device, x_layout, residual_layout, float(eps), float(weight_offset)
+    )
+    plan(x, residual, weight, y, stream, rstd)
     return y, stream, rstd
+
+
+@lru_cache(maxsize=512)
+def _forward_plan(
+    M: int, N: int, dtype: torch.dtype, element_size: int, device: torch.device, x_layout: Layout,
+    residual_layout: Layout | None, eps: float, weight_offset: float,
+) -> Plan:  # fmt: skip
+    rows, columns, warps, stages = _forward_tile(N, element_size, residual_layout is not None)
+    programs = -(-M // rows)
+    if stages > 1:
+        programs = min(programs, multiprocessors(device) * max(1, FORWARD_BYTES // (rows * columns * element_size)))
+    return Plan(
+        _rms_norm_fwd_kernel, (programs,),
+        TENSOR, x_layout, TENSOR, residual_layout, TENSOR, TENSOR, TENSOR, TENSOR, M, N, eps, weight_offset,
+        ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, STAGES=stages, DTYPE=statistics(dtype)[1], num_warps=warps,
+    )  # fmt: skip
 
 
 def rms_norm_bwd(
@@ -253,35 +263,51 @@ def rms_norm_bwd(
     dh, dw = _rms_norm_bwd_fake(dy, dstream, h, weight, rstd, weight_offset, needs_dw)
     if M == 0:
         return dh, dw.zero_()
-    processors, DTYPE = multiprocessors(h.device), statistics(h.dtype)[1]
-    many = processors * BACKWARD_TILE <= M * N
-    rows, columns, warps, stages = _backward_tile(N, many, h.element_size(), dstream is not None)
-    panels = -(-N // columns)
-    programs = max(1, min(-(-M // rows), processors * max(1, RESIDENT_WARPS // warps) // panels))
     h, h_layout = row_layout(h)
     dy, dy_layout = row_layout(dy)
     dstream, dstream_layout = (None, None) if dstream is None else row_layout(dstream)
     weight = None if weight is None else weight.contiguous()
-    mean = torch.empty_like(rstd) if panels > 1 else None
-    if mean is not None:
-        launch(
-            _rms_norm_mean_kernel, (M,),
-            h, h_layout, dy, dy_layout, weight, rstd, mean, N, weight_offset,
-            BLOCK_N=LOOP_TILE, DTYPE=DTYPE, num_warps=LOOP_WARPS,
-        )  # fmt: skip
-    partial = torch.empty(programs, N, dtype=rstd.dtype, device=h.device) if needs_dw else None
-    launch(
+    programs, mean_plan, plan, dw_plan = _backward_plans(
+        M, N, h.dtype, h.device, h_layout, dy_layout, dstream_layout, float(weight_offset)
+    )
+    mean = None if mean_plan is None else torch.empty_like(rstd)
+    if mean_plan is not None:
+        mean_plan(h, dy, weight, rstd, mean)
+    partial = torch.empty((programs, N), dtype=rstd.dtype, device=h.device) if needs_dw else None
+    plan(h, dy, dstream, weight, rstd, mean, dh, partial)
+    if partial is not None:
+        dw_plan(partial, dw)
+    return dh, dw
+
+
+@lru_cache(maxsize=512)
+def _backward_plans(
+    M: int, N: int, dtype: torch.dtype, device: torch.device, h_layout: Layout, dy_layout: Layout,
+    dstream_layout: Layout | None, weight_offset: float,
+) -> tuple[int, Plan | None, Plan, Plan]:  # fmt: skip
+    """Programs, each with partial sums of its own; the rows' means, where a row has several panels; dh; dw."""
+    processors, DTYPE = multiprocessors(device), statistics(dtype)[1]
+    many = processors * BACKWARD_TILE <= M * N
+    rows, columns, warps, stages = _backward_tile(N, many, dtype.itemsize, dstream_layout is not None)
+    panels = -(-N // columns)
+    programs = max(1, min(-(-M // rows), processors * max(1, RESIDENT_WARPS // warps) // panels))
+    mean_plan = Plan(
+        _rms_norm_mean_kernel, (M,),
+        TENSOR, h_layout, TENSOR, dy_layout, TENSOR, TENSOR, TENSOR, N, weight_offset,
+        BLOCK_N=LOOP_TILE, DTYPE=DTYPE, num_warps=LOOP_WARPS,
+    )  # fmt: skip
+    plan = Plan(
         _rms_norm_bwd_kernel, (programs, panels),
-        h, h_layout, dy, dy_layout, dstream, dstream_layout, weight, rstd, mean, dh, partial, M, N, weight_offset,
+        TENSOR, h_layout, TENSOR, dy_layout, TENSOR, dstream_layout, TENSOR, TENSOR, TENSOR, TENSOR, TENSOR,
+        M, N, weight_offset,
         ROWS=rows, BLOCK_N=columns, HOLD_SCALE=columns <= BACKWARD_TILE, STAGES=stages, DTYPE=DTYPE, num_warps=warps,
     )  # fmt: skip
-    if partial is not None:
-        columns = _reduced_columns(N)
-        launch(
-            _rms_norm_dw_kernel, (-(-N // columns),),
-            partial, dw, programs, N, ROWS=REDUCE_ROWS, BLOCK_N=columns, num_warps=REDUCE_WARPS,
-        )  # fmt: skip
-    return dh, dw
+    columns = _reduced_columns(N)
+    dw_plan = Plan(
+        _rms_norm_dw_kernel, (-(-N // columns),),
+        TENSOR, TENSOR, programs, N, ROWS=REDUCE_ROWS, BLOCK_N=columns, num_warps=REDUCE_WARPS,
+    )  # fmt: skip
+    return programs, mean_plan if panels > 1 else None, plan, dw_plan
 
 
 def _rms_norm_fwd_fake(

@@ -137,8 +137,7 @@ def flash_attention_bwd(
         _path("backward", q, k, p, sinks) == "hopper"
         and _by_hopper("backward", (q, k, v, dout, p.ends_q, softcap), written)
     ):
-        lse2, delta = portable.launch_delta(out, dout, lse, dlse, p)
-        portable.launch_backward(q, k, v, dout, lse2, delta, _given(unround), dq, dk, dv, p)
+        delta = portable.launch_backward(q, k, v, out, dout, lse, dlse, _given(unround), dq, dk, dv, p)
     if sinks is None or delta is None:
         return dq, dk, dv, q.new_empty(0)
     return dq, dk, dv, _sink_gradient(sinks, lse, delta, cu_seqlens_q is not None)
