@@ -11,7 +11,7 @@ longer than a tile a kernel before it computes mean(xhat g), so that a program c
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,25 +22,21 @@ from torch import Tensor
 from . import cost, reference
 from .dispatch import apply, call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
 from .launching import TENSOR, Plan
-from .rows import Layout, is_blackwell, most_warps, multiprocessors, row_layout, statistics, tile_offsets
+from .rms_norm_tiles import (
+    BACKWARD_TILE,
+    FORWARD_BYTES,
+    LOOP_TILE,
+    LOOP_WARPS,
+    REDUCE_ROWS,
+    REDUCE_WARPS,
+    RESIDENT_WARPS,
+    backward_tile,
+    forward_tile,
+    reduced_columns,
+)  # fmt: skip
+from .rows import Layout, multiprocessors, row_layout, statistics, tile_offsets
 
 __all__ = ["RMSNormFunction", "rms_norm"]
-
-# Elements of a tile of short rows: 16 a thread over 4 warps, two 16-byte loads of a 2-byte type.
-SHORT_TILE = 2048
-# The longest row that one tile of the forward holds, the largest that compiles for sm_80 and sm_90 without a spill
-# (docs/artifacts.md); longer rows are looped over.
-FORWARD_TILE, LOOP_TILE, LOOP_WARPS = 32768, 4096, 16
-# Bytes of x in the tiles of the forward's resident programs on one multiprocessor: 32 warps at up to 64 registers.
-FORWARD_BYTES = 32768
-# The backward's tile, 16 elements a thread. Its program fills a multiprocessor: at up to 128 registers a thread no
-# second is resident, and one that started late would end late, as each has the same share of the rows. A tile of h and
-# dy is 32 KiB on its way; a multiprocessor of an H200 needs 17 (bench/NOTES.md).
-BACKWARD_TILE, RESIDENT_WARPS = 8192, 16
-# The longest row that one tile of the backward holds, of a 2-byte type: 16 elements a thread again, 32 warps.
-BACKWARD_LONGEST = 16384
-# Rows of partial sums of dw that one program of the reduction reads at once.
-REDUCE_ROWS, REDUCE_WARPS = 256, 8
 
 # ---------------------------------------------------------------- kernels
 
@@ -185,40 +181,6 @@ def _rms_norm_dw_kernel(partial_ptr, dw_ptr, PROGRAMS, N, ROWS: tl.constexpr, BL
 # ---------------------------------------------------------------- launchers
 
 
-@cache
-def _forward_tile(N: int, element_size: int, residual: bool) -> tuple[int, int, int, int]:
-    """Rows and columns of a tile, the warps that work on it and the loop's stages; one stage: a program a tile."""
-    columns = max(triton.next_power_of_2(N), 16)
-    if columns > (FORWARD_TILE // 2 if residual else FORWARD_TILE):  # a residual is a second row in registers
-        return 1, LOOP_TILE, LOOP_WARPS, 1
-    rows = max(1, SHORT_TILE // columns)
-    warps = min(max(rows * columns // 512, 4), most_warps())
-    if most_warps() < 32 or columns * element_size > FORWARD_BYTES:
-        return rows, columns, warps, 1
-    return rows, columns, warps, 2 if residual or element_size > 2 else 3
-
-
-@cache
-def _backward_tile(N: int, many: bool, element_size: int, residual: bool) -> tuple[int, int, int, int]:
-    """The backward's, as _forward_tile. many: elements for a whole tile on every multiprocessor."""
-    two_bytes, amd = element_size <= 2, most_warps() < 32
-    columns = max(triton.next_power_of_2(N), 16)
-    fits = two_bytes and not amd and not (residual and is_blackwell())  # where it compiles without a spill
-    if columns > (BACKWARD_LONGEST if fits else BACKWARD_TILE):
-        columns = BACKWARD_TILE
-    rows = max(1, (BACKWARD_TILE if many else SHORT_TILE) // columns)
-    warps = min(max(rows * columns // 512, 4), most_warps())
-    # The buffers fit the shared memory of every GPU, with a residual 96 KiB of 99, and of AMD's 64 KiB a half.
-    stages = (2 if two_bytes else 1) if amd else 3 if two_bytes and columns <= BACKWARD_TILE else 2
-    return rows, columns, warps, stages
-
-
-@cache
-def _reduced_columns(N: int) -> int:
-    """Columns of dw that one program sums: from a sector of memory, 32 bytes, to a line, for about 256 programs."""
-    return min(32, max(8, triton.next_power_of_2(N) // 256))
-
-
 def rms_norm_fwd(
     x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,7 +205,7 @@ def _forward_plan(
     M: int, N: int, dtype: torch.dtype, element_size: int, device: torch.device, x_layout: Layout,
     residual_layout: Layout | None, eps: float, weight_offset: float,
 ) -> Plan:  # fmt: skip
-    rows, columns, warps, stages = _forward_tile(N, element_size, residual_layout is not None)
+    rows, columns, warps, stages = forward_tile(N, element_size, residual_layout is not None)
     programs = -(-M // rows)
     if stages > 1:
         programs = min(programs, multiprocessors(device) * max(1, FORWARD_BYTES // (rows * columns * element_size)))
@@ -288,7 +250,7 @@ def _backward_plans(
     """Programs, each with partial sums of its own; the rows' means, where a row has several panels; dh; dw."""
     processors, DTYPE = multiprocessors(device), statistics(dtype)[1]
     many = processors * BACKWARD_TILE <= M * N
-    rows, columns, warps, stages = _backward_tile(N, many, dtype.itemsize, dstream_layout is not None)
+    rows, columns, warps, stages = backward_tile(N, many, dtype.itemsize, dstream_layout is not None)
     panels = -(-N // columns)
     programs = max(1, min(-(-M // rows), processors * max(1, RESIDENT_WARPS // warps) // panels))
     mean_plan = Plan(
@@ -302,7 +264,7 @@ def _backward_plans(
         M, N, weight_offset,
         ROWS=rows, BLOCK_N=columns, HOLD_SCALE=columns <= BACKWARD_TILE, STAGES=stages, DTYPE=DTYPE, num_warps=warps,
     )  # fmt: skip
-    columns = _reduced_columns(N)
+    columns = reduced_columns(N)
     dw_plan = Plan(
         _rms_norm_dw_kernel, (-(-N // columns),),
         TENSOR, TENSOR, programs, N, ROWS=REDUCE_ROWS, BLOCK_N=columns, num_warps=REDUCE_WARPS,
