@@ -28,11 +28,12 @@ ROUND = 0.01  # seconds of a round of calls that follow one another
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the 20th percentile, the median and the 80th of its runs.
+    """Seconds of one call: the least, the 20th percentile, the median and the 80th of its runs.
 
     by: how they were timed, "graph" (replays of a CUDA graph), "events" (around the call itself) or "clock" (a CPU).
     """
 
+    least: float
     low: float
     median: float
     high: float
@@ -67,7 +68,7 @@ def timings(
         for sampler, samples in zip(samplers, times, strict=True):
             if len(samples) < rounds[0] or sum(samples) < seconds / len(calls):
                 samples.append(sampler())
-    return [Timing(*_quantiles(samples), way) for samples, way in zip(times, ways, strict=True)]
+    return [Timing(min(samples), *_quantiles(samples), way) for samples, way in zip(times, ways, strict=True)]
 
 
 def median_seconds(
@@ -200,14 +201,4 @@ def on_capture_stream(device: torch.device) -> AbstractContextManager:
 
 def best_seconds(call: Call, device: torch.device, seconds: float = 0.3) -> float:
     """The shortest time of the call within `seconds`: a ceiling is what the machine can do."""
-    call()
-    if device.type == "cuda":
-        import triton
-
-        return triton.testing.do_bench(call, return_mode="min") / 1e3
-    best, deadline = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < deadline:
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
+    return timings([call], device, seconds=seconds, rounds=(1, 1000))[0].least
