@@ -56,7 +56,7 @@ def _turn_heads(
             tl.store(target + rest.to(tl.int64)[None, :] * out_strides[3], x, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_token"])
 def _rope_kernel(
     q_ptr, q_strides, q_out_ptr, q_out_strides, H, k_ptr, k_strides, k_out_ptr, k_out_strides, K,
     cos_ptr, sin_ptr, stride_cp, stride_sp,

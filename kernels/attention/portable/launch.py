@@ -143,10 +143,13 @@ def launch_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None,
     unround: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, p: Problem,
 ) -> Tensor:  # fmt: skip
-    """Write dq, dk and dv, of any strides; returns delta, rowsum(dout * out) less dlse, as lse."""
+    """Write dq, dk and dv, of any strides; returns delta, rowsum(dout * out) less dlse, as lse.
+
+    lse2 is lse in base 2, +inf for rows that see no key.
+    """
     T, S, ends_q, ends_k, *rest = p
     shape = q.shape
-    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)  # lse2: in base 2, +inf for rows that see no key
+    lse2, delta = (torch.empty_strided(lse.shape, lse.stride(), dtype=lse.dtype, device=lse.device) for _ in range(2))
     strides = tuple([x.stride() for x in (q, k, v, out, dout, lse, dq, dk, dv)])
     plans = _backward_plans(
         tiles.version(), _precision(q.dtype), q.dtype, q.device, ends_q is not None,
