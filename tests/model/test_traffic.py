@@ -11,6 +11,8 @@ from rooflight import kernels
 from rooflight.model import ModelConfig, Transformer, estimate
 from support.traffic import Traffic
 
+pytestmark = pytest.mark.cpu  # a GPU's operators have the same arguments
+
 CONFIG = ModelConfig(48, 16, 2, 4, n_kv_head=2, d_model=64, d_ff=96)
 CONFIGS = {"swiglu": CONFIG, "gelu": replace(CONFIG, ffn="gelu"), "qk-norm": replace(CONFIG, qk_norm=True)}
 
@@ -37,8 +39,8 @@ def test_the_estimate_counts_what_crosses_the_kernels_boundaries(name: str, dtyp
     for i, traced in enumerate((forward.bytes, backward.bytes)):
         expected = {key: (component.forward, component.backward)[i].bytes for key, component in e.items()}
         attention, norm, loss = (f"rooflight::{op}" for op in (
-            ("flash_attention_fwd", "rms_norm_fwd", "linear_cross_entropy_fwd"),
-            ("flash_attention_bwd", "rms_norm_bwd", "linear_cross_entropy_bwd"),
+            ("flash_attention_fwd", "rms_norm_fwd", "linear_cross_entropy_kept"),
+            ("flash_attention_bwd", "rms_norm_bwd", "linear_cross_entropy_scale"),
         )[i])  # fmt: skip
         assert traced[attention] == expected["scores and weighted sum"]
         assert traced["rooflight::rope_turn"] == expected["RoPE"]
@@ -48,5 +50,5 @@ def test_the_estimate_counts_what_crosses_the_kernels_boundaries(name: str, dtyp
         assert traced["aten::mm"] + traced[ffn[i]] == sum(expected[key] for key in products)
         if low:  # and the embedding's rows, to the stream's dtype
             assert traced["aten::_to_copy"] == expected["casts"] + 6 * 16 * config.d_model
-        else:  # the gradient that arrives at the rows' losses, one for all of them
+        else:  # the backward is given the loss, 4 bytes, and does not read it
             assert traced[loss] == expected["logits"] + i * 4
