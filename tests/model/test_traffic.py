@@ -50,5 +50,5 @@ def test_the_estimate_counts_what_crosses_the_kernels_boundaries(name: str, dtyp
         assert traced["aten::mm"] + traced[ffn[i]] == sum(expected[key] for key in products)
         if low:  # and the embedding's rows, to the stream's dtype
             assert traced["aten::_to_copy"] == expected["casts"] + 6 * 16 * config.d_model
-        else:  # the backward is given the loss, 4 bytes, and does not read it
+        else:  # the loss itself, which the scaling takes and does not read
             assert traced[loss] == expected["logits"] + i * 4
