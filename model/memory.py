@@ -118,7 +118,9 @@ def stages(
         loss = Stage("loss", N * (V * FP32 + STATISTIC + INDEX + 1) + V * d * s * low, 4 * N * V * FP32, V * d)
     else:
         loss = _fused_loss(N, d, V, dtype, ops)
-    return embedding, block, [Stage("norms", norm(N, d), norm_working), Stage("logits", stream, 0), loss]
+    # where the forward makes the gradients, its input need not be kept
+    logits = Stage("logits", 0 if loss.forward else stream, 0)
+    return embedding, block, [Stage("norms", norm(N, d), norm_working), logits, loss]
 
 
 def _fused_loss(N: int, d: int, V: int, dtype: str, ops: str) -> Stage:
@@ -138,8 +140,8 @@ def _fused_loss(N: int, d: int, V: int, dtype: str, ops: str) -> Stage:
     working = dx + cast + logits + max(first, later)
     if not keep:
         return Stage("loss", N * STATISTIC, working, V * d)
-    # the gradients are made in the forward pass, and the backward scales them into others
-    return Stage("loss", dx + dweight, dx + dweight, V * d, forward=working)
+    # the gradients are made in the forward pass, beside x, and the backward scales them into others
+    return Stage("loss", dx + dweight, dx + dweight, V * d, forward=N * d * s + working)
 
 
 def saved_activations(config: ModelConfig, n_token: int, context_length: int, dtype: str, ops: str) -> dict[str, int]:
