@@ -74,8 +74,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
+@pytest.hookimpl(trylast=True)  # after pytest-benchmark's own table
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Prediction beside measurement, after pytest-benchmark's own table."""
+    """Prediction beside measurement, for every benchmark that ran."""
     session = getattr(config, "_benchmarksession", None)
     done = [b for b in session.benchmarks if b and "predicted / measured" in b.extra_info] if session else []
     if not (config.getoption("--benchmark") and done):

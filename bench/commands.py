@@ -193,7 +193,7 @@ def validate(
         "runs/validation.json"
     ),
     plot: Annotated[Path | None, typer.Option(help="Also draw predicted against measured.")] = None,
-    seconds: Annotated[float, typer.Option(help="For all models; what does not fit in is left out and named.")] = 140.0,
+    seconds: Annotated[float, typer.Option(help="For all models; what does not fit in is left out and named.")] = 125.0,
     counters: Annotated[
         bool, typer.Option("--counters", help="Also read a GPU's counters by ncu: minutes for a large model.")
     ] = False,

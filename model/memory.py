@@ -118,7 +118,7 @@ def stages(
         loss = Stage("loss", N * (V * FP32 + STATISTIC + INDEX + 1) + V * d * s * low, 4 * N * V * FP32, V * d)
     else:
         loss = _fused_loss(N, d, V, dtype, ops)
-    # where the forward makes the gradients, its input need not be kept
+    # a loss that makes its gradients in the forward pass keeps them, and not the rows that it was given
     logits = Stage("logits", 0 if loss.forward else stream, 0)
     return embedding, block, [Stage("norms", norm(N, d), norm_working), logits, loss]
 
@@ -140,8 +140,9 @@ def _fused_loss(N: int, d: int, V: int, dtype: str, ops: str) -> Stage:
     working = dx + cast + logits + max(first, later)
     if not keep:
         return Stage("loss", N * STATISTIC, working, V * d)
-    # the gradients are made in the forward pass, beside x, and the backward scales them into others
-    return Stage("loss", dx + dweight, dx + dweight, V * d, forward=N * d * s + working)
+    # the gradients are made in the forward pass, from rows that are there till it ends (dx is as large), and kept with
+    # the loss; the backward scales them into others
+    return Stage("loss", dx + dweight + STATISTIC, dx + dweight, V * d, forward=dx + working)
 
 
 def saved_activations(config: ModelConfig, n_token: int, context_length: int, dtype: str, ops: str) -> dict[str, int]:

@@ -26,6 +26,8 @@ from ...training.optim import AdamW, Muon
 from ..measure.clock import Call, median_seconds, on_capture_stream
 from .schedule import Budget, plan
 
+Rates = dict[str, dict[Sizes, float]]  # kernel -> {sizes: work/s}
+
 SECONDS = 0.5  # for a kernel's sizes, forward and backward together
 HURRY = 0.05  # seconds left for each task, below which one round is all that a call gets
 HEADS = 4  # of the q that is rotated, and of the k
@@ -120,6 +122,12 @@ def _linear_cross_entropy(make: Leaves, M: int, N: int, V: int) -> Call:
     x, target = make(M, N), make.tokens(M, V)
     # the two passes apart: a step that keeps the gradients is their sum, less the logits computed again
     return lambda: make.ops.linear_cross_entropy(x, weight, target, keep_gradients=False)
+
+
+def _scale(make: Leaves, elements: int) -> Call:
+    """What the loss's backward does to gradients that its forward has made; most of them are the fp32 weight's."""
+    gradients, factor = make(elements, dtype=torch.float32).detach(), torch.ones(1, device=make.device)
+    return lambda: torch.mul(gradients, factor, out=torch.empty_like(gradients))
 
 
 def _embedding(make: Leaves, elements: int) -> Call:
@@ -224,6 +232,7 @@ KERNELS: dict[str, Kernel] = {
     "swiglu": Kernel(_swiglu, WIDE),
     "gelu": Kernel(_gelu, WIDE),
     "add": Kernel(_add, FLAT, backward=False),
+    "scale": Kernel(_scale, FLAT, backward=False),
     "embedding": Kernel(_embedding, FLAT, _embedding_elements),
     "cast": Kernel(_cast, FLAT),
     "adamw": Kernel(_adamw, FLAT, backward=False),
@@ -253,8 +262,8 @@ def kernel_rates(
     names: Container[str] = KERNELS,
     deadline: float = float("inf"),
     progress: Callable[[str], object] = lambda what: None,
-    keep: Callable[[dict[str, dict[Sizes, float]]], object] = lambda rates: None,
-) -> dict[str, dict[Sizes, float]]:
+    keep: Callable[[Rates], object] = lambda rates: None,
+) -> Rates:
     """{"gemm": {sizes: work/s}, "gemm backward": ...} of the named kernels in that dtype.
 
     Each at one size at least, at the others as far as they end before `deadline` (time.perf_counter's) and fit into
@@ -268,7 +277,7 @@ def kernel_rates(
     # a CPU's sizes are timed in turn, so that its slow moments fall on all; a GPU's tensors are too large for that
     tasks = plan(wanted, work, together=device.type == "cpu")
     budget = Budget(deadline)
-    rates: dict[str, dict[Sizes, float]] = {}
+    rates: Rates = {}
     for i, task in enumerate(tasks):
         if not budget.allows(task):
             continue

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...model.ceilings import Sizes
@@ -43,7 +43,7 @@ class Task:
     work: float
 
 
-def plan(grids: dict[str, Sequence[Sizes]], work: Callable[[str, Sizes], float], *, together: bool) -> list[Task]:
+def plan(grids: Mapping[str, Sequence[Sizes]], work: Callable[[str, Sizes], float], *, together: bool) -> list[Task]:
     """All sizes of all kernels, the most telling first; together: a kernel's sizes of one level in one task."""
     order: list[tuple[tuple[int, int], Task]] = []
     for kernel, grid in grids.items():
@@ -79,7 +79,7 @@ class Budget:
         self.overhead[task.kernel] = max(0.0, seconds - RUNS * running)
 
 
-def left_out(grids: dict[str, Sequence[Sizes]], measured: dict[str, Iterable[Sizes]]) -> dict[str, list[Sizes]]:
+def left_out(grids: Mapping[str, Sequence[Sizes]], measured: Mapping[str, Container[Sizes]]) -> dict[str, list[Sizes]]:
     """{kernel: the sizes of its grid that have no rate}, of those that lack any."""
     missing = {name: [sizes for sizes in grid if sizes not in measured.get(name, ())] for name, grid in grids.items()}
     return {name: sizes for name, sizes in missing.items() if sizes}

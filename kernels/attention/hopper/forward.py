@@ -71,7 +71,7 @@ from .blocks import (
     warpgroup_mma_wait,
 )
 from .loads import CONSUMERS, NUMBERS, Problem, Shared, produce, read_tile
-from .schedule import TILE, Schedule, section_heads, tile_counter
+from .schedule import Schedule, choose, section_heads, tile_counter
 
 LN2: gl.constexpr = gl.constexpr(math.log(2))
 
@@ -347,14 +347,14 @@ def launch_forward(
     right: int | None,
     scale: float,
     *,
-    schedule: Schedule = TILE,
+    schedule: Schedule | None = None,
 ) -> None:
     """Write out and lse (natural log, fp32) for inputs that `supports` accepts; out = torch.empty_like(q).
 
     Shapes as in launch.py: (B, H, T, D), (B, K, S, D), lse (B, H, T), or packed (total, H, D), (total, K, D), lse
     (H, total) with cu_seqlens, int32 and contiguous. T, S: of the longest sequence.  left, right: how far a query sees
     from its own position, None without end.  A row with no visible key gives output 0 and lse -inf.
-    schedule: how programs take tiles.
+    schedule: how programs take tiles; None is what schedule.py chooses.
     """
     varlen = cu_seqlens_q is not None
     block_n, stages, q_stages = TILES[q.shape[-1]]
@@ -367,6 +367,7 @@ def launch_forward(
     section = section_heads(S, k.shape[-1], k.element_size(), H // K, n_head)
     problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, T, S, n_head, n_tile, section)
     lse_strides = (0, *lse.stride()) if varlen else lse.stride()
+    schedule = schedule or choose(q.shape[-1], n_head * n_tile, q.device)
     launch(
         _flash_attention_fwd_hopper_kernel,
         (schedule.programs(n_head * n_tile, q.device),),

@@ -19,10 +19,9 @@ from .blocks import (
     sequence,
     shared_number,
     slot,
-    tile_of,
     write_number,
 )
-from .schedule import next_tile
+from .schedule import next_tile, tile_of
 
 
 class Problem(NamedTuple):

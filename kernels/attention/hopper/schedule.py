@@ -1,7 +1,9 @@
 """Which program computes which tile of the Hopper forward, and when: the schedule, apart from the kernel that walks it.
 
-Tiles are numbered by `tile_of` (blocks.py): heads in sections whose keys and values stay in the L2 cache together, in a
-section the tiles with the most keys first. A schedule says how programs take them:
+Tiles are numbered by `tile_of`: heads in sections whose keys and values stay in the L2 cache together. In the last
+section the tiles with the most keys (the last rows, under a causal mask) come first, so that short ones fill the gaps
+at the end; from one section to the next the direction turns, so that neighbours in the order are alike. A schedule says
+how programs take them:
 
     TILE      a program for each tile, in that order; the hardware starts one whenever another has ended
     STATIC    a program for each multiprocessor, which takes one tile of every round of `n_program`, back and forth:
@@ -26,7 +28,17 @@ from torch import Tensor
 
 from .blocks import gl, gluon
 
-__all__ = ["DYNAMIC", "SCHEDULES", "STATIC", "TILE", "Schedule", "next_tile", "section_heads", "tile_counter"]
+__all__ = [
+    "DYNAMIC",
+    "SCHEDULES",
+    "STATIC",
+    "TILE",
+    "Schedule",
+    "next_tile",
+    "section_heads",
+    "tile_counter",
+    "tile_of",
+]
 
 # Keys and values of the heads that run together; the L2 cache of H100 and H200 has 50 MB, for all that passes through.
 L2_BYTES = 32 << 20
@@ -50,6 +62,37 @@ class Schedule(NamedTuple):
 TILE, STATIC, DYNAMIC = SCHEDULES = (Schedule("tile"), Schedule("static"), Schedule("dynamic"))
 
 
+class Choice(NamedTuple):
+    """What more tiles than multiprocessors take, and what chose it."""
+
+    schedule: Schedule
+    why: str
+
+
+# By head size. Predicted by bench/predict/schedules.py, 2026-11-27; not measured yet.
+CHOICES = {
+    64: Choice(DYNAMIC, "predicted, in TFLOP/s: 449 at T = 8192 (a program a tile 418), 318 at 1024 (226)"),
+    128: Choice(DYNAMIC, "predicted, in TFLOP/s: 710 at T = 8192 (a program a tile 675), 322 at 512 (234)"),
+    256: Choice(TILE, "one slot for queries: the next tile's would wait for the output"),
+}
+
+
+def choose(head_dim: int, n_tile: int, device: torch.device) -> Schedule:
+    """The schedule of a launch of n_tile tiles."""
+    return CHOICES[head_dim].schedule if n_tile > multiprocessors(device) else TILE
+
+
+@gluon.jit
+def tile_of(t, n_row_tile, n_head, SECTION):
+    """(b * H + h, row tile) of the t-th tile, of n_row_tile in each of n_head heads, SECTION heads in a section."""
+    section = t // (SECTION * n_row_tile)
+    size = gl.minimum(SECTION, n_head - section * SECTION)
+    r = t - section * SECTION * n_row_tile
+    after = (n_head - 1) // SECTION - section  # sections
+    n = r // size
+    return section * SECTION + r % size, gl.where(after % 2 == 0, n_row_tile - 1 - n, n)
+
+
 @gluon.jit
 def next_tile(n_taken, n_tile, counter, KIND: gl.constexpr):
     """The tile that a program takes after its first n_taken (the first is its own number); n_tile or more: none."""
@@ -65,6 +108,31 @@ def next_tile(n_taken, n_tile, counter, KIND: gl.constexpr):
     else:
         t = n_tile
     return t
+
+
+def order(n_row_tile: int, n_head: int, section: int) -> list[tuple[int, int]]:
+    """`tile_of` for every t, on the host.
+
+    >>> order(2, 3, 2)  # a section of heads 0 and 1, then one of head 2
+    [(0, 0), (1, 0), (0, 1), (1, 1), (2, 1), (2, 0)]
+    """
+    tiles = []
+    for first in reversed(range(0, n_head, section)):  # the last section, which descends, then those before it
+        heads = range(first, min(first + section, n_head))
+        turned = (n_head - 1) // section - first // section
+        rows = range(n_row_tile) if turned % 2 else reversed(range(n_row_tile))
+        tiles.append([(head, row) for row in rows for head in heads])
+    return [tile for part in reversed(tiles) for tile in part]
+
+
+def static_round(n_taken: int, n_program: int) -> list[int]:
+    """The tile that each program of a static schedule takes after its first n_taken.
+
+    >>> static_round(0, 3), static_round(1, 3)
+    ([0, 1, 2], [5, 4, 3])
+    """
+    tiles = list(range(n_taken * n_program, (n_taken + 1) * n_program))
+    return tiles[::-1] if n_taken % 2 else tiles
 
 
 def section_heads(S: int, head_dim: int, itemsize: int, group: int, n_head: int) -> int:

@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 import pytest
 
+from rooflight.kernels.attention.hopper.schedule import SCHEDULES
 from support.aot import SHARED_LIMIT, Artifact, compile_cases
 from support.artifacts import check_committed, hopper
 
@@ -20,6 +21,24 @@ SPILLS: dict[tuple[str, int], tuple[int, int]] = {
 }
 if version("triton").startswith("3.7."):
     SPILLS = {}
+
+
+def forward(head_dim: int, kind: str, packed: bool = False, window: bool = False) -> None:
+    """Launch the forward once, by a schedule of this kind."""
+    import torch
+
+    from rooflight.kernels.attention.hopper.forward import launch_forward
+    from rooflight.kernels.attention.hopper.schedule import Schedule
+
+    q, k, v = (torch.zeros(1, heads, 2048, head_dim, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    lse, ends = torch.empty(1, 4, 2048), None
+    if packed:
+        q, k, v = (torch.zeros_like(x[0].transpose(0, 1)) for x in (q, k, v))
+        lse, ends = lse[0], torch.tensor([0, 256, 2048], dtype=torch.int32)
+    left = 1023 if window else None
+    launch_forward(q, k, v, torch.empty_like(q), lse, ends, ends, 2048, 2048, left, 0, 0.1, schedule=Schedule(kind))
+
+
 PATHS_KERNELS = {"_flash_attention_fwd_hopper_kernel", "_flash_attention_bwd_hopper_kernel"}
 
 
@@ -58,3 +77,13 @@ def test_every_shape(case):
     assert len(found) == (1 if case["head_dim"] > 128 else 2)
     for artifact in found:
         check(artifact, case["head_dim"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"packed": True}, {"window": True}], ids=str)
+@pytest.mark.parametrize("kind", [schedule.kind for schedule in SCHEDULES])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_every_schedule(head_dim, kind, options):
+    ((artifact,),) = compile_cases([(forward, {"head_dim": head_dim, "kind": kind} | options)], "sm_90")
+    check(artifact, head_dim)
+    assert artifact.count("ATOMG") == (kind == "dynamic")

@@ -144,6 +144,13 @@ def test_schedules(head_dim: int, packed: bool, schedule: Schedule) -> None:
         judge_forward(inputs, seed=seed, schedule=schedule)
 
 
+@pytest.mark.parametrize("schedule", RUNS, ids=name_of)
+def test_sections_of_heads(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper_schedule, "L2_BYTES", 2 * 300 * 64 * 2)  # of one key-value head
+    judge_forward(draw(1, 5, 5, 300, 300, 64, BF16), schedule=schedule)
+    judge_forward(draw(3, 4, 2, 150, 300, 64, BF16), schedule=schedule)
+
+
 @pytest.mark.parametrize("n_program", [1, 2, 5])
 def test_a_launch_leaves_the_counter_at_zero(n_program: int, monkeypatch: pytest.MonkeyPatch) -> None:
     counter = torch.zeros(1, dtype=torch.int32)
@@ -238,7 +245,7 @@ def test_descriptors_are_those_that_triton_makes(layout: str, varlen: bool) -> N
     strides = [n if size > 1 else 64 for n, size in zip(heads.stride(), heads.shape, strict=True)]
     layout_in_memory = hopper_blocks.gl.NVMMASharedLayout.get_default_for([1, 1, 128, 64], hopper_blocks.gl.float16)
     theirs = TensorDescriptor(heads, list(heads.shape), strides, [1, 1, 128, 64], layout_in_memory)
-    assert vars(ours).keys() == vars(theirs).keys()
+    assert vars(ours).keys() - {"described"} == vars(theirs).keys()
     for name, value in vars(theirs).items():
         assert name == "base" or getattr(ours, name) == value, name
     assert ours.base.data_ptr() == theirs.base.data_ptr()
@@ -281,7 +288,7 @@ BUGS: dict[str, tuple[type[BaseException], dict[str, Any], list[tuple[str, str]]
     ),
     "the next keys not waited for": (RaceError, {}, [(NEXT_K, "pass")]),
     "queries not waited for": (
-        RaceError,
+        EmulationError,
         {},
         [("    mbarrier.wait(shared.q_full.index(s * CONSUMERS + c), parity)\n", "")],
     ),
@@ -306,7 +313,7 @@ BUGS: dict[str, tuple[type[BaseException], dict[str, Any], list[tuple[str, str]]
         [("            mbarrier.wait(shared.v_full.index(s), parity)\n", "")],
     ),
     "values used before both halves are zeroed": (
-        EmulationError,
+        AssertionError,  # a race, or a result
         PACK,
         [("    mbarrier.wait(v_clean, parity)\n", "")],
     ),
