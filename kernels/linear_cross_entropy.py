@@ -9,8 +9,8 @@ The rows are taken a chunk at a time; one buffer holds a chunk's logits, and the
 
 Rows of logits lie a multiple of ALIGNMENT apart, whatever V is. The copy of the weight in x's dtype has rows of zeros
 up to it, and in 2-byte types an unaligned weight is copied for their sake alone. The row kernels never read a logit
-past V and make its gradient zero. An odd N is left alone: a model's width is heads times head size, and only a copy of x
-would mend it.
+past V and make its gradient zero. An odd N is left alone: a model's width is heads times head size, and only a copy of
+x would mend it.
 The products are torch.matmul's, so fp32 follows torch.backends' TF32 setting.
 """
 
