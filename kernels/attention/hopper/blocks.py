@@ -134,9 +134,14 @@ def _prototype(dtype: torch.dtype, rows: int, head_dim: int) -> dict[str, Any]:
     return vars(TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)) | {"base": None}
 
 
+def _on_gpu(x: Tensor) -> bool:
+    """Whether x's descriptors are kept, by its address; on the CPU a kernel is emulated on the tensor itself."""
+    return x.is_cuda
+
+
 def describe_rows(x: Tensor, rows: int) -> Any:
     """The TMA descriptor of one fp32 value a row, flat, for `rows` of them."""
-    return _rows_described(x.data_ptr(), x.numel(), rows) if x.is_cuda else _rows_descriptor(x, x.numel(), rows)
+    return _rows_described(x.data_ptr(), x.numel(), rows) if _on_gpu(x) else _rows_descriptor(x, x.numel(), rows)
 
 
 @lru_cache(maxsize=1024)
@@ -153,7 +158,7 @@ def _rows_descriptor(base: Tensor | _Address, size: int, rows: int) -> TensorDes
 
 def describe_lines(x: Tensor, lines: int) -> Any:
     """The TMA descriptor of an fp32 tensor as lines of LINE values, for `lines` of them."""
-    return _lines_described(x.data_ptr(), x.numel(), lines) if x.is_cuda else _lines_descriptor(x, x.numel(), lines)
+    return _lines_described(x.data_ptr(), x.numel(), lines) if _on_gpu(x) else _lines_descriptor(x, x.numel(), lines)
 
 
 @lru_cache(maxsize=1024)
@@ -186,7 +191,7 @@ def describe(x: Tensor, rows: int, varlen: bool) -> Any:
     and the driver's encoding is kept with the descriptor.
     """
     sizes, strides = extents(x, varlen)
-    if x.is_cuda:
+    if _on_gpu(x):
         return _described(x.data_ptr(), x.dtype, sizes, strides, rows)
     return _descriptor(x, x.dtype, sizes, strides, rows)
 

@@ -358,19 +358,25 @@ def launch_forward(
     """
     varlen = cu_seqlens_q is not None
     block_n, stages, q_stages = TILES[q.shape[-1]]
-    n_batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
     H, K = q.shape[1], k.shape[1]
-    n_head, n_tile = n_batch * H, -(-T // BLOCK_M)
-    if n_head * n_tile == 0:
+    n_row_tile = -(-T // BLOCK_M)
+    if cu_seqlens_q is not None:  # at most: the kernel counts
+        n_sequence = cu_seqlens_q.shape[0] - 1
+        n_head, n_tile, kept = H, min(n_sequence * n_row_tile, q.shape[0] // BLOCK_M + n_sequence) * H, k.shape[0]
+    else:
+        n_sequence = None
+        n_head, kept = q.shape[0] * H, S
+        n_tile = n_head * n_row_tile
+    if n_tile == 0:
         return
     left, right = (None if bound is None else min(bound, T + S) for bound in (left, right))  # 32 bits
-    section = section_heads(S, k.shape[-1], k.element_size(), H // K, n_head)
-    problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, T, S, n_head, n_tile, section)
+    section = section_heads(kept, k.shape[-1], k.element_size(), H // K, n_head)
+    problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, T, S, n_head, n_row_tile, section, n_sequence)
     lse_strides = (0, *lse.stride()) if varlen else lse.stride()
-    schedule = schedule or choose(q.shape[-1], n_head * n_tile, q.device)
+    schedule = schedule or choose(q.shape[-1], n_tile, q.device)
     launch(
         _flash_attention_fwd_hopper_kernel,
-        (schedule.programs(n_head * n_tile, q.device),),
+        (schedule.programs(n_tile, q.device),),
         describe(q, 64, varlen),
         describe(k, block_n, varlen),
         describe(v, block_n, varlen),

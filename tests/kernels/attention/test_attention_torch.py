@@ -114,7 +114,6 @@ def test_compile_varlen_without_a_graph_break(device):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor's own imports
 def test_compile_with_inductor(device, tmp_path, monkeypatch):
     torch._dynamo.reset()
     # its cache on disk knows an operator by name only, and would bring back a graph of an earlier signature

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +20,8 @@ from rooflight.kernels.attention.hopper import loads as hopper_loads
 from rooflight.kernels.attention.hopper import schedule as hopper_schedule
 from rooflight.kernels.attention.hopper.schedule import TILE, Schedule
 from support.attention import LAYOUTS, draw, draw_packed, draw_sinks
-from support.gluon_emulator import DeadlockError, EmulationError, ProtocolError, RaceError, emulated, mutated
+from support.gluon_emulator import DeadlockError, EmulationError, ProtocolError, RaceError, emulated, mutated, on_cpu
+from support.gluon_values import Int, Pointer
 from support.tolerance import judge
 
 pytestmark = pytest.mark.cpu
@@ -146,9 +148,21 @@ def test_schedules(head_dim: int, packed: bool, schedule: Schedule) -> None:
 
 @pytest.mark.parametrize("schedule", RUNS, ids=name_of)
 def test_sections_of_heads(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper_schedule, "L2_BYTES", 2 * 300 * 64 * 2)  # of one key-value head
+    monkeypatch.setitem(hopper_schedule.SECTION_BYTES, 64, 2 * 300 * 64 * 2)  # of one key-value head
     judge_forward(draw(1, 5, 5, 300, 300, 64, BF16), schedule=schedule)
     judge_forward(draw(3, 4, 2, 150, 300, 64, BF16), schedule=schedule)
+
+
+# The example in its docstring; none, one; more sequences than a warp reads at once, most of them empty or short
+@pytest.mark.parametrize("lengths", [[300, 100, 200], [0, 0], [5], [*range(0, 400, 9), 0, 0, 128, 129, 1000]], ids=str)
+def test_packed_tiles_in_their_order(lengths: list[int]) -> None:
+    ends = Pointer(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32))
+    longest, n = Int(-(-max(lengths) // 128)), Int(len(lengths))
+    problem = hopper_loads.Problem(ends, ends, *(None,) * 6, None, longest, None, n)
+    expected = sorted((m, b) for b, length in enumerate(lengths) for m in range(-(-length // 128)))
+    count, place = on_cpu(hopper_loads._count_tiles), on_cpu(hopper_loads._packed_place)
+    assert count(problem, 128) == len(expected)
+    assert [place(Int(i), problem, 128) for i in range(len(expected))] == [(b, m) for m, b in expected]
 
 
 @pytest.mark.parametrize("n_program", [1, 2, 5])
