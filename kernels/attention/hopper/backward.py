@@ -188,14 +188,13 @@ def _produce(descs, buffers, barriers, problem, added_ptr, n_row_tile, BLOCK_M: 
 @gluon.jit
 def _probabilities(z, lse2, m, masked, since, until, exp_scale, layout: gl.constexpr):
     """p of queries m .. against the keys of a warpgroup, (keys, queries)."""
-    p = gl.exp2(z * exp_scale - lse2[None, :])
     if masked:
         i = m + gl.arange(0, z.shape[1], gl.SliceLayout(0, layout))
         visible = i[None, :] >= since[:, None]
         if until is not None:
             visible = visible & (i[None, :] <= until[:, None])
-        p = gl.where(visible, p, 0.0)
-    return p
+        z = gl.where(visible, z, float("-inf"))
+    return gl.exp2(z * exp_scale - lse2[None, :])
 
 
 @gluon.jit
