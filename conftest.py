@@ -14,6 +14,8 @@ import torch
 
 ROOT = Path(__file__).parent
 BENCH = ROOT / "bench"
+# pytest-benchmark's options, their defaults, and ours: all of bench/ in 90 s on two busy cores
+QUICK = (("benchmark_max_time", "1.0", "0.2"), ("benchmark_min_rounds", 5, 3))
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -55,6 +57,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--benchmark"):
         if config.args_source is pytest.Config.ArgsSource.TESTPATHS:
             config.args = [str(BENCH)]
+        for option, default, quick in QUICK:
+            if getattr(config.option, option, None) == default:
+                setattr(config.option, option, quick)
     elif not torch.cuda.is_available():
         # Triton reads this once, when it is first imported; the benchmarks measure the eager path instead.
         os.environ["TRITON_INTERPRET"] = "1"
@@ -67,6 +72,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path.is_relative_to(BENCH):
             item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Prediction beside measurement, after pytest-benchmark's own table."""
+    session = getattr(config, "_benchmarksession", None)
+    done = [b for b in session.benchmarks if b and "predicted / measured" in b.extra_info] if session else []
+    if not (config.getoption("--benchmark") and done):
+        return
+    from rooflight.bench.predict.benchmarks import lines
+
+    terminalreporter.section("predicted and measured")
+    for line in lines((b.group, b.stats.median, b.extra_info) for b in done):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from rooflight.bench.cases.kernels import Case, cases
-from rooflight.bench.measure.harness import check, check_flops, task
+from rooflight.bench.measure.harness import check, check_flops, running, task
+from rooflight.bench.predict.benchmarks import CEILING_SECONDS, record
 from rooflight.bench.rates.ceilings import ceilings_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -25,7 +26,7 @@ def test_kernel(benchmark, case: Case, provider: str, mode: str) -> None:
         check(case, DEVICE)
         check_flops(case, DEVICE)
         _checked.add(case.name)
-    with case.path(provider):
+    with running(case, provider):
         _time(benchmark, case, provider, mode)
 
 
@@ -40,20 +41,8 @@ def _time(benchmark, case: Case, provider: str, mode: str) -> None:
     benchmark.group = f"{case.name} {mode}"
     benchmark(finished)
     work, dtype = case.work(mode == "backward"), str(case.dtype).removeprefix("torch.")
-    ceilings = ceilings_of(DEVICE, dtype)
-    predicted, bound_by = work.seconds(ceilings, dtype)
-    benchmark.extra_info |= {
-        "provider": provider,
-        "flops": work.cost.flops,
-        "bytes": work.cost.bytes,
-        "bound by": bound_by,
-        "predicted_seconds": predicted,  # of ours: the rate that the ceilings hold for this kernel
-    }
-    if benchmark.stats is not None:  # None under --benchmark-disable
-        median = benchmark.stats.stats.median
-        benchmark.extra_info |= {
-            "TFLOP/s": work.cost.flops / median / 1e12,
-            "GB/s": work.cost.bytes / median / 1e9,
-            "share of ceiling": work.roof(ceilings, dtype)[0] / median,
-            "predicted / measured": predicted / median,
-        }
+    ceilings = ceilings_of(DEVICE, dtype, CEILING_SECONDS)
+    predicted, bound_by = work.seconds(ceilings, dtype)  # of ours: the rate that the ceilings hold for this kernel
+    median = None if benchmark.stats is None else benchmark.stats.stats.median  # None under --benchmark-disable
+    benchmark.extra_info |= {"provider": provider, "bound by": bound_by}
+    benchmark.extra_info |= record(work.cost.flops, work.cost.bytes, predicted, work.roof(ceilings, dtype)[0], median)

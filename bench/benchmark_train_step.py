@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from rooflight.bench.predict.benchmarks import CEILING_SECONDS, record
 from rooflight.bench.predict.step import Step, count_flops
 from rooflight.bench.rates.ceilings import ceilings_of
 from rooflight.bench.rates.kernel_rates import ops_on
@@ -19,25 +20,15 @@ PRESET, BATCH = ("gpt2-small", 16) if DEVICE.type == "cuda" else ("tiny", 8)
 def test_train_step(benchmark, dtype: str) -> None:
     """Forward, backward and update; fails when the FLOPs torch counts are not those of the estimate."""
     config = PRESETS[PRESET]
-    ceilings, ops = ceilings_of(DEVICE, dtype), ops_on(DEVICE)[0]
+    ceilings, ops = ceilings_of(DEVICE, dtype, CEILING_SECONDS), ops_on(DEVICE)[0]
     predicted = estimate(config, batch_size=BATCH, dtype=dtype, causal="full", ceilings=ceilings, ops=ops)
     assert (predicted.parameters, predicted.flops) == count_flops(config, BATCH)
     step = Step(config, BATCH, config.context_length, getattr(torch, dtype), DEVICE)
     peak = step.peak_bytes()
     moved = sum(component.bytes for component in predicted.components)
-    benchmark.group = f"train step, {PRESET}, batch {BATCH} x {config.context_length}"
+    benchmark.group = f"train step, {PRESET}, batch {BATCH} x {config.context_length}, {dtype}"
     benchmark(step)
-    benchmark.extra_info |= {
-        "flops": predicted.flops,
-        "bytes": moved,
-        "predicted_seconds": predicted.seconds,
-        "memory: predicted / measured": predicted.memory_bytes / peak,
-    }
-    if benchmark.stats is not None:  # None under --benchmark-disable
-        median = benchmark.stats.stats.median
-        benchmark.extra_info |= {
-            "TFLOP/s": predicted.flops / median / 1e12,
-            "GB/s": moved / median / 1e9,
-            "share of ceiling": predicted.flops / median / ceilings.gemm_rate(dtype),
-            "predicted / measured": predicted.seconds / median,
-        }
+    median = None if benchmark.stats is None else benchmark.stats.stats.median  # None under --benchmark-disable
+    least = predicted.flops / ceilings.gemm_rate(dtype)
+    benchmark.extra_info |= {"memory: predicted / measured": predicted.memory_bytes / peak}
+    benchmark.extra_info |= record(predicted.flops, moved, predicted.seconds, least, median)

@@ -5,6 +5,10 @@ Only typer and the standard library are imported here; what a command needs, it 
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,21 +125,58 @@ def estimate(
         plot_shares(name, model, plot)
 
 
+@contextmanager
+def _stoppable() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM (timeout's) end the block, not the command; whether one did is in the list that is given."""
+    stopped: list[int] = []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield stopped
+    except KeyboardInterrupt:
+        stopped.append(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _progress(console: Any) -> Iterator[Callable[[str], object]]:
+    """Tells what is being measured: in one line that changes on a terminal, line by line into a file."""
+    if console.is_terminal:
+        with console.status("") as status:
+            yield status.update
+    else:
+        yield partial(print, flush=True)
+
+
 @bench.command()
-def ceilings(device: Device = "auto") -> None:
-    """Measure this machine's rates (products, copies, exponentials, attention) and keep them for the estimates."""
+def ceilings(
+    device: Device = "auto",
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(help="Of products and kernels; bfloat16 when left out. May be given several times."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="The budget: sizes that do not fit into it are left out.")] = 30.0,
+) -> None:
+    """Measure this machine's rates (products, copies, exponentials, each kernel) and keep them for the estimates.
+
+    They are kept as they come: an interrupt loses nothing.
+    """
     from rich.console import Console
 
     from ..training.loop import resolve_device
-    from .rates.ceilings import ceilings_table, measure_ceilings, save_ceilings
+    from .rates.ceilings import ceilings_table, keep_ceilings, left_out_lines, load_ceilings, path_of
+    from .tune import read_dtypes
 
-    place = resolve_device(device)
+    place, dtypes = resolve_device(device), read_dtypes(dtype or ["bfloat16"])
     console = Console()
-    with console.status("") as status:
-        measured = measure_ceilings(place, progress=status.update)
-    path = save_ceilings(measured, place)
-    console.print(ceilings_table(measured))
-    console.print(f"Kept in {path}")
+    with _stoppable() as stopped, _progress(console) as progress:
+        keep_ceilings(place, dtypes=dtypes, seconds=seconds, progress=progress)
+    if kept := load_ceilings(place):
+        console.print(ceilings_table(kept))
+        for line in left_out_lines(kept, place):
+            console.print(line)
+        console.print(f"Kept in {path_of(place)}")
+    raise typer.Exit(130 if stopped else 0)
 
 
 @bench.command()
@@ -152,21 +193,36 @@ def validate(
         "runs/validation.json"
     ),
     plot: Annotated[Path | None, typer.Option(help="Also draw predicted against measured.")] = None,
+    seconds: Annotated[float, typer.Option(help="For all models; what does not fit in is left out and named.")] = 140.0,
+    counters: Annotated[
+        bool, typer.Option("--counters", help="Also read a GPU's counters by ncu: minutes for a large model.")
+    ] = False,
 ) -> None:
-    """Predict a training step, write that down, then measure it: every component by itself, and the whole."""
+    """Predict a training step, write that down, then measure it: every component by itself, and the whole.
+
+    Each model is written to the results as soon as it is measured: an interrupt loses only the one it falls into.
+    """
     from rich.console import Console
 
     from ..training.files import write_json
     from ..training.loop import resolve_device
     from .measure.harness import machine
-    from .predict.validate import read_model
+    from .predict.validate import Validation, read_model
     from .predict.validate import validate as run
 
     place = resolve_device(device)
     console = Console()
     predictions = json_path.with_suffix(".predicted.json")
-    with console.status("") as status:
-        done = run(
+    results: dict[str, Any] = {"kind": "validation", "machine": machine(place), "validations": [], "failures": {}}
+
+    def keep(done: list[Validation], failures: dict[str, str]) -> None:
+        results.update(validations=[validation.to_dict() for validation in done], failures=failures)
+        write_json(json_path, results)
+        told[:] = done
+
+    told: list[Validation] = []
+    with _stoppable() as stopped, _progress(console) as progress:
+        run(
             dict(read_model(model) for model in models or DEFAULT_MODELS[place.type]),
             place,
             batch_size=batch_size,
@@ -174,19 +230,23 @@ def validate(
             dtype=dtype,
             optimizer=optimizer,
             compiled=compiled,
+            counted=counters,
             runs=runs,
+            seconds=seconds,
             predictions=predictions,
-            progress=status.update,
+            progress=progress,
+            keep=keep,
         )
-    for validation in done:
+    for validation in told:
         console.print(validation.table())
-    results = [validation.to_dict() for validation in done]
-    write_json(json_path, {"kind": "validation", "machine": machine(place), "validations": results})
-    console.print(f"Predicted: {predictions}. Measured: {json_path}.")
-    if plot:
+    for name, why in results["failures"].items():
+        console.print(f"{name}: {why}")
+    console.print(f"Predicted: {predictions}. Measured: {json_path if told else 'nothing'}.")
+    if plot and told:
         from .reports.plots import plot_validation
 
-        plot_validation(results, plot)
+        plot_validation(results["validations"], plot)
+    raise typer.Exit(130 if stopped else 0)
 
 
 @bench.command()

@@ -269,16 +269,23 @@ def cross_entropy_cost(M: int, V: int, dtype: DType = "bfloat16", *, backward: b
 
 
 def linear_cross_entropy_cost(
-    M: int, N: int, V: int, dtype: DType = "bfloat16", *, backward: bool = False, recompute: bool = True
-) -> Cost:
+    M: int, N: int, V: int, dtype: DType = "bfloat16", *, backward: bool = False, recompute: bool = True,
+    keep_gradients: bool = False,
+) -> Cost:  # fmt: skip
     """x (M, N) @ weight (V, N)ᵀ and the cross-entropy of the result, whose logits are never in memory.
 
-    Backward: dx and dweight, and the logits once more when `recompute` (they were not kept).
+    Backward: dx and dweight, and the logits once more when `recompute` (they were not kept). With `keep_gradients` the
+    forward makes dx and dweight, from a second exponential, and the backward scales them by one number.
     """
     product = 2 * M * N * V
     operands = (M + V) * N * itemsize(dtype)
     rows = M * (INDEX + STATISTIC)
     apart = matmul_cost(M, V, N, dtype, backward=backward) + cross_entropy_cost(M, V, dtype, backward=backward)
+    if keep_gradients:
+        moved = 2 * operands + STATISTIC  # the loss, or its gradient
+        if backward:
+            return Cost(0, moved, 0, apart.unfused)
+        return Cost(3 * product, moved + M * INDEX, 2 * M * V, apart.unfused)
     if backward:
         exps = M * V if recompute else 0
         return Cost((3 if recompute else 2) * product, 2 * operands + rows, exps, apart.unfused)

@@ -21,7 +21,15 @@ from .elementwise import tanh
 from .launching import launch
 from .rows import row_layout, statistics, tile_offsets
 
-__all__ = ["CrossEntropyFunction", "check_target", "cross_entropy", "reduce_losses", "row_gradients", "row_losses"]
+__all__ = [
+    "CrossEntropyFunction",
+    "check_target",
+    "count_targets",
+    "cross_entropy",
+    "reduce_losses",
+    "row_gradients",
+    "row_losses",
+]
 
 # Logits of a tile: 16 a thread over 8 warps, two 16-byte loads of a 2-byte type.
 TILE = 4096
@@ -69,10 +77,10 @@ def _cross_entropy_fwd_kernel(
 
 @triton.jit
 def _cross_entropy_bwd_kernel(
-    x_ptr, x_layout, target_ptr, lse_ptr, dloss_ptr, dx_ptr, V, ignore_index, z_loss, softcap,
+    x_ptr, x_layout, target_ptr, lse_ptr, dloss_ptr, dx_ptr, stride_dx, width, V, ignore_index, z_loss, softcap,
     BLOCK_V: tl.constexpr, CAPPED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(V, BLOCK_V)
+    tiles = tl.cdiv(width, BLOCK_V)
     row = tl.program_id(0) // tiles + tl.arange(0, 1)
     cols = tl.program_id(0) % tiles * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = (cols < V)[None, :]
@@ -85,8 +93,9 @@ def _cross_entropy_bwd_kernel(
     if CAPPED:
         ratio = x / softcap
         dx *= 1.0 - ratio * ratio
-    dx = tl.where((target != ignore_index)[:, None], dx, 0.0)
-    tl.store(dx_ptr + row.to(tl.int64)[:, None] * V + cols[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    dx = tl.where((target != ignore_index)[:, None] & mask, dx, 0.0)  # zeros past V too
+    dx_ptr += row.to(tl.int64)[:, None] * stride_dx + cols[None, :]
+    tl.store(dx_ptr, dx.to(dx_ptr.dtype.element_ty), mask=(cols < width)[None, :])
 
 
 # ---------------------------------------------------------------- launchers
@@ -118,23 +127,30 @@ def row_losses(
 def row_gradients(
     dloss: Tensor, x: Tensor, target: Tensor, lse: Tensor, ignore_index: int, z_loss: float, softcap: float, out: Tensor
 ) -> Tensor:
-    """out (rows, V), contiguous, filled with the gradient of the logits; it may be x itself."""
+    """out (rows, width >= V), its rows contiguous, filled with the gradient of logits x (..., V), and zeros past V.
+
+    out may begin where x does: then the gradient takes the place of the logits.
+    """
+    V, width = x.shape[-1], out.shape[1]
     if not runs_triton(x):
-        wide = x.reshape(out.shape).to(lse.dtype)
+        wide = x.reshape(-1, V).to(lse.dtype)
         wide = softcap * torch.tanh(wide / softcap) if softcap > 0 else wide
         kept = target.reshape(-1, 1) != ignore_index
         dx = torch.exp(wide - lse[:, None]) * (1 + 2 * z_loss * lse)[:, None]
         dx.scatter_add_(1, target.reshape(-1, 1).masked_fill(~kept, 0), torch.full_like(lse, -1.0)[:, None])
         if softcap > 0:
             dx *= 1 - (wide / softcap).square()
-        return out.copy_((dx * dloss.reshape(-1, 1)).masked_fill_(~kept, 0))
-    M, V = out.shape
+        out[:, :V] = (dx * dloss.reshape(-1, 1)).masked_fill_(~kept, 0)
+        out[:, V:] = 0
+        return out
+    M = out.shape[0]
     if M > 0:
         x, x_layout = row_layout(x)
-        tile = _tile(V)
+        tile = _tile(width)
         launch(
-            _cross_entropy_bwd_kernel, (M * triton.cdiv(V, tile),),
-            x, x_layout, target.contiguous(), lse, dloss.contiguous(), out, V, ignore_index, z_loss, softcap,
+            _cross_entropy_bwd_kernel, (M * triton.cdiv(width, tile),),
+            x, x_layout, target.contiguous(), lse, dloss.contiguous(), out, out.stride(0), width, V, ignore_index,
+            z_loss, softcap,
             BLOCK_V=tile, CAPPED=softcap > 0, DTYPE=statistics(x.dtype)[1], num_warps=WARPS,
         )  # fmt: skip
     return out
@@ -218,7 +234,12 @@ def reduce_losses(losses: Tensor, target: Tensor, ignore_index: int, reduction: 
     if reduction == "none":
         return losses.view(target.shape)
     total = losses.sum()
-    return total if reduction == "sum" else total / (target != ignore_index).sum().clamp(min=1)
+    return total if reduction == "sum" else total / count_targets(target, ignore_index)
+
+
+def count_targets(target: Tensor, ignore_index: int) -> Tensor:
+    """What the mean divides by: the targets that are not ignore_index, one at least; a scalar on their device."""
+    return (target != ignore_index).sum().clamp(min=1)
 
 
 def cross_entropy(

@@ -39,7 +39,6 @@ BFLOAT16_IS_EXACT: bool = not INTERPRETED or interpreter.correct()
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _n_dispatch_modes = torch._C._len_torch_dispatch_stack
-_tracing_state = torch._C._get_tracing_state
 
 _library = torch.library.Library("rooflight", "FRAGMENT")
 
@@ -96,11 +95,11 @@ def call(op: torch._ops.OpOverload, *args: Any) -> Any:
     """op(*args) past its own derivative, from within an autograd.Function that supplies one; eager mode only.
 
     Its launcher is called directly unless someone is to see the operator: a dispatch mode (FLOP counts, fake tensors),
-    a tensor subclass, a profiler or a trace.
+    a tensor subclass or a profiler.
     """
     if torch.is_grad_enabled():  # a backward pass with create_graph=True: let the operator refuse
         return op(*args)
-    unseen = not (_n_dispatch_modes() or _profiler._is_profiler_enabled or _tracing_state())
+    unseen = not (_n_dispatch_modes() or _profiler._is_profiler_enabled)
     if unseen and _PLAIN.issuperset(map(type, args)):
         return _launchers[op](*args)
     with torch._C._AutoDispatchBelowAutograd():

@@ -176,7 +176,7 @@ def _handle(compiled: Any, n_constant: int) -> Launch | None:
     """How to launch a compiled kernel again; None where Triton does more than hand over the arguments."""
     from triton.backends.nvidia.driver import CudaLauncher
 
-    launcher = getattr(compiled, "_run", None)
+    launcher: Any = getattr(compiled, "_run", None)
     if type(launcher) is not CudaLauncher or getattr(launcher, "gsan_enabled", False):
         return None
     if launcher.global_scratch_size > 0 or launcher.profile_scratch_size > 0:

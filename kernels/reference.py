@@ -221,10 +221,12 @@ def linear_cross_entropy(
     softcap: float = 0.0,
     z_loss: float = 0.0,
     reduction: str = "mean",
+    keep_gradients: bool | None = None,
 ) -> Tensor:
     """cross_entropy of x weight^T, with the logits in memory.
 
     x: (..., N).  weight: (V, N).  target: (...).  softcap c > 0 replaces a logit z by c tanh(z / c).
+    keep_gradients changes when the kernels compute the gradients, nothing here.
     """
     logits = _statistics(F.linear(x, weight.to(x.dtype)))
     if softcap > 0:

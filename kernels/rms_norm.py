@@ -4,8 +4,9 @@ Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4. With xhat 
 dh = rstd (g - xhat mean(xhat g)) + dstream,  dw = sum over rows of dy xhat,  dx = dresidual = dh.
 
 Forward: each program normalises a tile of rows; a row longer than one tile is read twice, the second time from L2.
-Backward: a fixed number of programs stride over the rows. Each keeps its own fp32 sum of dw, a second kernel adds these
-partial sums in a fixed order: no atomics, so the gradients are bitwise reproducible.
+Backward: a fixed number of programs stride over the rows. Each keeps the fp32 sum of dw over its rows in registers, a
+second kernel adds these partial sums in a fixed order: no atomics, so the gradients are bitwise reproducible. Of rows
+longer than a tile a kernel before it computes mean(xhat g), so that a program can own a tile's columns.
 """
 
 from __future__ import annotations
@@ -21,38 +22,38 @@ from torch import Tensor
 from . import cost, reference
 from .dispatch import call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
 from .launching import launch
-from .rows import most_warps, multiprocessors, row_layout, statistics, tile_offsets
+from .rows import is_blackwell, most_warps, multiprocessors, row_layout, statistics, tile_offsets
 
 __all__ = ["RMSNormFunction", "rms_norm"]
 
 # Elements of a tile of short rows: 16 a thread over 4 warps, two 16-byte loads of a 2-byte type.
 SHORT_TILE = 2048
-# The longest row that one tile holds; longer rows are looped over in tiles of LOOP_TILE. The largest sizes that compile
-# for sm_80 and sm_90 without a spill (docs/artifacts.md).
-FORWARD_TILE = 32768
-BACKWARD_TILE = 8192
-LOOP_TILE, LOOP_WARPS = 4096, 16
-# Rows that the looped backward takes at once: its partial sums of dw go to memory and back once for all of them.
-LOOP_ROWS = 4
-# Warps of the backward's programs on one multiprocessor. All of them must be resident, at up to 128 registers a thread:
-# each has the same share of the rows, so one that starts late ends late. 16 warps with 16 elements a thread have
-# 32 KiB of h and dy on their way for each stage; a multiprocessor of an H200 needs 17 (bench/NOTES.md).
-RESIDENT_WARPS = 16
-# One program's tile of dw's partial sums: all of them for few columns, so that they are read in one go.
-REDUCE_TILE, REDUCE_WARPS = 8192, 8
+# The longest row that one tile of the forward holds, the largest that compiles for sm_80 and sm_90 without a spill
+# (docs/artifacts.md); longer rows are looped over.
+FORWARD_TILE, LOOP_TILE, LOOP_WARPS = 32768, 4096, 16
+# Bytes of x in the tiles of the forward's resident programs on one multiprocessor: 32 warps at up to 64 registers.
+FORWARD_BYTES = 32768
+# The backward's tile, 16 elements a thread. Its program fills a multiprocessor: at up to 128 registers a thread no
+# second is resident, and one that started late would end late, as each has the same share of the rows. A tile of h and
+# dy is 32 KiB on its way; a multiprocessor of an H200 needs 17 (bench/NOTES.md).
+BACKWARD_TILE, RESIDENT_WARPS = 8192, 16
+# The longest row that one tile of the backward holds, of a 2-byte type: 16 elements a thread again, 32 warps.
+BACKWARD_LONGEST = 16384
+# Rows of partial sums of dw that one program of the reduction reads at once.
+REDUCE_ROWS, REDUCE_WARPS = 256, 8
 
 # ---------------------------------------------------------------- kernels
 
 
 @triton.jit
 def _load_scale(w_ptr, offset, cols, N, DTYPE: tl.constexpr):
-    """w + offset (1, BLOCK_N); every row reads it, so it stays in L1."""
+    """w + offset (1, BLOCK_N); every row reads it, so it stays in L1. A pipelined loop would fetch it for each anew."""
     w = tl.load(w_ptr + cols, mask=cols < N, other=0.0, eviction_policy="evict_last")
     return (w.to(DTYPE) + offset)[None, :]
 
 
 @triton.jit
-def _load_stream(
+def _load_h(
     x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE: tl.constexpr, KEEP: tl.constexpr
 ):
     """h (ROWS, BLOCK_N): x, or x + residual rounded to the stream's dtype. KEEP: it will be read again."""
@@ -66,11 +67,11 @@ def _load_stream(
 
 
 @triton.jit
-def _store_normed(y_ptr, stream_ptr, w_ptr, offset, h, rstd, row, cols, mask, N, HAS_RESIDUAL: tl.constexpr):
+def _store_normed(y_ptr, stream_ptr, scale, h, rstd, row, cols, mask, N, HAS_RESIDUAL: tl.constexpr):
     at = row.to(tl.int64)[:, None] * N + cols[None, :]
     y = h * rstd[:, None]
-    if w_ptr is not None:
-        y *= _load_scale(w_ptr, offset, cols, N, h.dtype)
+    if scale is not None:
+        y *= scale
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
     if HAS_RESIDUAL:
         tl.store(stream_ptr + at, h.to(stream_ptr.dtype.element_ty), mask=mask)
@@ -79,30 +80,34 @@ def _store_normed(y_ptr, stream_ptr, w_ptr, offset, h, rstd, row, cols, mask, N,
 @triton.jit(do_not_specialize=["M"])
 def _rms_norm_fwd_kernel(
     x_ptr, x_layout, residual_ptr, residual_layout, w_ptr, y_ptr, stream_ptr, rstd_ptr, M, N, eps, offset,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(M.dtype) * ROWS + tl.arange(0, ROWS)
-    live = (row >= 0) & (row < M)  # row wraps below 0 when M is within a tile of 2^31
     cols = tl.arange(0, BLOCK_N)
-    mask = live[:, None] & (cols < N)[None, :]
-    h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE, not ONE_TILE)
-    squares = h * h
-    if not ONE_TILE:
-        for start in range(BLOCK_N, N, BLOCK_N):
-            at = start + cols
-            mask = live[:, None] & (at < N)[None, :]
-            h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE, True)
-            squares += h * h
-    rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / N + eps)
-    tl.store(rstd_ptr + row, rstd, mask=live)
-    if ONE_TILE:
-        _store_normed(y_ptr, stream_ptr, w_ptr, offset, h, rstd, row, cols, mask, N, residual_ptr is not None)
-    else:
-        for start in range(0, N, BLOCK_N):
-            at = start + cols
-            mask = live[:, None] & (at < N)[None, :]
-            h = _load_stream(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE, False)
-            _store_normed(y_ptr, stream_ptr, w_ptr, offset, h, rstd, row, at, mask, N, residual_ptr is not None)
+    held = _load_scale(w_ptr, offset, cols, N, DTYPE) if w_ptr is not None and STAGES > 1 else None
+    for tile in tl.range(tl.program_id(0), (M - 1) // ROWS + 1, tl.num_programs(0), num_stages=STAGES):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        live = (row >= 0) & (row < M)  # row wraps below 0 when M is within a tile of 2^31
+        mask = live[:, None] & (cols < N)[None, :]
+        h = _load_h(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE, not ONE_TILE)
+        squares = h * h
+        if not ONE_TILE:
+            for start in range(BLOCK_N, N, BLOCK_N):
+                at = start + cols
+                mask = live[:, None] & (at < N)[None, :]
+                h = _load_h(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE, True)
+                squares += h * h
+        rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / N + eps)
+        tl.store(rstd_ptr + row, rstd, mask=live)
+        if ONE_TILE:
+            scale = _load_scale(w_ptr, offset, cols, N, DTYPE) if w_ptr is not None and STAGES == 1 else held
+            _store_normed(y_ptr, stream_ptr, scale, h, rstd, row, cols, mask, N, residual_ptr is not None)
+        else:
+            for start in range(0, N, BLOCK_N):
+                at = start + cols
+                mask = live[:, None] & (at < N)[None, :]
+                h = _load_h(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE, False)
+                scale = _load_scale(w_ptr, offset, at, N, DTYPE) if w_ptr is not None else None
+                _store_normed(y_ptr, stream_ptr, scale, h, rstd, row, at, mask, N, residual_ptr is not None)
 
 
 @triton.jit
@@ -114,60 +119,58 @@ def _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, scale, rstd, row, cols, mask,
 
 
 @triton.jit
-def _store_dh(dh_ptr, dstream_ptr, dstream_layout, xhat, g, mean, rstd, row, cols, mask, N, DTYPE: tl.constexpr):
-    dh = (g - xhat * mean[:, None]) * rstd[:, None]
-    if dstream_ptr is not None:
-        dh += tl.load(dstream_ptr + tile_offsets(row, dstream_layout, cols), mask=mask, other=0.0).to(DTYPE)
-    tl.store(dh_ptr + row.to(tl.int64)[:, None] * N + cols[None, :], dh.to(dh_ptr.dtype.element_ty), mask=mask)
+def _rms_norm_mean_kernel(
+    h_ptr, h_layout, dy_ptr, dy_layout, w_ptr, rstd_ptr, mean_ptr, N, offset,
+    BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """mean (M,) of xhat g along rows longer than the backward's tile; a program a row."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    rstd = tl.load(rstd_ptr + row)
+    products = tl.zeros((1, BLOCK_N), DTYPE)
+    for start in range(0, N, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        scale = _load_scale(w_ptr, offset, cols, N, DTYPE) if w_ptr is not None else None
+        mask = (cols < N)[None, :]
+        xhat, _dy, g = _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, scale, rstd, row, cols, mask, DTYPE)
+        products += xhat * g
+    tl.store(mean_ptr + row, tl.sum(products, axis=1) / N)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _rms_norm_bwd_kernel(
-    h_ptr, h_layout, dy_ptr, dy_layout, dstream_ptr, dstream_layout, w_ptr, rstd_ptr, dh_ptr, partial_ptr, M, N, offset,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    h_ptr, h_layout, dy_ptr, dy_layout, dstream_ptr, dstream_layout, w_ptr, rstd_ptr, mean_ptr, dh_ptr, partial_ptr,
+    M, N, offset,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, HOLD_SCALE: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
+    """dh and partial sums of dw (programs, N); program (i, j) takes every so many rows of the j-th tile of columns."""
     program = tl.program_id(0)
-    cols = tl.arange(0, BLOCK_N)
-    if partial_ptr is not None:
-        partial_ptr += program.to(tl.int64) * N  # this program's row of (programs, N)
+    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     dw = tl.zeros((ROWS, BLOCK_N), DTYPE)
-    # not in the loop, whose pipeline would fetch it for every row anew
-    scale = _load_scale(w_ptr, offset, cols, N, DTYPE) if ONE_TILE and w_ptr is not None else None
-    for tile in tl.range(program, tl.cdiv(M, ROWS), tl.num_programs(0), num_stages=STAGES):
+    held = _load_scale(w_ptr, offset, cols, N, DTYPE) if w_ptr is not None and HOLD_SCALE else None
+    tiles = (M - 1) // ROWS + 1
+    for step in tl.range(program, tiles, tl.num_programs(0), num_stages=STAGES):
+        tile = step if mean_ptr is None else tiles - 1 - step  # the mean kernel left the last rows in L2
         row = tile * ROWS + tl.arange(0, ROWS)
         live = (row >= 0) & (row < M)
+        mask = live[:, None] & (cols < N)[None, :]
         rstd = tl.load(rstd_ptr + row, mask=live, other=0.0)
-        if ONE_TILE:
-            mask = live[:, None] & (cols < N)[None, :]
-            xhat, dy, g = _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, scale, rstd, row, cols, mask, DTYPE)
-            mean = tl.sum(xhat * g, axis=1) / N
-            _store_dh(dh_ptr, dstream_ptr, dstream_layout, xhat, g, mean, rstd, row, cols, mask, N, DTYPE)
-            dw += dy * xhat
-        else:
-            products = tl.zeros((ROWS, BLOCK_N), DTYPE)
-            for start in range(0, N, BLOCK_N):
-                at = start + cols
-                mask = live[:, None] & (at < N)[None, :]
-                part = _load_scale(w_ptr, offset, at, N, DTYPE) if w_ptr is not None else None
-                xhat, dy, g = _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, part, rstd, row, at, mask, DTYPE)
-                products += xhat * g
-            mean = tl.sum(products, axis=1) / N
-            tl.debug_barrier()  # other threads may have written the partial sums read below
-            for start in range(0, N, BLOCK_N):
-                at = start + cols
-                mask = live[:, None] & (at < N)[None, :]
-                part = _load_scale(w_ptr, offset, at, N, DTYPE) if w_ptr is not None else None
-                xhat, dy, g = _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, part, rstd, row, at, mask, DTYPE)
-                _store_dh(dh_ptr, dstream_ptr, dstream_layout, xhat, g, mean, rstd, row, at, mask, N, DTYPE)
-                if partial_ptr is not None:
-                    seen = tl.load(partial_ptr + at, mask=at < N, other=0.0)
-                    seen = tl.where(tile == program, 0.0, seen)  # the first row finds the memory uninitialised
-                    tl.store(partial_ptr + at, seen + tl.sum(dy * xhat, axis=0), mask=at < N)
-    if ONE_TILE and partial_ptr is not None:
-        tl.store(partial_ptr + cols, tl.sum(dw, axis=0), mask=cols < N)
+        scale = held
+        if w_ptr is not None and not HOLD_SCALE:
+            scale = tl.zeros((1, BLOCK_N), DTYPE)
+            if tile >= 0:  # always: no pipeline takes a load out of a branch, and L1 has it
+                scale = _load_scale(w_ptr, offset, cols, N, DTYPE)
+        xhat, dy, g = _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, scale, rstd, row, cols, mask, DTYPE)
+        dw += dy * xhat
+        mean = tl.sum(xhat * g, axis=1) / N if mean_ptr is None else tl.load(mean_ptr + row, mask=live, other=0.0)
+        dh = (g - xhat * mean[:, None]) * rstd[:, None]
+        if dstream_ptr is not None:
+            dh += tl.load(dstream_ptr + tile_offsets(row, dstream_layout, cols), mask=mask, other=0.0).to(DTYPE)
+        tl.store(dh_ptr + row.to(tl.int64)[:, None] * N + cols[None, :], dh.to(dh_ptr.dtype.element_ty), mask=mask)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + program.to(tl.int64) * N + cols, tl.sum(dw, axis=0), mask=cols < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PROGRAMS"])
 def _rms_norm_dw_kernel(partial_ptr, dw_ptr, PROGRAMS, N, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
     """dw (N,) from its partial sums (PROGRAMS, N), always added in the same order."""
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -183,24 +186,31 @@ def _rms_norm_dw_kernel(partial_ptr, dw_ptr, PROGRAMS, N, ROWS: tl.constexpr, BL
 
 
 @cache
-def _tile(N: int, longest: int) -> tuple[int, int, int]:
-    """Rows and columns of a tile, and the warps that work on it."""
+def _forward_tile(N: int, element_size: int, residual: bool) -> tuple[int, int, int, int]:
+    """Rows and columns of a tile, the warps that work on it and the loop's stages; one stage: a program a tile."""
     columns = max(triton.next_power_of_2(N), 16)
-    if columns > longest:
-        return 1, LOOP_TILE, LOOP_WARPS
+    if columns > (FORWARD_TILE // 2 if residual else FORWARD_TILE):  # a residual is a second row in registers
+        return 1, LOOP_TILE, LOOP_WARPS, 1
     rows = max(1, SHORT_TILE // columns)
-    return rows, columns, min(max(rows * columns // 512, 4), most_warps())
+    warps = min(max(rows * columns // 512, 4), most_warps())
+    if most_warps() < 32 or columns * element_size > FORWARD_BYTES:
+        return rows, columns, warps, 1
+    return rows, columns, warps, 2 if residual or element_size > 2 else 3
 
 
 @cache
-def _backward_tile(N: int, many: bool, element_size: int) -> tuple[int, int, int, int]:
-    """The backward's _tile, and how many tiles of rows its loop is ahead. many: rows for all multiprocessors."""
-    rows, columns, warps = _tile(N, BACKWARD_TILE)
-    if columns < N:
-        rows = LOOP_ROWS if many else 1
-        return rows, columns // rows, warps, 1
-    # In fp32 the buffers for rows to come would not fit a small GPU, and two rows' not AMD's shared memory.
-    return rows, columns, warps, 1 if element_size > 2 else 3 if most_warps() == 32 else 2
+def _backward_tile(N: int, many: bool, element_size: int, residual: bool) -> tuple[int, int, int, int]:
+    """The backward's, as _forward_tile. many: elements for a whole tile on every multiprocessor."""
+    two_bytes, amd = element_size <= 2, most_warps() < 32
+    columns = max(triton.next_power_of_2(N), 16)
+    fits = two_bytes and not amd and not (residual and is_blackwell())  # where it compiles without a spill
+    if columns > (BACKWARD_LONGEST if fits else BACKWARD_TILE):
+        columns = BACKWARD_TILE
+    rows = max(1, (BACKWARD_TILE if many else SHORT_TILE) // columns)
+    warps = min(max(rows * columns // 512, 4), most_warps())
+    # The buffers fit the shared memory of every GPU, with a residual 96 KiB of 99, and of AMD's 64 KiB a half.
+    stages = (2 if two_bytes else 1) if amd else 3 if two_bytes and columns <= BACKWARD_TILE else 2
+    return rows, columns, warps, stages
 
 
 @cache
@@ -218,18 +228,18 @@ def rms_norm_fwd(
     M = rstd.numel()
     if M == 0:
         return y, stream, rstd
-    # With a residual a second row stands in registers.
-    rows, columns, warps = _tile(N, FORWARD_TILE if residual is None else FORWARD_TILE // 2)
+    element_size = stream.element_size()
+    rows, columns, warps, stages = _forward_tile(N, element_size, residual is not None)
+    programs = -(-M // rows)
+    if stages > 1:
+        programs = min(programs, multiprocessors(x.device) * max(1, FORWARD_BYTES // (rows * columns * element_size)))
     x, x_layout = row_layout(x)
-    residual_layout = None
-    if residual is not None:
-        residual, residual_layout = row_layout(residual)
-    if weight is not None:
-        weight = weight.contiguous()
+    residual, residual_layout = (None, None) if residual is None else row_layout(residual)
+    weight = None if weight is None else weight.contiguous()
     launch(
-        _rms_norm_fwd_kernel, (-(-M // rows),),
+        _rms_norm_fwd_kernel, (programs,),
         x, x_layout, residual, residual_layout, weight, y, stream, rstd, M, N, eps, weight_offset,
-        ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, DTYPE=statistics(x.dtype)[1], num_warps=warps,
+        ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, STAGES=stages, DTYPE=statistics(x.dtype)[1], num_warps=warps,
     )  # fmt: skip
     return y, stream, rstd
 
@@ -243,29 +253,33 @@ def rms_norm_bwd(
     dh, dw = _rms_norm_bwd_fake(dy, dstream, h, weight, rstd, weight_offset, needs_dw)
     if M == 0:
         return dh, dw.zero_()
-    processors = multiprocessors(h.device)
-    many = processors * 2 * LOOP_ROWS <= M
-    rows, columns, warps, stages = _backward_tile(N, many, h.element_size())
-    programs = min(-(-M // rows), processors * max(1, RESIDENT_WARPS // warps))
+    processors, DTYPE = multiprocessors(h.device), statistics(h.dtype)[1]
+    many = processors * BACKWARD_TILE <= M * N
+    rows, columns, warps, stages = _backward_tile(N, many, h.element_size(), dstream is not None)
+    panels = -(-N // columns)
+    programs = max(1, min(-(-M // rows), processors * max(1, RESIDENT_WARPS // warps) // panels))
     h, h_layout = row_layout(h)
     dy, dy_layout = row_layout(dy)
-    dstream_layout = None
-    if dstream is not None:
-        dstream, dstream_layout = row_layout(dstream)
-    if weight is not None:
-        weight = weight.contiguous()
+    dstream, dstream_layout = (None, None) if dstream is None else row_layout(dstream)
+    weight = None if weight is None else weight.contiguous()
+    mean = torch.empty_like(rstd) if panels > 1 else None
+    if mean is not None:
+        launch(
+            _rms_norm_mean_kernel, (M,),
+            h, h_layout, dy, dy_layout, weight, rstd, mean, N, weight_offset,
+            BLOCK_N=LOOP_TILE, DTYPE=DTYPE, num_warps=LOOP_WARPS,
+        )  # fmt: skip
     partial = torch.empty(programs, N, dtype=rstd.dtype, device=h.device) if needs_dw else None
     launch(
-        _rms_norm_bwd_kernel, (programs,),
-        h, h_layout, dy, dy_layout, dstream, dstream_layout, weight, rstd, dh, partial, M, N, weight_offset,
-        ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, STAGES=stages, DTYPE=statistics(h.dtype)[1],
-        num_warps=warps,
+        _rms_norm_bwd_kernel, (programs, panels),
+        h, h_layout, dy, dy_layout, dstream, dstream_layout, weight, rstd, mean, dh, partial, M, N, weight_offset,
+        ROWS=rows, BLOCK_N=columns, HOLD_SCALE=columns <= BACKWARD_TILE, STAGES=stages, DTYPE=DTYPE, num_warps=warps,
     )  # fmt: skip
     if partial is not None:
         columns = _reduced_columns(N)
         launch(
             _rms_norm_dw_kernel, (-(-N // columns),),
-            partial, dw, programs, N, ROWS=REDUCE_TILE // columns, BLOCK_N=columns, num_warps=REDUCE_WARPS,
+            partial, dw, programs, N, ROWS=REDUCE_ROWS, BLOCK_N=columns, num_warps=REDUCE_WARPS,
         )  # fmt: skip
     return dh, dw
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .dispatch import INTERPRETED
 
-__all__ = ["Layout", "most_warps", "multiprocessors", "row_layout", "statistics", "tile_offsets"]
+__all__ = ["Layout", "is_blackwell", "most_warps", "multiprocessors", "row_layout", "statistics", "tile_offsets"]
 
 Layout = tuple[int, int, int, int, int, int]
 
@@ -65,3 +65,11 @@ def multiprocessors(device: torch.device) -> int:
 def most_warps() -> int:
     """Warps of the largest block, 1024 threads: 32 of 32 lanes, or 16 of AMD's 64."""
     return 32 if INTERPRETED else 1024 // triton.runtime.driver.active.get_current_target().warp_size
+
+
+@cache
+def is_blackwell() -> bool:
+    """A GPU of compute capability 10 or later."""
+    if INTERPRETED or most_warps() < 32:
+        return False
+    return triton.runtime.driver.active.get_current_target().arch >= 100

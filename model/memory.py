@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ..kernels.cost import INDEX, STATISTIC, itemsize
-from ..kernels.linear_cross_entropy import CHUNK_LOGITS
+from ..kernels.linear_cross_entropy import chunk_rows, keeps_gradients, padded
 from .config import ModelConfig, hidden_matrices
 
 FP32 = 4
@@ -50,12 +52,14 @@ class Stage:
     saved      bytes kept from its forward for its backward pass
     working    bytes that its backward pass needs beyond those, at its worst moment
     weights    parameters of its matrices: their gradients stay, and in a block their casts are held till then
+    forward    bytes that its forward pass needs at its worst moment, where the step may peak there
     """
 
     name: str
     saved: int
     working: int
     weights: int = 0
+    forward: int = 0
 
 
 def stages(
@@ -113,13 +117,29 @@ def stages(
         # the logits in fp32; then the gathered logit's gradient, z - lse, its exponential, and their product
         loss = Stage("loss", N * (V * FP32 + STATISTIC + INDEX + 1) + V * d * s * low, 4 * N * V * FP32, V * d)
     else:
-        # a chunk's logits, in eager order also in fp32, their exponentials and those scaled; dx; the weight's gradient
-        # and, in the dtype, the weight itself or a chunk's share of the gradient
-        chunk = min(N * V, CHUNK_LOGITS["cuda" if ops == "triton" else "cpu"] // V * V)
-        logits = chunk * (s if ops == "triton" else s + (3 if low else 2) * FP32)
-        extra = (low + (ops == "triton")) * s
-        loss = Stage("loss", N * STATISTIC, stream + logits + V * d * (FP32 + extra), V * d)
+        loss = _fused_loss(N, d, V, dtype, ops)
     return embedding, block, [Stage("norms", norm(N, d), norm_working), Stage("logits", stream, 0), loss]
+
+
+def _fused_loss(N: int, d: int, V: int, dtype: str, ops: str) -> Stage:
+    """linear_cross_entropy of N rows and an fp32 weight; its worst moment is the first or a later chunk's."""
+    s, low = itemsize(dtype), itemsize(dtype) < FP32
+    keep = keeps_gradients("mean", getattr(torch, dtype))
+    rows = chunk_rows(N, V, "cuda" if ops == "triton" else "cpu")
+    dx, dweight = N * d * s, V * d * FP32
+    cast = padded(V) * d * s * low
+    share = padded(V) * d * s if low else V * d * s  # of dweight, a chunk's; of one chunk in fp32 it is dweight
+    logits = rows * padded(V) * s
+    # in eager order the row kernels' temporaries: the logits in fp32, their exponentials, and those scaled
+    eager = rows * V * (3 if low else 2) * FP32 * (ops != "triton")
+    one = rows >= N
+    first = max(eager, share + dweight * low)
+    later = 0 if one else dweight + max(eager, share)
+    working = dx + cast + logits + max(first, later)
+    if not keep:
+        return Stage("loss", N * STATISTIC, working, V * d)
+    # the gradients are made in the forward pass, and the backward scales them into others
+    return Stage("loss", dx + dweight, dx + dweight, V * d, forward=working)
 
 
 def saved_activations(config: ModelConfig, n_token: int, context_length: int, dtype: str, ops: str) -> dict[str, int]:
@@ -174,6 +194,8 @@ def memory(
         if bytes_held > peak:
             peak, peak_at = bytes_held, name
 
+    # in the forward pass, and in it alone when checkpointing, the casts of the blocks are there too
+    see(held - last[-1].saved + last[-1].forward + (casts if checkpointing else 0), last[-1].name)
     for stage in reversed(last):
         backward(stage, 0)
     for _ in range(config.n_layer):

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
+
 from ..kernels.cost import (
     Cost,
     adamw_cost,
@@ -23,6 +25,7 @@ from ..kernels.cost import (
     swiglu_cost,
     tiled_pairs,
 )
+from ..kernels.linear_cross_entropy import keeps_gradients
 from .ceilings import Ceilings
 from .config import ModelConfig, hidden_matrices
 
@@ -141,18 +144,7 @@ def parts(
     def cast(weights: int) -> Cost:
         return Cost(0, weights * (4 + itemsize(dtype)) * low)
 
-    # the loss takes the fp32 weight, casts it and its gradient by itself
-    head = [linear_cross_entropy_cost(N, d, V, dtype, backward=b) + cast(V * d) for b in (False, True)]
-    product = 2 * N * d * V
-    # the softmax's logits are in no memory: what its rows move, and its measured time, stand with the products
-    rates = [("linear_cross_entropy" + BACKWARD * backward, (N, d, V)) for backward in (False, True)]
-    softmax = [replace(cross_entropy_cost(N, V, dtype, backward=b), bytes=0) for b in (False, True)]
-    loss = [Work(cost, *rate, 0) for rate, cost in zip(rates, softmax, strict=True)]
-    apart = [h.unfused_bytes - s.unfused_bytes for h, s in zip(head, softmax, strict=True)]
-    logits = [
-        Work(replace(cost, exps=0, unfused=moved), *rate, cost.flops, times * product, times * product, cost.flops)
-        for times, (rate, cost, moved) in enumerate(zip(rates, head, apart, strict=True), start=1)
-    ]
+    logits, loss = _head(N, d, V, dtype, cast(V * d))
 
     weights = L * (2 * d * (H + K) * D + matrices * d * c.d_ff)
     casts = [_elementwise(cast(weights), f"cast{b}", weights) for b in ("", BACKWARD)]
@@ -174,8 +166,8 @@ def parts(
         layers("output projection", d * H * D, gemm(d, H * D)),
         layers("FFN", matrices * d * c.d_ff, *[gemm(c.d_ff, d)] * (matrices - 1), activation, gemm(d, c.d_ff), once=1),
         layers("residual sums", 0, (add(1), add(sums)), once=1),
-        Part("logits", 0 if c.tie_embeddings else V * d, (logits[0],), (logits[1],)),
-        Part("loss", 0, (loss[0],), (loss[1],)),
+        Part("logits", 0 if c.tie_embeddings else V * d, *logits),
+        Part("loss", 0, *loss),
         *([Part("casts", 0, (casts[0],), (casts[1],))] if low else []),
     ]
     parameters = sum(part.parameters for part in parts)
@@ -185,6 +177,34 @@ def parts(
     if matrices_of:
         parts.append(Part("Muon", update=tuple(_muon(*shape, dtype) * n for shape, n in matrices_of.items())))
     return parts
+
+
+Passes = tuple[tuple[Work, ...], tuple[Work, ...]]
+
+
+def _head(N: int, d: int, V: int, dtype: str, cast: Cost) -> tuple[Passes, Passes]:
+    """(logits, loss): the works of linear_cross_entropy's forward and backward pass.
+
+    The loss takes the fp32 weight, and casts it and its gradient by itself. Where the forward keeps the gradients,
+    their products run in it, and the backward scales them; the full and exact ledgers leave them to the backward.
+    """
+    keep = keeps_gradients("mean", getattr(torch, dtype))
+    head = [linear_cross_entropy_cost(N, d, V, dtype, backward=b, keep_gradients=keep) for b in (False, True)]
+    softmax = [cross_entropy_cost(N, V, dtype, backward=b) for b in (False, True)]
+    apart = [h.unfused_bytes - s.unfused_bytes + cast.bytes for h, s in zip(head, softmax, strict=True)]
+    product, moved = 2 * N * d * V, [h.bytes + cast.bytes for h in head]
+    names = [("linear_cross_entropy" + BACKWARD * backward, (N, d, V)) for backward in (False, True)]
+    # the softmax's logits are in no memory: what its rows move, and its measured time, stand with the products
+    loss = [Work(replace(s, bytes=0), *name, 0) for name, s in zip(names, softmax, strict=True)]
+    forward = Work(Cost(product, moved[0], 0, apart[0]), *names[0], product, product, product, product)
+    if not keep:
+        again = 3 * product
+        backward = Work(Cost(again, moved[1], 0, apart[1]), *names[1], again, 2 * product, 2 * product, again)
+        return ((forward,), (backward,)), ((loss[0],), (loss[1],))
+    gradients = Work(Cost(2 * product, 0), *names[1], 2 * product, executed=2 * product)
+    elements = (N + V) * d
+    scale = Work(Cost(0, moved[1], 0, apart[1]), "scale", (elements,), elements, 2 * product, 2 * product)
+    return ((forward, gradients), (scale,)), ((*loss,), ())
 
 
 def _muon(short: int, long: int, dtype: str) -> Work:

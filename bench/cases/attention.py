@@ -48,9 +48,9 @@ def _varlen(ends: Tensor, longest: int, causal: bool, q: Tensor, k: Tensor, v: T
     return kernels.flash_attention_varlen(q, k, v, ends, ends, longest, longest, causal=causal)
 
 
-def _defaults(D: int, dtype: torch.dtype, window: bool, packed: bool, device: torch.device) -> dict[str, str]:
-    """The path that each pass takes on this GPU when none is asked for."""
-    options = frozenset(name for name, used in (("window", window), ("packed", packed)) if used)
+def _defaults(D: int, dtype: torch.dtype, used: dict[str, bool], device: torch.device) -> dict[str, str]:
+    """The path that each pass takes on this GPU when none is asked for. used: which of paths.OPTIONS the case uses."""
+    options = frozenset(name for name, is_used in used.items() if is_used)
     measured, name = table_of(device).paths, str(dtype).removeprefix("torch.")
     return {
         pass_: paths.decide(
@@ -99,7 +99,9 @@ def attention_case(
         hopper = torch.cuda.get_device_capability(device) == (9, 0)
         both_passes = all(D in heads for heads in paths.HOPPER_HEADS.values())
         if hopper and both_passes and dtype in paths.HOPPER_DTYPES:
-            defaults = _defaults(D, dtype, window is not None, bool(lengths), device)
+            short = max(lengths, default=T) < paths.SHORT
+            used = {"window": window is not None, "packed": bool(lengths), "short": short}
+            defaults = _defaults(D, dtype, used, device)
             providers |= {name: ours for name, path in PATHS.items() if set(defaults.values()) != {path}}
         if dense:
             providers["torch cuDNN"] = partial(sdpa, SDPBackend.CUDNN_ATTENTION, causal)

@@ -10,7 +10,7 @@ import datetime
 import platform
 import subprocess
 from collections.abc import Callable, Container, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ import triton
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ...kernels.attention import paths
 from ...kernels.cost import flash_attention_cost
 from ..cases.case import COMPILED, Case, Provider
 from .clock import launch_times, on_capture_stream, timings
-from .compiler import compiled
+from .compiler import compiled, no_fallback
 from .memory import peak_bytes
 from .records import Failure, Measurement, is_host_bound
 
@@ -91,6 +92,14 @@ def _upstream(outputs: Results) -> Results:
     return tuple(torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype) for o in outputs)
 
 
+@contextmanager
+def running(case: Case, name: str) -> Iterator[None]:
+    """What all calls of a provider must run in: on its path, with a compiler of its own, and no fallback unsaid."""
+    paths.forget()  # a path that failed is tried again, and fails again
+    with no_fallback(), case.path(name), compiled() if name in COMPILED else nullcontext():
+        yield
+
+
 class Checker:
     """A case's truth, worked out once, that any provider's results are held against."""
 
@@ -138,7 +147,8 @@ def check(case: Case, device: torch.device) -> None:
     """Compare every provider with the truth, output and gradients; raises WrongResult."""
     checker = Checker(case, device)
     for name in case.providers:
-        checker.check(name)
+        with running(case, name):
+            checker.check(name)
 
 
 def check_flops(case: Case, device: torch.device) -> None:
@@ -221,7 +231,7 @@ def measure(
             continue
         progress(name)
         try:
-            with case.path(name), compiled() if name in COMPILED else nullcontext():
+            with running(case, name):
                 checker.check(name)
                 if case.repeats:
                     checker.check_repeats(name)

@@ -107,6 +107,10 @@ class _KernelArg:
         self.nested_tuple, self.type = nested_tuple, type
 
 
+def _always(tensor: torch.Tensor) -> bool:
+    return True
+
+
 def _describe(x: torch.Tensor, rows: int, varlen: bool) -> Any:
     return blocks._described(x.data_ptr(), x.dtype, *blocks.extents(x, varlen), rows)
 
@@ -132,7 +136,7 @@ def standing_in() -> Iterator[StandIn]:
         for room in ("attention", "cross_entropy", "rms_norm", "rope", "swiglu"):
             # the module: the package's name of most is the function in it
             module_of = sys.modules[f"{dispatch.__package__}.{room}"]
-            stack.enter_context(mock.patch.object(module_of, "runs_triton", return_value=True))
+            stack.enter_context(mock.patch.object(module_of, "runs_triton", _always))
         for module_of in (blocks, hopper_forward, hopper_backward):
             stack.enter_context(mock.patch.object(module_of, "describe", _describe))
         stack.enter_context(mock.patch.object(hopper_backward, "describe_rows", _describe_rows))
@@ -165,7 +169,7 @@ def microseconds(call: Callable[[], Any], before: Callable[[], Any] = lambda: No
 Case = tuple[str, Callable[[], Any], Callable[[], Any]]  # name, the call, what must come before it
 
 
-def _passes(name: str, forward: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> Iterator[Case]:
+def _passes(name: str, forward: Callable[..., Any], *inputs: torch.Tensor) -> Iterator[Case]:
     """The forward of inputs that want gradients, and its backward."""
     yield f"{name} forward", lambda: forward(*inputs), lambda: None
     gradient = torch.ones_like(forward(*inputs))
@@ -187,12 +191,14 @@ def cases(device: torch.device, rows: int, length: int) -> Iterator[Case]:
     yield from _passes("rms_norm torch", lambda x, w: F.rms_norm(x, (4096,), w, 1e-6), x, weight)
     yield from _passes("rms_norm ours", rms_norm, x, weight)
     q, k, v = (wanting(1, 16, length, 128) for _ in range(3))
-    yield from _passes("attention torch", lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True), q, k, v)
+    yield from _passes(
+        "attention torch", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), q, k, v
+    )
     for path in ("portable", "hopper"):
 
-        def attend(*qkv: torch.Tensor, path: str = path) -> torch.Tensor:
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, path: str = path) -> Any:
             with paths.use(path):
-                return flash_attention(*qkv)
+                return flash_attention(q, k, v)
 
         yield from _passes(f"attention {path}", attend, q, k, v)
 

@@ -109,7 +109,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
     from .clock import median_seconds
 
-    size, n_byte = (8192, 2**32) if device.type == "cuda" else (1024, 2**28)
+    size, n_byte = (8192, 2**32) if device.type == "cuda" else (512, 2**28)
     a, b = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
     (product,) = median_seconds([lambda: a @ b], device, seconds=0.3)
     source = torch.empty(n_byte, dtype=torch.uint8, device=device).random_()

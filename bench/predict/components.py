@@ -20,7 +20,9 @@ from ...model import ModelConfig, Transformer
 from ..measure.clock import Call, median_seconds, on_capture_stream
 from ..rates.kernel_rates import Leaves, both_passes, ops_on
 
-COLD_BYTES = {"cpu": 2**26, "cuda": 2**28}  # of a component's rotating inputs: twice a CPU's last cache, 5x a GPU's L2
+# Of a component's rotating inputs: twice a CPU's last cache; on a GPU the clock itself clears the L2.
+COLD_BYTES = {"cpu": 2**26, "cuda": 0}
+COMPONENTS = 12  # of a step, that share the seconds
 
 
 @dataclass(frozen=True)
@@ -224,16 +226,16 @@ def measure_components(
     device: torch.device,
     *,
     optimizer: str = "adamw",
-    seconds: float = 1.0,
+    seconds: float = 10.0,
     progress: Callable[[str], object] = lambda what: None,
 ) -> dict[str, Timed]:
-    """Each component's seconds in one step, for about `seconds` each; named as the rows of the estimate."""
+    """Each component's seconds in one step, for about `seconds` in all; named as the rows of the estimate."""
     bench = Bench(config, batch_size, context_length, dtype, device, optimizer)
     times: dict[str, dict[str, float]] = {}
     with on_capture_stream(device):
         for tasks in bench.tasks():
             progress(tasks[0].component)
-            medians = median_seconds([task.call for task in tasks], device, seconds=seconds)
+            medians = median_seconds([task.call for task in tasks], device, seconds=min(1.0, seconds / COMPONENTS))
             for task, median in zip(tasks, medians, strict=True):
                 passes = times.setdefault(task.component, {})
                 passes[task.pass_] = passes.get(task.pass_, 0.0) + task.times * median

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
+import time
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...kernels import reference
 from ...model import ModelConfig, Transformer
 from ...training.optim import build_optimizers
+from ..measure.clock import median_seconds
 from ..measure.memory import peak_bytes
 from ..rates.kernel_rates import ops_on
 
@@ -34,15 +38,33 @@ class Step:
         self.optimizers = build_optimizers(self.model, optimizer=optimizer, lr=1e-4, muon_dtype=dtype)
         self.forward = torch.compile(self.model) if compiled else self.model
 
-    def __call__(self) -> None:
+    def issue(self) -> None:
+        """Forward, backward and update, as far as the host's part goes."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = self.forward(self.inputs, self.targets)
         loss.backward()
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
+
+    def __call__(self) -> None:
+        self.issue()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def seconds(self, budget: float) -> tuple[float, float | None]:
+        """(a step's median, the median until the host has issued it) in about `budget` seconds; no host on a CPU."""
+        issued: list[float] = []
+
+        def step() -> None:
+            start = time.perf_counter()
+            self.issue()
+            issued.append(time.perf_counter() - start)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+
+        (whole,) = median_seconds([step], self.device, seconds=budget, capture=False)
+        return whole, statistics.median(issued[1:]) if self.device.type == "cuda" else None  # the first warms up
 
     def peak_bytes(self) -> int:
         """The step's peak memory: parameters and moments, and what the step allocates besides."""

@@ -1,13 +1,16 @@
 """Prediction beside measurement: parameters, FLOPs, memory and time of one training step, component by component.
 
-The prediction is written to disk before anything of it is measured.
+The prediction is written to disk before anything of it is measured, and every model's measurement as soon as it is
+there. All models share a budget of seconds.
 """
 
 from __future__ import annotations
 
+import gc
 import statistics
+import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,6 @@ from ...model.estimate import Estimate
 from ...training.config import TrainConfig, model_config
 from ...training.files import write_json
 from ...training.loop import TrainResult
-from ..measure.clock import median_seconds
 from ..measure.harness import machine
 from ..rates.ceilings import ceilings_of, require_ceilings
 from ..rates.kernel_rates import ops_on
@@ -29,7 +31,10 @@ from . import counters
 from .components import Timed, measure_components
 from .step import Step, count_flops
 
-STEP_SECONDS = 5.0  # for the median of the whole step
+SECONDS = 140.0  # for all models: with imports and the model that is running when they end, under 150
+STEP_SECONDS = 5.0  # for the median of the whole step, where the budget leaves as much
+STEP_SHARE, COMPONENTS_SHARE = 0.2, 0.4  # of a model's seconds, for running; the rest is for making what runs
+RUNS = 16  # of a step at the least, or what comes to one: for the memory, the time, and once more in components
 TITLES = {"adamw": "AdamW", "muon": "Muon and AdamW"}
 JOINED = {"loss": "logits"}  # one kernel computes both: their rows are measured, and compared, together
 
@@ -74,6 +79,7 @@ class Validation:
     components: tuple[ComponentRow, ...] = ()
     step_seconds: float | None = None
     notes: tuple[str, ...] = ()  # what could not be measured, and why
+    host_seconds: float | None = None  # of the step, until the host has issued all of it; None on a CPU
 
     @property
     def residual(self) -> float | None:
@@ -125,7 +131,8 @@ class Validation:
         assert c is not None
         rates = ", ".join(f"{dtype} {rate / 1e12:.3f} TFLOP/s" for dtype, rate in c.gemm_flops.items())
         machine = f"{c.device}, {c.date}: products {rates}; copy {c.copy_bandwidth / 1e9:.1f} GB/s"
-        return "\n".join((machine, *self.notes))
+        host = "" if self.host_seconds is None else f"the host issues a step in {_ms(self.host_seconds)}"
+        return "\n".join(filter(None, (machine, host, *self.notes)))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: the totals, the components, the residual."""
@@ -140,6 +147,7 @@ class Validation:
             "components": [asdict(row) | {"ratio": row.ratio} for row in self.components],
             "step_seconds": self.step_seconds,
             "residual_seconds": self.residual,
+            "host_seconds": self.host_seconds,
             "notes": list(self.notes),
         }
 
@@ -194,14 +202,23 @@ def validate(
     dtype: str = "bfloat16",
     optimizer: str = "adamw",
     compiled: bool = False,
+    counted: bool = False,
     runs: int = 1,
+    seconds: float = SECONDS,
     predictions: Path,
     progress: Callable[[str], object] = lambda what: None,
+    keep: Callable[[list[Validation], dict[str, str]], object] = lambda done, failures: None,
 ) -> list[Validation]:
     """Predict every model's step, write that to `predictions` (JSON), then measure them one after another.
 
-    runs: rounds over all models, of which each quantity's median counts.
+    counted: also by the GPU's counters, where there are any.  runs: rounds over all models, of which each quantity's
+    median counts.  seconds: for all of it; a model for which they do not suffice is left out.  keep gets, after each
+    model, what is measured so far, and {model: why not} of those that do not fit into the seconds or the memory.
+    Raises ValueError unless seconds > 0.
     """
+    if not seconds > 0:
+        raise ValueError(f"seconds: expected > 0, got {seconds}")
+    deadline = time.perf_counter() + seconds
     predicted = {
         name: predict(
             config,
@@ -219,50 +236,91 @@ def validate(
         predictions,
         {"kind": "prediction", "machine": machine(device), "ceilings": stands_on, "predictions": written},
     )
-    rounds = [[_measure(name, e, device, compiled, progress) for name, e in predicted.items()] for _ in range(runs)]
-    return [_median(same) for same in zip(*rounds, strict=True)]
+    measured: dict[str, list[Validation]] = {name: [] for name in models}
+    failures: dict[str, str] = {}
+    turns = [name for _ in range(runs) for name in models]
+    for i, name in enumerate(turns):
+        left, e = deadline - time.perf_counter(), predicted[name]
+        if not measured[name] and (name in failures or left < RUNS * (e.seconds or 0.0)):
+            failures.setdefault(name, f"left out: {max(0.0, left):.0f} of {seconds:.0f} seconds were left for it")
+        elif left > 0:
+            try:
+                share = left / (len(turns) - i)
+                measured[name].append(_measure(name, e, device, compiled, counted, share, progress))
+            except torch.OutOfMemoryError:
+                failures[name] = _does_not_fit(e)
+            if device.type == "cuda":  # the next model's tensors are of other sizes
+                gc.collect()
+                torch.cuda.empty_cache()
+        keep([_median(same) for same in measured.values() if same], failures)
+    return [_median(same) for same in measured.values() if same]
 
 
-def _median(same: tuple[Validation, ...]) -> Validation:
+def _does_not_fit(e: Estimate) -> str:
+    assert e.ceilings is not None
+    memory = e.ceilings.memory_bytes
+    has = "" if memory is None else f" of the device's {memory / 2**30:.1f}"
+    return f"does not fit into memory: predicted {e.memory_bytes / 2**30:.1f} GiB{has} for a step"
+
+
+def _median(same: Sequence[Validation]) -> Validation:
     """One validation of several of the same model: what was measured becomes its median."""
 
     def middle(key: str) -> list[Any]:
         columns = zip(*(getattr(validation, key) for validation in same), strict=True)
         return [replace(rows[0], measured=statistics.median(row.measured for row in rows)) for rows in columns]
 
-    steps = [validation.step_seconds for validation in same if validation.step_seconds is not None]
+    def median(key: str) -> float | None:
+        values = [getattr(validation, key) for validation in same if getattr(validation, key) is not None]
+        return statistics.median(values) if values else None
+
     return replace(
         same[0],
         rows=tuple(middle("rows")),
         components=tuple(middle("components")),
-        step_seconds=statistics.median(steps) if steps else None,
+        step_seconds=median("step_seconds"),
+        host_seconds=median("host_seconds"),
     )
 
 
 def _measure(
-    name: str, e: Estimate, device: torch.device, compiled: bool, progress: Callable[[str], object]
+    name: str,
+    e: Estimate,
+    device: torch.device,
+    compiled: bool,
+    counted: bool,
+    seconds: float,
+    progress: Callable[[str], object],
 ) -> Validation:
+    """One model's step and components in about so many seconds; torch.OutOfMemoryError where the step does not fit."""
+    deadline = time.perf_counter() + seconds
     sizes = e.config, e.batch_size, e.context_length, getattr(torch, e.dtype), device
     progress(f"{name}: FLOPs, memory")
-    rows = [*_counted(e), _memory(e, Step(*sizes, optimizer=e.optimizer).peak_bytes())]
-    components = measure_components(*sizes, optimizer=e.optimizer, progress=lambda what: progress(f"{name}: {what}"))
-    progress(f"{name}: step")
     step = Step(*sizes, optimizer=e.optimizer)
-    (seconds,) = median_seconds([step], device, seconds=STEP_SECONDS, capture=False)
-    rows += _times(e, seconds, f"eager, {TITLES[e.optimizer]}")
+    rows = [*_counted(e), _memory(e, step.peak_bytes())]
+    progress(f"{name}: step")
+    step_seconds = min(STEP_SECONDS, STEP_SHARE * seconds)
+    whole, host = step.seconds(step_seconds)
+    rows += _times(e, whole, f"eager, {TITLES[e.optimizer]}")
+    del step
+    components = measure_components(
+        *sizes,
+        optimizer=e.optimizer,
+        seconds=COMPONENTS_SHARE * max(0.0, deadline - time.perf_counter()),
+        progress=lambda what: progress(f"{name}: {what}"),
+    )
     if compiled:
         progress(f"{name}: step, compiled")
-        step = Step(*sizes, compiled=True, optimizer=e.optimizer)
-        (fused,) = median_seconds([step], device, seconds=STEP_SECONDS, capture=False)
+        fused, _ = Step(*sizes, compiled=True, optimizer=e.optimizer).seconds(step_seconds)
         rows += _times(e, fused, f"torch.compile, {TITLES[e.optimizer]}", ", compiled")
     notes: list[str] = []
-    if counters.available(device, e.dtype):
+    if counted and counters.available(device, e.dtype):
         progress(f"{name}: the GPU's counters")
         try:
             rows += _executed(e, *counters.count_step(e, device))
         except RuntimeError as error:
             notes.append(str(error))
-    return Validation(name, e, tuple(rows), tuple(_side_by_side(e, components)), seconds, tuple(notes))
+    return Validation(name, e, tuple(rows), tuple(_side_by_side(e, components)), whole, tuple(notes), host)
 
 
 def _executed(e: Estimate, operations: float, moved: float) -> list[Row]:
@@ -315,7 +373,7 @@ def validate_step(run: TrainConfig, device: torch.device, measured: TrainResult)
         optimizer=run.optimizer,
     )  # fmt: skip
     memory = _memory(e, step.peak_bytes())
-    (seconds,) = median_seconds([step], device, seconds=STEP_SECONDS, capture=False)
+    seconds, _ = step.seconds(STEP_SECONDS)
     rows = [*_counted(e), memory, *_times(e, seconds, f"one step alone, {TITLES[e.optimizer]}")]
     what = "the run: with data, clipping, logging"
     rows.append(Row("step time in training", "ms", (e.seconds or 0) * 1e3, measured.step_seconds * 1e3, what))

@@ -3,13 +3,17 @@
 Three rates make a roofline: products, copies, exponentials. Beside them every kernel that a training step launches is
 timed by itself, forward and backward, at a few sizes of its own (bench/rates/kernel_rates.py); no step, layer or model
 is timed. What the estimate takes for a kernel at other sizes lies between those points.
+
+All of it has a budget of seconds: the most telling sizes come first (bench/rates/schedule.py), and what is measured is
+kept at once, so that an interrupt loses nothing.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,13 +27,16 @@ from ...training.throughput import measure_peak_flops
 from ..measure.clock import best_seconds
 from ..measure.harness import machine
 from .exponentials import exp_rate
-from .kernel_rates import KERNELS, kernel_rates
+from .kernel_rates import KERNELS, grids, kernel_rates
+from .schedule import left_out
 
-DTYPES = (torch.float32, torch.bfloat16)
+SECONDS = 30.0  # the budget: with imports and the kernel that is running when it ends, under 45
+DTYPES = (torch.bfloat16,)
 
 
 def _copy_bandwidth(device: torch.device) -> float:
-    size = 2**32 if device.type == "cuda" else 2**28  # far beyond any cache
+    # far beyond any cache, and both buffers in a quarter of a small GPU
+    size = min(2**32, _memory_bytes(device) // 8) if device.type == "cuda" else 2**28
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / best_seconds(lambda: target.copy_(source), device)
@@ -45,26 +52,95 @@ def measure_ceilings(
     device: torch.device,
     *,
     dtypes: Sequence[torch.dtype] = DTYPES,
+    names: Container[str] = KERNELS,
+    seconds: float = SECONDS,
     progress: Callable[[str], object] = lambda what: None,
+    keep: Callable[[Ceilings], object] = lambda ceilings: None,
 ) -> Ceilings:
-    """Measure every ceiling, in less than a minute; progress is told what comes next."""
+    """Measure the three rates and those of the named kernels, in about `seconds`.
+
+    progress is told what comes next; keep gets what is measured so far, after the three rates and after each kernel.
+    Raises ValueError unless seconds > 0.
+    """
+    if not seconds > 0:
+        raise ValueError(f"seconds: expected > 0, got {seconds}")
+    deadline = time.perf_counter() + seconds
     progress("products, copies, exponentials")
-    peaks = {_name(dtype): measure_peak_flops(device, dtype) for dtype in dtypes}
     where = machine(device)
-    return Ceilings(
-        gemm_flops=peaks,
+    ceilings = Ceilings(
+        gemm_flops={
+            _name(dtype): measure_peak_flops(device, dtype, seconds=min(0.5, seconds / 20)) for dtype in dtypes
+        },
         copy_bandwidth=_copy_bandwidth(device),
         exp_rate=exp_rate(device),
-        kernels={
-            f"{kernel} {_name(dtype)}": rates
-            for dtype in dtypes
-            for kernel, rates in kernel_rates(dtype, device, progress=progress).items()
-        },
         device=where["device"],
         date=where["date"],
         versions={key: str(where[key]) for key in ("torch", "triton", "cuda") if where[key]},
         memory_bytes=_memory_bytes(device),
     )
+    keep(ceilings)
+    for i, dtype in enumerate(dtypes):
+        before = ceilings
+
+        def beside(
+            rates: dict[str, dict[Sizes, float]], before: Ceilings = before, dtype: str = _name(dtype)
+        ) -> Ceilings:
+            kernels = {f"{kernel} {dtype}": dict(points) for kernel, points in rates.items()}
+            return replace(before, kernels=before.kernels | kernels)
+
+        now = time.perf_counter()
+        rates = kernel_rates(
+            dtype,
+            device,
+            names=names,
+            deadline=now + max(0.0, deadline - now) / (len(dtypes) - i),
+            progress=progress,
+            keep=lambda rates, beside=beside: keep(beside(rates)),
+        )
+        ceilings = beside(rates)
+    return ceilings
+
+
+def keep_ceilings(
+    device: torch.device,
+    *,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    names: Container[str] = KERNELS,
+    seconds: float = SECONDS,
+    progress: Callable[[str], object] = lambda what: None,
+) -> Ceilings:
+    """measure_ceilings, saved as they come beside what was kept of other dtypes and kernels; returns all of it.
+
+    Until a kernel is done, its earlier rates stand at the sizes that are still to come.
+    """
+    known = load_ceilings(device)
+
+    def keep(measured: Ceilings) -> None:
+        earlier = known.kernels if known else {}
+        kernels = {name: earlier.get(name, {}) | points for name, points in measured.kernels.items()}
+        save_ceilings(_beside(known, replace(measured, kernels=kernels)), device)
+
+    measured = measure_ceilings(device, dtypes=dtypes, names=names, seconds=seconds, progress=progress, keep=keep)
+    ceilings = _beside(known, measured)
+    save_ceilings(ceilings, device)
+    return ceilings
+
+
+def _beside(known: Ceilings | None, measured: Ceilings) -> Ceilings:
+    if known is None:
+        return measured
+    peaks, kernels = known.gemm_flops | measured.gemm_flops, known.kernels | measured.kernels
+    return replace(measured, gemm_flops=peaks, kernels=kernels)
+
+
+def sizes_left_out(ceilings: Ceilings, device: torch.device) -> dict[str, list[Sizes]]:
+    """{"gemm bfloat16": sizes without a rate} for each dtype with a peak: time was up, or memory did not suffice."""
+    wanted = {
+        f"{kernel} {dtype}": grid
+        for dtype in ceilings.gemm_flops
+        for kernel, grid in grids(getattr(torch, dtype), device).items()
+    }
+    return left_out(wanted, ceilings.kernels)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -92,11 +168,20 @@ def ceilings_table(ceilings: Ceilings) -> Table:
     return table
 
 
+def left_out_lines(ceilings: Ceilings, device: torch.device) -> list[str]:
+    """For each kernel that lacks sizes of its grid, how many and the first few."""
+    lines = []
+    for kernel, sizes in sizes_left_out(ceilings, device).items():
+        named = [*map(_sizes, sizes[:4]), *["..."] * (len(sizes) > 4)]
+        lines.append(f"left out: {kernel}, {len(sizes)} sizes ({', '.join(named)})")
+    return lines
+
+
 def _sizes(sizes: Sizes) -> str:
     return " x ".join(f"{size:,}" for size in sizes)
 
 
-def _path(device: torch.device) -> Path:
+def path_of(device: torch.device) -> Path:
     """One file for each kind of device; a CPU's rates depend on the threads that torch may use."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     kind = device.type if device.type == "cuda" else f"{device.type}-{torch.get_num_threads()}"
@@ -105,14 +190,14 @@ def _path(device: torch.device) -> Path:
 
 def save_ceilings(ceilings: Ceilings, device: torch.device) -> Path:
     """Keep them for load_ceilings, one file per kind of device in the user's cache folder; returns the file."""
-    write_json(_path(device), ceilings.to_dict())
-    return _path(device)
+    write_json(path_of(device), ceilings.to_dict())
+    return path_of(device)
 
 
 def load_ceilings(device: torch.device) -> Ceilings | None:
     """What was last measured on this very device with these versions; None when nothing was."""
     try:
-        ceilings = Ceilings.from_dict(json.loads(_path(device).read_text()))
+        ceilings = Ceilings.from_dict(json.loads(path_of(device).read_text()))
     except (FileNotFoundError, json.JSONDecodeError, ValueError):
         return None
     here = machine(device)
@@ -130,14 +215,12 @@ def require_ceilings(device: torch.device) -> Ceilings:
     return ceilings
 
 
-def ceilings_of(device: torch.device, dtype: str) -> Ceilings:
+def ceilings_of(device: torch.device, dtype: str, seconds: float = SECONDS) -> Ceilings:
     """The ones kept from an earlier measurement on this machine; what is not among them is measured now and kept."""
     known = load_ceilings(device)
+    names = list(grids(getattr(torch, dtype), device))
     if known is not None and dtype in known.gemm_flops:
-        return known
-    measured = measure_ceilings(device, dtypes=(getattr(torch, dtype),))
-    if known is not None:
-        peaks, kernels = known.gemm_flops | measured.gemm_flops, known.kernels | measured.kernels
-        measured = replace(measured, gemm_flops=peaks, kernels=kernels)
-    save_ceilings(measured, device)
-    return measured
+        names = [name for name in names if f"{name} {dtype}" not in known.kernels]
+        if not names:
+            return known
+    return keep_ceilings(device, dtypes=(getattr(torch, dtype),), names=names, seconds=seconds)

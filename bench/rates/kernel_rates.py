@@ -6,7 +6,8 @@ and its backward is the gradient for all of them. Layouts are those that the mod
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from types import ModuleType
@@ -23,8 +24,10 @@ from ...model.ceilings import Sizes
 from ...model.parts import BACKWARD
 from ...training.optim import AdamW, Muon
 from ..measure.clock import Call, median_seconds, on_capture_stream
+from .schedule import Budget, plan
 
 SECONDS = 0.5  # for a kernel's sizes, forward and backward together
+HURRY = 0.05  # seconds left for each task, below which one round is all that a call gets
 HEADS = 4  # of the q that is rotated, and of the k
 WIDTH = 256  # of the embedding's rows
 TENSOR = 2**18  # elements of one parameter that AdamW updates
@@ -115,7 +118,8 @@ def _linear_cross_entropy(make: Leaves, M: int, N: int, V: int) -> Call:
     # logits of a model's size: larger ones underflow in the softmax, and a CPU is ten times slower over denormals
     weight = make(V, N, dtype=torch.float32, scale=N**-0.5)
     x, target = make(M, N), make.tokens(M, V)
-    return lambda: make.ops.linear_cross_entropy(x, weight, target)
+    # the two passes apart: a step that keeps the gradients is their sum, less the logits computed again
+    return lambda: make.ops.linear_cross_entropy(x, weight, target, keep_gradients=False)
 
 
 def _embedding(make: Leaves, elements: int) -> Call:
@@ -236,27 +240,73 @@ def both_passes(call: Callable[[], Any], leaves: list[Tensor]) -> tuple[Call, Ca
     return call, lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True, allow_unused=True)
 
 
+def grids(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Sizes, ...]]:
+    """{kernel: the sizes it is timed at} of every kernel that a step in that dtype launches there."""
+    needless = ("cast",) if dtype == torch.float32 else ()
+    return {name: kernel.sizes[device.type] for name, kernel in KERNELS.items() if name not in needless}
+
+
 def kernel_rates(
-    dtype: torch.dtype, device: torch.device, *, progress: Callable[[str], object] = lambda what: None
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    names: Container[str] = KERNELS,
+    deadline: float = float("inf"),
+    progress: Callable[[str], object] = lambda what: None,
+    keep: Callable[[dict[str, dict[Sizes, float]]], object] = lambda rates: None,
 ) -> dict[str, dict[Sizes, float]]:
-    """{"gemm": {sizes: work/s}, "gemm backward": ...} of every kernel in that dtype."""
+    """{"gemm": {sizes: work/s}, "gemm backward": ...} of the named kernels in that dtype.
+
+    Each at one size at least, at the others as far as they end before `deadline` (time.perf_counter's) and fit into
+    memory. keep gets what is there after each step: an interrupt loses no more than the step it falls into.
+    """
+    wanted = {name: grid for name, grid in grids(dtype, device).items() if name in names}
+
+    def work(name: str, sizes: Sizes) -> float:
+        return float(KERNELS[name].work(device, sizes, backward=False))
+
+    # a CPU's sizes are timed in turn, so that its slow moments fall on all; a GPU's tensors are too large for that
+    tasks = plan(wanted, work, together=device.type == "cpu")
+    budget = Budget(deadline)
     rates: dict[str, dict[Sizes, float]] = {}
-    for name, kernel in KERNELS.items():
-        if name == "cast" and dtype == torch.float32:
+    for i, task in enumerate(tasks):
+        if not budget.allows(task):
             continue
-        progress(f"{name}, {str(dtype).removeprefix('torch.')}")
-        grid = kernel.sizes[device.type]
-        directions = (False, True) if kernel.backward else (False,)
-        # sizes are timed in turn; a GPU's, whose tensors are large, one after another
-        for group in [grid] if device.type == "cpu" else [(sizes,) for sizes in grid]:
-            calls: list[Call] = []
-            with on_capture_stream(device):
-                for sizes in group:
-                    leaves = Leaves(dtype, device)
-                    call = kernel.make(leaves, *sizes)
-                    calls += both_passes(call, leaves.made) if kernel.backward else [call]
-                times = iter(median_seconds(calls, device, seconds=SECONDS * len(group) / len(grid)))
-            for sizes, backward in product(group, directions):
-                work = kernel.work(device, sizes, backward)
-                rates.setdefault(name + BACKWARD * backward, {})[sizes] = work / next(times)
+        sizes = "" if len(task.sizes) > 1 else " x ".join(map(str, task.sizes[0]))
+        progress(f"{task.kernel} {sizes}, {str(dtype).removeprefix('torch.')} ({i + 1} of {len(tasks)})")
+        start = time.perf_counter()
+        left = max(0.0, deadline - start) / (len(tasks) - i)
+        share = min(left, SECONDS * len(task.sizes) / len(wanted[task.kernel]))
+        rounds = (3 if left > HURRY else 1, 25)
+        try:
+            times = _time(KERNELS[task.kernel], task.sizes, dtype, device, share, rounds)
+        except torch.OutOfMemoryError:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            times = {}
+        for (backward, at), seconds in times.items():
+            done = KERNELS[task.kernel].work(device, at, backward)
+            rates.setdefault(task.kernel + BACKWARD * backward, {})[at] = done / seconds
+        budget.took(task, time.perf_counter() - start, sum(times.values()))
+        keep(rates)
     return rates
+
+
+def _time(
+    kernel: Kernel,
+    group: Sequence[Sizes],
+    dtype: torch.dtype,
+    device: torch.device,
+    seconds: float,
+    rounds: tuple[int, int],
+) -> dict[tuple[bool, Sizes], float]:
+    """{(backward, sizes): seconds} of one kernel at a few sizes, timed in turn."""
+    calls: list[Call] = []
+    with on_capture_stream(device):
+        for sizes in group:
+            leaves = Leaves(dtype, device)
+            call = kernel.make(leaves, *sizes)
+            calls += both_passes(call, leaves.made) if kernel.backward else [call]
+        times = median_seconds(calls, device, seconds=seconds, rounds=rounds)
+    timed = [(backward, sizes) for sizes in group for backward in ((False, True) if kernel.backward else (False,))]
+    return dict(zip(timed, times, strict=True))

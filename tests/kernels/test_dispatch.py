@@ -8,9 +8,13 @@ import subprocess
 import sys
 import threading
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rooflight import kernels
 from rooflight.kernels import dispatch
@@ -87,6 +91,45 @@ def test_kernel_and_oracle_share_a_signature(name):
     assert [(p.name, p.kind, p.default) for p in ours.parameters.values()] == [
         (p.name, p.kind, p.default) for p in oracle.parameters.values()
     ]
+
+
+class _Seen(TorchDispatchMode):
+    """The operators that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_eager_calls_go_past_the_dispatcher_unless_someone_looks(device):
+    """Direct calls save time; a mode, a profiler and tensor subclasses must see the operator all the same."""
+    x = torch.randn(2, 8, device=device, requires_grad=True)
+    ran = []
+    real = dict(dispatch._launchers)
+
+    def through(op, launcher):
+        return lambda *args: (ran.append(str(op)), launcher(*args))[1]
+
+    with mock.patch.dict(dispatch._launchers, {op: through(op, launcher) for op, launcher in real.items()}):
+        kernels.swiglu(x, x).sum().backward()
+        assert ran == ["rooflight.swiglu_fwd.default", "rooflight.swiglu_bwd.default"]
+        ran.clear()
+        with _Seen() as seen:
+            kernels.swiglu(x, x).sum().backward()
+        assert {"rooflight.swiglu_fwd.default", "rooflight.swiglu_bwd.default"} <= set(seen.names)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            kernels.swiglu(x, x).sum().backward()
+        names = {event.key for event in profiler.key_averages()}
+        assert {"rooflight::swiglu_fwd", "rooflight::swiglu_bwd"} <= names
+        assert ran == []
+    with torch.device(device), FakeTensorMode():
+        fake = torch.ones(2, 8)
+    y = kernels.swiglu(fake, fake)  # outside its mode: a subclass by itself
+    assert isinstance(y, FakeTensor)
 
 
 def test_a_thread_has_a_context_before_its_first_product(monkeypatch):

@@ -27,6 +27,13 @@ def _linear_cross_entropy(x, weight):
     return linear_cross_entropy(x, weight, TARGET.to(x.device), softcap=3.0, z_loss=0.1)
 
 
+def _recomputed(x, weight):
+    """The same, its gradients made in the backward; and a row's own upstream gradient for each."""
+    target = TARGET.to(x.device)
+    mean = linear_cross_entropy(x, weight, target, softcap=3.0, z_loss=0.1, keep_gradients=False)
+    return mean, linear_cross_entropy(x, weight, target, reduction="none")
+
+
 # name: (function, shapes of the tensors that need a gradient)
 OPS = {
     "rope": (_rope, [(2, 3, 5, 8), (2, 1, 5, 8)]),
@@ -38,7 +45,9 @@ COSTS = {
     "rope": lambda backward: cost.rope_cost(2, 3, 1, 5, 8, backward=backward),
     "swiglu": lambda backward: cost.swiglu_cost(4, 6, backward=backward),
     "cross_entropy": lambda backward: cost.cross_entropy_cost(4, 9, backward=backward),
-    "linear_cross_entropy": lambda backward: cost.linear_cross_entropy_cost(4, 6, 9, backward=backward),
+    "linear_cross_entropy": lambda backward: cost.linear_cross_entropy_cost(
+        4, 6, 9, backward=backward, keep_gradients=True
+    ),
 }
 
 
@@ -72,6 +81,10 @@ def test_opcheck(device):
     torch.library.opcheck(ops.linear_cross_entropy_fwd.default, (x, weight, target, -100, 0.0, 0.1))
     args = (loss, x.detach(), weight.detach(), target, lse, -100, 0.0, 0.1, True, False)
     torch.library.opcheck(ops.linear_cross_entropy_bwd.default, args)
+    args = (x, weight, target, -100, 0.0, 0.1, "mean", True, True)
+    torch.library.opcheck(ops.linear_cross_entropy_kept.default, args)
+    total, dx, dweight = (t.detach() for t in ops.linear_cross_entropy_kept(*args))
+    torch.library.opcheck(ops.linear_cross_entropy_scale.default, (total, total, dx, dweight))
 
 
 @pytest.mark.filterwarnings("default")  # the compiler's own

@@ -9,7 +9,7 @@ import torch
 
 from rooflight.kernels import reference, rms_norm
 from rooflight.kernels import rms_norm as op
-from rooflight.kernels.rms_norm import BACKWARD_TILE, FORWARD_TILE, LOOP_ROWS
+from rooflight.kernels.rms_norm import BACKWARD_LONGEST, BACKWARD_TILE, FORWARD_TILE
 from support.tolerance import judge
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -40,6 +40,8 @@ def case(device, dtype, shape, *, residual=False, weight=True, weight_dtype=None
         (5, 300),  # no multiple of 16
         (9, 1000),
         (2, 4097),  # one past a power of two
+        (601, 64),  # enough for whole tiles: more of them than programs, the last in part
+        (37, 1000),
     ],
     ids=str,
 )
@@ -81,22 +83,41 @@ def test_the_stream_has_the_promoted_dtype(device, x_dtype, residual_dtype):
 
 
 @pytest.mark.parametrize(
-    ("shape", "residual", "backward"),
+    ("dtype", "shape", "options"),
     [
-        ((3, BACKWARD_TILE + 5), True, True),  # the backward loops, the forward does not
-        ((2, FORWARD_TILE + 3), False, True),  # both loop
-        ((2 * LOOP_ROWS * 2 + 3, BACKWARD_TILE + 5), False, True),  # enough rows to take several at once
-        ((3, FORWARD_TILE // 2 + 1), True, False),  # the forward with a residual loops
-        ((1, 131072), False, False),
+        (torch.bfloat16, (5, BACKWARD_LONGEST - 3), {"residual": True}),  # one tile: more rows than programs
+        (torch.float16, (3, BACKWARD_LONGEST), {}),
+        (torch.bfloat16, (3, BACKWARD_LONGEST), {"weight": False}),
+        (torch.float16, (5, BACKWARD_LONGEST + 1), {}),  # a column in the last tile alone; the forward has one tile
+        (torch.bfloat16, (3, BACKWARD_LONGEST + 5), {"residual": True}),  # the forward loops: two rows in registers
+        (torch.bfloat16, (3, BACKWARD_LONGEST + 5), {"weight": False}),
+        (torch.float32, (5, BACKWARD_TILE + 1), {"residual": True}),  # 4-byte rows have half the columns in a tile
+        (torch.float32, (2, BACKWARD_LONGEST + 1), {}),
+        (torch.bfloat16, (2, FORWARD_TILE + 3), {}),  # the forward loops
     ],
     ids=str,
 )
-def test_rows_longer_than_a_tile(device, shape, residual, backward):
-    judge(rms_norm, reference.rms_norm, case(device, torch.bfloat16, shape, residual=residual), backward=backward)
+def test_long_rows(device, dtype, shape, options):
+    judge(rms_norm, reference.rms_norm, case(device, dtype, shape, **options), weight_offset=1.0)
+
+
+@pytest.mark.parametrize("N", [BACKWARD_LONGEST - 1, BACKWARD_LONGEST + 1])
+def test_long_strided_rows(device, N):
+    inputs = case(device, torch.bfloat16, (2, 2, N), residual=True)
+    inputs["x"] = torch.cat([inputs["x"], inputs["x"]], -1)[..., 3 : 3 + N]
+
+    def grad(out, generator):
+        return torch.randn(out.shape, generator=generator).to(out).transpose(0, 1).contiguous().transpose(0, 1)
+
+    judge(rms_norm, reference.rms_norm, inputs, grad=grad)
+
+
+def test_the_longest_row(device):
+    judge(rms_norm, reference.rms_norm, case(device, torch.bfloat16, (1, 131072)), backward=False)
 
 
 def test_more_partial_sums_than_the_reduction_reads_at_once(device, monkeypatch):
-    monkeypatch.setattr(import_module("rooflight.kernels.rms_norm"), "REDUCE_TILE", 16)  # two rows of eight columns
+    monkeypatch.setattr(import_module("rooflight.kernels.rms_norm"), "REDUCE_ROWS", 2)
     judge(rms_norm, reference.rms_norm, case(device, torch.float32, (200, 40)))
 
 
@@ -199,10 +220,10 @@ def test_rstd_is_fp32(device):
     assert rstd.shape == (5,)
 
 
-@pytest.mark.parametrize("N", [64, 5000, BACKWARD_TILE + 8])
+@pytest.mark.parametrize("N", [64, 5000, BACKWARD_LONGEST, BACKWARD_LONGEST + 8])
 def test_bitwise_reproducible(device, N):
     repeats = 100 if device.type == "cuda" else 2
-    rows = 257 if N == 64 else 5
+    rows = 257 if N == 64 else 3  # two programs in the interpreter: one of them has two rows
     inputs = {k: v.requires_grad_() for k, v in case(device, torch.bfloat16, (rows, N), residual=True).items()}
     dy, dstream = draw(rows, N, dtype=torch.bfloat16, device=device), draw(rows, N, dtype=torch.bfloat16, device=device)
 

@@ -153,10 +153,14 @@ class TestLedgers:
         tiles = (1 + 2 + 2) * 128 * 128  # rows of tiles, each from the window's first tile to the diagonal's
         full, exact, executed = (ledgers[name]["forward"] for name in ("full", "exact", "executed"))
         assert full - exact == per_pair * (T * T - visible)
-        assert executed - exact == per_pair * (tiles - visible)
         assert ledgers["exact"]["backward"] == 2 * exact
         logits = 2 * 3 * 300 * 64 * 61
-        assert ledgers["executed"]["backward"] == 2 * executed + per_pair * tiles // 2 + logits
+        early = 2 * logits  # the gradients of the logits' product, made in the forward
+        assert executed - exact == per_pair * (tiles - visible) + early
+        assert ledgers["executed"]["backward"] == 2 * (executed - early) + per_pair * tiles // 2 - early
+        again = estimate(config, batch_size=3, dtype="float16").ledgers["executed"]  # where they are not kept
+        assert again["forward"] == executed - early
+        assert again["backward"] == 2 * again["forward"] + per_pair * tiles // 2 + logits
 
     def test_the_argument_chooses_the_totals(self) -> None:
         for causal in ("full", "exact"):

@@ -41,12 +41,12 @@ LOOP_COLUMNS = (
 Case = tuple[Callable[..., Any], dict[str, Any]]
 
 
-def rms_norm(N: int, dtype: str, residual: bool = False, heads: bool = False) -> None:
+def rms_norm(N: int, dtype: str, residual: bool = False, heads: bool = False, rows: int = 4096) -> None:
     import torch
 
     from rooflight.kernels.rms_norm import rms_norm_bwd, rms_norm_fwd
 
-    shape = (8, 16, 32, N) if heads else (4096, N)
+    shape = (8, 16, 32, N) if heads else (rows, N)
     x = torch.empty(shape, dtype=getattr(torch, dtype))
     if heads:
         x = x.transpose(1, 2)
@@ -89,11 +89,14 @@ CASES: list[Case] = [
     (rms_norm, {"N": 64, "dtype": "bfloat16", "heads": True}),
     (rms_norm, {"N": 128, "dtype": "bfloat16", "heads": True}),
     (rms_norm, {"N": 2048, "dtype": "bfloat16", "residual": True}),
+    (rms_norm, {"N": 2048, "dtype": "bfloat16", "residual": True, "rows": 4}),
     (rms_norm, {"N": 4096, "dtype": "bfloat16"}),
     (rms_norm, {"N": 4096, "dtype": "bfloat16", "residual": True}),
     (rms_norm, {"N": 4096, "dtype": "float32", "residual": True}),
     (rms_norm, {"N": 8192, "dtype": "bfloat16", "residual": True}),
     (rms_norm, {"N": 8192, "dtype": "float32", "residual": True}),
+    (rms_norm, {"N": 16384, "dtype": "bfloat16"}),
+    (rms_norm, {"N": 16384, "dtype": "bfloat16", "residual": True}),
     (rms_norm, {"N": 16384, "dtype": "float32", "residual": True}),
     (rms_norm, {"N": 32768, "dtype": "bfloat16"}),
     (rms_norm, {"N": 65536, "dtype": "bfloat16", "residual": True}),

@@ -50,6 +50,7 @@ __all__ = [
     "masked_block",
     "mbarrier",
     "new_barriers",
+    "new_numbers",
     "row_layout",
     "sequence",
     "share_numbers",
@@ -65,6 +66,7 @@ __all__ = [
     "visible_blocks",
     "warpgroup_mma",
     "warpgroup_mma_wait",
+    "write_number",
 ]
 
 # Triton 3.6 and 3.7 say async_copy_*, 3.9 async_*.
@@ -217,9 +219,9 @@ def row_layout(x):
 
 @gluon.jit
 def slot(g, STAGES: gl.constexpr):
-    """Slot and parity of buffer g of a ring of 2 or 4."""
-    gl.static_assert(STAGES == 2 or STAGES == 4)
-    SHIFT: gl.constexpr = 1 if STAGES == 2 else 2
+    """Slot and parity of buffer g of a ring of 1, 2 or 4."""
+    gl.static_assert(STAGES == 1 or STAGES == 2 or STAGES == 4)
+    SHIFT: gl.constexpr = STAGES // 2
     return g & (STAGES - 1), (g >> SHIFT) & 1
 
 
@@ -233,16 +235,29 @@ def new_barriers(N: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def new_numbers(N: gl.constexpr):
+    """N 32-bit integers in shared memory."""
+    return gl.allocate_shared_memory(gl.int32, [N, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def write_number(shared, i, number, WARPS: gl.constexpr):
+    """Set the i-th of them, from a partition of so many warps."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    shared.index(i).store(gl.full([1], number, gl.int32, layout))
+
+
+@gluon.jit
 def share_numbers(numbers):
     """32-bit integers in shared memory, for `shared_number`: before the partitions part, for any of them."""
-    shared = gl.allocate_shared_memory(gl.int32, [len(numbers), 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    shared = new_numbers(len(numbers))
     for i in gl.static_range(len(numbers)):
-        shared.index(i).store(gl.full([1], numbers[i], gl.int32, ONE))
+        write_number(shared, i, numbers[i], 4)
     return shared
 
 
 @gluon.jit
-def shared_number(shared, i: gl.constexpr):
+def shared_number(shared, i):
     """The i-th of them. No compiler knows it, so nothing that follows from it is moved to before this."""
     return gl.sum(shared.index(i).load(ONE), 0)
 

@@ -1,19 +1,20 @@
 """The forward kernel for Hopper, in the structure of FlashAttention-3 (Shah et al. 2024), written in Gluon.
 
-The recurrence is that of portable/forward.py. What differs is who does what, and when. A program takes BLOCK_M rows of
-queries and runs partitions of warps side by side:
+The recurrence is that of portable/forward.py. What differs is who does what, and when. A program takes tiles of BLOCK_M
+rows of queries (schedule.py: which, and when) and runs partitions of warps side by side:
 
-    producer    one warp, 24 registers a thread (loads.py): starts the TMA loads of queries, then of keys and
-                values block by block into a ring of STAGES slots each, whenever a slot comes free
-    consumers   BLOCK_M / 64 warpgroups, 64 rows each, up to 240 registers: all of the arithmetic
+    producer    one warp, 24 registers a thread (loads.py): says where the next tile stands, starts the TMA loads of its
+                queries, then of keys and values block by block into a ring of STAGES slots each, whenever a slot comes
+                free; then goes on to the next tile
+    consumers   two warpgroups, 64 rows each, up to 240 registers: all of the arithmetic
 
 Barriers, by who waits for whom (blocks.py explains parities):
 
-    q_full[c]   consumer c waits for its rows of queries         q_empty[c]  the producer, for c's output to have left
+    q_full[c]   consumer c waits for a tile's place and its rows of queries; one for each of Q_STAGES slots
+    q_empty[c]  the producer waits for c's output, which leaves from where the queries were
     k_full[s]   consumers wait for the keys in slot s            k_empty[s]  the producer, for every consumer's q k^T
     v_full[s]   consumers wait for the values in slot s          v_empty[s]  the producer, for every consumer's p v
     v_clean     consumers wait for each other's part of the values past a packed sequence's end to be zeroed
-    turn[c]     with PING_PONG consumer c waits for its turn to issue products, while the others do softmax
 
 Each consumer overlaps its softmax with its products. In step n, with z, p, o in registers:
 
@@ -29,9 +30,12 @@ p stays in fp32 from one step to the next: as bf16 it would be unpacked and pack
 wait for the next keys stands where it does for a second reason: it ends a basic block, and without one ptxas moves the
 wait for o above the exponentials, so that they run with idle tensor cores. Tests hold the machine code to both.
 
+Between two tiles nothing waits for memory: with two slots for queries, the next tile's queries and first keys load
+while the last products of this one run, and its output leaves under the next one's first product; q_empty follows
+there. The other consumer's products fill what this one's last step leaves idle.
+
 Blocks that the mask or the end of the keys cuts come first, the rightmost (under a causal mask the diagonal) before the
-loop; whole ones follow unmasked. Row tiles start with the last, the heaviest under a causal mask, and head by head in
-groups whose keys and values fit in the L2 cache.
+loop; whole ones follow unmasked.
 
 TMA descriptors span the whole tensor as (b, h, row, d). A dense tile's rows past the end read as zeros and are not
 written. In packed sequences they are the neighbour's: its keys are masked; its values meet p = 0, but 0 x inf is NaN,
@@ -56,8 +60,8 @@ from .blocks import (
     masked_block,
     mbarrier,
     new_barriers,
+    new_numbers,
     row_layout,
-    share_numbers,
     shared_number,
     slot,
     tma,
@@ -66,20 +70,18 @@ from .blocks import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .loads import Problem, Shared, produce, tile_at
+from .loads import CONSUMERS, NUMBERS, Problem, Shared, produce, read_tile
+from .schedule import TILE, Schedule, section_heads, tile_counter
 
 LN2: gl.constexpr = gl.constexpr(math.log(2))
 
-# BLOCK_M, BLOCK_N and STAGES by head size: what compiles for sm_90 without a spill in the loop (triton 3.6 to 3.9) and,
-# of that, has the least issue slots to a product. At D = 64 keys of 128 rows leave a fifth of them free, tiles of 192
-# rows by 64 keys none; four stages cover the latency of a load there, where a step is half as long.
-TILES = {64: (128, 128, 4), 128: (128, 128, 2), 256: (128, 64, 2)}
+# BLOCK_N, STAGES and Q_STAGES by head size: what compiles for sm_90 without a spill in the loop (triton 3.7) and,
+# of that, has the least issue slots to a product. Four stages cover the latency of a load at D = 64, where a step is
+# half as long. At D = 256 shared memory has room for one slot of queries.
+TILES = {64: (128, 4, 2), 128: (128, 2, 2), 256: (64, 2, 1)}
+BLOCK_M = 128  # rows of queries: 192 would waste 41 % of the causal tiles at T = 512, 128 waste 20 %
 
-# Registers a thread of consumers and producer by BLOCK_M: of 65,536, in multiples of 8.
-REGISTERS = {128: (240, 24), 192: (160, 32)}
-
-# Keys and values of the heads that run together; the L2 cache of H100 and H200 has 50 MB, for all that passes through.
-L2_BYTES = 32 << 20
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24  # a thread: of 65,536, in multiples of 8
 
 
 class Output(NamedTuple):
@@ -158,10 +160,6 @@ def _store_output(o, lse, buffer, out_desc, output, tile, c: gl.constexpr, ROWS:
     """Rows c * 64 ... of the tile: o by TMA from where the queries were, or by masked pointers across a packed end."""
     first = tile.first + c * 64
     b, h = gl.cast(tile.b, gl.int64), gl.cast(tile.h, gl.int64)
-    rows = gl.arange(0, 64, ROWS)
-    lse_ptr = output.lse_ptr + b * output.lse_strides[0] + h * output.lse_strides[1]
-    lse_offsets = (tile.start_q + first + rows).to(gl.int64) * output.lse_strides[2]
-    gl.store(lse_ptr + lse_offsets, lse, mask=first + rows < tile.T)
     buffer.store(o.to(buffer.dtype))
     fence_async_shared()  # TMA reads it, or loads the next queries over it, through the asynchronous proxy
     if VARLEN and first + 64 > tile.T:
@@ -175,156 +173,148 @@ def _store_output(o, lse, buffer, out_desc, output, tile, c: gl.constexpr, ROWS:
         gl.store(out_ptr + (offsets[:, None] + cols[None, :]), buffer.load(layout), mask=mask)
     else:
         tma_store(out_desc, [tile.b, tile.h, tile.start_q + first, 0], buffer)
-        tma.store_wait(0)
+    rows = gl.arange(0, 64, ROWS)
+    lse_ptr = output.lse_ptr + b * output.lse_strides[0] + h * output.lse_strides[1]
+    lse_offsets = (tile.start_q + first + rows).to(gl.int64) * output.lse_strides[2]
+    gl.store(lse_ptr + lse_offsets, lse, mask=first + rows < tile.T)
+
+
+@gluon.jit
+def _release_output(s_q, shared, c: gl.constexpr, pred):
+    """Wait until the output has been read from slot s_q, and hand the slot to the producer."""
+    tma.store_wait(0)
+    mbarrier.arrive(shared.q_empty.index(s_q * CONSUMERS + c), count=1, pred=pred)
 
 
 @gluon.jit
 def _consume_tile(
-    t, g, n_done, n_clean, out_desc, output, shared, problem, exp_scale,
-    c: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PING_PONG: gl.constexpr,
-):  # fmt: skip
-    """Rows c * 64 ... of the t-th tile.
+    s_q, g, n_done, n_clean, out_desc, output, shared, problem, exp_scale, c: gl.constexpr, BLOCK_N: gl.constexpr
+):
+    """Rows c * 64 ... of the tile whose queries are in slot s_q.
 
-    Before it came g blocks of keys, n_done tiles and n_clean cleaned blocks of values; returns them as they are after.
+    Before it came g blocks of keys, n_done tiles and n_clean cleaned blocks of values; returns g and n_clean after it.
     """
     VARLEN: gl.constexpr = problem.cu_seqlens_q is not None
     STAGES: gl.constexpr = shared.k.shape[0]
     HEAD_DIM: gl.constexpr = shared.q.shape[2]
-    CONSUMERS: gl.constexpr = BLOCK_M // 64
+    Q_STAGES: gl.constexpr = shared.q.shape[0] // CONSUMERS
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    tile = tile_at(t, problem, BLOCK_M, BLOCK_N)
-    if tile.first < tile.T:
-        S = tile.S
-        lower = None if problem.left is None else S - tile.T - problem.left
-        upper = None if problem.right is None else S - tile.T + problem.right
-        q = shared.q.index(c)
-        i = tile.first + c * 64 + gl.arange(0, 64, rows)
-        cols = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
-        m_i = gl.full([64], float("-inf"), gl.float32, rows)
-        o = gl.zeros([64, HEAD_DIM], gl.float32, o_layout)
+    q = shared.q.index(s_q * CONSUMERS + c)
+    tile = read_tile(shared.place, s_q, problem)
+    S = tile.S
+    lower = None if problem.left is None else S - tile.T - problem.left
+    upper = None if problem.right is None else S - tile.T + problem.right
+    i = tile.first + c * 64 + gl.arange(0, 64, rows)
+    cols = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+    m_i = gl.full([64], float("-inf"), gl.float32, rows)
+    o = gl.zeros([64, HEAD_DIM], gl.float32, o_layout)
 
-        s, parity = slot(g, STAGES)
-        mbarrier.wait(shared.q_full.index(c), n_done & 1)
-        mbarrier.wait(shared.k_full.index(s), parity)
-        z = _issue_scores(q, shared.k.index(s))
-        if VARLEN:
-            n_valid = S - (tile.hi - 1) * BLOCK_N
-            if n_valid < BLOCK_N:
-                mbarrier.wait(shared.v_full.index(s), parity)
-                _clean_values(shared.v.index(s), n_valid, shared.v_clean.index(0), n_clean & 1, c)
-                n_clean += 1
-        z = warpgroup_mma_wait(0, [z])
-        mbarrier.arrive(shared.k_empty.index(s), count=1)
-        z = _mask(z, i, (tile.hi - 1) * BLOCK_N + cols, lower, upper, S)
-        p, rescale, m_i, l_i = _softmax(z, m_i, None, exp_scale, True)
-        s_next, parity_next = slot(g + 1, STAGES)
-        mbarrier.wait(shared.k_full.index(s_next), parity_next, pred=tile.n_block > 1)
-        for MASK in gl.static_range(1, -1, -1):
-            start = 1 if MASK else gl.maximum(tile.n_masked, 1)
-            stop = tile.n_masked if MASK else tile.n_block
-            for n in range(start, stop):
-                s, parity = slot(g + n, STAGES)
-                s_v, parity_v = slot(g + n - 1, STAGES)
-                if PING_PONG:
-                    mbarrier.wait(shared.turn.index(c), (g - n_done + n - 1 + (c == 0)) & 1)
-                z = _issue_scores(q, shared.k.index(s))
-                mbarrier.wait(shared.v_full.index(s_v), parity_v)
-                o = _issue_values(p, shared.v.index(s_v), o, rescale)
-                if PING_PONG:
-                    mbarrier.arrive(shared.turn.index((c + 1) % CONSUMERS), count=1)
-                z = warpgroup_mma_wait(1, [z])
-                mbarrier.arrive(shared.k_empty.index(s), count=1)
-                if MASK:
-                    first_key = masked_block(n, tile.hi, tile.full_hi, tile.n_whole) * BLOCK_N
-                    z = _mask(z, i, first_key + cols, lower, upper, S)
-                p, rescale, m_i, l_i = _softmax(z, m_i, l_i, exp_scale, MASK)
-                s_next, parity_next = slot(g + n + 1, STAGES)
-                mbarrier.wait(shared.k_full.index(s_next), parity_next, pred=n + 1 < tile.n_block)
-                o = warpgroup_mma_wait(0, [o])
-                mbarrier.arrive(shared.v_empty.index(s_v), count=1)
-        s, parity = slot(g + tile.n_block - 1, STAGES)
-        mbarrier.wait(shared.v_full.index(s), parity)
-        o = warpgroup_mma_wait(0, [_issue_values(p, shared.v.index(s), o, rescale)])
-        mbarrier.arrive(shared.v_empty.index(s), count=1)
+    s, parity = slot(g, STAGES)
+    mbarrier.wait(shared.k_full.index(s), parity)
+    z = _issue_scores(q, shared.k.index(s))
+    if VARLEN:
+        n_valid = S - (tile.hi - 1) * BLOCK_N
+        if n_valid < BLOCK_N:
+            mbarrier.wait(shared.v_full.index(s), parity)
+            _clean_values(shared.v.index(s), n_valid, shared.v_clean.index(0), n_clean & 1, c)
+            n_clean += 1
+    z = warpgroup_mma_wait(0, [z])
+    mbarrier.arrive(shared.k_empty.index(s), count=1)
+    if Q_STAGES > 1:
+        _release_output(s_q ^ 1, shared, c, n_done > 0)
+    z = _mask(z, i, (tile.hi - 1) * BLOCK_N + cols, lower, upper, S)
+    p, rescale, m_i, l_i = _softmax(z, m_i, None, exp_scale, True)
+    s_next, parity_next = slot(g + 1, STAGES)
+    mbarrier.wait(shared.k_full.index(s_next), parity_next, pred=tile.n_block > 1)
+    for MASK in gl.static_range(1, -1, -1):
+        start = 1 if MASK else gl.maximum(tile.n_masked, 1)
+        stop = tile.n_masked if MASK else tile.n_block
+        for n in range(start, stop):
+            s, parity = slot(g + n, STAGES)
+            s_v, parity_v = slot(g + n - 1, STAGES)
+            z = _issue_scores(q, shared.k.index(s))
+            mbarrier.wait(shared.v_full.index(s_v), parity_v)
+            o = _issue_values(p, shared.v.index(s_v), o, rescale)
+            z = warpgroup_mma_wait(1, [z])
+            mbarrier.arrive(shared.k_empty.index(s), count=1)
+            if MASK:
+                first_key = masked_block(n, tile.hi, tile.full_hi, tile.n_whole) * BLOCK_N
+                z = _mask(z, i, first_key + cols, lower, upper, S)
+            p, rescale, m_i, l_i = _softmax(z, m_i, l_i, exp_scale, MASK)
+            s_next, parity_next = slot(g + n + 1, STAGES)
+            mbarrier.wait(shared.k_full.index(s_next), parity_next, pred=n + 1 < tile.n_block)
+            o = warpgroup_mma_wait(0, [o])
+            mbarrier.arrive(shared.v_empty.index(s_v), count=1)
+    g += tile.n_block
+    s, parity = slot(g - 1, STAGES)
+    mbarrier.wait(shared.v_full.index(s), parity)
+    o = warpgroup_mma_wait(0, [_issue_values(p, shared.v.index(s), o, rescale)])
+    mbarrier.arrive(shared.v_empty.index(s), count=1)
 
-        l_i = gl.convert_layout(gl.sum(l_i, 1), rows)
-        l_i = gl.where(l_i == 0, 1.0, l_i)  # no visible key: o is 0 and m_i is -inf
-        o = o * gl.convert_layout(1.0 / l_i, gl.SliceLayout(1, o_layout))[:, None]
-        lse = (m_i + gl.log2(l_i)) * LN2
-        if VARLEN:  # worked out anew: kept over the loop, parts of it spill
-            tile = tile_at(t + shared_number(shared.zero, 0), problem, BLOCK_M, BLOCK_N)
-        _store_output(o, lse, shared.q.index(c), out_desc, output, tile, c, rows, VARLEN)
-        mbarrier.arrive(shared.q_empty.index(c), count=1)
-        g += tile.n_block
-        n_done += 1
-    return g, n_done, n_clean
+    l_i = gl.convert_layout(gl.sum(l_i, 1), rows)
+    l_i = gl.where(l_i == 0, 1.0, l_i)  # no visible key: o is 0 and m_i is -inf
+    o = o * gl.convert_layout(1.0 / l_i, gl.SliceLayout(1, o_layout))[:, None]
+    lse = (m_i + gl.log2(l_i)) * LN2
+    tile = read_tile(shared.place, s_q, problem)  # anew: kept over the loop, parts of it spill
+    _store_output(o, lse, q, out_desc, output, tile, c, rows, VARLEN)
+    if Q_STAGES == 1:
+        _release_output(s_q, shared, c, True)
+    return g, n_clean
 
 
 @gluon.jit
-def _consume(
-    out_desc, output, shared, problem, exp_scale,
-    c: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PING_PONG: gl.constexpr, PERSISTENT: gl.constexpr,
-):  # fmt: skip
+def _next_place(n_done, shared, c: gl.constexpr):
+    """(slot of the n_done-th tile, its number of blocks or 0 where there is none), once its queries are there."""
+    s, parity = slot(n_done, shared.q.shape[0] // CONSUMERS)
+    mbarrier.wait(shared.q_full.index(s * CONSUMERS + c), parity)
+    return s, shared_number(shared.place, s * NUMBERS)
+
+
+@gluon.jit
+def _consume(out_desc, output, shared, problem, exp_scale, c: gl.constexpr, BLOCK_N: gl.constexpr):
     """Consumer warpgroup c."""
     g = 0
     n_done = 0
     n_clean = 0
-    if PERSISTENT:
-        for t in range(gl.program_id(0), problem.n_head * problem.n_tile, gl.num_programs(0)):
-            g, n_done, n_clean = _consume_tile(
-                t, g, n_done, n_clean, out_desc, output, shared, problem, exp_scale, c, BLOCK_M, BLOCK_N, PING_PONG
-            )
-    else:
-        t = gl.program_id(0)
-        _consume_tile(
-            t, g, n_done, n_clean, out_desc, output, shared, problem, exp_scale, c, BLOCK_M, BLOCK_N, PING_PONG
-        )
+    s_q, n_block = _next_place(n_done, shared, c)
+    while n_block > 0:
+        g, n_clean = _consume_tile(s_q, g, n_done, n_clean, out_desc, output, shared, problem, exp_scale, c, BLOCK_N)
+        n_done += 1
+        s_q, n_block = _next_place(n_done, shared, c)
+    tma.store_wait(0)
 
 
 @gluon.jit
 def _flash_attention_fwd_hopper_kernel(
-    q_desc, k_desc, v_desc, out_desc, output, problem, exp_scale,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, PING_PONG: gl.constexpr,
-    PERSISTENT: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    q_desc, k_desc, v_desc, out_desc, output, problem, exp_scale, counter,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    SCHEDULE: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    CONSUMERS: gl.constexpr = BLOCK_M // 64
     HEAD_DIM: gl.constexpr = q_desc.block_shape[3]
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    q = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS, 64, HEAD_DIM], layout)
+    q = gl.allocate_shared_memory(q_desc.dtype, [Q_STAGES * CONSUMERS, 64, HEAD_DIM], layout)
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
     v = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N, HEAD_DIM], layout)
-    q_full = new_barriers(CONSUMERS, 1)
-    q_empty = new_barriers(CONSUMERS, 1)
+    place = new_numbers(Q_STAGES * NUMBERS)
+    q_full = new_barriers(Q_STAGES * CONSUMERS, 1)
+    q_empty = new_barriers(Q_STAGES * CONSUMERS, 1)
     k_full = new_barriers(STAGES, 1)
     k_empty = new_barriers(STAGES, CONSUMERS)
     v_full = new_barriers(STAGES, 1)
     v_empty = new_barriers(STAGES, CONSUMERS)
     v_clean = new_barriers(1, CONSUMERS)
-    turn = new_barriers(CONSUMERS, 1)
-    shared = Shared(q, k, v, q_full, q_empty, k_full, k_empty, v_full, v_empty, v_clean, turn, share_numbers((0,)))
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (_consume, (out_desc, output, shared, problem, exp_scale, 0, BLOCK_M, BLOCK_N, PING_PONG, PERSISTENT)),
-                (_consume, (out_desc, output, shared, problem, exp_scale, 1, BLOCK_M, BLOCK_N, PING_PONG, PERSISTENT)),
-                (produce, (q_desc, k_desc, v_desc, shared, problem, BLOCK_M, BLOCK_N, PERSISTENT)),
-            ],
-            [4, 1],
-            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_consume, (out_desc, output, shared, problem, exp_scale, 0, BLOCK_M, BLOCK_N, PING_PONG, PERSISTENT)),
-                (_consume, (out_desc, output, shared, problem, exp_scale, 1, BLOCK_M, BLOCK_N, PING_PONG, PERSISTENT)),
-                (_consume, (out_desc, output, shared, problem, exp_scale, 2, BLOCK_M, BLOCK_N, PING_PONG, PERSISTENT)),
-                (produce, (q_desc, k_desc, v_desc, shared, problem, BLOCK_M, BLOCK_N, PERSISTENT)),
-            ],
-            [4, 4, 1],
-            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
+    shared = Shared(q, k, v, place, q_full, q_empty, k_full, k_empty, v_full, v_empty, v_clean)
+    gl.warp_specialize(
+        [
+            (_consume, (out_desc, output, shared, problem, exp_scale, 0, BLOCK_N)),
+            (_consume, (out_desc, output, shared, problem, exp_scale, 1, BLOCK_N)),
+            (produce, (q_desc, k_desc, v_desc, shared, problem, counter, BLOCK_M, BLOCK_N, SCHEDULE)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
 
 
 def supports(
@@ -357,32 +347,29 @@ def launch_forward(
     right: int | None,
     scale: float,
     *,
-    ping_pong: bool = False,
-    n_program: int | None = None,
+    schedule: Schedule = TILE,
 ) -> None:
     """Write out and lse (natural log, fp32) for inputs that `supports` accepts; out = torch.empty_like(q).
 
     Shapes as in launch.py: (B, H, T, D), (B, K, S, D), lse (B, H, T), or packed (total, H, D), (total, K, D), lse
     (H, total) with cu_seqlens, int32 and contiguous. T, S: of the longest sequence.  left, right: how far a query sees
     from its own position, None without end.  A row with no visible key gives output 0 and lse -inf.
-    ping_pong: consumers take turns to issue products.  n_program: persistent programs; None is one for each tile.
+    schedule: how programs take tiles.
     """
     varlen = cu_seqlens_q is not None
-    block_m, block_n, stages = TILES[q.shape[-1]]
-    consumer_registers, producer_registers = REGISTERS[block_m]
+    block_n, stages, q_stages = TILES[q.shape[-1]]
     n_batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
     H, K = q.shape[1], k.shape[1]
-    n_head, n_tile = n_batch * H, -(-T // block_m)
-    kept = max(1, L2_BYTES // (2 * S * k.shape[-1] * k.element_size())) if S > 0 else 1
-    left, right = (None if bound is None else min(bound, T + S) for bound in (left, right))  # 32 bits
-    problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, T, S, n_head, n_tile, min(kept * (H // K), n_head))
-    lse_strides = (0, *lse.stride()) if varlen else lse.stride()
-    grid = (min(n_program or n_head * n_tile, n_head * n_tile),)
-    if grid[0] == 0:
+    n_head, n_tile = n_batch * H, -(-T // BLOCK_M)
+    if n_head * n_tile == 0:
         return
+    left, right = (None if bound is None else min(bound, T + S) for bound in (left, right))  # 32 bits
+    section = section_heads(S, k.shape[-1], k.element_size(), H // K, n_head)
+    problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, T, S, n_head, n_tile, section)
+    lse_strides = (0, *lse.stride()) if varlen else lse.stride()
     launch(
         _flash_attention_fwd_hopper_kernel,
-        grid,
+        (schedule.programs(n_head * n_tile, q.device),),
         describe(q, 64, varlen),
         describe(k, block_n, varlen),
         describe(v, block_n, varlen),
@@ -390,8 +377,9 @@ def launch_forward(
         Output(out, extents(out, varlen)[1][:3], lse, lse_strides),
         problem,
         scale * math.log2(math.e),
-        BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, PING_PONG=ping_pong, PERSISTENT=n_program is not None,
-        PRODUCER_REGISTERS=producer_registers, CONSUMER_REGISTERS=consumer_registers,
+        tile_counter(q.device) if schedule.kind == "dynamic" else None,
+        BLOCK_M=BLOCK_M, BLOCK_N=block_n, STAGES=stages, Q_STAGES=q_stages, SCHEDULE=schedule.kind,
+        PRODUCER_REGISTERS=PRODUCER_REGISTERS, CONSUMER_REGISTERS=CONSUMER_REGISTERS,
         num_warps=4,  # of a consumer
         enable_fp_fusion=True,
     )  # fmt: skip

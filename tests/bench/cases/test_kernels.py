@@ -113,6 +113,26 @@ def test_a_path_that_is_the_default_is_not_timed_twice(forward, backward, named,
     assert case.taken("torch cuDNN", "forward") is None
 
 
+@pytest.mark.parametrize(
+    ("T", "options", "used"),
+    [
+        (512, {}, set()),
+        (256, {}, {"short"}),
+        (512, {"window": 64}, {"window"}),
+        (1024, {"lengths": (512, 512)}, {"packed"}),
+        (512, {"lengths": (256, 256)}, {"packed", "short"}),
+    ],
+    ids=str,
+)
+def test_the_default_is_asked_for_as_the_launcher_asks(T, options, used, gpu, monkeypatch):
+    gpu()
+    monkeypatch.setattr(torch, "tensor", lambda values, **options: values)  # no device to put it on
+    asked = []
+    monkeypatch.setattr(paths, "decide", lambda call, **options: asked.append(call) or paths.Choice("hopper", ""))
+    attention_case(1, 2, 2, T, 128, True, torch.bfloat16, CUDA, **options)
+    assert [(call.pass_, set(call.options)) for call in asked] == [("forward", used), ("backward", used)]
+
+
 def test_every_path_is_probed_by_its_name(gpu, monkeypatch):
     monkeypatch.setattr(torch, "tensor", lambda values, **options: values)  # no device to put it on
     gpu(forward="hopper", backward="hopper")

@@ -1,6 +1,7 @@
 """A peer never runs eager in a compiler's name. What fails is torch's front end: no more of the compiler runs here."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ import torch._dynamo
 from rooflight.bench.cases.case import Case
 from rooflight.bench.cases.rows import rms_norm_case
 from rooflight.bench.measure import harness
-from rooflight.bench.measure.compiler import NotCompiled, compiled
 from rooflight.kernels import reference
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_a_graph_break_is_no_measurement():
 
 def test_what_was_not_compiled_at_all_is_no_measurement():
     (failure,) = checked(reference.rms_norm)
-    assert failure.error == "NotCompiled: 0 of 0 frames were compiled"
+    assert failure.error == "NotCompiled: nothing was compiled"
 
 
 @pytest.mark.parametrize(
@@ -68,8 +68,6 @@ def test_what_was_not_compiled_at_all_is_no_measurement():
     ],
 )
 def test_a_warning_of_a_fallback_is_no_measurement(message):
-    import warnings
-
     norm = compile_it(reference.rms_norm)
 
     def warned(x, weight):
@@ -81,14 +79,10 @@ def test_a_warning_of_a_fallback_is_no_measurement(message):
 
 
 def test_other_warnings_are_none_of_its_business(recwarn):
-    import warnings
-
-    with compiled():
+    def warned(x, weight):
         warnings.simplefilter("always")
         warnings.warn("the clocks are low", stacklevel=1)
-        compile_it(lambda x: x + 1)(torch.ones(2))
+        return reference.rms_norm(x, weight)
 
-
-def test_it_says_what_happened():
-    with pytest.raises(NotCompiled, match="0 of 0 frames"), compiled():
-        pass
+    assert checked(warned, "torch") == []
+    assert {str(warning.message) for warning in recwarn} == {"the clocks are low"}

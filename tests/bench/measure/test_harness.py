@@ -9,6 +9,7 @@ from rooflight.bench.cases.case import Case
 from rooflight.bench.cases.rows import rms_norm_case
 from rooflight.bench.measure import harness
 from rooflight.kernels import reference
+from rooflight.kernels.attention import paths
 
 CPU = torch.device("cpu")
 
@@ -72,6 +73,22 @@ def test_one_provider_that_fails_loses_no_other():
     assert [m.provider for m in found if isinstance(m, harness.Measurement)] == ["eager", "eager"]
     assert asked == ["eager", "broken", "wrong"]
     assert list(harness.measure(case, CPU, without={"eager", "broken", "wrong"})) == []
+
+
+def test_a_path_that_gave_up_is_no_measurement(monkeypatch):
+    """Each time anew: later calls of the process would take the other path without a word."""
+    monkeypatch.setattr(paths, "_failed", {})
+
+    def ours(x, weight):
+        if "forward" not in paths._failed:
+            paths.give_up("forward", OSError("no Gluon"))
+        return reference.rms_norm(x, weight)
+
+    case = dataclasses.replace(small_norm(ours=ours), timed=False)
+    for _ in range(2):
+        (failure,) = harness.measure(case, CPU)
+        assert failure.provider == "ours"
+        assert "no Gluon" in failure.error
 
 
 def fatal(x, weight):

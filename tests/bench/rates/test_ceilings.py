@@ -2,14 +2,19 @@
 
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from rooflight.bench.commands import bench
 from rooflight.bench.measure import harness
-from rooflight.bench.rates import ceilings, kernel_rates
-from rooflight.model import PRESETS
+from rooflight.bench.rates import ceilings, kernel_rates, schedule
+from rooflight.model import PRESETS, estimate
 from rooflight.model.ceilings import Ceilings
 from rooflight.model.parts import parts
 
@@ -66,29 +71,44 @@ def test_the_rates_of_one_number_of_threads_are_not_those_of_another(monkeypatch
     assert ceilings.load_ceilings(CPU) is None
 
 
+SMALL = {
+    "gemm": (32, 16, 8), "attention": (16, 8), "linear_cross_entropy": (8, 4, 16), "rms_norm": (64, 8),
+    "rms_norm residual": (64, 8), "rope": (256, 8), "swiglu": (64, 8), "gelu": (64, 8), "add": (64,),
+    "embedding": (512,), "cast": (64,), "adamw": (64,), "muon": (8, 16),
+}  # fmt: skip
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Every kernel at two sizes that take no time; the rates of products and copies are given."""
+    for name, kernel in kernel_rates.KERNELS.items():
+        sizes = SMALL[name], (2 * SMALL[name][0], *SMALL[name][1:])
+        monkeypatch.setitem(kernel_rates.KERNELS, name, dataclasses.replace(kernel, sizes={"cpu": sizes}))
+    monkeypatch.setattr(kernel_rates, "ATTENTION_ROWS", {"cpu": 64})
+    monkeypatch.setattr(ceilings, "measure_peak_flops", lambda device, dtype, seconds: 1e9)
+    monkeypatch.setattr(ceilings, "_copy_bandwidth", lambda device: 1e9)
+    return monkeypatch
+
+
 def test_measuring_gives_every_rate(monkeypatch: pytest.MonkeyPatch):
-    small = {
-        "gemm": (32, 16, 8), "attention": (16, 8), "linear_cross_entropy": (8, 4, 16), "rms_norm": (64, 8),
-        "rms_norm residual": (64, 8), "rope": (256, 8), "swiglu": (64, 8), "gelu": (64, 8), "add": (64,),
-        "embedding": (512,), "cast": (64,), "adamw": (64,),
-    }  # fmt: skip
-    for name, sizes in small.items():
+    for name, sizes in SMALL.items():
         monkeypatch.setitem(
             kernel_rates.KERNELS, name, dataclasses.replace(kernel_rates.KERNELS[name], sizes={"cpu": (sizes,)})
         )
     monkeypatch.setattr(kernel_rates, "ATTENTION_ROWS", {"cpu": 64})
-    monkeypatch.setattr(ceilings, "measure_peak_flops", lambda device, dtype: 1e9)
+    monkeypatch.setattr(ceilings, "measure_peak_flops", lambda device, dtype, seconds: 1e9)
     monkeypatch.setattr(ceilings, "best_seconds", lambda call, device: (call(), 0.5)[1])
     monkeypatch.setattr(
-        kernel_rates, "median_seconds", lambda calls, device, seconds: [(call(), 0.5)[1] for call in calls]
+        kernel_rates, "median_seconds", lambda calls, device, **how: [(call(), 0.5)[1] for call in calls]
     )
     told: list[str] = []
-    measured = ceilings.measure_ceilings(CPU, progress=told.append)
-    assert told[1] == "gemm, float32"
+    dtypes = torch.float32, torch.bfloat16
+    measured = ceilings.measure_ceilings(CPU, dtypes=dtypes, progress=told.append)
+    assert told[1] == "gemm 32 x 16 x 8, float32 (1 of 12)"
     assert set(measured.gemm_flops) == {"float32", "bfloat16"}
     assert measured.copy_bandwidth == 2 * 2**28 / 0.5
     for dtype in measured.gemm_flops:
-        rates = {name: measured.kernels[f"{name} {dtype}"] for name in small if (name, dtype) != ("cast", "float32")}
+        rates = {name: measured.kernels[f"{name} {dtype}"] for name in SMALL if (name, dtype) != ("cast", "float32")}
         # FLOPs of the products: 2 M N K; 4 D for each of the T (T + 1) / 2 visible pairs of each of the 64 / T heads
         assert rates["gemm"] == {(32, 16, 8): 2 * 32 * 16 * 8 / 0.5}
         assert measured.kernels[f"gemm backward {dtype}"] == {(32, 16, 8): 2 * 2 * 32 * 16 * 8 / 0.5}
@@ -100,19 +120,108 @@ def test_measuring_gives_every_rate(monkeypatch: pytest.MonkeyPatch):
     assert Ceilings.from_dict(json.loads(json.dumps(measured.to_dict()))) == measured
 
 
-def test_what_was_not_measured_yet_is_measured_and_kept_beside_the_rest(monkeypatch: pytest.MonkeyPatch):
+class Clock:
+    """Stands still but for what a stub adds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        for module in (ceilings, kernel_rates, schedule):
+            monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+
+def test_slow_kernels_leave_sizes_out_and_no_kernel(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ceilings, "measure_peak_flops", lambda device, dtype, seconds: 1e9)
+    monkeypatch.setattr(ceilings, "best_seconds", lambda call, device: 0.5)
+    clock = Clock(monkeypatch)
+
+    def slow(kernel, group, dtype, device, seconds, rounds):
+        clock.now += 2.0 * len(group)  # a size takes 2 s, most of it before it runs
+        return {
+            (backward, sizes): 0.1 for sizes in group for backward in ((False, True) if kernel.backward else (False,))
+        }
+
+    monkeypatch.setattr(kernel_rates, "_time", slow)
+    grids = kernel_rates.grids(torch.bfloat16, CPU)
+    # "together" is a CPU's way; a GPU's sizes come one after another
+    monkeypatch.setattr(kernel_rates, "plan", lambda grids, work, together: schedule.plan(grids, work, together=False))
+    for seconds, bound in ((60.0, 60.0), (1.0, 2.0 * len(grids))):
+        start = clock.now
+        measured = ceilings.measure_ceilings(CPU, seconds=seconds)
+        assert clock.now - start <= bound
+        assert clock.now - start > bound - 4  # and the time is made use of
+        assert {f"{name} bfloat16" for name in grids} <= set(measured.kernels)
+        missing = ceilings.sizes_left_out(measured, CPU)
+        assert len(missing["gemm bfloat16"]) + len(measured.kernels["gemm bfloat16"]) == 32
+        assert any(line.startswith("left out: gemm bfloat16") for line in ceilings.left_out_lines(measured, CPU))
+
+
+@pytest.mark.parametrize("stop", ["Ctrl-C", "SIGTERM"])
+def test_an_interrupt_keeps_what_was_measured(small: pytest.MonkeyPatch, stop: str):
+    measure, tasks = kernel_rates._time, []
+
+    def until_stopped(kernel, *arguments):
+        tasks.append(kernel)
+        if len(tasks) == 4:
+            os.kill(os.getpid(), signal.SIGTERM if stop == "SIGTERM" else signal.SIGINT)
+        return measure(kernel, *arguments)
+
     known = here()
     ceilings.save_ceilings(known, CPU)
+    with small.context() as patch:
+        patch.setattr(kernel_rates, "_time", until_stopped)
+        result = CliRunner().invoke(bench, ["ceilings", "--device", "cpu", "--seconds", "5"])
+    assert result.exit_code == 130, result.output
+    kept = ceilings.load_ceilings(CPU)
+    assert kept is not None
+    assert set(kept.gemm_flops) == {"float32", "bfloat16"}
+    assert kept.kernels["attention float32"] == known.kernels["attention float32"]
+    names = {"gemm", "attention", "linear_cross_entropy"}
+    done = {f"{name}{suffix} bfloat16" for name in names for suffix in ("", " backward")}
+    assert set(kept.kernels) == done | {"attention float32"}
+    assert "left out: rms_norm bfloat16, 2 sizes (64 x 8, 128 x 8)" in result.output
+    # the estimate takes what is there, and ceilings_of what is missing
+    assert estimate(PRESETS["tiny"], batch_size=1, ceilings=kept).seconds > 0
+    whole = ceilings.ceilings_of(CPU, "bfloat16", seconds=5.0)
+    assert {name: whole.kernels[name] for name in done} == {name: kept.kernels[name] for name in done}
+    assert ceilings.load_ceilings(CPU) == whole
+    assert {f"{name} bfloat16" for name in SMALL} <= set(whole.kernels)
+
+
+def test_the_command_ends_in_time_and_keeps_its_rates(small: pytest.MonkeyPatch):
+    result = CliRunner().invoke(bench, ["ceilings", "--device", "cpu", "--dtype", "float32", "--seconds", "5"])
+    assert result.exit_code == 0, result.output
+    kept = ceilings.load_ceilings(CPU)
+    assert kept is not None
+    assert set(kept.gemm_flops) == {"float32"}
+    assert ceilings.sizes_left_out(kept, CPU) == {}
+    assert "gemm 64 x 16 x 8, float32 (" in result.output  # the progress
+    for sentence in ("dtype: expected one of", "seconds: expected > 0, got 0.0"):
+        wrong = ["--dtype", "int8"] if "dtype" in sentence else ["--seconds", "0"]
+        error = CliRunner().invoke(bench, ["ceilings", "--device", "cpu", *wrong]).exception
+        assert isinstance(error, ValueError)
+        assert sentence in str(error)
+
+
+def test_a_size_that_does_not_fit_into_memory_is_left_out(small: pytest.MonkeyPatch):
+    measure = kernel_rates._time
+
+    def too_large(kernel, group, *arguments):
+        if group == ((64, 16, 8),):
+            raise torch.OutOfMemoryError
+        return measure(kernel, group, *arguments)
+
+    small.setattr(kernel_rates, "_time", too_large)
+    measured = ceilings.measure_ceilings(CPU, seconds=5.0)
+    assert ceilings.sizes_left_out(measured, CPU) == {"gemm bfloat16": [(64, 16, 8)]}
+
+
+def test_what_was_not_measured_yet_is_measured_and_kept_beside_the_rest(small: pytest.MonkeyPatch):
+    known = ceilings.keep_ceilings(CPU, dtypes=(torch.float32,), seconds=5.0)
     assert ceilings.ceilings_of(CPU, "float32") == known  # and nothing is measured
-
-    def measure(device: torch.device, dtypes: tuple) -> Ceilings:
-        assert dtypes == (torch.bfloat16,)
-        return dataclasses.replace(known, gemm_flops={"bfloat16": 4e11}, kernels={"add bfloat16": {(8,): 1e9}})
-
-    monkeypatch.setattr(ceilings, "measure_ceilings", measure)
-    both = ceilings.ceilings_of(CPU, "bfloat16")
-    assert both.gemm_flops == {"float32": 1e11, "bfloat16": 4e11}
-    assert set(both.kernels) == {"attention float32", "add bfloat16"}
+    both = ceilings.ceilings_of(CPU, "bfloat16", seconds=5.0)
+    assert set(both.gemm_flops) == {"float32", "bfloat16"}
+    assert {name: both.kernels[name] for name in known.kernels} == known.kernels
+    assert {f"{name} bfloat16" for name in SMALL} <= set(both.kernels)
     assert ceilings.load_ceilings(CPU) == both
 
 

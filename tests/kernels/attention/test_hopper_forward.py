@@ -16,6 +16,8 @@ from rooflight.kernels.attention import checks
 from rooflight.kernels.attention.hopper import blocks as hopper_blocks
 from rooflight.kernels.attention.hopper import forward as hopper_forward
 from rooflight.kernels.attention.hopper import loads as hopper_loads
+from rooflight.kernels.attention.hopper import schedule as hopper_schedule
+from rooflight.kernels.attention.hopper.schedule import TILE, Schedule
 from support.attention import LAYOUTS, draw, draw_packed, draw_sinks
 from support.gluon_emulator import DeadlockError, EmulationError, ProtocolError, RaceError, emulated, mutated
 from support.tolerance import judge
@@ -44,6 +46,7 @@ def attend(
     *,
     module: ModuleType = hopper_forward,
     seed: int = 0,
+    resident: int = 3,
     causal: bool = True,
     window: Any = None,
     return_lse: bool = True,
@@ -52,18 +55,18 @@ def attend(
     """launch_forward in the emulator, called as the oracle is."""
     assert module.supports(q, k, v, cu_seqlens_q) is None
     shape = (q.shape[1], q.shape[0]) if cu_seqlens_q is not None else q.shape[:3]
-    out, lse = torch.empty_like(q), torch.empty(shape)
+    out, lse = torch.full_like(q, torch.nan), torch.full(shape, torch.nan)  # written by nobody else
     T, S = (q.shape[2], k.shape[2]) if cu_seqlens_q is None else (max_seqlen_q, max_seqlen_k)
     left, right = checks.reach(causal, window)
     scale = checks.score_scale(None, 0.0, q.shape[-1])
-    with emulated(module, seed=seed):
+    with emulated(module, seed=seed, resident=resident):
         module.launch_forward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, T, S, left, right, scale, **options)
     return out, lse
 
 
 def judge_forward(inputs: dict[str, Any], *, seed: int = 0, **options: Any) -> None:
     """Output and log-sum-exp against the oracle in fp64."""
-    run = {name: options.pop(name) for name in ("ping_pong", "n_program") if name in options}
+    run = {name: options.pop(name) for name in ("schedule",) if name in options}
     oracle = reference.flash_attention_varlen if "cu_seqlens_q" in inputs else reference.flash_attention
 
     def ours(*args: Any, **given: Any) -> tuple[Tensor, Tensor]:
@@ -115,30 +118,40 @@ def test_many_schedules(seed: int, kind: str) -> None:
     judge_forward(inputs, seed=100 + seed)
 
 
+RUNS = [TILE, Schedule("static", 1), Schedule("static", 3), Schedule("dynamic", 1), Schedule("dynamic", 3)]
+
+
+def name_of(schedule: Schedule) -> str:
+    return f"{schedule.kind} {schedule.n_program or ''}"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("ping_pong", [False, True])
-@pytest.mark.parametrize("n_program", [None, 2])
+@pytest.mark.parametrize("schedule", RUNS, ids=name_of)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_many_more_schedules(head_dim: int, mask: str, n_program: int | None, ping_pong: bool) -> None:
-    options = {"ping_pong": ping_pong, "n_program": n_program} | MASKS[mask]
+def test_many_more_schedules(head_dim: int, mask: str, schedule: Schedule) -> None:
     for seed in range(5):
-        judge_forward(draw(1, 2, 1, 300, 500, head_dim, BF16), seed=seed, **options)
-        judge_forward(draw_packed(*PACKED, 2, 1, head_dim, BF16), seed=seed, **options)
+        judge_forward(draw(1, 2, 1, 300, 500, head_dim, BF16), seed=seed, schedule=schedule, **MASKS[mask])
+        judge_forward(draw_packed(*PACKED, 2, 1, head_dim, BF16), seed=seed, schedule=schedule, **MASKS[mask])
 
 
-@pytest.mark.parametrize("ping_pong", [False, True])
-@pytest.mark.parametrize("n_program", [None, 1, 3])
+@pytest.mark.parametrize("schedule", RUNS, ids=name_of)
 @pytest.mark.parametrize("packed", [False, True])
-def test_flags(packed: bool, n_program: int | None, ping_pong: bool) -> None:
-    inputs = draw_packed(*PACKED, 2, 1, 64, BF16) if packed else draw(1, 2, 1, 300, 300, 64, BF16)
-    judge_forward(inputs, seed=6, ping_pong=ping_pong, n_program=n_program)
+@pytest.mark.parametrize("head_dim", [64, 256])  # two slots for queries, one
+def test_schedules(head_dim: int, packed: bool, schedule: Schedule) -> None:
+    inputs = draw_packed(*PACKED, 2, 1, head_dim, BF16) if packed else draw(1, 2, 1, 300, 300, head_dim, BF16)
+    for seed in (6, 7):
+        judge_forward(inputs, seed=seed, schedule=schedule)
 
 
-def test_three_consumers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(hopper_forward.TILES, 64, (192, 64, 4))
-    judge_forward(draw(1, 1, 1, 400, 300, 64, BF16), seed=7, ping_pong=True)
-    judge_forward(draw_packed(*PACKED, 1, 1, 64, BF16), seed=7)
+@pytest.mark.parametrize("n_program", [1, 2, 5])
+def test_a_launch_leaves_the_counter_at_zero(n_program: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(hopper_forward, "tile_counter", lambda device: counter)
+    for T in (300, 64):  # more tiles than programs, then as many tiles as heads
+        for seed in range(3):
+            judge_forward(draw(1, 2, 1, T, T, 64, BF16), seed=seed, schedule=Schedule("dynamic", n_program))
+            assert counter.item() == 0
 
 
 @pytest.mark.parametrize("layout", ["(B, T, H, D)", "(T, B, H, D)", "fused"])
@@ -236,12 +249,16 @@ def test_descriptors_are_those_that_triton_makes(layout: str, varlen: bool) -> N
 FENCE_OUT = (
     "    fence_async_shared()  # TMA reads it, or loads the next queries over it, through the asynchronous proxy\n"
 )
-RELEASE_K = "                mbarrier.arrive(shared.k_empty.index(s), count=1)\n"
-RELEASE_V = "                mbarrier.arrive(shared.v_empty.index(s_v), count=1)\n"
-WAIT_Z = "                z = warpgroup_mma_wait(1, [z])\n"
-WAIT_O = "                o = warpgroup_mma_wait(0, [o])\n"
+RELEASE_K = "            mbarrier.arrive(shared.k_empty.index(s), count=1)\n"
+RELEASE_V = "            mbarrier.arrive(shared.v_empty.index(s_v), count=1)\n"
+WAIT_Z = "            z = warpgroup_mma_wait(1, [z])\n"
+WAIT_O = "            o = warpgroup_mma_wait(0, [o])\n"
 NEXT_K = "mbarrier.wait(shared.k_full.index(s_next), parity_next, pred=n + 1 < tile.n_block)"
-PERSISTENT, PING_PONG, PACK = {"n_program": 1}, {"ping_pong": True}, {"packed": True}
+PLACE = """\
+    for n in gl.static_range(NUMBERS if problem.cu_seqlens_q is not None else DENSE_NUMBERS):
+        write_number(shared.place, s_q * NUMBERS + n, tile[n], 1)
+"""
+PERSISTENT, DYNAMIC, PACK = {"schedule": Schedule("static", 1)}, {"schedule": Schedule("dynamic", 2)}, {"packed": True}
 
 BUGS: dict[str, tuple[type[BaseException], dict[str, Any], list[tuple[str, str]]]] = {
     "k released before its product is done": (RaceError, {}, [(WAIT_Z + RELEASE_K, RELEASE_K + WAIT_Z)]),
@@ -263,13 +280,11 @@ BUGS: dict[str, tuple[type[BaseException], dict[str, Any], list[tuple[str, str]]
         [("mbarrier.wait(shared.v_empty.index(s_v), parity_v ^ 1)", "mbarrier.wait(shared.v_empty.index(s_v), 1)")],
     ),
     "the next keys not waited for": (RaceError, {}, [(NEXT_K, "pass")]),
-    "queries not waited for": (RaceError, {}, [("mbarrier.wait(shared.q_full.index(c), n_done & 1)", "pass")]),
-    "turns swapped": (
-        DeadlockError,
-        PING_PONG,
-        [("shared.turn.index((c + 1) % CONSUMERS), count", "shared.turn.index(c), count")],
+    "queries not waited for": (
+        RaceError,
+        {},
+        [("    mbarrier.wait(shared.q_full.index(s * CONSUMERS + c), parity)\n", "")],
     ),
-    "nobody has the first turn": (DeadlockError, PING_PONG, [("+ (c == 0)) & 1", ") & 1")]),
     "no fence before the TMA store": (
         RaceError,
         {},
@@ -288,7 +303,7 @@ BUGS: dict[str, tuple[type[BaseException], dict[str, Any], list[tuple[str, str]]
     "values zeroed before they land": (
         AssertionError,  # a race with the load, or a result: the load may not have started
         PACK,
-        [("                mbarrier.wait(shared.v_full.index(s), parity)\n", "")],
+        [("            mbarrier.wait(shared.v_full.index(s), parity)\n", "")],
     ),
     "values used before both halves are zeroed": (
         EmulationError,
@@ -309,22 +324,65 @@ BUGS: dict[str, tuple[type[BaseException], dict[str, Any], list[tuple[str, str]]
         {},
         [("v_empty = new_barriers(STAGES, CONSUMERS)", "v_empty = new_barriers(STAGES, CONSUMERS + 1)")],
     ),
-    "program ends before its store": (ProtocolError, {}, [("        tma.store_wait(0)\n", "")]),
+    "program ends before its store": (
+        ProtocolError,
+        {},
+        [
+            (
+                "        s_q, n_block = _next_place(n_done, shared, c)\n    tma.store_wait(0)\n",
+                "        s_q, n_block = _next_place(n_done, shared, c)\n",
+            )
+        ],
+    ),
     "queries reloaded under the output": (
         RaceError,
         PERSISTENT,
-        [("            mbarrier.wait(shared.q_empty.index(c), (n_done & 1) ^ 1)\n", "")],
+        [("        mbarrier.wait(shared.q_empty.index(s * CONSUMERS + c), parity ^ 1)\n", "        pass\n")],
     ),
     "blocks of earlier tiles not counted": (
         EmulationError,
         PERSISTENT,
         [
             (
-                "        g += tile.n_block\n        n_done += 1\n    return g, n_done\n",
-                "        n_done += 1\n    return g, n_done\n",
+                "            g += tile.n_block\n",
+                "",
             )
         ],
     ),
+    "slot of queries released before the output has left": (
+        RaceError,
+        PERSISTENT,
+        [("    tma.store_wait(0)\n    mbarrier.arrive(", "    mbarrier.arrive(")],
+    ),
+    "slot of queries never released": (
+        DeadlockError,
+        PERSISTENT,
+        [("_release_output(s_q ^ 1, shared, c, n_done > 0)", "_release_output(s_q ^ 1, shared, c, False)")],
+    ),
+    "slot of queries released before it was used": (
+        EmulationError,
+        {},
+        [("_release_output(s_q ^ 1, shared, c, n_done > 0)", "_release_output(s_q ^ 1, shared, c, True)")],
+    ),
+    "the end not announced": (
+        DeadlockError,
+        {},
+        [("        mbarrier.arrive(shared.q_full", "        pass  # (shared.q_full")],
+    ),
+    "a place announced after its queries": (
+        AssertionError,
+        PERSISTENT,
+        [
+            (PLACE, ""),
+            ("    for i in range(tile.n_block + 1):\n", PLACE + "    for i in range(tile.n_block + 1):\n"),
+        ],
+    ),
+    "a tile taken twice": (
+        AssertionError,
+        PERSISTENT,
+        [("        n_taken += 1\n        t = next", "        n_taken = gl.maximum(n_taken + 1, 2)\n        t = next")],
+    ),
+    "a tile skipped": (AssertionError, DYNAMIC, [("t = n_program + n_added", "t = n_program + n_added + 1")]),
     "a masked block left unmasked": (
         AssertionError,
         {},
@@ -343,7 +401,7 @@ BUGS: dict[str, tuple[type[BaseException], dict[str, Any], list[tuple[str, str]]
     "values past a packed end not zeroed": (
         AssertionError,
         PACK,
-        [("            if n_valid < BLOCK_N:\n", "            if False:\n")],
+        [("        if n_valid < BLOCK_N:\n", "        if False:\n")],
     ),
 }
 
@@ -351,15 +409,15 @@ BUGS: dict[str, tuple[type[BaseException], dict[str, Any], list[tuple[str, str]]
 def caught(module: ModuleType, run: dict[str, Any], seeds: int = 8) -> BaseException | None:
     """What the first of some schedules raises, a wrong result included."""
     options = dict(run)
-    if options.pop(
-        "packed", False
-    ):  # sequences, then rows that belong to none, which must stay as torch.empty left them
+    if options.pop("packed", False):  # sequences, then rows that belong to none, which must stay as they were
         inputs = draw_packed([90, 130], [90, 130], 1, 1, 64, BF16)
         for name, value in (("q", 1.0), ("k", torch.inf), ("v", torch.inf)):
             inputs[name] = torch.nn.functional.pad(inputs[name], (0, 0, 0, 0, 0, 70), value=value)
+    elif options:  # many tiles of few blocks
+        inputs = draw(1, 3, 1, 250, 300, 64, BF16)
     else:
         inputs = draw(1, 1, 1, 300, 900, 64, BF16)
-        options = {"window": 500} | options
+        options = {"window": 500}
     expected = [x.nan_to_num(7) for x in attend(**inputs, **options)]
     for seed in range(seeds):
         try:
@@ -373,11 +431,11 @@ def caught(module: ModuleType, run: dict[str, Any], seeds: int = 8) -> BaseExcep
 @pytest.mark.parametrize("bug", BUGS)
 def test_bug_is_caught(bug: str, tmp_path: Path) -> None:
     kind, run, replacements = BUGS[bug]
-    module = mutated(tmp_path, (hopper_blocks, hopper_loads, hopper_forward), *replacements)
+    module = mutated(tmp_path, (hopper_blocks, hopper_schedule, hopper_loads, hopper_forward), *replacements)
     error = caught(module, run)
     assert isinstance(error, kind), repr(error)
 
 
-@pytest.mark.parametrize("run", [{}, PERSISTENT, PING_PONG, PACK], ids=str)
+@pytest.mark.parametrize("run", [{}, PERSISTENT, DYNAMIC, PACK], ids=str)
 def test_no_bug_is_not_caught(run: dict[str, Any], tmp_path: Path) -> None:
-    assert caught(mutated(tmp_path, (hopper_blocks, hopper_loads, hopper_forward)), run) is None
+    assert caught(mutated(tmp_path, (hopper_blocks, hopper_schedule, hopper_loads, hopper_forward)), run) is None
