@@ -10,20 +10,21 @@ ds leave the registers only once, as the shared tile that dq is multiplied from:
 Each warpgroup multiplies its own keys, except for dq, which sums over all keys of the program: there it takes half of
 the columns, or of the rows where BLOCK_M is 128. Products are issued so that one is always under way while the
 exponentials and ds are computed: dp beside p, dv beside ds; and with 128 queries in two halves, the second half's
-scores beside the first half's p and the first half's dv and dk beside the second half's p.
+scores beside the first half's p and the first half's dv and dk beside the second half's p. The last dk runs while dq
+goes to shared memory.
 
-dq sums over programs, in fp32, in a buffer of its own, which a second kernel rounds (gradients.py). fp32
+dq sums over programs, in fp32, in a buffer of its own, which a second kernel rounds (gradients.py). The producer, which
+also loads the tiles by TMA, adds a tile of dq to it by one TMA reduction while the consumers go on (turns.py). fp32
 addition is not associative, so programs take turns: a counter for each row tile says how many have added, and the
-producer, which also loads the tiles by TMA, admits its program when all keys to the left are in. Programs start in that
-order, so whom one waits for is always running. Walking rows from the last to the first, heavy tiles first, they wait
-least: in a simulation of 132 SMs and 16 heads, causal, D = 128, turns cost 6 % at T = 4096 and 3 % at 8192, and less
-under a full mask. ordered=False drops them.
+producer waits until all keys to the left are in. Programs start in that order, so whom one waits for is always running.
+Walking rows from the last to the first, heavy tiles first, they wait least: on an H200 turns cost 1 % at T = 8192, head
+size 128, and 5 % at T = 1024, head size 64 (when dq left by atomics). ordered=False drops them.
+
+What is kept for each row, lse2 and delta, the delta kernel writes by row tile, as dq's sum stands: every tile whole,
+with lse2 = inf and delta = 0 past a sequence's end, so that p is 0 there and every TMA address a multiple of 16 bytes.
 
 dk and dv fill more than half of a consumer's registers: what the loop does not use must not be in the others. Where the
 program stands is therefore worked out once, and read from shared memory before the loop and after (place.py).
-
-The last tiles of a packed sequence hold rows of the next one, which meet p = 0. Finite, they add nothing; NaN or inf in
-them reaches this sequence's gradients, unlike in the portable kernels.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ from .blocks import (
     describe,
     describe_lines,
     describe_rows,
-    fence_async_global,
     fence_async_shared,
     first_row_tile,
     gl,
@@ -51,138 +51,20 @@ from .blocks import (
     mbarrier,
     new_barriers,
     slot,
-    tma,
-    tma_add,
-    tma_load,
     tma_obstacle,
-    tma_store,
-    tma_written,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from .gradients import fragment_layout, programs_before, round_dq, store_rows, to_fragments
 from .loads import Problem
 from .place import find_place, place_of, unknown_zero
+from .turns import produce
 
 BLOCK_M = {64: 128, 128: 64}  # queries, by head size: what the registers hold
 BLOCK_N = 128  # keys, 64 in each warpgroup
 STAGES = 2
 GROUP = 16  # heads in flight together: fewer wait longer for their turns, more share less of the L2 cache
 CONSUMER_REGISTERS = 240  # and 24 remain for each thread of the producer
-
-
-@gluon.jit
-def _zero_rows(tile, length):
-    """Zero rows `length` .. of a tile in shared memory, a few at a time: the producer has few registers."""
-    N: gl.constexpr = tile.shape[0]
-    HEAD_DIM: gl.constexpr = tile.shape[1]
-    ROWS: gl.constexpr = 1024 // HEAD_DIM
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
-    for i in gl.static_range(0, N, ROWS):
-        if i + ROWS > length:
-            part = tile.slice(i, ROWS)
-            rows = i + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-            part.store(gl.where((rows < length)[:, None], part.load(layout), 0.0))
-
-
-@gluon.jit
-def _landing(s, length, ROWS: gl.constexpr, STAGES: gl.constexpr, VARLEN: gl.constexpr):
-    """Which of `full` counts the load of slot s: the next sequence's rows are to go before consumers see the others."""
-    return gl.where(length < ROWS, STAGES, s) if VARLEN else s
-
-
-@gluon.jit
-def _clean(x, y, length, full, s, n_clean, STAGES: gl.constexpr, VARLEN: gl.constexpr):
-    """Zero what slot s holds of the next sequence, if anything: rows `length` .. meet p = 0, but 0 x NaN is NaN."""
-    ROWS: gl.constexpr = x.shape[2]
-    HEAD_DIM: gl.constexpr = x.shape[3]
-    if VARLEN and length < ROWS:
-        mbarrier.wait(full.index(STAGES), n_clean & 1)
-        _zero_rows(x.reshape([ROWS, HEAD_DIM]), length)
-        _zero_rows(y.reshape([ROWS, HEAD_DIM]), length)
-        fence_async_shared()  # wgmma reads through the asynchronous proxy
-        mbarrier.arrive(full.index(s), count=1)
-        n_clean += 1
-    return n_clean
-
-
-@gluon.jit
-def _wait_for_turn(counter, before):
-    """Wait until `before` programs, those of the keys to the left, have added to a row tile of dq."""
-    while gl.atomic_add(counter, 0, sem="acquire", scope="gpu") != before:
-        pass
-
-
-@gluon.jit
-def _step(g, lo, n_block, tile, n_row_tile, BLOCK_M: gl.constexpr):
-    """Query head of the group, first query and row tile of dq of the g-th step: head by head, the last rows first."""
-    h = g // n_block
-    m = lo + (n_block - 1 - (g - h * n_block)) * BLOCK_M
-    return h, m, tile + h * n_row_tile + m // BLOCK_M
-
-
-@gluon.jit
-def _produce(descs, buffers, barriers, problem, added_ptr, n_row_tile, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-             STAGES: gl.constexpr, ORDERED: gl.constexpr, BULK: gl.constexpr):  # fmt: skip
-    """Load the tiles, STAGES ahead, take turns and send dq away: step g loads tile g, and adds g - 2 to dq.
-
-    Without BULK the consumers add: step g ends the turn of g - 2 and asks for that of g - 1.
-    """
-    q_desc, dout_desc, k_desc, v_desc, rows_desc, dq_desc = descs
-    q_buf, dout_buf, k_buf, v_buf, rows_buf, _, dq_buf, here = buffers
-    full, empty, _, dq_full, dq_empty, turn = barriers
-    VARLEN: gl.constexpr = problem.cu_seqlens_q is not None
-    LINES: gl.constexpr = dq_desc.block_shape[0]
-    gl.static_assert(STAGES == 2)
-    b, h_kv, group, first, start_q, start_k, T, S, lo, _, _, n_block = place_of(here)
-    left = problem.left
-    tile = h_kv * group * n_row_tile + first_row_tile(problem.cu_seqlens_q, b, start_q, T, BLOCK_M)
-    if VARLEN:
-        b = 0
-    n_clean = 0
-    if n_block > 0:
-        into = _landing(STAGES + 1, S - first, BLOCK_N, STAGES, VARLEN)
-        mbarrier.expect(full.index(into), 2 * k_desc.block_type.nbytes)
-        tma_load(k_desc, [b, h_kv, start_k + first, 0], full.index(into), k_buf.index(0))
-        tma_load(v_desc, [b, h_kv, start_k + first, 0], full.index(into), v_buf.index(0))
-        n_clean = _clean(k_buf.index(0), v_buf.index(0), S - first, full, STAGES + 1, n_clean, STAGES, VARLEN)
-    n_step = group * n_block
-    for g in range(n_step + 2):
-        s, parity = slot(g, STAGES)
-        if g < n_step:
-            h, m, row_tile = _step(g, lo, n_block, tile, n_row_tile, BLOCK_M)
-            into = _landing(s, T - m, BLOCK_M, STAGES, VARLEN)
-            h += h_kv * group
-            mbarrier.wait(empty.index(s), parity ^ 1)
-            mbarrier.expect(full.index(into), 2 * q_desc.block_type.nbytes + rows_desc.block_type.nbytes)
-            tma_load(q_desc, [b, h, start_q + m, 0], full.index(into), q_buf.index(s))
-            tma_load(dout_desc, [b, h, start_q + m, 0], full.index(into), dout_buf.index(s))
-            tma_load(rows_desc, [row_tile * (2 * BLOCK_M)], full.index(into), rows_buf.index(s))
-            n_clean = _clean(q_buf.index(s), dout_buf.index(s), T - m, full, s, n_clean, STAGES, VARLEN)
-        if g >= 2 and (BULK or ORDERED):
-            _, m, row_tile = _step(g - 2, lo, n_block, tile, n_row_tile, BLOCK_M)
-            if BULK:
-                mbarrier.wait(dq_full.index(0), g & 1)
-                before = programs_before(first, m, left, T, S, BLOCK_N)
-                if ORDERED:
-                    _wait_for_turn(added_ptr + row_tile, before)
-                    fence_async_global()
-                if ORDERED and before == 0:
-                    tma_store(dq_desc, [row_tile * LINES, 0], dq_buf.index(0))  # what was there is not zeroed before
-                else:
-                    tma_add(dq_desc, [row_tile * LINES, 0], dq_buf.index(0))
-                tma.store_wait(0)
-                mbarrier.arrive(dq_empty.index(0), count=1)
-                if ORDERED:
-                    tma_written()
-            elif g >= n_step:  # else the load has waited
-                mbarrier.wait(empty.index(s), parity ^ 1)
-            if ORDERED:
-                gl.atomic_add(added_ptr + row_tile, 1, sem="release", scope="gpu")
-        if ORDERED and not BULK and (g >= 1) & (g <= n_step):
-            _, m, row_tile = _step(g - 1, lo, n_block, tile, n_row_tile, BLOCK_M)
-            _wait_for_turn(added_ptr + row_tile, programs_before(first, m, left, T, S, BLOCK_N))
-            mbarrier.arrive(turn.index(0), count=1)
 
 
 @gluon.jit
@@ -359,7 +241,7 @@ def _flash_attention_bwd_hopper_kernel(
     # the producer comes first: ptxas would hoist the first partition's addresses out of its loop, and spill them
     gl.warp_specialize(
         [
-            (_produce, (descs, buffers, barriers, problem, added_ptr, n_row_tile,
+            (produce, (descs, buffers, barriers, problem, added_ptr, n_row_tile,
                         BLOCK_M, BLOCK_N, STAGES, ORDERED, BULK)),
             (_consume, (work, 0, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED, BULK)),
             (_consume, (work, 1, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED, BULK)),

@@ -19,6 +19,7 @@ from rooflight.kernels.attention import checks
 from rooflight.kernels.attention.hopper import backward as hopper_backward
 from rooflight.kernels.attention.hopper import gradients as hopper_gradients
 from rooflight.kernels.attention.hopper import place as hopper_place
+from rooflight.kernels.attention.hopper import turns as hopper_turns
 from support.attention import DTYPES, LAYOUTS, draw, draw_packed, lay_out_grad
 from support.gluon_emulator import DeadlockError, EmulationError, emulated, from_sources
 from support.tolerance import judge
@@ -231,7 +232,8 @@ def mutate(tmp_path: Path) -> Callable[..., ModuleType]:
     """A copy of the kernel's modules with some of their text replaced, everywhere it stands."""
 
     def load(*replacements: tuple[str, str]) -> ModuleType:
-        sources = {m.__name__: Path(str(m.__file__)).read_text() for m in (hopper_place, hopper_backward)}
+        modules = (hopper_place, hopper_turns, hopper_backward)
+        sources = {m.__name__: Path(str(m.__file__)).read_text() for m in modules}
         for old, new in replacements:
             assert any(old in source for source in sources.values())
             sources = {name: source.replace(old, new) for name, source in sources.items()}
