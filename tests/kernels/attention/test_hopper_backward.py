@@ -130,8 +130,17 @@ def test_layouts(layout: str) -> None:
     judge_backward(inputs, grad=lay_out_grad(layout), causal=True)
 
 
-def test_without_turns() -> None:
-    judge_backward(draw(1, 2, 1, 300, 300, 64, BF16), run={"ordered": False}, causal=True)
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("run", [{"ordered": False}, {"reduction": "atomic"}], ids=str)
+def test_other_ways_to_add(run: dict[str, Any], D: int) -> None:
+    judge_backward(draw(1, 2, 1, 300, 300, D, BF16), run=run, causal=True)
+
+
+def test_atomics_take_turns() -> None:
+    expected = gradients(reduction="atomic", resident=1)
+    for seed in range(1, 4):
+        found = gradients(seed=seed, resident=8, reduction="atomic")
+        assert all(torch.equal(x, y) for x, y in zip(expected, found, strict=True))
 
 
 @pytest.mark.slow
@@ -168,8 +177,15 @@ def test_packed_lengths_that_are_no_multiple_of_four(lengths: list[int], D: int)
 
 
 @pytest.mark.parametrize("D", [64, 128])
-@pytest.mark.parametrize("lengths_k", [[70, 150, 33], [200, 41, 90]], ids=str)
-@pytest.mark.parametrize("options", [{"causal": True}, {"causal": False}, {"causal": True, "window": 20}], ids=str)
+@pytest.mark.parametrize(
+    ("options", "lengths_k"),
+    [
+        ({"causal": True}, [70, 150, 33]),
+        ({"causal": False}, [200, 41, 90]),
+        ({"causal": True, "window": 20}, [70, 150, 33]),
+    ],
+    ids=str,
+)
 def test_what_is_no_number_stays_in_its_sequence(options: dict[str, Any], lengths_k: list[int], D: int) -> None:
     """Tiles that cross an end hold rows of the next sequence, and 0 x NaN is NaN."""
     inputs = draw_packed([70, 150, 33], lengths_k, 2, 1, D, BF16)
