@@ -250,6 +250,46 @@ def validate(
 
 
 @bench.command()
+def step(
+    model: Annotated[str, typer.Argument(help="A preset's name, or a TOML file with a \\[model] table.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 16,
+    context_length: Annotated[int | None, typer.Option(help="Tokens per sequence; the model's own by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of activations and products.")] = "bfloat16",
+    way: Annotated[list[str] | None, typer.Option(help="Which to take; all of them when left out.")] = None,
+    seconds: Annotated[float, typer.Option(help="Seconds of steps for each way.")] = 5.0,
+    device: Device = "auto",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the results here.")] = None,
+) -> None:
+    """One training step: ours eager and as a CUDA graph, plain PyTorch eager and compiled, in one process."""
+    import torch
+    from rich.console import Console
+
+    from ..training.files import write_json
+    from ..training.loop import resolve_device
+    from ..training.throughput import measure_peak_flops
+    from .measure.harness import machine
+    from .predict.side_by_side import WAYS, as_results, measure_steps, steps_table
+    from .predict.validate import read_model
+
+    place = resolve_device(device)
+    console = Console()
+    name, config = read_model(model)
+    length, kind = context_length or config.context_length, getattr(torch, dtype)
+    title = f"{name}, {batch_size} x {length:,}, {dtype}, AdamW"
+    done = []
+    with console.status("the peak rate of a product") as status:
+        peak = measure_peak_flops(place, kind)
+        for one in measure_steps(
+            config, batch_size, length, kind, place,
+            ways=way or WAYS, seconds=seconds, peak_flops=peak, progress=status.update,
+        ):  # fmt: skip
+            done.append(one)
+            if json_path:  # what is measured stays measured, whatever comes
+                write_json(json_path, as_results(machine(place), title, done))
+    console.print(steps_table(f"{title}; MFU of {peak / 1e12:,.1f} TFLOP/s, measured", done))
+
+
+@bench.command()
 def kernels(
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the measurements here.")] = None,
     device: Device = "auto",

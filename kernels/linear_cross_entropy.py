@@ -195,20 +195,21 @@ def _linear_cross_entropy_scale_fake(dloss: Tensor, loss: Tensor, dx: Tensor, dw
     return torch.empty_like(dx), torch.empty_like(dweight)
 
 
-def _cost(x: Any, weight: Any, **options: bool) -> int:
-    return cost.linear_cross_entropy_cost(torch.Size(x[:-1]).numel(), x[-1], weight[0], **options).flops
+def _flops(x: Any, weight: Any, *, backward: bool = False, keep_gradients: bool = False) -> int:
+    M, (V, N) = torch.Size(x[:-1]).numel(), weight
+    return cost.linear_cross_entropy_cost(M, N, V, backward=backward, keep_gradients=keep_gradients).flops
 
 
 def _fwd_flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
-    return _cost(x, weight)
+    return _flops(x, weight)
 
 
 def _bwd_flops(dloss: Any, x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
-    return _cost(x, weight, backward=True)
+    return _flops(x, weight, backward=True)
 
 
 def _kept_flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
-    return _cost(x, weight, keep_gradients=True)
+    return _flops(x, weight, keep_gradients=True)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -321,6 +322,6 @@ def linear_cross_entropy(
     if wanted and (keeps_gradients(reduction, x.dtype) if keep_gradients is None else keep_gradients):
         args = (x, weight, target, *options, reduction, x.requires_grad, weight.requires_grad)
         return _kept(*args)[0] if compiling else KeptLinearCrossEntropyFunction.apply(*args)
-    args = x, weight, target, *options
-    losses = _fwd(*args)[0] if compiling else LinearCrossEntropyFunction.apply(*args)
+    rows = (x, weight, target, *options)
+    losses = _fwd(*rows)[0] if compiling else LinearCrossEntropyFunction.apply(*rows)
     return reduce_losses(losses, target, ignore_index, reduction)

@@ -3,10 +3,10 @@
 Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4. With xhat = h rstd and g = (w + offset) dy:
 dh = rstd (g - xhat mean(xhat g)) + dstream,  dw = sum over rows of dy xhat,  dx = dresidual = dh.
 
-Forward: each program normalises a tile of rows; a row longer than one tile is read twice, the second time from L2.
-Backward: a fixed number of programs stride over the rows. Each keeps the fp32 sum of dw over its rows in registers, a
-second kernel adds these partial sums in a fixed order: no atomics, so the gradients are bitwise reproducible. Of rows
-longer than a tile a kernel before it computes mean(xhat g), so that a program can own a tile's columns.
+Resident programs stride over the rows. Forward: a row longer than a tile is read twice, the second time from L2.
+Backward: each program keeps its fp32 sum of dw in registers, a second kernel adds these partial sums in a fixed order:
+no atomics, so the gradients are bitwise reproducible. Of rows longer than a tile a kernel before it computes
+mean(xhat g), so that a program can own a tile's columns.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ SHORT_TILE = 2048
 FORWARD_TILE, LOOP_TILE, LOOP_WARPS = 32768, 4096, 16
 # Bytes of x in the tiles of the forward's resident programs on one multiprocessor: 32 warps at up to 64 registers.
 FORWARD_BYTES = 32768
-# The backward's tile, 16 elements a thread. Its program fills a multiprocessor: at up to 128 registers a thread no
-# second is resident, and one that started late would end late, as each has the same share of the rows. A tile of h and
-# dy is 32 KiB on its way; a multiprocessor of an H200 needs 17 (bench/NOTES.md).
+# The backward's tile, 16 elements a thread: at up to 128 registers its program fills a multiprocessor, and all have the
+# same share of the rows. h and dy are 32 KiB on their way; a multiprocessor of an H200 needs 17 (bench/NOTES.md).
 BACKWARD_TILE, RESIDENT_WARPS = 8192, 16
 # The longest row that one tile of the backward holds, of a 2-byte type: 16 elements a thread again, 32 warps.
 BACKWARD_LONGEST = 16384
@@ -120,9 +119,8 @@ def _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, scale, rstd, row, cols, mask,
 
 @triton.jit
 def _rms_norm_mean_kernel(
-    h_ptr, h_layout, dy_ptr, dy_layout, w_ptr, rstd_ptr, mean_ptr, N, offset,
-    BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
+    h_ptr, h_layout, dy_ptr, dy_layout, w_ptr, rstd_ptr, mean_ptr, N, offset, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr
+):
     """mean (M,) of xhat g along rows longer than the backward's tile; a program a row."""
     row = tl.program_id(0) + tl.arange(0, 1)
     rstd = tl.load(rstd_ptr + row)
@@ -186,21 +184,22 @@ def _rms_norm_dw_kernel(partial_ptr, dw_ptr, PROGRAMS, N, ROWS: tl.constexpr, BL
 
 
 @cache
-def _forward_tile(N: int, element_size: int, residual: bool) -> tuple[int, int, int, int]:
-    """Rows and columns of a tile, the warps that work on it and the loop's stages; one stage: a program a tile."""
+def _forward_tile(N: int, element_size: int, residual: bool) -> tuple[int, int, int, int, int]:
+    """Rows and columns of a tile, its warps, the loop's stages and programs on a multiprocessor (2^31: one a tile)."""
     columns = max(triton.next_power_of_2(N), 16)
     if columns > (FORWARD_TILE // 2 if residual else FORWARD_TILE):  # a residual is a second row in registers
-        return 1, LOOP_TILE, LOOP_WARPS, 1
+        return 1, LOOP_TILE, LOOP_WARPS, 1, 2**31
     rows = max(1, SHORT_TILE // columns)
     warps = min(max(rows * columns // 512, 4), most_warps())
     if most_warps() < 32 or columns * element_size > FORWARD_BYTES:
-        return rows, columns, warps, 1
-    return rows, columns, warps, 2 if residual or element_size > 2 else 3
+        return rows, columns, warps, 1, 2**31
+    stages = 2 if residual or element_size > 2 else 3
+    return rows, columns, warps, stages, max(1, FORWARD_BYTES // (rows * columns * element_size))
 
 
 @cache
 def _backward_tile(N: int, many: bool, element_size: int, residual: bool) -> tuple[int, int, int, int]:
-    """The backward's, as _forward_tile. many: elements for a whole tile on every multiprocessor."""
+    """Rows, columns, warps and stages of the backward. many: elements for a whole tile on every multiprocessor."""
     two_bytes, amd = element_size <= 2, most_warps() < 32
     columns = max(triton.next_power_of_2(N), 16)
     fits = two_bytes and not amd and not (residual and is_blackwell())  # where it compiles without a spill
@@ -228,11 +227,8 @@ def rms_norm_fwd(
     M = rstd.numel()
     if M == 0:
         return y, stream, rstd
-    element_size = stream.element_size()
-    rows, columns, warps, stages = _forward_tile(N, element_size, residual is not None)
-    programs = -(-M // rows)
-    if stages > 1:
-        programs = min(programs, multiprocessors(x.device) * max(1, FORWARD_BYTES // (rows * columns * element_size)))
+    rows, columns, warps, stages, resident = _forward_tile(N, stream.element_size(), residual is not None)
+    programs = min(-(-M // rows), multiprocessors(x.device) * resident)
     x, x_layout = row_layout(x)
     residual, residual_layout = (None, None) if residual is None else row_layout(residual)
     weight = None if weight is None else weight.contiguous()
@@ -265,8 +261,7 @@ def rms_norm_bwd(
     mean = torch.empty_like(rstd) if panels > 1 else None
     if mean is not None:
         launch(
-            _rms_norm_mean_kernel, (M,),
-            h, h_layout, dy, dy_layout, weight, rstd, mean, N, weight_offset,
+            _rms_norm_mean_kernel, (M,), h, h_layout, dy, dy_layout, weight, rstd, mean, N, weight_offset,
             BLOCK_N=LOOP_TILE, DTYPE=DTYPE, num_warps=LOOP_WARPS,
         )  # fmt: skip
     partial = torch.empty(programs, N, dtype=rstd.dtype, device=h.device) if needs_dw else None

@@ -5,7 +5,8 @@ FLOPs are those of the matrix products, as the field counts them, in three ledge
     full       model FLOPs: every query against every key, T² pairs, whatever the mask (Chowdhery et al. 2022, app. B)
     exact      only the pairs that the mask leaves visible: T (T + 1) / 2 when causal
     executed   what the kernels run: whole tiles along the mask's edge, the scores once more in attention's backward
-               pass, the logits once more in the loss's, and with checkpointing every block's forward once more
+               pass, the loss's gradients in its forward (in fp16 the logits once more in its backward), and with
+               checkpointing every block's forward once more
 
 MFU quotes the full or the exact ledger against the machine's rate, HFU the executed one. Backward is 2x the forward in
 the first two. Bytes are the least that the fused kernels move, and beside them what the same work moves unfused,

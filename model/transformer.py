@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import kernels
+from ..kernels.linear_cross_entropy import pad_rows
 from .config import ModelConfig
 
 OPS = ("rms_norm", "rope", "flash_attention", "flash_attention_varlen", "swiglu", "linear_cross_entropy")
@@ -224,8 +225,13 @@ class Transformer(nn.Module):
         return self.ops.linear_cross_entropy(x.flatten(0, 1), self.output_weight, targets.flatten())
 
     def logits(self, x: Tensor) -> Tensor:
-        """(..., d) hidden states to (..., V), in x's dtype."""
-        return F.linear(x, self.output_weight.to(x.dtype))
+        """(..., d) hidden states to (..., V), in x's dtype; rows lie further apart than V where the weight is cast."""
+        weight = self.output_weight
+        if weight.dtype == x.dtype:
+            # a copy for the sake of an odd V would move it twice more, where a step of generation reads it once
+            return F.linear(x, weight)
+        # the cast copies anyway: with rows of zeros up to an aligned V its product runs at full speed
+        return F.linear(x, pad_rows(weight, x.dtype))[..., : weight.shape[0]]
 
     def hidden_states(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """What lm_head is applied to, (B, T, d), after the last norm; arguments as in forward."""

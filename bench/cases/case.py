@@ -33,7 +33,8 @@ class Case:
     inputs(device) makes the tensors that a provider takes, all of them leaves that require a gradient.  truth takes
     them in a higher precision and returns the output to compare with.  cost(backward) is the closed form.
     kernel, sizes: whose rate, and at which sizes, the estimate takes for it (model/parts.py).
-    timed: False where only the result is looked at.  repeats: how many backward runs must agree to the last bit.
+    modes: what is timed: "forward" without a graph, "backward" of one that is kept, or "training", both as a step runs
+    them.  timed: False where only the result is looked at.  repeats: how many backward runs must agree to the last bit.
     defaults: where there are several paths, which of them each mode takes when none is asked for.
     """
 
@@ -46,6 +47,7 @@ class Case:
     cost: Callable[[bool], Cost]
     kernel: str
     sizes: tuple[int, ...]
+    modes: tuple[str, ...] = ("forward", "backward")
     timed: bool = True
     repeats: int = 0
     defaults: Mapping[str, str] = field(default_factory=dict)
@@ -60,6 +62,10 @@ class Case:
     def kind(self) -> tuple[int | bool | None, ...]:
         """What decides which code of the hopper path a case runs."""
         return self.shape.get("D"), "window" in self.shape, "documents" in self.shape
+
+    def cost_of(self, mode: str) -> Cost:
+        """The closed form of a mode."""
+        return self.cost(False) + self.cost(True) if mode == "training" else self.cost(mode == "backward")
 
     def work(self, backward: bool) -> Work:
         """One pass of the case as the estimate knows it."""

@@ -35,6 +35,16 @@ def installed(module: str) -> bool:
     return any(path.is_dir() or path.with_suffix(".py").is_file() for path in inside)
 
 
+def compiled(function: Provider) -> Provider:
+    """The function by torch.compile, whole or not at all; whose import, seconds of it, waits for the first call."""
+
+    @cache
+    def made() -> Provider:
+        return torch.compile(function, dynamic=False, fullgraph=True)
+
+    return lambda *inputs: made()(*inputs)
+
+
 def rms_norm_peers(eps: float) -> dict[str, Provider]:
     """Libraries' RMSNorm of (x, weight) and, where they have it, of (x, weight, residual)."""
 
@@ -80,7 +90,7 @@ def flex_attention(T: int, causal: bool, window: int | None, ends: Tensor | None
     """FlexAttention with the same mask, compiled at its first call."""
 
     @cache
-    def compiled() -> tuple[Provider, Any]:
+    def made() -> tuple[Provider, Any]:
         from torch.nn.attention.flex_attention import create_block_mask
         from torch.nn.attention.flex_attention import flex_attention as attention
 
@@ -98,7 +108,7 @@ def flex_attention(T: int, causal: bool, window: int | None, ends: Tensor | None
         return torch.compile(attention, dynamic=False, fullgraph=True), mask
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        call, mask = compiled()
+        call, mask = made()
         if ends is not None:
             q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = call(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])

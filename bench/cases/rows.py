@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import kernels
 from ...kernels import cost, reference
 from .case import OURS, Case, Provider, leaves
-from .peers import rms_norm_peers
+from .peers import compiled, rms_norm_peers
 
 EPSILON = 1e-6
 
@@ -21,7 +21,7 @@ def _beside(ours: Provider, peer: Provider, oracle: Provider, device: torch.devi
     """Ours, torch's eager operators, and on a GPU the same compiled; on a CPU, which has the time, the oracle."""
     providers = {OURS: ours, "torch": peer}
     if device.type == "cuda":
-        return providers | {"torch.compile": torch.compile(peer, dynamic=False, fullgraph=True)}
+        return providers | {"torch.compile": compiled(peer)}
     return providers | {"eager": oracle}
 
 
@@ -131,15 +131,21 @@ def cross_entropy_case(M: int, V: int, dtype: torch.dtype, device: torch.device)
     )
 
 
-def linear_cross_entropy_case(M: int, N: int, V: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """The losses of M rows of N whose logits are their products with V rows of a weight."""
-    target = _targets(M, V, device)
+def linear_cross_entropy_case(
+    M: int, N: int, V: int, dtype: torch.dtype, device: torch.device, *, mean: bool = False
+) -> Case:
+    """The losses of M rows of N whose logits are their products with V rows of a weight.
+
+    mean: their mean, as training runs it: ours then makes the gradients in the forward, so that both passes are timed
+    as one.
+    """
+    target, reduction = _targets(M, V, device), "mean" if mean else "none"
 
     def losses(function: Provider, x: Tensor, weight: Tensor) -> Any:
-        return function(x, weight, target, reduction="none")
+        return function(x, weight, target, reduction=reduction)
 
     def torch_linear_cross_entropy(x: Tensor, weight: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(x, weight).float(), target, reduction="none")
+        return F.cross_entropy(F.linear(x, weight).float(), target, reduction=reduction)
 
     def draw(place: torch.device) -> tuple[Tensor, ...]:
         return leaves([(M, N), (V, N)], dtype, place, (1.0, N**-0.5))  # logits of a model's size
@@ -147,12 +153,13 @@ def linear_cross_entropy_case(M: int, N: int, V: int, dtype: torch.dtype, device
     oracle = partial(losses, reference.linear_cross_entropy)
     return Case(
         "linear_cross_entropy",
-        {"M": M, "N": N, "V": V},
+        {"M": M, "N": N, "V": V} | ({"mean": True} if mean else {}),
         dtype,
         draw,
         _beside(partial(losses, kernels.linear_cross_entropy), torch_linear_cross_entropy, oracle, device),
         oracle,
-        lambda backward: cost.linear_cross_entropy_cost(M, N, V, dtype, backward=backward),
+        lambda backward: cost.linear_cross_entropy_cost(M, N, V, dtype, backward=backward, keep_gradients=mean),
         "linear_cross_entropy",
         (M, N, V),
+        modes=("training",) if mean else ("forward", "backward"),
     )

@@ -21,18 +21,21 @@ Call = Callable[[], object]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
-L2_FLUSH = 2**28  # bytes written before each timed call on a GPU, several times its L2
+# Bytes read before each timed call on a GPU, several times its L2. Read, not written: what was written would be written
+# back while the call is timed, up to 60 MB of it.
+L2_FLUSH = 2**28
 WAKE = 0.01  # seconds of work before the first sample: an idle GPU's clocks are low
 ROUND = 0.01  # seconds of a round of calls that follow one another
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the 20th percentile, the median and the 80th of its runs.
+    """Seconds of one call: the least, the 20th percentile, the median and the 80th of its runs.
 
     by: how they were timed, "graph" (replays of a CUDA graph), "events" (around the call itself) or "clock" (a CPU).
     """
 
+    least: float
     low: float
     median: float
     high: float
@@ -53,7 +56,7 @@ def timings(
     be captured, or is not to be). On a CPU: the clock on the wall; with a single thread, the time that thread ran.
     """
     if device.type == "cuda":
-        flush = torch.empty(L2_FLUSH, dtype=torch.uint8, device=device)
+        flush = torch.zeros(L2_FLUSH // 4, dtype=torch.float32, device=device)
         runs = [_captured(call, device) if capture else None for call in calls]
         ways = ["events" if run is None else "graph" for run in runs]
         samplers = [_cuda_sampler(run or call, flush) for run, call in zip(runs, calls, strict=True)]
@@ -67,7 +70,7 @@ def timings(
         for sampler, samples in zip(samplers, times, strict=True):
             if len(samples) < rounds[0] or sum(samples) < seconds / len(calls):
                 samples.append(sampler())
-    return [Timing(*_quantiles(samples), way) for samples, way in zip(times, ways, strict=True)]
+    return [Timing(min(samples), *_quantiles(samples), way) for samples, way in zip(times, ways, strict=True)]
 
 
 def median_seconds(
@@ -145,7 +148,7 @@ def _cuda_sampler(run: Call, flush: Tensor) -> Callable[[], float]:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def sample() -> float:
-        flush.zero_()  # while the GPU writes, the host queues what follows: no launch is waited for
+        flush.sum()  # while the GPU reads, the host queues what follows: no launch is waited for
         start.record()
         run()
         end.record()
@@ -200,14 +203,4 @@ def on_capture_stream(device: torch.device) -> AbstractContextManager:
 
 def best_seconds(call: Call, device: torch.device, seconds: float = 0.3) -> float:
     """The shortest time of the call within `seconds`: a ceiling is what the machine can do."""
-    call()
-    if device.type == "cuda":
-        import triton
-
-        return triton.testing.do_bench(call, return_mode="min") / 1e3
-    best, deadline = float("inf"), time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < deadline:
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
+    return timings([call], device, seconds=seconds, rounds=(1, 1000))[0].least

@@ -28,7 +28,6 @@ from .memory import peak_bytes
 from .records import Failure, Measurement, is_host_bound
 
 ULPS = 4
-MODES = ("forward", "backward")
 SECONDS = {"cpu": 0.2, "cuda": 0.04}  # of runs of one mode of one provider
 ROUNDS = {"cpu": (5, 100), "cuda": (10, 25)}
 
@@ -82,9 +81,9 @@ def _outputs(result: Tensor | Results) -> Results:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def _gradients(outputs: Results, inputs: Results, upstream: Results) -> Results:
+def _gradients(outputs: Results, inputs: Results, upstream: Results, *, keep: bool = True) -> Results:
     given = [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
-    return torch.autograd.grad(outputs, inputs, given, retain_graph=True)
+    return torch.autograd.grad(outputs, inputs, given, retain_graph=keep)
 
 
 def _upstream(outputs: Results) -> Results:
@@ -176,7 +175,7 @@ def check_flops(case: Case, device: torch.device) -> None:
 
 
 def task(case: Case, provider: Provider, mode: str, device: torch.device) -> Callable[[], object]:
-    """The call to time: the forward alone, or the backward alone of a graph that is kept.
+    """The call to time, by the case's modes.
 
     Drawn and, for the backward, run forward where the clock captures calls.
     """
@@ -184,12 +183,14 @@ def task(case: Case, provider: Provider, mode: str, device: torch.device) -> Cal
         inputs = case.inputs(device)
         if mode == "forward":
             inputs = tuple(x.detach() for x in inputs)
-        else:
+        else:  # training's gradient too needs to know the outputs' shapes
             outputs = _outputs(provider(*inputs))
             upstream = _upstream(outputs)
     settle(device)  # the call may be made on another stream
     if mode == "forward":
         return lambda: provider(*inputs)
+    if mode == "training":
+        return lambda: _gradients(_outputs(provider(*inputs)), inputs, upstream, keep=False)
     return lambda: _gradients(outputs, inputs, upstream)
 
 
@@ -235,7 +236,7 @@ def measure(
                 checker.check(name)
                 if case.repeats:
                     checker.check_repeats(name)
-                found = [_timed(case, name, mode, device) for mode in MODES] if case.timed else []
+                found = [_timed(case, name, mode, device) for mode in case.modes] if case.timed else []
                 settle(device)  # an error that is still on its way is this provider's
         except Exception as error:
             if not alive(device):
@@ -252,7 +253,7 @@ def sentence(error: Exception) -> str:
 
 
 def _timed(case: Case, name: str, mode: str, device: torch.device) -> Measurement:
-    cost = case.cost(mode == "backward")
+    cost = case.cost_of(mode)
     call = task(case, case.providers[name], mode, device)
     peak, host = None, None
     if device.type == "cuda":

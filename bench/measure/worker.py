@@ -261,7 +261,6 @@ def kernels(device: str, seconds: float, hear: Callable[[dict[str, Any]], object
     import torch
 
     from ..cases.kernels import HOPPER, cases
-    from .harness import MODES
 
     deadline = time.monotonic() + seconds
     heard: list[dict[str, Any]] = []
@@ -274,7 +273,7 @@ def kernels(device: str, seconds: float, hear: Callable[[dict[str, Any]], object
         right = right_kinds(heard, HOPPER)
         for case in cases(torch.device(device)):
             for provider in case.providers:
-                if "hopper" in (case.taken(provider, mode) for mode in MODES) and case.kind not in right:
+                if "hopper" in (case.taken(provider, mode) for mode in case.modes) and case.kind not in right:
                     skip.append([case.name, provider])
                     reason = "not timed: not every probe of its kind on the hopper path gave a right result"
                     heard.append({"failure": {"case": case.name, "provider": provider, "error": reason}})

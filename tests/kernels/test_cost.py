@@ -213,6 +213,8 @@ class TestBytesAreTheInputsAndTheOutputs:
         assert cost.linear_cross_entropy_cost(M, N, V, dtype).bytes == _weigh(x, w, target, loss, lse)
         backward = cost.linear_cross_entropy_cost(M, N, V, dtype, backward=True)
         assert backward.bytes == _weigh(x, w, target, lse, x, w)
+        kept = [cost.linear_cross_entropy_cost(M, N, V, dtype, backward=b, keep_gradients=True) for b in (False, True)]
+        assert [k.bytes for k in kept] == [_weigh(x, w, target, loss[0], x, w), _weigh(loss[0], x, w, x, w)]
 
     def test_embedding(self, dtype: torch.dtype) -> None:
         M, N, V = 6, 10, 40
@@ -260,6 +262,8 @@ def test_recomputation_adds_one_product() -> None:
     forward = cost.linear_cross_entropy_cost(8, 16, 100).flops
     assert cost.linear_cross_entropy_cost(8, 16, 100, backward=True).flops == 3 * forward
     assert cost.linear_cross_entropy_cost(8, 16, 100, backward=True, recompute=False).flops == 2 * forward
+    kept = [cost.linear_cross_entropy_cost(8, 16, 100, backward=b, keep_gradients=True).flops for b in (False, True)]
+    assert kept == [3 * forward, 0]
 
 
 def test_exponentials_are_one_for_each_visible_pair_or_element() -> None:

@@ -27,13 +27,6 @@ def _linear_cross_entropy(x, weight):
     return linear_cross_entropy(x, weight, TARGET.to(x.device), softcap=3.0, z_loss=0.1)
 
 
-def _recomputed(x, weight):
-    """The same, its gradients made in the backward; and a row's own upstream gradient for each."""
-    target = TARGET.to(x.device)
-    mean = linear_cross_entropy(x, weight, target, softcap=3.0, z_loss=0.1, keep_gradients=False)
-    return mean, linear_cross_entropy(x, weight, target, reduction="none")
-
-
 # name: (function, shapes of the tensors that need a gradient)
 OPS = {
     "rope": (_rope, [(2, 3, 5, 8), (2, 1, 5, 8)]),

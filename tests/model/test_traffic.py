@@ -37,8 +37,8 @@ def test_the_estimate_counts_what_crosses_the_kernels_boundaries(name: str, dtyp
     for i, traced in enumerate((forward.bytes, backward.bytes)):
         expected = {key: (component.forward, component.backward)[i].bytes for key, component in e.items()}
         attention, norm, loss = (f"rooflight::{op}" for op in (
-            ("flash_attention_fwd", "rms_norm_fwd", "linear_cross_entropy_fwd"),
-            ("flash_attention_bwd", "rms_norm_bwd", "linear_cross_entropy_bwd"),
+            ("flash_attention_fwd", "rms_norm_fwd", "linear_cross_entropy_kept"),
+            ("flash_attention_bwd", "rms_norm_bwd", "linear_cross_entropy_scale"),
         )[i])  # fmt: skip
         assert traced[attention] == expected["scores and weighted sum"]
         assert traced["rooflight::rope_turn"] == expected["RoPE"]
@@ -48,5 +48,5 @@ def test_the_estimate_counts_what_crosses_the_kernels_boundaries(name: str, dtyp
         assert traced["aten::mm"] + traced[ffn[i]] == sum(expected[key] for key in products)
         if low:  # and the embedding's rows, to the stream's dtype
             assert traced["aten::_to_copy"] == expected["casts"] + 6 * 16 * config.d_model
-        else:  # the gradient that arrives at the rows' losses, one for all of them
+        else:  # the loss itself, which the scaling takes and does not read
             assert traced[loss] == expected["logits"] + i * 4

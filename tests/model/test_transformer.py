@@ -117,6 +117,20 @@ def test_packed_documents_on_the_kernels_equal_the_oracles(device: torch.device)
         torch.testing.assert_close(gradient, oracle[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("shape", [(2, 5), ()], ids=["a batch", "one token"])
+def test_logits_of_a_cast_weight_are_those_of_the_plain_product(shape: tuple[int, ...]) -> None:
+    """At a vocabulary that is no multiple of 64: of the copy's rows of zeros nothing shows, nor of their gradient."""
+    model = Transformer(ModelConfig(61, 16, 1, 2, d_model=8), reference)
+    x = torch.randn(*shape, 8, dtype=torch.bfloat16, requires_grad=True)
+    weight = model.output_weight
+    ours, plain = model.logits(x), x @ weight.bfloat16().T
+    assert (ours.shape, ours.dtype) == (plain.shape, plain.dtype) == ((*shape, 61), torch.bfloat16)
+    torch.testing.assert_close(ours, plain)
+    for a, b in zip(*(torch.autograd.grad(y.float().square().sum(), (x, weight)) for y in (ours, plain)), strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(model.logits(x.float()), x.float() @ weight.T)  # no cast, no copy
+
+
 def test_the_loss_is_the_mean_cross_entropy_of_the_logits() -> None:
     model, tokens, targets = _model(CONFIG), _tokens(2, 9), _tokens(2, 9, seed=2)
     targets[0, :4] = -100

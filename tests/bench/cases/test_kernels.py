@@ -34,6 +34,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         rope_case(2, 4, 2, 10, 8, torch.float32, CPU),
         cross_entropy_case(7, 33, torch.bfloat16, CPU),
         linear_cross_entropy_case(9, 16, 33, torch.bfloat16, CPU),
+        linear_cross_entropy_case(9, 16, 33, torch.bfloat16, CPU, mean=True),
     ],
     ids=lambda case: case.name,
 )
@@ -48,6 +49,18 @@ def test_a_loss_and_its_product_take_their_own_rates():
     assert case.work(False).seconds(known, "bfloat16")[0] == 2 * 9 * 16 * 33 / 1e6
     bound = swiglu_case(6, 24, torch.bfloat16, CPU)
     assert bound.work(True).roof(known, "bfloat16") == (bound.cost(True).bytes / 1e9, "memory")
+
+
+def test_training_is_both_passes_of_a_call_that_keeps_its_gradients():
+    case = linear_cross_entropy_case(9, 16, 33, torch.float32, CPU, mean=True)
+    product = 2 * 9 * 16 * 33
+    assert case.cost_of("training").flops == 3 * product  # none of them twice
+    assert case.cost_of("training").bytes == case.cost(False).bytes + case.cost(True).bytes
+    found = list(harness.measure(case, CPU))
+    assert [(m.provider, m.mode) for m in found] == [(name, "training") for name in case.providers]
+    dx, dweight = harness.task(case, case.providers[OURS], "training", CPU)()
+    assert (dx.shape, dweight.shape) == ((9, 16), (33, 16))
+    assert dx.abs().max() > 0
 
 
 def test_documents_are_drawn_once_and_for_all():

@@ -37,6 +37,15 @@ def test_flex_attention_gets_the_same_mask(monkeypatch):
         torch.testing.assert_close(peer(q, k, v), case.truth(q, k, v))
 
 
+def test_a_function_is_compiled_once_and_whole(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
+    call = peers.compiled(lambda x, y: x + y)
+    assert asked == []
+    assert (call(1, 2), call(3, 4)) == (3, 7)
+    assert asked == [{"dynamic": False, "fullgraph": True}]
+
+
 @pytest.fixture
 def library(tmp_path, monkeypatch):
     """library({file: source}) installs modules for the test."""

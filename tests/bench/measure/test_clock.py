@@ -49,9 +49,16 @@ def test_a_short_call_is_timed_more_often_than_a_long_one(monkeypatch: pytest.Mo
 def test_a_timing_has_its_spread(monkeypatch: pytest.MonkeyPatch):
     machine = Machine(monkeypatch)
     call = machine.call("a", 9.0, 1.0, 6.0, 2.0, 5.0, 3.0, 4.0)
-    assert clock.timings([call], CPU, seconds=100.0, rounds=(3, 6)) == [clock.Timing(2.0, 3.5, 5.0, "clock")]
+    assert clock.timings([call], CPU, seconds=100.0, rounds=(3, 6)) == [clock.Timing(1.0, 2.0, 3.5, 5.0, "clock")]
     (one,) = clock.timings([machine.call("b", 7.0)], CPU, seconds=0.0, rounds=(1, 1))
     assert (one.low, one.median, one.high) == (7.0, 7.0, 7.0)
+
+
+def test_a_ceiling_is_the_shortest_time(monkeypatch: pytest.MonkeyPatch):
+    machine = Machine(monkeypatch)
+    call = machine.call("a", 9.0, 3.0, 2.0, 4.0)
+    assert clock.best_seconds(call, CPU, 8.0) == 2.0
+    assert machine.log.count("a") == 1 + 3
 
 
 @pytest.mark.parametrize(("host", "device"), [(3.0, 1.0), (1.0, 3.0)], ids=["host-bound", "device-bound"])

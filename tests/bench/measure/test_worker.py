@@ -26,7 +26,7 @@ def at_place(*place):
         time.sleep(60)
     if place == LOSES:
         print(json.dumps({"lost": "AcceleratorError: illegal"}), flush=True)
-    if place in (DIES, LOSES):
+    if place == LOSES or DIES and place[:len(DIES)] == DIES:
         os._exit(11)
 
 for case in ("first", "second", "third"):
@@ -103,6 +103,13 @@ def test_a_death_between_two_cases_costs_no_other(place):
     assert failures(heard) == [("second", "", "its process ended with status 11")]
     assert measured(heard) == EVERYTHING
     assert worker.right_kinds(heard, "ours") == {(64, False, False)}
+
+
+def test_a_death_after_every_case_costs_none():
+    """Each process did something, so each has a successor."""
+    heard = run(dies=("after",))
+    assert [case for case, _, _ in failures(heard)] == ["first", "second", "third"]
+    assert measured(heard) == EVERYTHING
 
 
 def test_a_death_after_the_last_word_is_none():

@@ -78,17 +78,22 @@ def test_without_an_answer_it_says_why(ncu, lines: list[str], message: str):
         count_step(E, torch.device("cuda"), timeout=1)
 
 
-def test_the_process_that_ncu_watches_ends_with_it(ncu):
-    """It holds the pipes that the answer is awaited from, as long as it lives."""
+def test_the_process_that_ncu_watches_ends_with_it(ncu, tmp_path: Path):
+    """By itself it would keep the GPU."""
+    watched = tmp_path / "pid"
     ncu(
         "import subprocess",
-        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)'])",
-        "time.sleep(30)",
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])",
+        f"open({str(watched)!r}, 'w').write(str(child.pid))",
+        "time.sleep(60)",
     )
-    begun = time.monotonic()
-    with pytest.raises(RuntimeError, match="no answer in 1 seconds"):
-        count_step(E, torch.device("cuda"), timeout=1)
-    assert time.monotonic() - begun < 15
+    with pytest.raises(RuntimeError, match="no answer in 3 seconds"):
+        count_step(E, torch.device("cuda"), timeout=3)
+    status = Path("/proc", watched.read_text(), "status")
+    deadline = time.monotonic() + 10
+    while (alive := status.exists() and "State:\tZ" not in status.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive
 
 
 def test_a_step_too_large_to_replay_is_not_begun(ncu):

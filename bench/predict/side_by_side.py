@@ -1,0 +1,209 @@
+"""One training step, ours beside plain PyTorch's, in one process: what a user pays, per step and for the first.
+
+ours, eager      the model as `rooflight train` runs it
+ours, graphed    forward, backward and update as one CUDA graph: the host's part falls away (GPU only)
+plain, eager     bench/cases/plain_model.py: scaled_dot_product_attention, torch's fused AdamW
+plain, compiled  the same with its blocks compiled, which take seconds once; the vocabulary padded to 64
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from ...model import ModelConfig, Transformer, estimate
+from ...training.optim import build_optimizers
+from ..cases.plain_model import PlainTransformer
+from ..rates.kernel_rates import ops_on
+
+WAYS = ("ours, eager", "ours, graphed", "plain, eager", "plain, compiled")
+PADDED = 64  # rows that a vocabulary is padded to
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """One way to take the step. host_milliseconds: until the host has issued it; on a CPU the whole step."""
+
+    name: str
+    ours: bool
+    vocab_size: int
+    milliseconds: float  # median
+    milliseconds_best: float
+    milliseconds_worst: float
+    tokens_per_second: float
+    host_milliseconds: float
+    peak_bytes: int | None  # None on a CPU
+    first_step_seconds: float  # compilation, capture and warm-up included
+    mfu: float | None  # of visible pairs' FLOPs; None where no peak is given
+    mfu_full: float | None  # counting T^2 pairs, as is usual
+    first_loss: float
+    last_loss: float
+
+
+class _Step:
+    """Forward, backward and update; `issue` returns the loss without waiting for it."""
+
+    def __init__(self, way: str, config: ModelConfig, tokens: Tensor, dtype: torch.dtype) -> None:
+        device = tokens.device
+        self.ours, self.dtype = way.startswith("ours"), dtype
+        self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        padded = -(-config.vocab_size // PADDED) * PADDED
+        self.vocab_size = padded if way == "plain, compiled" else config.vocab_size
+        with device:
+            self.model = (
+                Transformer(config, ops_on(device)[1])
+                if self.ours
+                else PlainTransformer(config, vocab_size=self.vocab_size)
+            )
+        self.optimizers = build_optimizers(self.model, optimizer="adamw", lr=1e-4)
+        if way == "plain, compiled":
+            torch._dynamo.reset()
+            for block in self.model.layers:
+                block.compile()
+
+    def issue(self) -> Tensor:
+        device = self.inputs.device.type
+        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.model(self.inputs, self.targets)
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.detach()
+
+
+def _graphed(step: _Step) -> Callable[[], Tensor]:
+    """The replay of the step's CUDA graph, after three steps on the stream of the capture."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step.issue()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        loss = step.issue()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return loss
+
+    return replay
+
+
+def measure_steps(
+    config: ModelConfig,
+    batch_size: int,
+    context_length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    ways: Sequence[str] = WAYS,
+    seconds: float = 5.0,
+    peak_flops: float | None = None,
+    progress: Callable[[str], object] = lambda way: None,
+) -> Iterator[StepTime]:
+    """Each way's step, about `seconds` of them after the first; a way that this device does not have is left out.
+
+    Raises ValueError on an unknown way, and on a model that the peer cannot be.
+    """
+    if unknown := [way for way in ways if way not in WAYS]:
+        raise ValueError(f"ways: expected some of {', '.join(WAYS)}, got {unknown[0]!r}")
+    flops = [
+        e.forward_flops + e.backward_flops
+        for e in (
+            estimate(config, batch_size=batch_size, context_length=context_length, causal=c) for c in ("exact", "full")
+        )
+    ]
+    for way in ways:
+        if way == "ours, graphed" and device.type != "cuda":
+            continue
+        progress(way)
+        torch.manual_seed(0)
+        tokens = torch.randint(config.vocab_size, (batch_size, context_length + 1), device=device)
+        yield _measure(way, config, tokens, dtype, seconds, peak_flops, flops)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measure(
+    way: str,
+    config: ModelConfig,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    seconds: float,
+    peak: float | None,
+    flops: list[int],
+) -> StepTime:
+    cuda = tokens.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    step = _Step(way, config, tokens, dtype)
+    issue = _graphed(step) if way == "ours, graphed" else step.issue
+    first_loss = issue().item()
+    first = time.perf_counter() - start
+    issue().item()  # the moments are there, compiled code is for them too
+    whole, host, loss = _timed(issue, cuda, seconds)
+    median = statistics.median(whole)
+    peak_bytes = torch.cuda.max_memory_allocated() if cuda else None
+    mfus = [f / median / peak if peak else None for f in flops]
+    return StepTime(
+        name=way, ours=step.ours, vocab_size=step.vocab_size, milliseconds=median * 1e3,
+        milliseconds_best=min(whole) * 1e3, milliseconds_worst=max(whole) * 1e3,
+        tokens_per_second=step.inputs.numel() / median, host_milliseconds=statistics.median(host) * 1e3,
+        peak_bytes=peak_bytes, first_step_seconds=first, mfu=mfus[0], mfu_full=mfus[1],
+        first_loss=first_loss, last_loss=loss,
+    )  # fmt: skip
+
+
+def _timed(issue: Callable[[], Tensor], cuda: bool, seconds: float) -> tuple[list[float], list[float], float]:
+    """(seconds of each step, seconds until each was issued, the last loss), from 3 to 50 steps."""
+    whole: list[float] = []
+    host: list[float] = []
+    loss = None
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else []
+    while len(whole) < 3 or (sum(whole) < seconds and len(whole) < 50):
+        start = time.perf_counter()
+        if cuda:
+            events[0].record()
+        loss = issue()
+        if cuda:
+            events[1].record()
+        host.append(time.perf_counter() - start)
+        if cuda:
+            events[1].synchronize()
+        whole.append(events[0].elapsed_time(events[1]) / 1e3 if cuda else time.perf_counter() - start)
+    assert loss is not None
+    return whole, host, loss.item()
+
+
+def steps_table(title: str, steps: Sequence[StepTime]) -> Table:
+    """For the terminal."""
+    out = Table(title=title)
+    out.add_column("step")
+    for column in ("vocabulary", "ms", "best-worst", "tokens/s", "MFU", "MFU, T^2", "host ms", "peak GiB", "first, s"):
+        out.add_column(column, justify="right", no_wrap=True)
+    for s in steps:
+        out.add_row(
+            s.name, f"{s.vocab_size:,}", f"{s.milliseconds:,.1f}",
+            f"{s.milliseconds_best:,.1f}-{s.milliseconds_worst:,.1f}", f"{s.tokens_per_second:,.0f}",
+            *("" if share is None else f"{share:.1%}" for share in (s.mfu, s.mfu_full)),
+            f"{s.host_milliseconds:,.1f}", "" if s.peak_bytes is None else f"{s.peak_bytes / 2**30:.1f}",
+            f"{s.first_step_seconds:.1f}",
+        )  # fmt: skip
+    return out
+
+
+def as_results(machine: dict[str, Any], title: str, steps: Sequence[StepTime]) -> dict[str, Any]:
+    """The content of a results file."""
+    return {"kind": "steps", "machine": machine, "title": title, "rows": [asdict(step) for step in steps]}

@@ -1,0 +1,67 @@
+"""A step, ours beside the plain model's: the same loss from the same weights, and rows that hold together."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from rooflight.bench.cases.plain_model import PlainTransformer
+from rooflight.bench.cli import app
+from rooflight.bench.predict.side_by_side import WAYS, measure_steps
+from rooflight.kernels import reference
+from rooflight.model import ModelConfig, Transformer, estimate
+
+CONFIG = ModelConfig(vocab_size=130, context_length=16, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64)
+
+
+@pytest.mark.parametrize("changes", [{}, {"ffn": "gelu", "tie_embeddings": True, "n_kv_head": 4}])
+def test_the_peer_is_the_same_model(changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    ours, plain = Transformer(config, ops=reference), PlainTransformer(config)
+    plain.load_state_dict(ours.state_dict())
+    tokens = torch.randint(130, (3, 16))
+    losses = [model(tokens, tokens.roll(-1, 1)) for model in (ours, plain)]
+    torch.testing.assert_close(*losses)
+    gradients = [torch.autograd.grad(loss, model.layers[0].attention.k_proj.weight)[0]
+                 for loss, model in zip(losses, (ours, plain), strict=True)]  # fmt: skip
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_what_the_peer_cannot_be_is_named():
+    with pytest.raises(ValueError, match=r"config\.window: expected None for the plain model, got 8"):
+        PlainTransformer(dataclasses.replace(CONFIG, window=8))
+    with pytest.raises(ValueError, match=r"ways: expected some of .*, got 'theirs'"):
+        next(measure_steps(CONFIG, 2, 16, torch.float32, torch.device("cpu"), ways=["theirs"]))
+
+
+def test_rows_hold_together():
+    ways = [way for way in WAYS if way != "plain, compiled"]  # compiling takes longer than all the rest
+    steps = list(
+        measure_steps(CONFIG, 2, 16, torch.float32, torch.device("cpu"), ways=ways, seconds=0.01, peak_flops=1e9)
+    )
+    assert [step.name for step in steps] == ["ours, eager", "plain, eager"]
+    e = estimate(CONFIG, batch_size=2, context_length=16, causal="full")
+    for step in steps:
+        seconds = step.milliseconds / 1e3
+        assert step.milliseconds_best <= step.milliseconds <= step.milliseconds_worst
+        assert step.tokens_per_second == pytest.approx(2 * 16 / seconds)
+        assert step.mfu_full == pytest.approx((e.forward_flops + e.backward_flops) / seconds / 1e9)
+        assert step.mfu < step.mfu_full
+        assert step.last_loss < step.first_loss
+        assert step.peak_bytes is None
+
+
+def test_the_command_writes_what_the_report_reads(tmp_path):
+    model = tmp_path / "small.toml"
+    model.write_text(
+        "[model]\nvocab_size = 130\ncontext_length = 16\nn_layer = 1\nn_head = 2\nd_model = 16\nd_ff = 32\n"
+    )
+    command = ["bench", "step", str(model), "--batch-size", "2", "--seconds", "0.01", "--dtype", "float32"]
+    command += ["--way", "ours, eager", "--device", "cpu", "--json", str(tmp_path / "steps.json")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    written = json.loads((tmp_path / "steps.json").read_text())
+    assert written["kind"] == "steps"
+    assert [row["name"] for row in written["rows"]] == ["ours, eager"]
