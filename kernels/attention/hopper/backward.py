@@ -45,17 +45,18 @@ from .blocks import (
     describe_lines,
     describe_rows,
     fence_async_shared,
-    first_row_tile,
     gl,
     gluon,
     mbarrier,
     new_barriers,
     slot,
+    tma,
     tma_obstacle,
+    tma_store,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .gradients import fragment_layout, programs_before, round_dq, store_rows, to_fragments
+from .gradients import round_dq, store_rows, to_fragments
 from .loads import Problem
 from .place import find_place, place_of, unknown_zero
 from .turns import produce
@@ -82,12 +83,11 @@ def _probabilities(z, lse2, m, masked, since, until, exp_scale, layout: gl.const
 @gluon.jit
 def _consume(work, c: gl.constexpr,
              BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-             FRAGMENTS: gl.constexpr, ORDERED: gl.constexpr, BULK: gl.constexpr):  # fmt: skip
+             VARLEN: gl.constexpr):  # fmt: skip
     """Keys c * BLOCK_N / 2 .. of the program: dk and dv, and part c of dq."""
-    grads, buffers, barriers, problem, n_row_tile, scale, exp_scale = work
-    dq_ptr, dk_ptr, dv_ptr, dk_strides, dv_strides = grads
+    dk_desc, dv_desc, grads, buffers, barriers, problem, scale, exp_scale = work
     q_buf, dout_buf, k_buf, v_buf, rows_buf, ds_buf, dq_buf, here = buffers
-    full, empty, ds_full, dq_full, dq_empty, turn = barriers
+    full, empty, ds_full, dq_full, dq_empty, done = barriers
     KEYS: gl.constexpr = BLOCK_N // 2
     COLS: gl.constexpr = HEAD_DIM * BLOCK_M // 128  # of dq's part: 64 rows of them
     DTYPE: gl.constexpr = q_buf.dtype
@@ -96,7 +96,7 @@ def _consume(work, c: gl.constexpr,
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, dk_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
-    b, h_kv, group, first, start_q, _, T, S, lo, full_lo, full_hi, n_block = place_of(here)
+    _, _, group, first, _, _, T, S, lo, full_lo, full_hi, n_block = place_of(here)
     left, right = problem.left, problem.right
     j = first + c * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, s_layout))
     # key j is seen by the queries since .. until; of rows past T, lse2 = inf makes p 0
@@ -106,8 +106,6 @@ def _consume(work, c: gl.constexpr,
     dv = gl.zeros([KEYS, HEAD_DIM], gl.float32, dk_layout)
     zero_s = gl.zeros([KEYS, 64], gl.float32, s_layout)
     zero_dq = gl.zeros([64, COLS], gl.float32, dq_layout)
-    tile = h_kv * group * n_row_tile + first_row_tile(problem.cu_seqlens_q, b, start_q, T, BLOCK_M)
-    dq_ptr += gl.cast(tile, gl.int64) * (BLOCK_M * HEAD_DIM) + c * 64 * COLS
     mbarrier.wait(full.index(STAGES + 1), 0, pred=n_block > 0)
     g = 0
     for _ in range(group):
@@ -173,29 +171,36 @@ def _consume(work, c: gl.constexpr,
             else:
                 dk = warpgroup_mma(gl.convert_layout(ds1, p_layout), q1, dk, is_async=True)
             dv, dq = warpgroup_mma_wait(1, [dv, dq])  # dk goes on while dq leaves
-            dq = to_fragments(dq, COLS)
-            if BULK:
-                mbarrier.wait(dq_empty.index(0), (g & 1) ^ 1)
-                part = dq_buf.index(0).slice(c * 2 * COLS, 2 * COLS)
-                part.store(gl.reshape(dq, [2 * COLS, LINE]))
-                fence_async_shared()
-                mbarrier.arrive(dq_full.index(0), count=1)
-            else:
-                dq = gl.convert_layout(dq, FRAGMENTS)
-                dq_ptrs = dq_ptr + gl.cast(m, gl.int64) * HEAD_DIM + gl.arange(0, 64 * COLS, FRAGMENTS)
-                if ORDERED:
-                    mbarrier.wait(turn.index(0), g % 2)
-                if ORDERED and programs_before(first, m, left, T, S, BLOCK_N) == 0:
-                    gl.store(dq_ptrs, dq)  # what was there is not zeroed before
-                else:
-                    gl.atomic_add(dq_ptrs, dq, sem="relaxed")
+            mbarrier.wait(dq_empty.index(0), (g & 1) ^ 1)
+            part = dq_buf.index(0).slice(c * 2 * COLS, 2 * COLS)
+            part.store(gl.reshape(to_fragments(dq, COLS), [2 * COLS, LINE]))
+            fence_async_shared()
+            mbarrier.arrive(dq_full.index(0), count=1)
             dk = warpgroup_mma_wait(0, [dk])
             mbarrier.arrive(empty.index(s), count=1)
             g += 1
-        dq_ptr += gl.cast(n_row_tile, gl.int64) * (BLOCK_M * HEAD_DIM)
+    mbarrier.arrive(done.index(0), count=1)
+    mbarrier.wait(done.index(0), 0)  # nobody reads q and dout any more: dk and dv leave from there
     b, h_kv, _, first, _, start_k, _, S, _, _, _, _ = place_of(here)
-    store_rows(dv_ptr, dv_strides, b, h_kv, start_k, first + c * KEYS, S, dv, dk_layout)
-    store_rows(dk_ptr, dk_strides, b, h_kv, start_k, first + c * KEYS, S, dk * scale, dk_layout)
+    first += c * KEYS
+    if VARLEN and first + KEYS > S:
+        dk_ptr, dv_ptr, dk_strides, dv_strides = grads
+        store_rows(dv_ptr, dv_strides, b, h_kv, start_k, first, S, dv, dk_layout)
+        store_rows(dk_ptr, dk_strides, b, h_kv, start_k, first, S, dk * scale, dk_layout)
+    else:
+        if VARLEN:
+            b = 0
+        dv_tile = dout_buf.index(c).reshape([BLOCK_M, HEAD_DIM])
+        dk_tile = q_buf.index(c).reshape([BLOCK_M, HEAD_DIM])
+        if BLOCK_M > KEYS:
+            dv_tile = dv_tile.slice(0, KEYS)
+            dk_tile = dk_tile.slice(0, KEYS)
+        dv_tile.store(gl.cast(dv, DTYPE))
+        dk_tile.store(gl.cast(dk * scale, DTYPE))
+        fence_async_shared()
+        tma_store(dv_desc, [b, h_kv, start_k + first, 0], dv_tile)
+        tma_store(dk_desc, [b, h_kv, start_k + first, 0], dk_tile)
+        tma.store_wait(0)
 
 
 @gluon.jit
@@ -206,6 +211,8 @@ def _flash_attention_bwd_hopper_kernel(
     v_desc,
     rows_desc,  # lse2 and delta by row tile, flat
     dq_desc,
+    dk_desc,
+    dv_desc,
     grads,
     added_ptr,  # for each row tile of dq, the programs that have added to it; None without turns
     n_row_tile,  # row tiles of a head
@@ -213,9 +220,10 @@ def _flash_attention_bwd_hopper_kernel(
     scale,
     exp_scale,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    FRAGMENTS: gl.constexpr, ORDERED: gl.constexpr, BULK: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    ORDERED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = q_desc.dtype
+    VARLEN: gl.constexpr = problem.cu_seqlens_q is not None
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     q_buf = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, HEAD_DIM], q_desc.layout)
     dout_buf = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, HEAD_DIM], dout_desc.layout)
@@ -223,28 +231,25 @@ def _flash_attention_bwd_hopper_kernel(
     v_buf = gl.allocate_shared_memory(DTYPE, [1, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout)
     rows_buf = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BLOCK_M], rows_desc.layout)
     ds_buf = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, BLOCK_M], ds_layout)
-    if BULK:
-        dq_buf = gl.allocate_shared_memory(gl.float32, [1, BLOCK_M * HEAD_DIM // LINE, LINE], dq_desc.layout)
-    else:
-        dq_buf = ds_buf  # not used
+    dq_buf = gl.allocate_shared_memory(gl.float32, [1, BLOCK_M * HEAD_DIM // LINE, LINE], dq_desc.layout)
     here = find_place(problem, BLOCK_M, BLOCK_N)
     full = new_barriers(STAGES + 2, 1)  # of the slots; of what is to be cleaned first; of keys and values
     empty = new_barriers(STAGES, 2)
     ds_full = new_barriers(1, 2)
     dq_full = new_barriers(1, 2)
     dq_empty = new_barriers(1, 1)
-    turn = new_barriers(1, 1)
+    done = new_barriers(1, 2)
     descs = (q_desc, dout_desc, k_desc, v_desc, rows_desc, dq_desc)
     buffers = (q_buf, dout_buf, k_buf, v_buf, rows_buf, ds_buf, dq_buf, here)
-    barriers = (full, empty, ds_full, dq_full, dq_empty, turn)
-    work = (grads, buffers, barriers, problem, n_row_tile, scale, exp_scale)
+    barriers = (full, empty, ds_full, dq_full, dq_empty, done)
+    work = (dk_desc, dv_desc, grads, buffers, barriers, problem, scale, exp_scale)
     # the producer comes first: ptxas would hoist the first partition's addresses out of its loop, and spill them
     gl.warp_specialize(
         [
             (produce, (descs, buffers, barriers, problem, added_ptr, n_row_tile,
-                        BLOCK_M, BLOCK_N, STAGES, ORDERED, BULK)),
-            (_consume, (work, 0, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED, BULK)),
-            (_consume, (work, 1, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED, BULK)),
+                       BLOCK_M, BLOCK_N, STAGES, ORDERED)),
+            (_consume, (work, 0, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, VARLEN)),
+            (_consume, (work, 1, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, VARLEN)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
@@ -299,7 +304,6 @@ def launch_backward(
     scale: float,
     *,
     ordered: bool = True,
-    reduction: str = "bulk",
     group: int = GROUP,
 ) -> None:
     """Write dq, dk and dv, of any strides, for inputs that `supports` accepts, and delta where it is given.
@@ -309,7 +313,7 @@ def launch_backward(
     dlse: its gradient, or None; delta: rowsum(dout * out) - dlse; all fp32, (B, H, T) or (H, total_q), delta as lse.
     left, right: how far a query sees from its own position, None without end.
     ordered: add to dq in one order, bitwise the same in every run; else as the programs come.
-    reduction: "bulk", dq leaves through shared memory, or "atomic", from registers.  group: heads in flight together.
+    group: heads in flight together.
     """
     varlen = cu_seqlens_q is not None
     H, K, head_dim = q.shape[1], k.shape[1], q.shape[-1]
@@ -346,13 +350,15 @@ def launch_backward(
         *(describe(x, BLOCK_N, varlen) for x in (k, v)),
         describe_rows(rows, 2 * block_m),
         describe_lines(accumulator, block_m * head_dim // LINE.value),
-        (accumulator, dk, dv, strides(dk), strides(dv)),
+        describe(dk, BLOCK_N // 2, varlen),
+        describe(dv, BLOCK_N // 2, varlen),
+        (dk, dv, strides(dk), strides(dv)),
         added,
         n_row_tile,
         problem,
         scale,
         scale * math.log2(math.e),
-        block_m, BLOCK_N, head_dim, STAGES, fragment_layout(head_dim * block_m // 128), ordered, reduction == "bulk",
-        CONSUMER_REGISTERS, num_warps=4, enable_fp_fusion=True,
+        block_m, BLOCK_N, head_dim, STAGES, ordered, CONSUMER_REGISTERS,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     round_dq(accumulator, added, dq, strides(dq), cu_seqlens_q, n_sequence, T, scale, block_m)
