@@ -130,12 +130,12 @@ class Program:
         self.barriers: list[Barrier] = []
 
     def _in_flight(self, stragglers: bool) -> list[Callable[[], None]]:
-        """What the hardware could do next: wgmmas of one partition and its stores go in order, loads in any."""
+        """What the hardware could do next: wgmmas of one partition and its stores read in order, the rest is in any."""
         actions = [load.happen for load in self.loads if stragglers or not load.is_late]
         for partition in self.partitions:
             actions += [m.happen for m in partition.mmas if m.result is None][:1]
             actions += [s.happen for s in partition.stores][:1]
-            actions += [w.happen for w in partition.writes][:1]
+            actions += [write.happen for write in partition.writes if stragglers or not write.is_late]
         return actions
 
     def pause(self, ready: Callable[[], bool] = lambda: True, waits_for: str = "", polls: bool = False) -> None:

@@ -326,6 +326,12 @@ def launch_backward(
     rows = torch.empty((H, n_row_tile, 2, block_m), dtype=torch.float32, device=q.device)
     added = torch.empty((H, n_row_tile), dtype=torch.int32, device=q.device) if ordered else None
 
+    # TMA writes these; where it cannot, as in gradients of another layout than k's, they are copied
+    tiles_dk, tiles_dv = (
+        x if tma_obstacle("x", x, varlen) is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (dk, dv)
+    )
+
     def strides(x: Tensor) -> tuple[int, ...]:
         b, h, row, d = as_heads(x, varlen).stride()
         return 0 if varlen else b, h, row, d
@@ -350,9 +356,8 @@ def launch_backward(
         *(describe(x, BLOCK_N, varlen) for x in (k, v)),
         describe_rows(rows, 2 * block_m),
         describe_lines(accumulator, block_m * head_dim // LINE.value),
-        describe(dk, BLOCK_N // 2, varlen),
-        describe(dv, BLOCK_N // 2, varlen),
-        (dk, dv, strides(dk), strides(dv)),
+        *(describe(x, BLOCK_N // 2, varlen) for x in (tiles_dk, tiles_dv)),
+        (tiles_dk, tiles_dv, strides(tiles_dk), strides(tiles_dv)),
         added,
         n_row_tile,
         problem,
@@ -362,3 +367,6 @@ def launch_backward(
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     round_dq(accumulator, added, dq, strides(dq), cu_seqlens_q, n_sequence, T, scale, block_m)
+    for written, x in ((tiles_dk, dk), (tiles_dv, dv)):
+        if written is not x:
+            x.copy_(written)
