@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rooflight.bench.commands import bench
+from rooflight.bench.bench_commands import bench
 from rooflight.bench.measure import harness
 from rooflight.bench.rates import ceilings, kernel_rates, schedule
 from rooflight.model import PRESETS, estimate
