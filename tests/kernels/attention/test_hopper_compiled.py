@@ -18,9 +18,14 @@ SPILLS: dict[tuple[str, int], tuple[int, int]] = {
     ("_flash_attention_fwd_hopper_kernel", 128): (31, 0),
     ("_flash_attention_fwd_hopper_kernel", 256): (34, 0),
     ("_flash_attention_bwd_hopper_kernel", 128): (10, 2),
+    ("_flash_attention_bwd_hopper_kernel", 64): (14, 1),
 }
 if version("triton").startswith("3.7."):
-    SPILLS = {("_flash_attention_fwd_hopper_kernel", 128): (6, 0)}  # packed: the thread's number, once a launch
+    SPILLS = {
+        ("_flash_attention_fwd_hopper_kernel", 128): (6, 0),  # packed: the thread's number, once a launch
+        ("_flash_attention_bwd_hopper_kernel", 128): (8, 0),  # where dk and dv are stored, once a launch
+        ("_flash_attention_bwd_hopper_kernel", 64): (12, 1),
+    }
 
 
 def forward(head_dim: int, kind: str, packed: bool = False, window: bool = False) -> None:
