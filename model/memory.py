@@ -129,14 +129,17 @@ def _fused_loss(N: int, d: int, V: int, dtype: str, ops: str) -> Stage:
     keep = keeps_gradients("mean", getattr(torch, dtype))
     rows = chunk_rows(N, V, "cuda" if ops == "triton" else "cpu")
     dx, dweight = N * d * s, V * d * FP32
-    cast = padded(V) * d * s * low
-    share = padded(V) * d * s if low else V * d * s  # of dweight, a chunk's; of one chunk in fp32 it is dweight
+    high = (padded(V) if low else V) * d  # the weight as the products take it
+    cast = high * s * low
+    # a chunk's share of dweight: a GPU adds it within the product; of one chunk in fp32 it is dweight
+    share = 0 if low and ops == "triton" else high * s
+    total = high * FP32
     logits = rows * padded(V) * s
     # in eager order the row kernels' temporaries: the logits in fp32, their exponentials, and those scaled
     eager = rows * V * (3 if low else 2) * FP32 * (ops != "triton")
     one = rows >= N
-    first = max(eager, share + dweight * low)
-    later = 0 if one else dweight + max(eager, share)
+    first = max(eager, share + total * low)
+    later = 0 if one else total + max(eager, share)
     working = dx + cast + logits + max(first, later)
     if not keep:
         return Stage("loss", N * STATISTIC, working, V * d)

@@ -92,6 +92,7 @@ def measure_ceilings(
             device,
             names=names,
             deadline=now + max(0.0, deadline - now) / (len(dtypes) - i),
+            peak=ceilings.gemm_flops[_name(dtype)],
             progress=progress,
             keep=keep_rates,
         )

@@ -168,3 +168,19 @@ loss.backward(torch.ones(4, device="cuda"))
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_past_transform_left_wrapped_is_unwrapped(device):
+    left = []
+    torch.func.grad(lambda x: (left.append(2 * x), x.sum())[1])(torch.ones(2, 8, device=device))
+    assert torch._C._functorch.is_functorch_wrapped_tensor(left[0])
+    x = torch.full((2, 8), 2.0, device=device)
+    torch.testing.assert_close(kernels.swiglu(left[0], left[0]), kernels.swiglu(x, x))
+
+
+def test_transforms_are_refused(device):
+    x = torch.ones(2, 8, device=device)
+    with pytest.raises(NotImplementedError, match=r"swiglu: .*torch\.func transforms"):
+        torch.func.vmap(lambda x: kernels.swiglu(x, x))(x)
+    with pytest.raises(NotImplementedError, match=r"rms_norm: .*torch\.func transforms"), torch.no_grad():
+        torch.func.vmap(lambda x: kernels.rms_norm(x, None))(x)

@@ -40,8 +40,10 @@ __all__ = [
     "tile_of",
 ]
 
-# Keys and values of the heads that run together; the L2 cache of H100 and H200 has 50 MB, for all that passes through.
-L2_BYTES = 32 << 20
+# Keys and values of the heads that run together, by head size. The L2 cache has 50 MB, for all that passes through.
+# Measured, TFLOP/s with 8, 16, 32, 64 MB (NVIDIA H200, 2026-11-27, bf16, causal): head size 128, T = 8192: 699, 697,
+# 695, 682; T = 2048: 577, 571, 570, 541; head size 64, T = 8192: 449, 451, 454, 450.
+SECTION_BYTES = {64: 32 << 20, 128: 8 << 20, 256: 8 << 20}
 
 COUNTERS = 4096  # launches of a process that may be under way before a counter is used again
 
@@ -69,11 +71,11 @@ class Choice(NamedTuple):
     why: str
 
 
-# By head size. Predicted by bench/predict/schedules.py, 2026-11-27; not measured yet.
+# By head size. Measured: TFLOP/s, NVIDIA H200, 2026-11-27, torch 2.11, triton 3.6, bf16, causal, cold L2.
 CHOICES = {
-    64: Choice(DYNAMIC, "predicted, in TFLOP/s: 449 at T = 8192 (a program a tile 418), 318 at 1024 (226)"),
-    128: Choice(DYNAMIC, "predicted, in TFLOP/s: 710 at T = 8192 (a program a tile 675), 322 at 512 (234)"),
-    256: Choice(TILE, "one slot for queries: the next tile's would wait for the output"),
+    64: Choice(DYNAMIC, "T = 8192, 2048, 1024, 512: 454, 376, 312, 223; a program a tile: 423, 306, 229, 146"),
+    128: Choice(DYNAMIC, "T = 8192, 2048, 1024, 512: 695, 570, 459, 315; a program a tile: 671, 505, 371, 240"),
+    256: Choice(TILE, "not measured: with one slot for queries the next tile's wait for the output"),
 }
 
 
@@ -137,7 +139,7 @@ def static_round(n_taken: int, n_program: int) -> list[int]:
 
 def section_heads(S: int, head_dim: int, itemsize: int, group: int, n_head: int) -> int:
     """Query heads of a section: those of as many key-value heads, `group` each, as the L2 cache keeps."""
-    kept = max(1, L2_BYTES // (2 * S * head_dim * itemsize)) if S > 0 else 1
+    kept = max(1, SECTION_BYTES[head_dim] // (2 * S * head_dim * itemsize)) if S > 0 else 1
     return min(kept * group, n_head)
 
 

@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from rooflight.bench.commands import bench, estimate
+from rooflight.bench.bench_commands import bench
+from rooflight.bench.commands import estimate
 from rooflight.bench.measure.harness import machine
 from rooflight.bench.predict import validate as module
 from rooflight.bench.predict.step import Step

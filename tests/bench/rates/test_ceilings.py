@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rooflight.bench.commands import bench
+from rooflight.bench.bench_commands import bench
 from rooflight.bench.measure import harness
 from rooflight.bench.rates import ceilings, kernel_rates, schedule
 from rooflight.model import PRESETS, estimate
@@ -147,7 +147,9 @@ def test_slow_kernels_leave_sizes_out_and_no_kernel(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(kernel_rates, "_time", slow)
     grids = kernel_rates.grids(torch.bfloat16, CPU)
     # "together" is a CPU's way; a GPU's sizes come one after another
-    monkeypatch.setattr(kernel_rates, "plan", lambda grids, work, together: schedule.plan(grids, work, together=False))
+    monkeypatch.setattr(
+        kernel_rates, "plan", lambda grids, work, together, dear: schedule.plan(grids, work, together=False)
+    )
     for seconds, bound in ((60.0, 60.0), (1.0, 2.0 * len(grids))):
         start = clock.now
         measured = ceilings.measure_ceilings(CPU, seconds=seconds)

@@ -55,8 +55,18 @@ def test_every_size_is_planned_once_and_every_kernel_before_any_comes_again(toge
     assert together or all(len(task.sizes) == 1 for task in tasks)
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_a_kernel_whose_middle_is_dear_begins_with_its_least_size(together: bool):
+    grid = [*product((2, 4, 8), (3, 9, 27))]
+    tasks = plan(
+        {"a": grid, "b": grid}, lambda name, s: s[0] * s[1], together=together, dear=lambda name, w: name == "b"
+    )
+    assert [(task.kernel, task.sizes, task.work) for task in tasks[:2]] == [("a", ((4, 9),), 36), ("b", ((2, 3),), 6)]
+    assert sorted(sizes for task in tasks if task.kernel == "b" for sizes in task.sizes) == sorted(grid)
+
+
 def test_a_task_must_be_expected_to_end_in_time():
-    budget = Budget(time.perf_counter() + 10)
+    budget = Budget(time.perf_counter() + 10, runs=8)
     first, larger = Task("gemm", ((1,),), True, 1.0), Task("gemm", ((2,),), False, 100.0)
     budget.took(first, seconds=1.0, running=0.009)
     assert budget.allows(larger)  # 8 runs of 0.9 s, and 0.93 s to make and compile what runs

@@ -12,15 +12,15 @@ from support.artifacts import check_committed, hopper
 
 pytestmark = pytest.mark.cpu
 
-# Instructions that store or load a spilled register, in all and inside the hot loop, at most: none with triton 3.7,
-# elsewhere as measured (3.6: 6 and 0 in the forward, packed; 3.9: the others).
+# Instructions that store or load a spilled register, in all and inside the hot loop, at most: none with triton 3.7
+# but a few that stand outside every loop, elsewhere as measured (3.6: 6 and 0 in the forward, packed; 3.9: the others).
 SPILLS: dict[tuple[str, int], tuple[int, int]] = {
     ("_flash_attention_fwd_hopper_kernel", 128): (31, 0),
     ("_flash_attention_fwd_hopper_kernel", 256): (34, 0),
     ("_flash_attention_bwd_hopper_kernel", 128): (10, 2),
 }
 if version("triton").startswith("3.7."):
-    SPILLS = {}
+    SPILLS = {("_flash_attention_fwd_hopper_kernel", 128): (6, 0)}  # packed: the thread's number, once a launch
 
 
 def forward(head_dim: int, kind: str, packed: bool = False, window: bool = False) -> None:
