@@ -111,18 +111,20 @@ def as_heads(x: Tensor, varlen: bool) -> Tensor:
 
 def tma_obstacle(name: str, x: Tensor, varlen: bool) -> str | None:
     """Why TMA cannot address x, or None: 16-byte alignment, unit stride along d, extents and strides in range."""
-    sizes, strides = extents(x, varlen)
-    itemsize = x.element_size()
+    why = _obstacle(x.data_ptr() % 16 == 0, x.element_size(), *extents(x, varlen))
+    return why and f"{name} is {why}"
+
+
+@lru_cache(maxsize=1024)
+def _obstacle(aligned: bool, itemsize: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> str | None:
     if strides[3] != 1:
-        return f"{name} is not contiguous along the head size"
+        return "not contiguous along the head size"
     used = [stride * itemsize for size, stride in zip(sizes[:3], strides[:3], strict=True) if size > 1]
-    if x.data_ptr() % 16 or any(stride % 16 for stride in used):
-        return f"{name} is not aligned to 16 bytes"
+    if not aligned or any(stride % 16 for stride in used):
+        return "not aligned to 16 bytes"
     if any(not 0 < stride < 1 << 40 for stride in used):
-        return f"{name} is expanded"
-    if max(sizes) >= 1 << 30:
-        return f"{name} is longer than 2^30 rows"
-    return None
+        return "expanded"
+    return "longer than 2^30 rows" if max(sizes) >= 1 << 30 else None
 
 
 @cache
