@@ -51,6 +51,7 @@ print("plain ok")
 """
 
 
+@pytest.mark.cpu
 def test_the_plain_cpu_runs_the_oracle():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", PLAIN], capture_output=True, text=True, env=env, check=False)

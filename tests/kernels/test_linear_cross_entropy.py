@@ -175,6 +175,7 @@ def test_a_second_derivative_is_refused_even_of_the_loss_itself(device, keep):
         (loss + dx.square().sum()).backward()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("keep", [True, False])
 def test_compiles_without_a_graph_break(device, keep):
     inputs = inputs_of(4, 6, 9, device, torch.bfloat16, torch.float32)
