@@ -158,7 +158,7 @@ def apply(name: str, function: type[torch.autograd.Function], *args: Any) -> Any
     for x in args:
         if type(x) in _TENSORS and _is_wrapped(x):  # by a transform that has ended
             return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> None:

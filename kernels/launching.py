@@ -36,7 +36,7 @@ TENSOR: Any = object()  # a tensor's place in a Plan
 _INTEGERS = frozenset({int})
 _TENSORS = (Tensor, Parameter)
 
-Launch = Callable[[int, int, int, int, list[Any]], None]  # grid, stream, arguments before the constants
+Launch = Callable[..., None]  # grid, stream, arguments before the constants
 
 _direct: bool = triton.__version__.startswith(KNOWN_VERSIONS)
 

@@ -25,7 +25,7 @@ from ...training.config import TrainConfig, model_config
 from ...training.files import write_json
 from ...training.loop import TrainResult
 from ..measure.harness import machine
-from ..rates.ceilings import ceilings_of, require_ceilings
+from ..rates.ceilings import ceilings_of, require_ceilings, unmeasured
 from ..rates.kernel_rates import ops_on
 from . import counters
 from .components import Timed, measure_components
@@ -319,7 +319,9 @@ def _measure(
         progress(f"{name}: step, compiled")
         fused, _ = Step(*sizes, compiled=True, optimizer=e.optimizer).seconds(step_seconds)
         rows += _times(e, fused, f"torch.compile, {TITLES[e.optimizer]}", ", compiled")
-    notes: list[str] = []
+    assert e.ceilings is not None
+    missing = unmeasured(e.ceilings, device, e.dtype)
+    notes = [f"no rate was measured of {', '.join(missing)}: the machine's rates stand in"] if missing else []
     if counted and counters.available(device, e.dtype):
         progress(f"{name}: the GPU's counters")
         try:

@@ -218,12 +218,15 @@ def require_ceilings(device: torch.device) -> Ceilings:
     return ceilings
 
 
+def unmeasured(ceilings: Ceilings, device: torch.device, dtype: str) -> list[str]:
+    """The kernels without any rate in that dtype: an interrupt came before them. Their roof stands in."""
+    return [name for name in grids(getattr(torch, dtype), device) if f"{name} {dtype}" not in ceilings.kernels]
+
+
 def ceilings_of(device: torch.device, dtype: str, seconds: float = SECONDS) -> Ceilings:
     """The ones kept from an earlier measurement on this machine; what is not among them is measured now and kept."""
     known = load_ceilings(device)
-    names = list(grids(getattr(torch, dtype), device))
-    if known is not None and dtype in known.gemm_flops:
-        names = [name for name in names if f"{name} {dtype}" not in known.kernels]
-        if not names:
-            return known
-    return keep_ceilings(device, dtypes=(getattr(torch, dtype),), names=names, seconds=seconds)
+    if known is None or dtype not in known.gemm_flops:
+        return keep_ceilings(device, dtypes=(getattr(torch, dtype),), seconds=seconds)
+    names = unmeasured(known, device, dtype)
+    return keep_ceilings(device, dtypes=(getattr(torch, dtype),), names=names, seconds=seconds) if names else known

@@ -207,6 +207,13 @@ MATRIX: dict[str, tuple[Sizes, ...]] = {
 }
 
 KERNELS: dict[str, Kernel] = {
+    # first, since its rate depends on the length more than any other on its size
+    "attention": Kernel(
+        _attention,
+        _grid(((64, 256, 1024), (32, 64, 128)), ((512, 1024, 2048, 4096, 8192, 16384), (64, 128))),
+        _attention_flops,
+        "FLOP",
+    ),
     "gemm": Kernel(
         _gemm,
         _grid(
@@ -214,12 +221,6 @@ KERNELS: dict[str, Kernel] = {
             ((4096, 16384), (768, 1024, 2048, 4096, 8192), (768, 1024, 2048, 4096, 8192)),
         ),
         _gemm_flops,
-        "FLOP",
-    ),
-    "attention": Kernel(
-        _attention,
-        _grid(((64, 256, 1024), (32, 64, 128)), ((512, 1024, 2048, 4096, 8192, 16384), (64, 128))),
-        _attention_flops,
         "FLOP",
     ),
     "linear_cross_entropy": Kernel(

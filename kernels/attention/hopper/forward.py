@@ -335,15 +335,15 @@ def launch_forward(
     n_row_tile = -(-T // BLOCK_M)
     if cu_seqlens_q is not None:  # at most: the kernel counts
         n_sequence = cu_seqlens_q.shape[0] - 1
-        n_head, n_tile, kept = H, min(n_sequence * n_row_tile, q.shape[0] // BLOCK_M + n_sequence) * H, k.shape[0]
+        n_head, n_tile = H, min(n_sequence * n_row_tile, q.shape[0] // BLOCK_M + n_sequence) * H
     else:
         n_sequence = None
-        n_head, kept = q.shape[0] * H, S
+        n_head = q.shape[0] * H
         n_tile = n_head * n_row_tile
     if n_tile == 0:
         return
     left, right = (None if bound is None else min(bound, T + S) for bound in (left, right))  # 32 bits
-    section = section_heads(kept, k.shape[-1], k.element_size(), H // K, n_head)
+    section = section_heads(S, k.shape[-1], k.element_size(), H // K, n_head)
     problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, T, S, n_head, n_row_tile, section, n_sequence)
     lse_strides = (0, *lse.stride()) if varlen else lse.stride()
     schedule = schedule or choose(q.shape[-1], n_tile, q.device)

@@ -19,9 +19,10 @@ from .blocks import (
     sequence,
     shared_number,
     slot,
+    tile_of,
     write_number,
 )
-from .schedule import next_tile, tile_of
+from .schedule import next_tile
 
 
 class Problem(NamedTuple):

@@ -1,9 +1,7 @@
 """Which program computes which tile of the Hopper forward, and when: the schedule, apart from the kernel that walks it.
 
-Tiles are numbered by `tile_of`: heads in sections whose keys and values stay in the L2 cache together. In the last
-section the tiles with the most keys (the last rows, under a causal mask) come first, so that short ones fill the gaps
-at the end; from one section to the next the direction turns, so that neighbours in the order are alike. A schedule says
-how programs take them:
+Tiles are numbered by `tile_of` (blocks.py): heads in sections whose keys and values stay in the L2 cache together, in a
+section the tiles with the most keys first. A schedule says how programs take them:
 
     TILE      a program for each tile, in that order; the hardware starts one whenever another has ended
     STATIC    a program for each multiprocessor, which takes one tile of every round of `n_program`, back and forth:
@@ -37,7 +35,6 @@ __all__ = [
     "next_tile",
     "section_heads",
     "tile_counter",
-    "tile_of",
 ]
 
 # Keys and values of the heads that run together, by head size. The L2 cache has 50 MB, for all that passes through.
@@ -85,17 +82,6 @@ def choose(head_dim: int, n_tile: int, device: torch.device) -> Schedule:
 
 
 @gluon.jit
-def tile_of(t, n_row_tile, n_head, SECTION):
-    """(b * H + h, row tile) of the t-th tile, of n_row_tile in each of n_head heads, SECTION heads in a section."""
-    section = t // (SECTION * n_row_tile)
-    size = gl.minimum(SECTION, n_head - section * SECTION)
-    r = t - section * SECTION * n_row_tile
-    after = (n_head - 1) // SECTION - section  # sections
-    n = r // size
-    return section * SECTION + r % size, gl.where(after % 2 == 0, n_row_tile - 1 - n, n)
-
-
-@gluon.jit
 def next_tile(n_taken, n_tile, counter, KIND: gl.constexpr):
     """The tile that a program takes after its first n_taken (the first is its own number); n_tile or more: none."""
     p = gl.program_id(0)
@@ -116,15 +102,10 @@ def order(n_row_tile: int, n_head: int, section: int) -> list[tuple[int, int]]:
     """`tile_of` for every t, on the host.
 
     >>> order(2, 3, 2)  # a section of heads 0 and 1, then one of head 2
-    [(0, 0), (1, 0), (0, 1), (1, 1), (2, 1), (2, 0)]
+    [(0, 1), (1, 1), (0, 0), (1, 0), (2, 1), (2, 0)]
     """
-    tiles = []
-    for first in reversed(range(0, n_head, section)):  # the last section, which descends, then those before it
-        heads = range(first, min(first + section, n_head))
-        turned = (n_head - 1) // section - first // section
-        rows = range(n_row_tile) if turned % 2 else reversed(range(n_row_tile))
-        tiles.append([(head, row) for row in rows for head in heads])
-    return [tile for part in reversed(tiles) for tile in part]
+    sections = [range(first, min(first + section, n_head)) for first in range(0, n_head, section)]
+    return [(head, row) for heads in sections for row in reversed(range(n_row_tile)) for head in heads]
 
 
 def static_round(n_taken: int, n_program: int) -> list[int]:

@@ -10,6 +10,7 @@ import pytest
 
 from rooflight.bench.predict import schedules
 from rooflight.bench.predict.schedules import COSTS, MEASURED, PROBLEMS, Costs, Problem, microseconds
+from rooflight.kernels.attention.hopper import blocks as hopper_blocks
 from rooflight.kernels.attention.hopper import schedule as hopper_schedule
 from rooflight.kernels.attention.hopper.schedule import DYNAMIC, SCHEDULES, STATIC, TILE, order, static_round
 from support.gluon_emulator import on_cpu
@@ -37,7 +38,7 @@ def device(function: Any, program: int = 0, n_program: int = 1) -> Callable[...,
 @pytest.mark.parametrize("section", [1, 3, 12])
 def test_the_order_is_the_kernels(n_row_tile: int, n_head: int, section: int) -> None:
     expected = [
-        device(hopper_schedule.tile_of)(t, n_row_tile, n_head, min(section, n_head)) for t in range(n_row_tile * n_head)
+        device(hopper_blocks.tile_of)(t, n_row_tile, n_head, min(section, n_head)) for t in range(n_row_tile * n_head)
     ]
     assert order(n_row_tile, n_head, min(section, n_head)) == expected
     assert len(set(expected)) == n_row_tile * n_head
@@ -56,7 +57,7 @@ def test_a_static_round_is_the_kernels(n_program: int) -> None:
 def test_tiles() -> None:
     assert Problem(1, 300, 64).tiles() == [3, 2, 1]
     assert Problem(1, 512, 64, window=129).tiles() == [2, 2, 2, 1]
-    assert Problem(1, 0, 64, lengths=(300, 100)).tiles() == [3, 0, 2, 0, 1, 1]
+    assert Problem(1, 0, 64, lengths=(300, 100)).tiles() == [3, 2, 1, 1]
     assert sum(Problem(32, 8192, 128).tiles()) == 32 * 65 * 32
     assert Problem(1, 4, 1, window=2).flops() == 4 * (1 + 2 + 2 + 2)
     assert Problem(1, 0, 1, lengths=(1, 2)).flops() == 4 * (1 + 3)
@@ -71,10 +72,13 @@ def test_who_takes_which_tile() -> None:
     assert microseconds(DYNAMIC, [1, 1, 1, 9], costs, 2) == 12  # the longest last
 
 
-@pytest.mark.parametrize("shape", MEASURED, ids=str)
-def test_costs_give_the_measured_times_back(shape: tuple[int, int, int]) -> None:
-    predicted = microseconds(TILE, Problem(*shape).tiles(), COSTS[shape[2]])
-    assert predicted == pytest.approx(MEASURED[shape], rel=0.02)
+@pytest.mark.parametrize("name", [name for name in MEASURED if "heads" in name])
+def test_costs_give_the_measured_times_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper_schedule, "SECTION_BYTES", {64: 32 << 20, 128: 32 << 20})  # as they were then
+    problem = PROBLEMS[name]
+    for schedule in (TILE, DYNAMIC):
+        predicted = microseconds(schedule, problem.tiles(), COSTS[problem.head_dim])
+        assert predicted == pytest.approx(MEASURED[name][schedule.kind], rel=0.05 if problem.T > 8192 else 0.03)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -83,13 +87,12 @@ def test_no_schedule_is_faster_than_its_work(name: str) -> None:
     tiles, costs = problem.tiles(), COSTS[problem.head_dim]
     for schedule in SCHEDULES:
         own = costs.tile if schedule.kind == "tile" else costs.next_tile
-        work = sum(own + costs.block * n for n in tiles if n) / schedules.PROGRAMS
-        assert work < microseconds(schedule, tiles, costs) < 1.4 * work
+        work = sum(own + costs.block * n for n in tiles) / schedules.PROGRAMS
+        assert work < microseconds(schedule, tiles, costs)
+        assert schedule.kind == "static" or microseconds(schedule, tiles, costs) < 1.1 * work
 
 
 def test_the_table_in_the_notes() -> None:
     notes = Path(schedules.__file__).parents[1] / "NOTES.md"
     text = notes.read_text(encoding="utf-8")
-    for line in schedules.table():
-        predicted, _, _ = line.removesuffix(" |").rpartition(" | ")
-        assert predicted + " | " in text or not predicted, line
+    assert all(line in text for line in schedules.table())

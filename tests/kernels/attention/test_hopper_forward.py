@@ -320,11 +320,6 @@ BUGS: dict[str, tuple[type[BaseException], dict[str, Any], list[tuple[str, str]]
             ("pred=n_block > 0)\n    return z\n", "pred=n_block > 0)\n    return warpgroup_mma_wait(0, [z])\n"),
         ],
     ),
-    "keys of no tile released": (
-        EmulationError,
-        PERSISTENT,
-        [("count=1, pred=n_block > 0)", "count=1)")],
-    ),
     "output used before the last product is done": (
         RaceError,
         {},
