@@ -24,6 +24,8 @@ from rooflight.kernels.attention.hopper.blocks import tma_obstacle
 from support.gluon_emulator import emulated
 from support.gluon_hardware import Descriptor
 
+pytestmark = pytest.mark.cpu
+
 ACCESSES = {"tma_load", "tma_store", "tma_add"}
 FOLDER = Path(next(iter(hopper.__path__)))
 WHOLE_TILE = "(2 * BLOCK_M)"  # fp32 values: lse2 and delta of a row tile
