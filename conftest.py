@@ -1,8 +1,13 @@
-"""Pytest set-up: Triton's interpreter where there is no GPU, and the `--benchmark` and `--announce` flags."""
+"""Pytest set-up: Triton's interpreter where there is no GPU, long tests first, and two flags of our own.
+
+`--benchmark` runs the benchmarks; `--announce` tells of failures and slow tests as they happen.
+"""
 
 from __future__ import annotations
 
 import os
+import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,9 @@ import torch
 ROOT = Path(__file__).parent
 BENCH = ROOT / "bench"
 # pytest-benchmark's options, their defaults, and ours: all of bench/ in 90 s on two busy cores
-QUICK = (("benchmark_max_time", "1.0", "0.2"), ("benchmark_min_rounds", 5, 3))
+QUICK = (("benchmark_max_time", "1.0", "0.2"), ("benchmark_min_rounds", 5, 1))
+
+SLOW_SECONDS = 10  # from which on --announce names a test
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -24,16 +31,36 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         action="store_true",
         help="run the benchmarks in bench/ (through pytest-benchmark) instead of the tests",
     )
-    parser.addoption("--announce", action="store_true", help="print each failure's first line as it happens")
+    parser.addoption(
+        "--announce",
+        action="store_true",
+        help=f"print each failure's first line and each test of over {SLOW_SECONDS} s as it happens",
+    )
     if not pluginmanager.has_plugin("timeout"):
         parser.addini("timeout", "seconds that a test may take, where pytest-timeout is installed")
 
 
 class Announcer:
-    """Prints a failure's name and first line when it happens: a run that is cut off never reaches its summary."""
+    """Prints failures and slow tests when they happen: a run that is cut off never reaches its summary.
+
+    A failure with its first line; a slow test, and on Ctrl-C each that still runs, with its seconds.
+    """
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
+        self.began: dict[str, float] = {}
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.began[nodeid] = time.monotonic()
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        seconds = time.monotonic() - self.began.pop(nodeid)
+        if seconds > SLOW_SECONDS:
+            self._write(f"SLOW {nodeid} {seconds:.1f} s")
+
+    def pytest_keyboard_interrupt(self) -> None:
+        for nodeid, began in self.began.items():
+            self._write(f"UNFINISHED {nodeid} {time.monotonic() - began:.1f} s")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._announce(report)
@@ -46,8 +73,11 @@ class Announcer:
             return
         crash = getattr(report.longrepr, "reprcrash", None)
         lines = (crash.message if crash else str(report.longrepr)).strip().splitlines()
+        self._write(f"FAILED {report.nodeid}: {lines[0] if lines else ''}")
+
+    def _write(self, line: str) -> None:
         terminal = self.config.pluginmanager.get_plugin("terminalreporter")
-        terminal.write_line(f"\nFAILED {report.nodeid}: {lines[0] if lines else ''}")  # after a line of dots
+        terminal.write_line(f"\n{line}")  # after a line of dots
         terminal.flush()
 
 
@@ -65,6 +95,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.hookimpl(trylast=True)  # of the items that are left
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--benchmark"):
         return
@@ -72,10 +103,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path.is_relative_to(BENCH):
             item.add_marker(skip)
+    if torch.cuda.is_available():
+        items[:] = long_first(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
+def long_first(items: list[pytest.Item], processes: int) -> list[pytest.Item]:
+    """`items` in as many runs of equal length as xdist deals out to start with, the long tests spread over their heads.
+
+    A process that has no more steals from the end of another's run, so that no long test begins last.
+    """
+    long = [item for item in items if item.get_closest_marker("long")]
+    others = iter([item for item in items if not item.get_closest_marker("long")])
+    dealt = []
+    for i in range(processes):
+        heads = long[i::processes]
+        dealt += [*heads, *islice(others, max(0, len(items) // processes - len(heads)))]
+    return [*dealt, *others]
+
+
+@pytest.hookimpl(trylast=True)  # after pytest-benchmark's own table
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Prediction beside measurement, after pytest-benchmark's own table."""
+    """Prediction beside measurement, for every benchmark that ran."""
     session = getattr(config, "_benchmarksession", None)
     done = [b for b in session.benchmarks if b and "predicted / measured" in b.extra_info] if session else []
     if not (config.getoption("--benchmark") and done):

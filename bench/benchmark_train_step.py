@@ -25,6 +25,7 @@ def test_train_step(benchmark, dtype: str) -> None:
     assert (predicted.parameters, predicted.flops) == count_flops(config, BATCH)
     step = Step(config, BATCH, config.context_length, getattr(torch, dtype), DEVICE)
     peak = step.peak_bytes()
+    assert predicted.seconds is not None
     moved = sum(component.bytes for component in predicted.components)
     benchmark.group = f"train step, {PRESET}, batch {BATCH} x {config.context_length}, {dtype}"
     benchmark(step)

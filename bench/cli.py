@@ -17,7 +17,8 @@ import typer
 
 from ..tokenizer.commands import app as tokenizer
 from ..training.commands import train
-from .commands import bench, bench_tokenizer, demo, estimate, generate
+from .bench_commands import bench
+from .commands import bench_tokenizer, demo, estimate, generate
 
 app = typer.Typer(
     help="Triton kernels for training transformer language models, and everything around them.",

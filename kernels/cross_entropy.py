@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cost, reference
-from .dispatch import call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
+from .dispatch import apply, call, check_device, check_dtype, define_op, runs_triton
 from .elementwise import tanh
 from .launching import launch
 from .rows import row_layout, statistics, tile_offsets
@@ -270,6 +270,5 @@ def cross_entropy(
     if torch.compiler.is_compiling():
         losses, _ = _fwd(logits, target, ignore_index, z_loss)
     else:
-        refuse_transforms("cross_entropy")
-        losses = CrossEntropyFunction.apply(logits, target, ignore_index, z_loss)
+        losses = apply("cross_entropy", CrossEntropyFunction, logits, target, ignore_index, z_loss)
     return reduce_losses(losses, target, ignore_index, reduction)

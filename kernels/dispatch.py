@@ -22,6 +22,7 @@ from . import interpreter
 __all__ = [
     "FLOAT_DTYPES",
     "INTERPRETED",
+    "apply",
     "call",
     "check_device",
     "check_dtype",
@@ -38,6 +39,7 @@ BFLOAT16_IS_EXACT: bool = not INTERPRETED or interpreter.correct()
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _n_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 _library = torch.library.Library("rooflight", "FRAGMENT")
@@ -88,7 +90,8 @@ def define_op(
 _launchers: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 # Arguments that no dispatch key but the device's and autograd's has a say in: no subclass of Tensor.
-_PLAIN = frozenset({Tensor, Parameter, type(None), int, float, bool})
+_TENSORS = frozenset({Tensor, Parameter})
+_PLAIN = _TENSORS | {type(None), int, float, bool}
 
 
 def call(op: torch._ops.OpOverload, *args: Any) -> Any:
@@ -145,22 +148,41 @@ def refuse_transforms(name: str) -> None:
         )
 
 
+def apply(name: str, function: type[torch.autograd.Function], *args: Any) -> Any:
+    """function.apply(*args) for the public function `name`; raises NotImplementedError under torch.func transforms.
+
+    Function.apply itself looks for such transforms and unwraps what is left of past ones, in Python, for as long as a
+    launch takes.
+    """
+    refuse_transforms(name)
+    for x in args:
+        if type(x) in _TENSORS and _is_wrapped(x):  # by a transform that has ended
+            return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> None:
     """Raise ValueError unless `tensor` has one of the allowed dtypes (fp64 too where nothing is compiled)."""
-    if tensor.dtype == torch.bfloat16 and not BFLOAT16_IS_EXACT:
+    dtype = tensor.dtype
+    if dtype in allowed and (BFLOAT16_IS_EXACT or dtype != torch.bfloat16):
+        return
+    if dtype == torch.bfloat16 and not BFLOAT16_IS_EXACT:
         raise ValueError(
             f"{name}: expected dtype float32 or float16, got bfloat16, which the interpreter of triton"
             f" {triton.__version__} computes wrongly (TRITON_INTERPRET=1; 3.6 to 3.9 are corrected)"
         )
-    if tensor.dtype in allowed or (tensor.dtype == torch.float64 and not tensor.is_cuda):
+    if dtype == torch.float64 and not tensor.is_cuda:
         return
     expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-    raise ValueError(f"{name}: expected dtype {expected}, got {str(tensor.dtype).removeprefix('torch.')}")
+    raise ValueError(f"{name}: expected dtype {expected}, got {str(dtype).removeprefix('torch.')}")
 
 
 def check_device(first: tuple[str, Tensor], *others: tuple[str, Tensor | None]) -> None:
     """Raise ValueError unless every tensor given stands on the first one's device."""
     name, reference = first
+    index = reference.get_device()  # below 0 for more than one kind of device
     for other_name, other in others:
-        if other is not None and other.device != reference.device:
+        if other is None or (other.get_device() == index >= 0):
+            continue
+        if other.device != reference.device:
             raise ValueError(f"{other_name}: expected device {reference.device}, as {name}, got {other.device}")

@@ -24,17 +24,19 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-__all__ = ["Described", "direct", "launch", "variant"]
+__all__ = ["TENSOR", "Described", "Plan", "direct", "launch", "variant"]
 
 # The C launcher's arguments were read in these versions; hardware has run 3.6.0 (bench/NOTES.md).
 KNOWN_VERSIONS = ("3.6.", "3.7.", "3.9.")
 # Handles kept for one kernel; more lengths than that in turn, and they are found anew.
 MOST_HANDLES = 2048
 
+TENSOR: Any = object()  # a tensor's place in a Plan
+
 _INTEGERS = frozenset({int})
 _TENSORS = (Tensor, Parameter)
 
-Launch = Callable[[int, int, int, int, list[Any]], None]  # grid, stream, arguments before the constants
+Launch = Callable[..., None]  # grid, stream, arguments before the constants
 
 _direct: bool = triton.__version__.startswith(KNOWN_VERSIONS)
 
@@ -109,6 +111,74 @@ def variant(
     key.extend(map(type, fixed))  # True is no 1 to Triton
     key.extend(constants)
     return tuple(key), given
+
+
+class Plan:
+    """A launch but for its tensors: plan(*tensors) is launch(kernel, grid, *args, **constants) with them for TENSOR.
+
+    What is the same for the same shapes, strides and options is worked out once; the caller keeps the plan by these.
+    A tensor's place may be empty (None), in the arguments or in a tuple among them.
+    """
+
+    __slots__ = ("_args", "_constants", "_grid", "_handles", "_kernel", "_nested", "_places", "_sizes")
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        self._kernel, self._grid, self._args, self._constants = kernel, grid, args, constants
+        self._sizes = (*grid, 1, 1)[:3]
+        self._handles: dict[tuple[Any, ...], Launch] = {}
+        # (which list, where in it): list 0 is the arguments', the others those of tuples among them
+        self._places: list[tuple[int, int]] = []
+        self._nested: list[int] = []
+        for i, arg in enumerate(args):
+            if arg is TENSOR:
+                self._places.append((0, i))
+            elif isinstance(arg, tuple) and any(part is TENSOR for part in arg):
+                self._nested.append(i)
+                self._places += [(len(self._nested), j) for j, part in enumerate(arg) if part is TENSOR]
+
+    def __call__(self, *tensors: Any) -> None:
+        kernel = self._kernel
+        if not (_direct and isinstance(kernel, JITFunction)) or _observed(kernel):
+            self._through_triton(tensors)
+            return
+        device = driver.active.get_current_device()
+        key: list[Any] = [device, knobs.runtime.debug, knobs.compilation.instrumentation_mode]
+        given: list[Any] = []
+        for x in tensors:
+            if x is None:
+                key.append(None)
+                given.append(None)
+            elif type(x) in _TENSORS:
+                address = x.data_ptr()
+                key.append(x.dtype)
+                key.append(not address & 15)
+                given.append(address)
+            else:
+                key.append(x.described.variant)
+                given.append(x)
+        variant = tuple(key)
+        handle = self._handles.get(variant)
+        if handle is not None:
+            handle(*self._sizes, driver.active.get_current_stream(device), self._filled(given))
+            return
+        compiled = self._through_triton(tensors)
+        n_runtime = _prepare(kernel)
+        if len(self._args) >= n_runtime and (handle := _handle(compiled, len(kernel.params) - len(self._args))):
+            self._handles[variant] = handle
+
+    def _filled(self, tensors: Any, kept: bool = False) -> list[Any]:
+        """The arguments with these in the tensors' places. kept: tuples keep their types, which Triton tells apart."""
+        filled = list(self._args)
+        lists = [filled, *(list(filled[i]) for i in self._nested)]
+        for (which, at), x in zip(self._places, tensors, strict=True):
+            lists[which][at] = x
+        for i, parts in zip(self._nested, lists[1:], strict=True):
+            kind = type(filled[i])
+            filled[i] = kind(*parts) if kept and kind is not tuple else tuple(parts)
+        return filled
+
+    def _through_triton(self, tensors: tuple[Any, ...]) -> Any:
+        return self._kernel[self._grid](*self._filled(tensors, kept=True), **self._constants)
 
 
 def _observed(kernel: Any) -> bool:

@@ -3,15 +3,15 @@
 Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4. With xhat = h rstd and g = (w + offset) dy:
 dh = rstd (g - xhat mean(xhat g)) + dstream,  dw = sum over rows of dy xhat,  dx = dresidual = dh.
 
-Resident programs stride over the rows. Forward: a row longer than a tile is read twice, the second time from L2.
-Backward: each program keeps its fp32 sum of dw in registers, a second kernel adds these partial sums in a fixed order:
-no atomics, so the gradients are bitwise reproducible. Of rows longer than a tile a kernel before it computes
-mean(xhat g), so that a program can own a tile's columns.
+Forward: each program normalises a tile of rows; a row longer than one tile is read twice, the second time from L2.
+Backward: a fixed number of programs stride over the rows. Each keeps the fp32 sum of dw over its rows in registers, a
+second kernel adds these partial sums in a fixed order: no atomics, so the gradients are bitwise reproducible. Of rows
+longer than a tile a kernel before it computes mean(xhat g), so that a program can own a tile's columns.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,26 +20,23 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cost, reference
-from .dispatch import call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
-from .launching import launch
-from .rows import is_blackwell, most_warps, multiprocessors, row_layout, statistics, tile_offsets
+from .dispatch import apply, call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
+from .launching import TENSOR, Plan
+from .rms_norm_tiles import (
+    BACKWARD_TILE,
+    FORWARD_BYTES,
+    LOOP_TILE,
+    LOOP_WARPS,
+    REDUCE_ROWS,
+    REDUCE_WARPS,
+    RESIDENT_WARPS,
+    backward_tile,
+    forward_tile,
+    reduced_columns,
+)  # fmt: skip
+from .rows import Layout, multiprocessors, row_layout, statistics, tile_offsets
 
 __all__ = ["RMSNormFunction", "rms_norm"]
-
-# Elements of a tile of short rows: 16 a thread over 4 warps, two 16-byte loads of a 2-byte type.
-SHORT_TILE = 2048
-# The longest row that one tile of the forward holds, the largest that compiles for sm_80 and sm_90 without a spill
-# (docs/artifacts.md); longer rows are looped over.
-FORWARD_TILE, LOOP_TILE, LOOP_WARPS = 32768, 4096, 16
-# Bytes of x in the tiles of the forward's resident programs on one multiprocessor: 32 warps at up to 64 registers.
-FORWARD_BYTES = 32768
-# The backward's tile, 16 elements a thread: at up to 128 registers its program fills a multiprocessor, and all have the
-# same share of the rows. h and dy are 32 KiB on their way; a multiprocessor of an H200 needs 17 (bench/NOTES.md).
-BACKWARD_TILE, RESIDENT_WARPS = 8192, 16
-# The longest row that one tile of the backward holds, of a 2-byte type: 16 elements a thread again, 32 warps.
-BACKWARD_LONGEST = 16384
-# Rows of partial sums of dw that one program of the reduction reads at once.
-REDUCE_ROWS, REDUCE_WARPS = 256, 8
 
 # ---------------------------------------------------------------- kernels
 
@@ -119,8 +116,9 @@ def _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, scale, rstd, row, cols, mask,
 
 @triton.jit
 def _rms_norm_mean_kernel(
-    h_ptr, h_layout, dy_ptr, dy_layout, w_ptr, rstd_ptr, mean_ptr, N, offset, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr
-):
+    h_ptr, h_layout, dy_ptr, dy_layout, w_ptr, rstd_ptr, mean_ptr, N, offset,
+    BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     """mean (M,) of xhat g along rows longer than the backward's tile; a program a row."""
     row = tl.program_id(0) + tl.arange(0, 1)
     rstd = tl.load(rstd_ptr + row)
@@ -183,41 +181,6 @@ def _rms_norm_dw_kernel(partial_ptr, dw_ptr, PROGRAMS, N, ROWS: tl.constexpr, BL
 # ---------------------------------------------------------------- launchers
 
 
-@cache
-def _forward_tile(N: int, element_size: int, residual: bool) -> tuple[int, int, int, int, int]:
-    """Rows and columns of a tile, its warps, the loop's stages and programs on a multiprocessor (2^31: one a tile)."""
-    columns = max(triton.next_power_of_2(N), 16)
-    if columns > (FORWARD_TILE // 2 if residual else FORWARD_TILE):  # a residual is a second row in registers
-        return 1, LOOP_TILE, LOOP_WARPS, 1, 2**31
-    rows = max(1, SHORT_TILE // columns)
-    warps = min(max(rows * columns // 512, 4), most_warps())
-    if most_warps() < 32 or columns * element_size > FORWARD_BYTES:
-        return rows, columns, warps, 1, 2**31
-    stages = 2 if residual or element_size > 2 else 3
-    return rows, columns, warps, stages, max(1, FORWARD_BYTES // (rows * columns * element_size))
-
-
-@cache
-def _backward_tile(N: int, many: bool, element_size: int, residual: bool) -> tuple[int, int, int, int]:
-    """Rows, columns, warps and stages of the backward. many: elements for a whole tile on every multiprocessor."""
-    two_bytes, amd = element_size <= 2, most_warps() < 32
-    columns = max(triton.next_power_of_2(N), 16)
-    fits = two_bytes and not amd and not (residual and is_blackwell())  # where it compiles without a spill
-    if columns > (BACKWARD_LONGEST if fits else BACKWARD_TILE):
-        columns = BACKWARD_TILE
-    rows = max(1, (BACKWARD_TILE if many else SHORT_TILE) // columns)
-    warps = min(max(rows * columns // 512, 4), most_warps())
-    # The buffers fit the shared memory of every GPU, with a residual 96 KiB of 99, and of AMD's 64 KiB a half.
-    stages = (2 if two_bytes else 1) if amd else 3 if two_bytes and columns <= BACKWARD_TILE else 2
-    return rows, columns, warps, stages
-
-
-@cache
-def _reduced_columns(N: int) -> int:
-    """Columns of dw that one program sums: from a sector of memory, 32 bytes, to a line, for about 256 programs."""
-    return min(32, max(8, triton.next_power_of_2(N) // 256))
-
-
 def rms_norm_fwd(
     x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,17 +190,30 @@ def rms_norm_fwd(
     M = rstd.numel()
     if M == 0:
         return y, stream, rstd
-    rows, columns, warps, stages, resident = _forward_tile(N, stream.element_size(), residual is not None)
-    programs = min(-(-M // rows), multiprocessors(x.device) * resident)
     x, x_layout = row_layout(x)
     residual, residual_layout = (None, None) if residual is None else row_layout(residual)
     weight = None if weight is None else weight.contiguous()
-    launch(
-        _rms_norm_fwd_kernel, (programs,),
-        x, x_layout, residual, residual_layout, weight, y, stream, rstd, M, N, eps, weight_offset,
-        ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, STAGES=stages, DTYPE=statistics(x.dtype)[1], num_warps=warps,
-    )  # fmt: skip
+    plan = _forward_plan(
+        M, N, x.dtype, stream.element_size(), x.device, x_layout, residual_layout, float(eps), float(weight_offset)
+    )
+    plan(x, residual, weight, y, stream, rstd)
     return y, stream, rstd
+
+
+@lru_cache(maxsize=512)
+def _forward_plan(
+    M: int, N: int, dtype: torch.dtype, element_size: int, device: torch.device, x_layout: Layout,
+    residual_layout: Layout | None, eps: float, weight_offset: float,
+) -> Plan:  # fmt: skip
+    rows, columns, warps, stages = forward_tile(N, element_size, residual_layout is not None)
+    programs = -(-M // rows)
+    if stages > 1:
+        programs = min(programs, multiprocessors(device) * max(1, FORWARD_BYTES // (rows * columns * element_size)))
+    return Plan(
+        _rms_norm_fwd_kernel, (programs,),
+        TENSOR, x_layout, TENSOR, residual_layout, TENSOR, TENSOR, TENSOR, TENSOR, M, N, eps, weight_offset,
+        ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, STAGES=stages, DTYPE=statistics(dtype)[1], num_warps=warps,
+    )  # fmt: skip
 
 
 def rms_norm_bwd(
@@ -249,34 +225,51 @@ def rms_norm_bwd(
     dh, dw = _rms_norm_bwd_fake(dy, dstream, h, weight, rstd, weight_offset, needs_dw)
     if M == 0:
         return dh, dw.zero_()
-    processors, DTYPE = multiprocessors(h.device), statistics(h.dtype)[1]
-    many = processors * BACKWARD_TILE <= M * N
-    rows, columns, warps, stages = _backward_tile(N, many, h.element_size(), dstream is not None)
-    panels = -(-N // columns)
-    programs = max(1, min(-(-M // rows), processors * max(1, RESIDENT_WARPS // warps) // panels))
     h, h_layout = row_layout(h)
     dy, dy_layout = row_layout(dy)
     dstream, dstream_layout = (None, None) if dstream is None else row_layout(dstream)
     weight = None if weight is None else weight.contiguous()
-    mean = torch.empty_like(rstd) if panels > 1 else None
-    if mean is not None:
-        launch(
-            _rms_norm_mean_kernel, (M,), h, h_layout, dy, dy_layout, weight, rstd, mean, N, weight_offset,
-            BLOCK_N=LOOP_TILE, DTYPE=DTYPE, num_warps=LOOP_WARPS,
-        )  # fmt: skip
-    partial = torch.empty(programs, N, dtype=rstd.dtype, device=h.device) if needs_dw else None
-    launch(
+    programs, mean_plan, plan, dw_plan = _backward_plans(
+        M, N, h.dtype, h.device, h_layout, dy_layout, dstream_layout, float(weight_offset)
+    )
+    mean = None if mean_plan is None else torch.empty_like(rstd)
+    if mean_plan is not None:
+        mean_plan(h, dy, weight, rstd, mean)
+    partial = torch.empty((programs, N), dtype=rstd.dtype, device=h.device) if needs_dw else None
+    plan(h, dy, dstream, weight, rstd, mean, dh, partial)
+    if partial is not None:
+        dw_plan(partial, dw)
+    return dh, dw
+
+
+@lru_cache(maxsize=512)
+def _backward_plans(
+    M: int, N: int, dtype: torch.dtype, device: torch.device, h_layout: Layout, dy_layout: Layout,
+    dstream_layout: Layout | None, weight_offset: float,
+) -> tuple[int, Plan | None, Plan, Plan]:  # fmt: skip
+    """Programs, each with partial sums of its own; the rows' means, where a row has several panels; dh; dw."""
+    processors, DTYPE = multiprocessors(device), statistics(dtype)[1]
+    many = processors * BACKWARD_TILE <= M * N
+    rows, columns, warps, stages = backward_tile(N, many, dtype.itemsize, dstream_layout is not None)
+    panels = -(-N // columns)
+    programs = max(1, min(-(-M // rows), processors * max(1, RESIDENT_WARPS // warps) // panels))
+    mean_plan = Plan(
+        _rms_norm_mean_kernel, (M,),
+        TENSOR, h_layout, TENSOR, dy_layout, TENSOR, TENSOR, TENSOR, N, weight_offset,
+        BLOCK_N=LOOP_TILE, DTYPE=DTYPE, num_warps=LOOP_WARPS,
+    )  # fmt: skip
+    plan = Plan(
         _rms_norm_bwd_kernel, (programs, panels),
-        h, h_layout, dy, dy_layout, dstream, dstream_layout, weight, rstd, mean, dh, partial, M, N, weight_offset,
+        TENSOR, h_layout, TENSOR, dy_layout, TENSOR, dstream_layout, TENSOR, TENSOR, TENSOR, TENSOR, TENSOR,
+        M, N, weight_offset,
         ROWS=rows, BLOCK_N=columns, HOLD_SCALE=columns <= BACKWARD_TILE, STAGES=stages, DTYPE=DTYPE, num_warps=warps,
     )  # fmt: skip
-    if partial is not None:
-        columns = _reduced_columns(N)
-        launch(
-            _rms_norm_dw_kernel, (-(-N // columns),),
-            partial, dw, programs, N, ROWS=REDUCE_ROWS, BLOCK_N=columns, num_warps=REDUCE_WARPS,
-        )  # fmt: skip
-    return dh, dw
+    columns = reduced_columns(N)
+    dw_plan = Plan(
+        _rms_norm_dw_kernel, (-(-N // columns),),
+        TENSOR, TENSOR, programs, N, ROWS=REDUCE_ROWS, BLOCK_N=columns, num_warps=REDUCE_WARPS,
+    )  # fmt: skip
+    return programs, mean_plan if panels > 1 else None, plan, dw_plan
 
 
 def _rms_norm_fwd_fake(
@@ -392,8 +385,8 @@ def rms_norm(
     if torch.compiler.is_compiling():
         y, stream, _ = _fwd(x, weight, eps, residual, weight_offset)
         return y if residual is None else (y, stream)
-    refuse_transforms("rms_norm")
     if not torch.is_grad_enabled():  # nothing to save
+        refuse_transforms("rms_norm")
         y, stream, _ = call(_fwd, x, weight, eps, residual, weight_offset)
         return y if residual is None else (y, stream)
-    return RMSNormFunction.apply(x, weight, eps, residual, weight_offset)
+    return apply("rms_norm", RMSNormFunction, x, weight, eps, residual, weight_offset)

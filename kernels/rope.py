@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cost, reference
-from .dispatch import call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
+from .dispatch import apply, call, check_device, check_dtype, define_op, runs_triton
 from .launching import launch
 from .rows import statistics
 
@@ -56,7 +56,7 @@ def _turn_heads(
             tl.store(target + rest.to(tl.int64)[None, :] * out_strides[3], x, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_token"])
 def _rope_kernel(
     q_ptr, q_strides, q_out_ptr, q_out_strides, H, k_ptr, k_strides, k_out_ptr, k_out_strides, K,
     cos_ptr, sin_ptr, stride_cp, stride_sp,
@@ -180,8 +180,7 @@ def rope(
         return reference.rope(q, k, cos, sin, interleaved=interleaved, positions=positions)
     if torch.compiler.is_compiling():
         return _turn(q, k, cos, sin, positions, interleaved, False)
-    refuse_transforms("rope")
-    return RoPEFunction.apply(q, k, cos, sin, positions, interleaved, False)
+    return apply("rope", RoPEFunction, q, k, cos, sin, positions, interleaved, False)
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cost, reference
-from .dispatch import call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
+from .dispatch import apply, call, check_device, check_dtype, define_op, runs_triton
 from .launching import launch
 from .rows import row_layout, statistics, tile_offsets
 
@@ -144,5 +144,4 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         return reference.swiglu(gate, up)
     if torch.compiler.is_compiling():
         return _fwd(gate, up)
-    refuse_transforms("swiglu")
-    return SwiGLUFunction.apply(gate, up)
+    return apply("swiglu", SwiGLUFunction, gate, up)

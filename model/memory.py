@@ -118,7 +118,9 @@ def stages(
         loss = Stage("loss", N * (V * FP32 + STATISTIC + INDEX + 1) + V * d * s * low, 4 * N * V * FP32, V * d)
     else:
         loss = _fused_loss(N, d, V, dtype, ops)
-    return embedding, block, [Stage("norms", norm(N, d), norm_working), Stage("logits", stream, 0), loss]
+    # a loss that makes its gradients in the forward pass keeps them, and not the rows that it was given
+    logits = Stage("logits", 0 if loss.forward else stream, 0)
+    return embedding, block, [Stage("norms", norm(N, d), norm_working), logits, loss]
 
 
 def _fused_loss(N: int, d: int, V: int, dtype: str, ops: str) -> Stage:
@@ -127,19 +129,23 @@ def _fused_loss(N: int, d: int, V: int, dtype: str, ops: str) -> Stage:
     keep = keeps_gradients("mean", getattr(torch, dtype))
     rows = chunk_rows(N, V, "cuda" if ops == "triton" else "cpu")
     dx, dweight = N * d * s, V * d * FP32
-    cast = padded(V) * d * s * low
-    share = padded(V) * d * s if low else V * d * s  # of dweight, a chunk's; of one chunk in fp32 it is dweight
+    high = (padded(V) if low else V) * d  # the weight as the products take it
+    cast = high * s * low
+    # a chunk's share of dweight: a GPU adds it within the product; of one chunk in fp32 it is dweight
+    share = 0 if low and ops == "triton" else high * s
+    total = high * FP32
     logits = rows * padded(V) * s
     # in eager order the row kernels' temporaries: the logits in fp32, their exponentials, and those scaled
     eager = rows * V * (3 if low else 2) * FP32 * (ops != "triton")
     one = rows >= N
-    first = max(eager, share + dweight * low)
-    later = 0 if one else dweight + max(eager, share)
+    first = max(eager, share + total * low)
+    later = 0 if one else total + max(eager, share)
     working = dx + cast + logits + max(first, later)
     if not keep:
         return Stage("loss", N * STATISTIC, working, V * d)
-    # the gradients are made in the forward pass, and the backward scales them into others
-    return Stage("loss", dx + dweight, dx + dweight, V * d, forward=working)
+    # the gradients are made in the forward pass, from rows that are there till it ends (dx is as large), and kept with
+    # the loss; the backward scales them into others
+    return Stage("loss", dx + dweight + STATISTIC, dx + dweight, V * d, forward=dx + working)
 
 
 def saved_activations(config: ModelConfig, n_token: int, context_length: int, dtype: str, ops: str) -> dict[str, int]:

@@ -18,8 +18,9 @@ class _Attention(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.c = c
-        for name, heads in (("q_proj", c.n_head), ("k_proj", c.n_kv_head), ("v_proj", c.n_kv_head)):
-            setattr(self, name, nn.Linear(c.d_model, heads * c.head_dim, bias=False))
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(c.d_model, heads * c.head_dim, bias=False) for heads in (c.n_head, c.n_kv_head, c.n_kv_head)
+        )
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -21,7 +21,9 @@ Call = Callable[[], object]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
-L2_FLUSH = 2**28  # bytes written before each timed call on a GPU, several times its L2
+# Bytes read before each timed call on a GPU, several times its L2. Read, not written: what was written would be written
+# back while the call is timed, up to 60 MB of it.
+L2_FLUSH = 2**28
 WAKE = 0.01  # seconds of work before the first sample: an idle GPU's clocks are low
 ROUND = 0.01  # seconds of a round of calls that follow one another
 
@@ -54,7 +56,7 @@ def timings(
     be captured, or is not to be). On a CPU: the clock on the wall; with a single thread, the time that thread ran.
     """
     if device.type == "cuda":
-        flush = torch.empty(L2_FLUSH, dtype=torch.uint8, device=device)
+        flush = torch.zeros(L2_FLUSH // 4, dtype=torch.float32, device=device)
         runs = [_captured(call, device) if capture else None for call in calls]
         ways = ["events" if run is None else "graph" for run in runs]
         samplers = [_cuda_sampler(run or call, flush) for run, call in zip(runs, calls, strict=True)]
@@ -146,7 +148,7 @@ def _cuda_sampler(run: Call, flush: Tensor) -> Callable[[], float]:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def sample() -> float:
-        flush.zero_()  # while the GPU writes, the host queues what follows: no launch is waited for
+        flush.sum()  # while the GPU reads, the host queues what follows: no launch is waited for
         start.record()
         run()
         end.record()

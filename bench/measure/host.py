@@ -27,9 +27,7 @@ from triton.compiler import CompiledKernel
 
 from ...kernels import dispatch, flash_attention, rms_norm
 from ...kernels.attention import paths
-from ...kernels.attention.hopper import backward as hopper_backward
 from ...kernels.attention.hopper import blocks
-from ...kernels.attention.hopper import forward as hopper_forward
 
 __all__ = ["StandIn", "cases", "microseconds", "standing_in"]
 
@@ -111,14 +109,6 @@ def _always(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _describe(x: torch.Tensor, rows: int, varlen: bool) -> Any:
-    return blocks._described(x.data_ptr(), x.dtype, *blocks.extents(x, varlen), rows)
-
-
-def _describe_rows(x: torch.Tensor, rows: int) -> Any:
-    return blocks._rows_described(x.data_ptr(), x.numel(), rows)
-
-
 @contextmanager
 def standing_in() -> Iterator[StandIn]:
     """Within, CPU tensors are launched like a GPU's, into nothing. For a process of its own without the interpreter."""
@@ -137,9 +127,7 @@ def standing_in() -> Iterator[StandIn]:
             # the module: the package's name of most is the function in it
             module_of = sys.modules[f"{dispatch.__package__}.{room}"]
             stack.enter_context(mock.patch.object(module_of, "runs_triton", _always))
-        for module_of in (blocks, hopper_forward, hopper_backward):
-            stack.enter_context(mock.patch.object(module_of, "describe", _describe))
-        stack.enter_context(mock.patch.object(hopper_backward, "describe_rows", _describe_rows))
+        stack.enter_context(mock.patch.object(blocks, "_on_gpu", _always))
         yield stand_in
 
 

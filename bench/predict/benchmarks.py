@@ -35,9 +35,9 @@ def lines(benchmarks: Iterable[tuple[str, float, dict[str, Any]]]) -> list[str]:
                 provider,
                 f"{info['flops'] / 1e6:,.3f}",
                 f"{info['bytes'] / 1e6:,.3f}",
-                f"{info['predicted_seconds'] * 1e3:,.4f}" if ours else "",
+                f"{info['predicted_seconds'] * 1e3:,.4f}" if ours else "-",
                 f"{seconds * 1e3:,.4f}",
-                f"{info['predicted / measured']:.3f}" if ours else "",
+                f"{info['predicted / measured']:.3f}" if ours else "-",
                 f"{info['share of ceiling']:.1%}",
             )
         )

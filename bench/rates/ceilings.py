@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,16 +28,16 @@ from ...training.throughput import measure_peak_flops
 from ..measure.clock import best_seconds
 from ..measure.harness import machine
 from .exponentials import exp_rate
-from .kernel_rates import KERNELS, grids, kernel_rates
+from .kernel_rates import KERNELS, Rates, grids, kernel_rates
 from .schedule import left_out
 
 SECONDS = 30.0  # the budget: with imports and the kernel that is running when it ends, under 45
 DTYPES = (torch.bfloat16,)
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}  # far beyond any cache
 
 
 def _copy_bandwidth(device: torch.device) -> float:
-    # far beyond any cache, and both buffers in a quarter of a small GPU
-    size = min(2**32, _memory_bytes(device) // 8) if device.type == "cuda" else 2**28
+    size = min(COPY_BYTES[device.type], _memory_bytes(device) // 8)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / best_seconds(lambda: target.copy_(source), device)
@@ -80,25 +81,27 @@ def measure_ceilings(
     )
     keep(ceilings)
     for i, dtype in enumerate(dtypes):
-        before = ceilings
-
-        def beside(
-            rates: dict[str, dict[Sizes, float]], before: Ceilings = before, dtype: str = _name(dtype)
-        ) -> Ceilings:
-            kernels = {f"{kernel} {dtype}": dict(points) for kernel, points in rates.items()}
-            return replace(before, kernels=before.kernels | kernels)
-
         now = time.perf_counter()
+        beside = partial(_with_rates, ceilings, _name(dtype))
+
+        def keep_rates(rates: Rates, beside: Callable[[Rates], Ceilings] = beside) -> None:
+            keep(beside(rates))
+
         rates = kernel_rates(
             dtype,
             device,
             names=names,
             deadline=now + max(0.0, deadline - now) / (len(dtypes) - i),
+            peak=ceilings.gemm_flops[_name(dtype)],
             progress=progress,
-            keep=lambda rates, beside=beside: keep(beside(rates)),
+            keep=keep_rates,
         )
         ceilings = beside(rates)
     return ceilings
+
+
+def _with_rates(ceilings: Ceilings, dtype: str, rates: Rates) -> Ceilings:
+    return replace(ceilings, kernels=ceilings.kernels | {f"{name} {dtype}": rates[name].copy() for name in rates})
 
 
 def keep_ceilings(
@@ -215,12 +218,15 @@ def require_ceilings(device: torch.device) -> Ceilings:
     return ceilings
 
 
+def unmeasured(ceilings: Ceilings, device: torch.device, dtype: str) -> list[str]:
+    """The kernels without any rate in that dtype: an interrupt came before them. Their roof stands in."""
+    return [name for name in grids(getattr(torch, dtype), device) if f"{name} {dtype}" not in ceilings.kernels]
+
+
 def ceilings_of(device: torch.device, dtype: str, seconds: float = SECONDS) -> Ceilings:
     """The ones kept from an earlier measurement on this machine; what is not among them is measured now and kept."""
     known = load_ceilings(device)
-    names = list(grids(getattr(torch, dtype), device))
-    if known is not None and dtype in known.gemm_flops:
-        names = [name for name in names if f"{name} {dtype}" not in known.kernels]
-        if not names:
-            return known
-    return keep_ceilings(device, dtypes=(getattr(torch, dtype),), names=names, seconds=seconds)
+    if known is None or dtype not in known.gemm_flops:
+        return keep_ceilings(device, dtypes=(getattr(torch, dtype),), seconds=seconds)
+    names = unmeasured(known, device, dtype)
+    return keep_ceilings(device, dtypes=(getattr(torch, dtype),), names=names, seconds=seconds) if names else known

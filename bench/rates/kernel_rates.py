@@ -26,7 +26,11 @@ from ...training.optim import AdamW, Muon
 from ..measure.clock import Call, median_seconds, on_capture_stream
 from .schedule import Budget, plan
 
+Rates = dict[str, dict[Sizes, float]]  # kernel -> {sizes: work/s}
+
 SECONDS = 0.5  # for a kernel's sizes, forward and backward together
+RUNS = {"cpu": 5, "cuda": 8}  # of a call at least, for its time: warming up, on a GPU the capture, three rounds
+PASSES = 4  # a forward and a backward, in forwards
 HURRY = 0.05  # seconds left for each task, below which one round is all that a call gets
 HEADS = 4  # of the q that is rotated, and of the k
 WIDTH = 256  # of the embedding's rows
@@ -120,6 +124,12 @@ def _linear_cross_entropy(make: Leaves, M: int, N: int, V: int) -> Call:
     x, target = make(M, N), make.tokens(M, V)
     # the two passes apart: a step that keeps the gradients is their sum, less the logits computed again
     return lambda: make.ops.linear_cross_entropy(x, weight, target, keep_gradients=False)
+
+
+def _scale(make: Leaves, elements: int) -> Call:
+    """What the loss's backward does to gradients that its forward has made; most of them are the fp32 weight's."""
+    gradients, factor = make(elements, dtype=torch.float32).detach(), torch.ones(1, device=make.device)
+    return lambda: torch.mul(gradients, factor, out=torch.empty_like(gradients))
 
 
 def _embedding(make: Leaves, elements: int) -> Call:
@@ -224,6 +234,7 @@ KERNELS: dict[str, Kernel] = {
     "swiglu": Kernel(_swiglu, WIDE),
     "gelu": Kernel(_gelu, WIDE),
     "add": Kernel(_add, FLAT, backward=False),
+    "scale": Kernel(_scale, FLAT, backward=False),
     "embedding": Kernel(_embedding, FLAT, _embedding_elements),
     "cast": Kernel(_cast, FLAT),
     "adamw": Kernel(_adamw, FLAT, backward=False),
@@ -252,23 +263,31 @@ def kernel_rates(
     *,
     names: Container[str] = KERNELS,
     deadline: float = float("inf"),
+    peak: float = float("inf"),
     progress: Callable[[str], object] = lambda what: None,
-    keep: Callable[[dict[str, dict[Sizes, float]]], object] = lambda rates: None,
-) -> dict[str, dict[Sizes, float]]:
+    keep: Callable[[Rates], object] = lambda rates: None,
+) -> Rates:
     """{"gemm": {sizes: work/s}, "gemm backward": ...} of the named kernels in that dtype.
 
     Each at one size at least, at the others as far as they end before `deadline` (time.perf_counter's) and fit into
-    memory. keep gets what is there after each step: an interrupt loses no more than the step it falls into.
+    memory. peak: FLOP/s of large products; where they are so slow that a kernel's first size would take more than its
+    share of the time, its least comes first. keep gets what is there after each step: an interrupt loses no more than
+    the step it falls into.
     """
     wanted = {name: grid for name, grid in grids(dtype, device).items() if name in names}
 
     def work(name: str, sizes: Sizes) -> float:
         return float(KERNELS[name].work(device, sizes, backward=False))
 
+    share_of_each = max(0.0, deadline - time.perf_counter()) / max(1, len(wanted))
+
+    def dear(name: str, amount: float) -> bool:
+        return KERNELS[name].unit == "FLOP" and RUNS[device.type] * PASSES * amount / peak > share_of_each
+
     # a CPU's sizes are timed in turn, so that its slow moments fall on all; a GPU's tensors are too large for that
-    tasks = plan(wanted, work, together=device.type == "cpu")
-    budget = Budget(deadline)
-    rates: dict[str, dict[Sizes, float]] = {}
+    tasks = plan(wanted, work, together=device.type == "cpu", dear=dear)
+    budget = Budget(deadline, RUNS[device.type])
+    rates: Rates = {}
     for i, task in enumerate(tasks):
         if not budget.allows(task):
             continue

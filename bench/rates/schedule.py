@@ -7,12 +7,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...model.ceilings import Sizes
-
-RUNS = 8  # of a call at least, for its time: warming up, the capture, three rounds
 
 
 def ranks(grid: Sequence[Sizes]) -> dict[Sizes, tuple[int, int]]:
@@ -43,19 +41,35 @@ class Task:
     work: float
 
 
-def plan(grids: dict[str, Sequence[Sizes]], work: Callable[[str, Sizes], float], *, together: bool) -> list[Task]:
-    """All sizes of all kernels, the most telling first; together: a kernel's sizes of one level in one task."""
+def plan(
+    grids: Mapping[str, Sequence[Sizes]],
+    work: Callable[[str, Sizes], float],
+    *,
+    together: bool,
+    dear: Callable[[str, float], bool] = lambda kernel, work: False,
+) -> list[Task]:
+    """All sizes of all kernels, the most telling first; together: a kernel's sizes of one level in one task.
+
+    dear: whether so much work is too much to begin a kernel with: then its least size comes first.
+    """
     order: list[tuple[tuple[int, int], Task]] = []
     for kernel, grid in grids.items():
         groups: dict[tuple[int, int], list[Sizes]] = {}
         for sizes, (level, distance) in ranks(grid).items():
             groups.setdefault((level, 0 if together else distance), []).append(sizes)
-        places = [(place, group) for place, group in sorted(groups.items())]
-        tasks = [(place, part) for place, group in places for part in ([group] if together else [[s] for s in group])]
-        for i, (place, part) in enumerate(tasks):
+        tasks = [(place, part) for place in groups for part in ([groups[place]] if together else _each(groups[place]))]
+        tasks.sort(key=lambda task: task[0])
+        if dear(kernel, sum(work(kernel, sizes) for sizes in tasks[0][1])):
+            least = min(grid, key=lambda sizes: work(kernel, sizes))
+            tasks = [((0, 0), [least]), *((place, [s for s in part if s != least]) for place, part in tasks)]
+        for i, (place, part) in enumerate((place, part) for place, part in tasks if part):
             order.append((place, Task(kernel, tuple(part), i == 0, sum(work(kernel, sizes) for sizes in part))))
     order.sort(key=lambda pair: (not pair[1].first, pair[0]))  # stable: kernels stay in their own order
     return [task for _, task in order]
+
+
+def _each(sizes: Sequence[Sizes]) -> list[list[Sizes]]:
+    return [[one] for one in sizes]
 
 
 @dataclass
@@ -63,6 +77,7 @@ class Budget:
     """Seconds until the deadline, and what a kernel's next task will take by what its last one took."""
 
     deadline: float  # of time.perf_counter
+    runs: int  # of a call, for its time
     overhead: dict[str, float] = field(default_factory=dict)  # of the last task: to make the tensors, to compile
     pace: dict[str, float] = field(default_factory=dict)  # seconds a unit of work
 
@@ -70,16 +85,16 @@ class Budget:
         """Whether the task is expected to end in time; a kernel's first always may run."""
         if task.first:
             return True
-        expected = self.overhead[task.kernel] + RUNS * task.work * self.pace[task.kernel]
+        expected = self.overhead[task.kernel] + self.runs * task.work * self.pace[task.kernel]
         return time.perf_counter() + expected <= self.deadline
 
     def took(self, task: Task, seconds: float, running: float) -> None:
         """The task took so many seconds, in which one run of everything took `running`."""
         self.pace[task.kernel] = running / task.work
-        self.overhead[task.kernel] = max(0.0, seconds - RUNS * running)
+        self.overhead[task.kernel] = max(0.0, seconds - self.runs * running)
 
 
-def left_out(grids: dict[str, Sequence[Sizes]], measured: dict[str, Iterable[Sizes]]) -> dict[str, list[Sizes]]:
+def left_out(grids: Mapping[str, Sequence[Sizes]], measured: Mapping[str, Container[Sizes]]) -> dict[str, list[Sizes]]:
     """{kernel: the sizes of its grid that have no rate}, of those that lack any."""
     missing = {name: [sizes for sizes in grid if sizes not in measured.get(name, ())] for name, grid in grids.items()}
     return {name: sizes for name, sizes in missing.items() if sizes}

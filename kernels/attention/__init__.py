@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import refuse_transforms, runs_triton
+from ..dispatch import apply, runs_triton
 from .checks import Window, check_inputs, check_sequences, reach, score_scale
 from .launch import FlashAttentionFunction, fwd_op
 
@@ -28,8 +28,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _attend(*args: Any) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
         return fwd_op(*args)[:2]
-    refuse_transforms("flash_attention")
-    return FlashAttentionFunction.apply(*args)
+    return apply("flash_attention", FlashAttentionFunction, *args)
 
 
 def flash_attention(

@@ -27,9 +27,16 @@ from .portable.launch import Problem
 
 
 def _statistic_like(q: Tensor, varlen: bool) -> Tensor:
-    """One fp32 (fp64 for fp64) for each query row: (B, H, T), or (H, total)."""
-    shape = (q.shape[1], q.shape[0]) if varlen else q.shape[:3]
-    return q.new_empty(shape, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    """One fp32 (fp64 for fp64) for each query row: (B, H, T), or (H, total). Each head's rows start at a multiple of
+    64 bytes, so that loads of them are vectors and kernels the same whatever T.
+    """
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if varlen:
+        total, H, _ = q.shape
+        return torch.empty_strided((H, total), (-(-total // 16) * 16, 1), dtype=dtype, device=q.device)
+    B, H, T, _ = q.shape
+    n_row = -(-T // 16) * 16
+    return torch.empty_strided((B, H, T), (H * n_row, n_row, 1), dtype=dtype, device=q.device)
 
 
 def _outputs(q: Tensor, varlen: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,7 +44,7 @@ def _outputs(q: Tensor, varlen: bool) -> tuple[Tensor, Tensor, Tensor]:
     itself rounds to far less.
     """
     lse = _statistic_like(q, varlen)
-    return torch.empty_like(q), lse, torch.empty_like(lse) if q.dtype.itemsize > 2 else lse.new_empty(0)
+    return torch.empty_like(q), lse, _statistic_like(q, varlen) if q.dtype.itemsize > 2 else lse.new_empty(0)
 
 
 def _given(unround: Tensor) -> Tensor | None:
@@ -130,15 +137,16 @@ def flash_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     p = _problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    delta = None if sinks is None else torch.empty_like(lse)
+    delta = None
+    if sinks is not None:
+        delta = torch.empty_strided(lse.shape, lse.stride(), dtype=lse.dtype, device=lse.device)
     bounds = (p.ends_q, p.ends_k, p.T, p.S, left, right, scale)
     written = (q, k, v, out, dout, lse, dlse, dq, dk, dv, delta, *bounds)
     if not (
         _path("backward", q, k, p, sinks) == "hopper"
         and _by_hopper("backward", (q, k, v, dout, p.ends_q, softcap), written)
     ):
-        lse2, delta = portable.launch_delta(out, dout, lse, dlse, p)
-        portable.launch_backward(q, k, v, dout, lse2, delta, _given(unround), dq, dk, dv, p)
+        delta = portable.launch_backward(q, k, v, out, dout, lse, dlse, _given(unround), dq, dk, dv, p)
     if sinks is None or delta is None:
         return dq, dk, dv, q.new_empty(0)
     return dq, dk, dv, _sink_gradient(sinks, lse, delta, cu_seqlens_q is not None)

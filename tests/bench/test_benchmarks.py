@@ -1,8 +1,10 @@
 """`pytest --benchmark` as its users run it: what a saved benchmark says, and what makes one fail."""
 
 import dataclasses
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,9 @@ import torch
 
 from rooflight.bench.cases.kernels import attention_case, rms_norm_case
 from rooflight.bench.measure import harness
-from rooflight.bench.rates import ceilings
-from rooflight.kernels.cost import Cost
+from rooflight.bench.rates import ceilings, kernel_rates
+from rooflight.kernels.cost import Cost, rms_norm_cost
+from rooflight.model import PRESETS, estimate
 from rooflight.model.ceilings import Ceilings
 
 ROOT = Path(__file__).parents[2]
@@ -27,33 +30,58 @@ def run_pytest(*arguments: str, **environment: str) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=inherited | environment, timeout=300)
 
 
-def benchmark(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def benchmark(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Quick runs of bench/, with ceilings at hand so that none are measured."""
     where = harness.machine(CPU)
+    rates = {
+        f"{kernel}{suffix} {dtype}": {sizes[0]: 1e9}
+        for dtype in ("float32", "bfloat16")
+        for kernel, sizes in kernel_rates.grids(getattr(torch, dtype), CPU).items()
+        for suffix in ("", " backward")
+    }
     known = Ceilings(
         dict.fromkeys(("float32", "bfloat16"), 1e11),
         1e10,
         1e9,
-        {"rms_norm float32": {(4096 * 256, 256): 2e9}},
+        rates | {"rms_norm float32": {(4096 * 256, 256): 2e9}},
         device=where["device"],
         versions={"torch": where["torch"]},
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        patch.setenv("XDG_CACHE_HOME", str(cache))
         ceilings.save_ceilings(known, CPU)
     quick = ("--benchmark-min-rounds=1", "--benchmark-max-time=0.01", "--benchmark-warmup=off")
     threads = str(torch.get_num_threads())
-    return run_pytest("--benchmark", *quick, *arguments, XDG_CACHE_HOME=str(tmp_path), OMP_NUM_THREADS=threads)
+    return run_pytest("--benchmark", *quick, *arguments, XDG_CACHE_HOME=str(cache), OMP_NUM_THREADS=threads)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the cases that it names are a CPU's; a GPU runs others")
-def test_a_saved_benchmark_has_its_cost_its_rates_and_its_prediction(tmp_path: Path):
-    saved = tmp_path / "saved.json"
-    done = benchmark(tmp_path, f"--benchmark-json={saved}", "-k", "rms_norm-M4096-N256 and forward")
+def read_table(output: str) -> list[dict[str, str]]:
+    """The rows of the table that pytest ends with; columns are two spaces apart at least."""
+    lines = output.partition(" predicted and measured ")[2].splitlines()
+    table = itertools.takewhile(lambda line: "  " in line, lines[1:])
+    header, *rows = [re.split("  +", line.strip()) for line in table]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+NORM = "rms_norm-M4096-N256"
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[dict]]:
+    """(what the terminal showed, what was saved) of a norm, ours and its peers', and of a training step."""
+    if torch.cuda.is_available():
+        pytest.skip("the cases that it names are a CPU's; a GPU runs others")
+    folder = tmp_path_factory.mktemp("benchmarks")
+    only = f"({NORM} and (forward or rooflight)) or (train_step and float32)"
+    done = benchmark(folder, f"--benchmark-json={folder / 'saved.json'}", "-k", only)
     assert done.returncode == 0, done.stdout + done.stderr
-    runs = {b["extra_info"]["provider"]: b for b in json.loads(saved.read_text())["benchmarks"]}
+    return done.stdout, json.loads((folder / "saved.json").read_text())["benchmarks"]
+
+
+def test_a_saved_benchmark_has_its_cost_its_rates_and_its_prediction(done: tuple[str, list[dict]]):
+    forward = [b for b in done[1] if b["group"] == f"{NORM}-float32 forward"]
+    runs = {b["extra_info"]["provider"]: b for b in forward}
     assert runs.keys() == {"rooflight", "torch", "eager"}
-    assert {b["group"] for b in runs.values()} == {"rms_norm-M4096-N256-float32 forward"}
     for run in runs.values():
         info, median = run["extra_info"], run["stats"]["median"]
         assert (info["flops"], info["bytes"]) == (4 * 4096 * 256, (2 * 4096 * 256 + 256) * 4 + 4096 * 4)
@@ -63,6 +91,30 @@ def test_a_saved_benchmark_has_its_cost_its_rates_and_its_prediction(tmp_path: P
         assert info["share of ceiling"] == pytest.approx(info["bytes"] / 1e10 / median)
         assert info["predicted_seconds"] == pytest.approx(4096 * 256 / 2e9)
         assert info["predicted / measured"] == pytest.approx(info["predicted_seconds"] / median)
+
+
+def test_the_terminal_ends_with_predicted_beside_measured(done: tuple[str, list[dict]]):
+    rows = {(row["benchmark"], row["provider"]): row for row in read_table(done[0])}
+    step, name = f"train step, tiny, batch 8 x {PRESETS['tiny'].context_length}, float32", f"{NORM}-float32"
+    ours = {(f"{name} {mode}", "rooflight") for mode in ("forward", "backward")} | {(step, "rooflight")}
+    peers = {(f"{name} forward", "torch"), (f"{name} forward", "eager")}
+    assert set(rows) == ours | peers
+    assert all(rows[peer]["predicted ms"] == rows[peer]["ratio"] == "-" for peer in peers)
+    for key in ours:
+        numbers = {column: float(cell.rstrip("%").replace(",", "")) for column, cell in list(rows[key].items())[2:]}
+        assert numbers["ratio"] == pytest.approx(numbers["predicted ms"] / numbers["measured ms"], abs=1e-3, rel=1e-3)
+        if key[0] == step:
+            closed = estimate(PRESETS["tiny"], batch_size=8, dtype="float32", causal="full")
+            flops, moved = closed.flops, sum(component.bytes for component in closed.components)
+            least = flops / 1e11
+        else:
+            cost = rms_norm_cost(4096, 256, torch.float32, backward=key[0].endswith("backward"))
+            flops, moved, least = cost.flops, cost.bytes, cost.bytes / 1e10
+            rate = 1e9 if key[0].endswith("backward") else 2e9
+            assert numbers["predicted ms"] == pytest.approx(4096 * 256 / rate * 1e3, abs=1e-4)
+        assert numbers["MFLOP"] == pytest.approx(flops / 1e6, abs=1e-3)
+        assert numbers["MB"] == pytest.approx(moved / 1e6, abs=1e-3)
+        assert numbers["of ceiling"] == pytest.approx(1e5 * least / numbers["measured ms"], abs=0.06, rel=1e-3)
 
 
 def test_without_the_flag_benchmarks_are_skipped():

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +101,57 @@ def test_a_failure_is_announced_while_the_others_run(tmp_path):
             (tmp_path / "go on").touch()
             assert "1 passed" in process.stdout.read()
         assert not expected
+
+
+SLOW = """
+import time
+from pathlib import Path
+
+def test_that_takes_its_time():
+    time.sleep(0.3)
+
+def test_that_does_not():
+    pass
+
+def test_that_never_ends():
+    Path("begun").touch()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("options", [["-p", "no:xdist"], ["-n", "1"]], ids=["plain", "xdist"])
+def test_slow_tests_and_those_that_a_ctrl_c_cuts_are_named(tmp_path, options):
+    shutil.copy(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
+    source = (ROOT / "conftest.py").read_text(encoding="utf-8")
+    shorter = source.replace("SLOW_SECONDS = 10 ", "SLOW_SECONDS = 0.25 ")
+    assert shorter != source
+    (tmp_path / "conftest.py").write_text(shorter, encoding="utf-8")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_made_up.py").write_text(SLOW, encoding="utf-8")
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:benchmark", "-q", "--tb=no", "--announce", *options]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 60
+        while not (tmp_path / "begun").exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        printed = process.communicate()[0]
+    told = [line.rsplit(" ", 2)[0] for line in printed.splitlines() if line.startswith(("SLOW ", "UNFINISHED "))]
+    assert "SLOW tests/test_made_up.py::test_that_takes_its_time" in told, printed
+    assert told[-1] == "UNFINISHED tests/test_made_up.py::test_that_never_ends", printed
+
+
+def test_long_tests_stand_at_the_head_of_each_processs_run(request):
+    conftest = request.config.pluginmanager.get_plugin(str(ROOT / "conftest.py"))
+
+    def item(i: int) -> SimpleNamespace:
+        return SimpleNamespace(i=i, get_closest_marker=lambda name: name == "long" and i in (3, 10, 11))
+
+    items = [item(i) for i in range(14)]
+    order = [x.i for x in conftest.long_first(items, 2)]
+    assert order == [3, 11, 0, 1, 2, 4, 5, 10, 6, 7, 8, 9, 12, 13]
+    for processes in (1, 2, 5, 16):
+        assert sorted(x.i for x in conftest.long_first(items, processes)) == list(range(14))
 
 
 def test_a_lost_cuda_context_ends_the_process(monkeypatch):

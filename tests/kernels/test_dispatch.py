@@ -51,6 +51,7 @@ print("plain ok")
 """
 
 
+@pytest.mark.cpu
 def test_the_plain_cpu_runs_the_oracle():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", PLAIN], capture_output=True, text=True, env=env, check=False)
@@ -121,7 +122,7 @@ def test_eager_calls_go_past_the_dispatcher_unless_someone_looks(device):
         with _Seen() as seen:
             kernels.swiglu(x, x).sum().backward()
         assert {"rooflight.swiglu_fwd.default", "rooflight.swiglu_bwd.default"} <= set(seen.names)
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiler:
             kernels.swiglu(x, x).sum().backward()
         names = {event.key for event in profiler.key_averages()}
         assert {"rooflight::swiglu_fwd", "rooflight::swiglu_bwd"} <= names
@@ -167,3 +168,19 @@ loss.backward(torch.ones(4, device="cuda"))
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_a_past_transform_left_wrapped_is_unwrapped(device):
+    left = []
+    torch.func.grad(lambda x: (left.append(2 * x), x.sum())[1])(torch.ones(2, 8, device=device))
+    assert torch._C._functorch.is_functorch_wrapped_tensor(left[0])
+    x = torch.full((2, 8), 2.0, device=device)
+    torch.testing.assert_close(kernels.swiglu(left[0], left[0]), kernels.swiglu(x, x))
+
+
+def test_transforms_are_refused(device):
+    x = torch.ones(2, 8, device=device)
+    with pytest.raises(NotImplementedError, match=r"swiglu: .*torch\.func transforms"):
+        torch.func.vmap(lambda x: kernels.swiglu(x, x))(x)
+    with pytest.raises(NotImplementedError, match=r"rms_norm: .*torch\.func transforms"), torch.no_grad():
+        torch.func.vmap(lambda x: kernels.rms_norm(x, None))(x)

@@ -64,7 +64,7 @@ def test_against_the_oracle(device, chunked, dtype, way, softcap):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=["copied", "as it stands"])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=["cast", "copied"])
 @pytest.mark.parametrize("V", [1, 2, 63, 64, 65, 127, 257])  # on both sides of a multiple of ALIGNMENT
 def test_every_vocabulary(device, V, weight_dtype, keep, monkeypatch):
     monkeypatch.setitem(CHUNK_LOGITS, device.type, 3 * padded(V))
@@ -175,6 +175,7 @@ def test_a_second_derivative_is_refused_even_of_the_loss_itself(device, keep):
         (loss + dx.square().sum()).backward()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("keep", [True, False])
 def test_compiles_without_a_graph_break(device, keep):
     inputs = inputs_of(4, 6, 9, device, torch.bfloat16, torch.float32)
@@ -258,7 +259,7 @@ def test_chunks_are_few_and_even(M, V, rows):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU's allocator")
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=["copied", "as it stands"])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=["cast", "copied"])
 def test_an_odd_vocabulary_costs_less_than_64_rows_and_columns(weight_dtype, keep, monkeypatch):
     # the interpreter keeps copies of its own
     monkeypatch.setattr(import_module("rooflight.kernels.cross_entropy"), "runs_triton", lambda tensor: False)
@@ -271,7 +272,10 @@ def test_an_odd_vocabulary_costs_less_than_64_rows_and_columns(weight_dtype, kee
         gradients(inputs, keep_gradients=keep)
         return peak_bytes(lambda: gradients(inputs, keep_gradients=keep), torch.device("cpu"))
 
-    weight, logits = 2 * ALIGNMENT * N * 2, ALIGNMENT * rows * 2  # the copy and a chunk's dweight; the buffer
+    # the copy, a chunk's dweight and their sum in fp32; the buffer
+    weight, logits = ALIGNMENT * N * (2 + 2 + 4), ALIGNMENT * rows * 2
+    if weight_dtype == torch.bfloat16:  # which at 512 is no copy
+        weight += 512 * N * 2
     more = N * (2 + 4 + 4) + rows * 3 * 4  # one word more: dweight and fp32 temporaries
     assert peak(513) - peak(512) <= weight + logits + more
 

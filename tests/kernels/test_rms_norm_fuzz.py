@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from rooflight.kernels import reference, rms_norm
+from support.marks import on_cpu
 from support.tolerance import judge
 
 CASES = 2000  # drawn; a fixed part of them runs by default, the rest in the slow tail
 DEFAULT = 120
+ON_GPU = 30  # where each seed compiles kernels of its own
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -70,7 +72,7 @@ def check(seed: int, device: torch.device | str = "cpu") -> None:
         ) from error
 
 
-@pytest.mark.parametrize("first", range(0, DEFAULT, 5))  # on a GPU each seed compiles kernels of its own
+@pytest.mark.parametrize("first", [*range(0, ON_GPU, 5), *on_cpu(*range(ON_GPU, DEFAULT, 5))])
 def test_fuzz(device, first):
     for seed in range(first, first + 5):
         check(seed, device)

@@ -47,6 +47,7 @@ def test_gradcheck(weight_offset):
     assert torch.autograd.gradcheck(lambda x: rms_norm(x, None), (x,))
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("default")  # the compiler's own
 def test_compiles_without_a_graph_break(device):
     torch._dynamo.reset()

@@ -118,4 +118,4 @@ def test_what_the_fused_kernels_save(name: str, dtype: str, device: torch.device
     casts = sum(2 * p.numel() for n, p in model.layers.named_parameters() if p.dim() == 2) if dtype != "float32" else 0
     saved = saved_activations(config, 16, 16, dtype, "triton")
     measured = _saved(model, tokens, getattr(torch, dtype)) - casts
-    assert sum(saved.values()) == pytest.approx(measured, rel=0.015)
+    assert sum(saved.values()) == measured

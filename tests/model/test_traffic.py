@@ -11,6 +11,8 @@ from rooflight import kernels
 from rooflight.model import ModelConfig, Transformer, estimate
 from support.traffic import Traffic
 
+pytestmark = pytest.mark.cpu  # a GPU's operators have the same arguments
+
 CONFIG = ModelConfig(48, 16, 2, 4, n_kv_head=2, d_model=64, d_ff=96)
 CONFIGS = {"swiglu": CONFIG, "gelu": replace(CONFIG, ffn="gelu"), "qk-norm": replace(CONFIG, qk_norm=True)}
 

@@ -123,10 +123,7 @@ def _attention() -> Callable[..., None]:
 
 def hopper(head_dim: int, dtype: str = "bfloat16", packed: bool = False) -> None:
     """The Gluon kernels; 256 has no backward of its own."""
-    from rooflight.kernels.attention import paths
-
-    with paths.use("hopper"):
-        _attention()(head_dim, dtype, packed=packed, backward=head_dim <= 128)
+    _attention()(head_dim, dtype, packed=packed, backward=head_dim <= 128, path="hopper")
 
 
 def attention_cases(target: str) -> list[Case]:

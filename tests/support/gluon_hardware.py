@@ -284,7 +284,7 @@ class TMA:
         def read() -> None:
             tile = buffer.clone()
             src.state("reading").sub_(1)
-            Transfer(what, running.writes, lambda: land(tile))
+            Transfer(what, running.writes, lambda: land(tile), is_late=program.random.random() < 0.3)
 
         def land(tile: Tensor) -> None:
             target, place = desc.window(coord)

@@ -50,10 +50,12 @@ class Partition:
         self.writes: list[Transfer] = []  # still to reach global memory
 
     def check_idle(self) -> None:
-        """The end of the partition: of its own only writes to global memory, which then land, may be in flight."""
+        """The end of the partition: of its own only writes to global memory may be in flight."""
         if self.mmas or self.stores:
             mmas, stores = len(self.mmas), len(self.stores)
             raise ProtocolError(f"{self.name} ended with {mmas} wgmmas and {stores} TMA stores in flight")
+
+    def write_all(self) -> None:
         while self.writes:
             self.writes[0].happen()
 
@@ -128,12 +130,12 @@ class Program:
         self.barriers: list[Barrier] = []
 
     def _in_flight(self, stragglers: bool) -> list[Callable[[], None]]:
-        """What the hardware could do next: wgmmas of one partition and its stores go in order, loads in any."""
+        """What the hardware could do next: wgmmas of one partition and its stores read in order, the rest is in any."""
         actions = [load.happen for load in self.loads if stragglers or not load.is_late]
         for partition in self.partitions:
             actions += [m.happen for m in partition.mmas if m.result is None][:1]
             actions += [s.happen for s in partition.stores][:1]
-            actions += [w.happen for w in partition.writes][:1]
+            actions += [write.happen for write in partition.writes if stragglers or not write.is_late]
         return actions
 
     def pause(self, ready: Callable[[], bool] = lambda: True, waits_for: str = "", polls: bool = False) -> None:
@@ -208,6 +210,8 @@ class Program:
             thread.join()
         if self.machine.failure is not None:
             raise _Stop
+        for child in children:
+            child.write_all()
         self.partitions, self.running = [parent], parent
 
     def _finish(self, partition: Partition) -> None:
@@ -219,6 +223,7 @@ class Program:
     def finish(self) -> None:
         """The end of the program: nothing may be left in flight."""
         self.running.check_idle()
+        self.running.write_all()
         for barrier in self.barriers:
             if barrier.bytes:
                 raise ProtocolError(f"{barrier.name} still expects {barrier.bytes} bytes at the end of the program")

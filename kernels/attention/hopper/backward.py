@@ -10,20 +10,21 @@ ds leave the registers only once, as the shared tile that dq is multiplied from:
 Each warpgroup multiplies its own keys, except for dq, which sums over all keys of the program: there it takes half of
 the columns, or of the rows where BLOCK_M is 128. Products are issued so that one is always under way while the
 exponentials and ds are computed: dp beside p, dv beside ds; and with 128 queries in two halves, the second half's
-scores beside the first half's p and the first half's dv and dk beside the second half's p.
+scores beside the first half's p and the first half's dv and dk beside the second half's p. The last dk runs while dq
+goes to shared memory.
 
-dq sums over programs, in fp32, in a buffer of its own, which a second kernel rounds (gradients.py). fp32
+dq sums over programs, in fp32, in a buffer of its own, which a second kernel rounds (gradients.py). The producer, which
+also loads the tiles by TMA, adds a tile of dq to it by one TMA reduction while the consumers go on (turns.py). fp32
 addition is not associative, so programs take turns: a counter for each row tile says how many have added, and the
-producer, which also loads the tiles by TMA, admits its program when all keys to the left are in. Programs start in that
-order, so whom one waits for is always running. Walking rows from the last to the first, heavy tiles first, they wait
-least: in a simulation of 132 SMs and 16 heads, causal, D = 128, turns cost 6 % at T = 4096 and 3 % at 8192, and less
-under a full mask. ordered=False drops them.
+producer waits until all keys to the left are in. Programs start in that order, so whom one waits for is always running.
+Walking rows from the last to the first, heavy tiles first, they wait least: on an H200 turns cost 1 % at T = 8192, head
+size 128, and 5 % at T = 1024, head size 64 (when dq left by atomics). ordered=False drops them.
+
+What is kept for each row, lse2 and delta, the delta kernel writes by row tile, as dq's sum stands: every tile whole,
+with lse2 = inf and delta = 0 past a sequence's end, so that p is 0 there and every TMA address a multiple of 16 bytes.
 
 dk and dv fill more than half of a consumer's registers: what the loop does not use must not be in the others. Where the
 program stands is therefore worked out once, and read from shared memory before the loop and after (place.py).
-
-The last tiles of a packed sequence hold rows of the next one, which meet p = 0. Finite, they add nothing; NaN or inf in
-them reaches this sequence's gradients, unlike in the portable kernels.
 """
 
 from __future__ import annotations
@@ -43,26 +44,22 @@ from .blocks import (
     describe,
     describe_lines,
     describe_rows,
-    fence_async_global,
     fence_async_shared,
-    first_row_tile,
     gl,
     gluon,
     mbarrier,
     new_barriers,
     slot,
     tma,
-    tma_add,
-    tma_load,
     tma_obstacle,
     tma_store,
-    tma_written,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .gradients import fragment_layout, programs_before, round_dq, store_rows, to_fragments
+from .gradients import round_dq, store_rows, to_fragments
 from .loads import Problem
 from .place import find_place, place_of, unknown_zero
+from .turns import produce
 
 BLOCK_M = {64: 128, 128: 64}  # queries, by head size: what the registers hold
 BLOCK_N = 128  # keys, 64 in each warpgroup
@@ -72,141 +69,25 @@ CONSUMER_REGISTERS = 240  # and 24 remain for each thread of the producer
 
 
 @gluon.jit
-def _zero_rows(tile, length):
-    """Zero rows `length` .. of a tile in shared memory, a few at a time: the producer has few registers."""
-    N: gl.constexpr = tile.shape[0]
-    HEAD_DIM: gl.constexpr = tile.shape[1]
-    ROWS: gl.constexpr = 1024 // HEAD_DIM
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
-    for i in gl.static_range(0, N, ROWS):
-        if i + ROWS > length:
-            part = tile.slice(i, ROWS)
-            rows = i + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-            part.store(gl.where((rows < length)[:, None], part.load(layout), 0.0))
-
-
-@gluon.jit
-def _landing(s, length, ROWS: gl.constexpr, STAGES: gl.constexpr, VARLEN: gl.constexpr):
-    """Which of `full` counts the load of slot s: the next sequence's rows are to go before consumers see the others."""
-    return gl.where(length < ROWS, STAGES, s) if VARLEN else s
-
-
-@gluon.jit
-def _clean(x, y, length, full, s, n_clean, STAGES: gl.constexpr, VARLEN: gl.constexpr):
-    """Zero what slot s holds of the next sequence, if anything: rows `length` .. meet p = 0, but 0 x NaN is NaN."""
-    ROWS: gl.constexpr = x.shape[2]
-    HEAD_DIM: gl.constexpr = x.shape[3]
-    if VARLEN and length < ROWS:
-        mbarrier.wait(full.index(STAGES), n_clean & 1)
-        _zero_rows(x.reshape([ROWS, HEAD_DIM]), length)
-        _zero_rows(y.reshape([ROWS, HEAD_DIM]), length)
-        fence_async_shared()  # wgmma reads through the asynchronous proxy
-        mbarrier.arrive(full.index(s), count=1)
-        n_clean += 1
-    return n_clean
-
-
-@gluon.jit
-def _wait_for_turn(counter, before):
-    """Wait until `before` programs, those of the keys to the left, have added to a row tile of dq."""
-    while gl.atomic_add(counter, 0, sem="acquire", scope="gpu") != before:
-        pass
-
-
-@gluon.jit
-def _step(g, lo, n_block, tile, n_row_tile, BLOCK_M: gl.constexpr):
-    """Query head of the group, first query and row tile of dq of the g-th step: head by head, the last rows first."""
-    h = g // n_block
-    m = lo + (n_block - 1 - (g - h * n_block)) * BLOCK_M
-    return h, m, tile + h * n_row_tile + m // BLOCK_M
-
-
-@gluon.jit
-def _produce(descs, buffers, barriers, problem, added_ptr, n_row_tile, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-             STAGES: gl.constexpr, ORDERED: gl.constexpr, BULK: gl.constexpr):  # fmt: skip
-    """Load the tiles, STAGES ahead, take turns and send dq away: step g loads tile g, and adds g - 2 to dq.
-
-    Without BULK the consumers add: step g ends the turn of g - 2 and asks for that of g - 1.
-    """
-    q_desc, dout_desc, k_desc, v_desc, rows_desc, dq_desc = descs
-    q_buf, dout_buf, k_buf, v_buf, rows_buf, _, dq_buf, here = buffers
-    full, empty, _, dq_full, dq_empty, turn = barriers
-    VARLEN: gl.constexpr = problem.cu_seqlens_q is not None
-    LINES: gl.constexpr = dq_desc.block_shape[0]
-    gl.static_assert(STAGES == 2)
-    b, h_kv, group, first, start_q, start_k, T, S, lo, _, _, n_block = place_of(here)
-    left = problem.left
-    tile = h_kv * group * n_row_tile + first_row_tile(problem.cu_seqlens_q, b, start_q, T, BLOCK_M)
-    if VARLEN:
-        b = 0
-    n_clean = 0
-    if n_block > 0:
-        into = _landing(STAGES + 1, S - first, BLOCK_N, STAGES, VARLEN)
-        mbarrier.expect(full.index(into), 2 * k_desc.block_type.nbytes)
-        tma_load(k_desc, [b, h_kv, start_k + first, 0], full.index(into), k_buf.index(0))
-        tma_load(v_desc, [b, h_kv, start_k + first, 0], full.index(into), v_buf.index(0))
-        n_clean = _clean(k_buf.index(0), v_buf.index(0), S - first, full, STAGES + 1, n_clean, STAGES, VARLEN)
-    n_step = group * n_block
-    for g in range(n_step + 2):
-        s, parity = slot(g, STAGES)
-        if g < n_step:
-            h, m, row_tile = _step(g, lo, n_block, tile, n_row_tile, BLOCK_M)
-            into = _landing(s, T - m, BLOCK_M, STAGES, VARLEN)
-            h += h_kv * group
-            mbarrier.wait(empty.index(s), parity ^ 1)
-            mbarrier.expect(full.index(into), 2 * q_desc.block_type.nbytes + rows_desc.block_type.nbytes)
-            tma_load(q_desc, [b, h, start_q + m, 0], full.index(into), q_buf.index(s))
-            tma_load(dout_desc, [b, h, start_q + m, 0], full.index(into), dout_buf.index(s))
-            tma_load(rows_desc, [row_tile * (2 * BLOCK_M)], full.index(into), rows_buf.index(s))
-            n_clean = _clean(q_buf.index(s), dout_buf.index(s), T - m, full, s, n_clean, STAGES, VARLEN)
-        if g >= 2 and (BULK or ORDERED):
-            _, m, row_tile = _step(g - 2, lo, n_block, tile, n_row_tile, BLOCK_M)
-            if BULK:
-                mbarrier.wait(dq_full.index(0), g & 1)
-                before = programs_before(first, m, left, T, S, BLOCK_N)
-                if ORDERED:
-                    _wait_for_turn(added_ptr + row_tile, before)
-                    fence_async_global()
-                if ORDERED and before == 0:
-                    tma_store(dq_desc, [row_tile * LINES, 0], dq_buf.index(0))  # what was there is not zeroed before
-                else:
-                    tma_add(dq_desc, [row_tile * LINES, 0], dq_buf.index(0))
-                tma.store_wait(0)
-                mbarrier.arrive(dq_empty.index(0), count=1)
-                if ORDERED:
-                    tma_written()
-            elif g >= n_step:  # else the load has waited
-                mbarrier.wait(empty.index(s), parity ^ 1)
-            if ORDERED:
-                gl.atomic_add(added_ptr + row_tile, 1, sem="release", scope="gpu")
-        if ORDERED and not BULK and (g >= 1) & (g <= n_step):
-            _, m, row_tile = _step(g - 1, lo, n_block, tile, n_row_tile, BLOCK_M)
-            _wait_for_turn(added_ptr + row_tile, programs_before(first, m, left, T, S, BLOCK_N))
-            mbarrier.arrive(turn.index(0), count=1)
-
-
-@gluon.jit
 def _probabilities(z, lse2, m, masked, since, until, exp_scale, layout: gl.constexpr):
     """p of queries m .. against the keys of a warpgroup, (keys, queries)."""
-    p = gl.exp2(z * exp_scale - lse2[None, :])
     if masked:
         i = m + gl.arange(0, z.shape[1], gl.SliceLayout(0, layout))
         visible = i[None, :] >= since[:, None]
         if until is not None:
             visible = visible & (i[None, :] <= until[:, None])
-        p = gl.where(visible, p, 0.0)
-    return p
+        z = gl.where(visible, z, float("-inf"))
+    return gl.exp2(z * exp_scale - lse2[None, :])
 
 
 @gluon.jit
 def _consume(work, c: gl.constexpr,
              BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-             FRAGMENTS: gl.constexpr, ORDERED: gl.constexpr, BULK: gl.constexpr):  # fmt: skip
+             VARLEN: gl.constexpr):  # fmt: skip
     """Keys c * BLOCK_N / 2 .. of the program: dk and dv, and part c of dq."""
-    grads, buffers, barriers, problem, n_row_tile, scale, exp_scale = work
-    dq_ptr, dk_ptr, dv_ptr, dk_strides, dv_strides = grads
+    dk_desc, dv_desc, grads, buffers, barriers, problem, scale, exp_scale = work
     q_buf, dout_buf, k_buf, v_buf, rows_buf, ds_buf, dq_buf, here = buffers
-    full, empty, ds_full, dq_full, dq_empty, turn = barriers
+    full, empty, ds_full, dq_full, dq_empty, done = barriers
     KEYS: gl.constexpr = BLOCK_N // 2
     COLS: gl.constexpr = HEAD_DIM * BLOCK_M // 128  # of dq's part: 64 rows of them
     DTYPE: gl.constexpr = q_buf.dtype
@@ -215,7 +96,7 @@ def _consume(work, c: gl.constexpr,
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, dk_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
-    b, h_kv, group, first, start_q, _, T, S, lo, full_lo, full_hi, n_block = place_of(here)
+    _, _, group, first, _, _, T, S, lo, full_lo, full_hi, n_block = place_of(here)
     left, right = problem.left, problem.right
     j = first + c * KEYS + gl.arange(0, KEYS, gl.SliceLayout(1, s_layout))
     # key j is seen by the queries since .. until; of rows past T, lse2 = inf makes p 0
@@ -225,8 +106,6 @@ def _consume(work, c: gl.constexpr,
     dv = gl.zeros([KEYS, HEAD_DIM], gl.float32, dk_layout)
     zero_s = gl.zeros([KEYS, 64], gl.float32, s_layout)
     zero_dq = gl.zeros([64, COLS], gl.float32, dq_layout)
-    tile = h_kv * group * n_row_tile + first_row_tile(problem.cu_seqlens_q, b, start_q, T, BLOCK_M)
-    dq_ptr += gl.cast(tile, gl.int64) * (BLOCK_M * HEAD_DIM) + c * 64 * COLS
     mbarrier.wait(full.index(STAGES + 1), 0, pred=n_block > 0)
     g = 0
     for _ in range(group):
@@ -292,29 +171,36 @@ def _consume(work, c: gl.constexpr,
             else:
                 dk = warpgroup_mma(gl.convert_layout(ds1, p_layout), q1, dk, is_async=True)
             dv, dq = warpgroup_mma_wait(1, [dv, dq])  # dk goes on while dq leaves
-            dq = to_fragments(dq, COLS)
-            if BULK:
-                mbarrier.wait(dq_empty.index(0), (g & 1) ^ 1)
-                part = dq_buf.index(0).slice(c * 2 * COLS, 2 * COLS)
-                part.store(gl.reshape(dq, [2 * COLS, LINE]))
-                fence_async_shared()
-                mbarrier.arrive(dq_full.index(0), count=1)
-            else:
-                dq = gl.convert_layout(dq, FRAGMENTS)
-                dq_ptrs = dq_ptr + gl.cast(m, gl.int64) * HEAD_DIM + gl.arange(0, 64 * COLS, FRAGMENTS)
-                if ORDERED:
-                    mbarrier.wait(turn.index(0), g % 2)
-                if ORDERED and programs_before(first, m, left, T, S, BLOCK_N) == 0:
-                    gl.store(dq_ptrs, dq)  # what was there is not zeroed before
-                else:
-                    gl.atomic_add(dq_ptrs, dq, sem="relaxed")
+            mbarrier.wait(dq_empty.index(0), (g & 1) ^ 1)
+            part = dq_buf.index(0).slice(c * 2 * COLS, 2 * COLS)
+            part.store(gl.reshape(to_fragments(dq, COLS), [2 * COLS, LINE]))
+            fence_async_shared()
+            mbarrier.arrive(dq_full.index(0), count=1)
             dk = warpgroup_mma_wait(0, [dk])
             mbarrier.arrive(empty.index(s), count=1)
             g += 1
-        dq_ptr += gl.cast(n_row_tile, gl.int64) * (BLOCK_M * HEAD_DIM)
+    mbarrier.arrive(done.index(0), count=1)
+    mbarrier.wait(done.index(0), 0)  # nobody reads q and dout any more: dk and dv leave from there
     b, h_kv, _, first, _, start_k, _, S, _, _, _, _ = place_of(here)
-    store_rows(dv_ptr, dv_strides, b, h_kv, start_k, first + c * KEYS, S, dv, dk_layout)
-    store_rows(dk_ptr, dk_strides, b, h_kv, start_k, first + c * KEYS, S, dk * scale, dk_layout)
+    first += c * KEYS
+    if VARLEN and first + KEYS > S:
+        dk_ptr, dv_ptr, dk_strides, dv_strides = grads
+        store_rows(dv_ptr, dv_strides, b, h_kv, start_k, first, S, dv, dk_layout)
+        store_rows(dk_ptr, dk_strides, b, h_kv, start_k, first, S, dk * scale, dk_layout)
+    else:
+        if VARLEN:
+            b = 0
+        dv_tile = dout_buf.index(c).reshape([BLOCK_M, HEAD_DIM])
+        dk_tile = q_buf.index(c).reshape([BLOCK_M, HEAD_DIM])
+        if BLOCK_M > KEYS:
+            dv_tile = dv_tile.slice(0, KEYS)
+            dk_tile = dk_tile.slice(0, KEYS)
+        dv_tile.store(gl.cast(dv, DTYPE))
+        dk_tile.store(gl.cast(dk * scale, DTYPE))
+        fence_async_shared()
+        tma_store(dv_desc, [b, h_kv, start_k + first, 0], dv_tile)
+        tma_store(dk_desc, [b, h_kv, start_k + first, 0], dk_tile)
+        tma.store_wait(0)
 
 
 @gluon.jit
@@ -325,6 +211,8 @@ def _flash_attention_bwd_hopper_kernel(
     v_desc,
     rows_desc,  # lse2 and delta by row tile, flat
     dq_desc,
+    dk_desc,
+    dv_desc,
     grads,
     added_ptr,  # for each row tile of dq, the programs that have added to it; None without turns
     n_row_tile,  # row tiles of a head
@@ -332,9 +220,10 @@ def _flash_attention_bwd_hopper_kernel(
     scale,
     exp_scale,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
-    FRAGMENTS: gl.constexpr, ORDERED: gl.constexpr, BULK: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    ORDERED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     DTYPE: gl.constexpr = q_desc.dtype
+    VARLEN: gl.constexpr = problem.cu_seqlens_q is not None
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     q_buf = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, HEAD_DIM], q_desc.layout)
     dout_buf = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, BLOCK_M, HEAD_DIM], dout_desc.layout)
@@ -342,28 +231,25 @@ def _flash_attention_bwd_hopper_kernel(
     v_buf = gl.allocate_shared_memory(DTYPE, [1, 1, 1, BLOCK_N, HEAD_DIM], v_desc.layout)
     rows_buf = gl.allocate_shared_memory(gl.float32, [STAGES, 2 * BLOCK_M], rows_desc.layout)
     ds_buf = gl.allocate_shared_memory(DTYPE, [2, BLOCK_N, BLOCK_M], ds_layout)
-    if BULK:
-        dq_buf = gl.allocate_shared_memory(gl.float32, [1, BLOCK_M * HEAD_DIM // LINE, LINE], dq_desc.layout)
-    else:
-        dq_buf = ds_buf  # not used
+    dq_buf = gl.allocate_shared_memory(gl.float32, [1, BLOCK_M * HEAD_DIM // LINE, LINE], dq_desc.layout)
     here = find_place(problem, BLOCK_M, BLOCK_N)
     full = new_barriers(STAGES + 2, 1)  # of the slots; of what is to be cleaned first; of keys and values
     empty = new_barriers(STAGES, 2)
     ds_full = new_barriers(1, 2)
     dq_full = new_barriers(1, 2)
     dq_empty = new_barriers(1, 1)
-    turn = new_barriers(1, 1)
+    done = new_barriers(1, 2)
     descs = (q_desc, dout_desc, k_desc, v_desc, rows_desc, dq_desc)
     buffers = (q_buf, dout_buf, k_buf, v_buf, rows_buf, ds_buf, dq_buf, here)
-    barriers = (full, empty, ds_full, dq_full, dq_empty, turn)
-    work = (grads, buffers, barriers, problem, n_row_tile, scale, exp_scale)
+    barriers = (full, empty, ds_full, dq_full, dq_empty, done)
+    work = (dk_desc, dv_desc, grads, buffers, barriers, problem, scale, exp_scale)
     # the producer comes first: ptxas would hoist the first partition's addresses out of its loop, and spill them
     gl.warp_specialize(
         [
-            (_produce, (descs, buffers, barriers, problem, added_ptr, n_row_tile,
-                        BLOCK_M, BLOCK_N, STAGES, ORDERED, BULK)),
-            (_consume, (work, 0, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED, BULK)),
-            (_consume, (work, 1, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, FRAGMENTS, ORDERED, BULK)),
+            (produce, (descs, buffers, barriers, problem, added_ptr, n_row_tile,
+                       BLOCK_M, BLOCK_N, STAGES, ORDERED)),
+            (_consume, (work, 0, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, VARLEN)),
+            (_consume, (work, 1, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES, VARLEN)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, CONSUMER_REGISTERS],
@@ -418,7 +304,6 @@ def launch_backward(
     scale: float,
     *,
     ordered: bool = True,
-    reduction: str = "bulk",
     group: int = GROUP,
 ) -> None:
     """Write dq, dk and dv, of any strides, for inputs that `supports` accepts, and delta where it is given.
@@ -428,7 +313,7 @@ def launch_backward(
     dlse: its gradient, or None; delta: rowsum(dout * out) - dlse; all fp32, (B, H, T) or (H, total_q), delta as lse.
     left, right: how far a query sees from its own position, None without end.
     ordered: add to dq in one order, bitwise the same in every run; else as the programs come.
-    reduction: "bulk", dq leaves through shared memory, or "atomic", from registers.  group: heads in flight together.
+    group: heads in flight together.
     """
     varlen = cu_seqlens_q is not None
     H, K, head_dim = q.shape[1], k.shape[1], q.shape[-1]
@@ -440,6 +325,12 @@ def launch_backward(
     accumulator = allocate((H, n_row_tile, block_m * head_dim), dtype=torch.float32, device=q.device)
     rows = torch.empty((H, n_row_tile, 2, block_m), dtype=torch.float32, device=q.device)
     added = torch.empty((H, n_row_tile), dtype=torch.int32, device=q.device) if ordered else None
+
+    # TMA writes these; where it cannot, as in gradients of another layout than k's, they are copied
+    tiles_dk, tiles_dv = (
+        x if tma_obstacle("x", x, varlen) is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (dk, dv)
+    )
 
     def strides(x: Tensor) -> tuple[int, ...]:
         b, h, row, d = as_heads(x, varlen).stride()
@@ -465,13 +356,17 @@ def launch_backward(
         *(describe(x, BLOCK_N, varlen) for x in (k, v)),
         describe_rows(rows, 2 * block_m),
         describe_lines(accumulator, block_m * head_dim // LINE.value),
-        (accumulator, dk, dv, strides(dk), strides(dv)),
+        *(describe(x, BLOCK_N // 2, varlen) for x in (tiles_dk, tiles_dv)),
+        (tiles_dk, tiles_dv, strides(tiles_dk), strides(tiles_dv)),
         added,
         n_row_tile,
         problem,
         scale,
         scale * math.log2(math.e),
-        block_m, BLOCK_N, head_dim, STAGES, fragment_layout(head_dim * block_m // 128), ordered, reduction == "bulk",
-        CONSUMER_REGISTERS, num_warps=4, enable_fp_fusion=True,
+        block_m, BLOCK_N, head_dim, STAGES, ordered, CONSUMER_REGISTERS,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     round_dq(accumulator, added, dq, strides(dq), cu_seqlens_q, n_sequence, T, scale, block_m)
+    for written, x in ((tiles_dk, dk), (tiles_dv, dv)):
+        if written is not x:
+            x.copy_(written)

@@ -111,18 +111,20 @@ def as_heads(x: Tensor, varlen: bool) -> Tensor:
 
 def tma_obstacle(name: str, x: Tensor, varlen: bool) -> str | None:
     """Why TMA cannot address x, or None: 16-byte alignment, unit stride along d, extents and strides in range."""
-    sizes, strides = extents(x, varlen)
-    itemsize = x.element_size()
+    why = _obstacle(x.data_ptr() % 16 == 0, x.element_size(), *extents(x, varlen))
+    return why and f"{name} is {why}"
+
+
+@lru_cache(maxsize=1024)
+def _obstacle(aligned: bool, itemsize: int, sizes: tuple[int, ...], strides: tuple[int, ...]) -> str | None:
     if strides[3] != 1:
-        return f"{name} is not contiguous along the head size"
+        return "not contiguous along the head size"
     used = [stride * itemsize for size, stride in zip(sizes[:3], strides[:3], strict=True) if size > 1]
-    if x.data_ptr() % 16 or any(stride % 16 for stride in used):
-        return f"{name} is not aligned to 16 bytes"
+    if not aligned or any(stride % 16 for stride in used):
+        return "not aligned to 16 bytes"
     if any(not 0 < stride < 1 << 40 for stride in used):
-        return f"{name} is expanded"
-    if max(sizes) >= 1 << 30:
-        return f"{name} is longer than 2^30 rows"
-    return None
+        return "expanded"
+    return "longer than 2^30 rows" if max(sizes) >= 1 << 30 else None
 
 
 @cache
@@ -134,9 +136,14 @@ def _prototype(dtype: torch.dtype, rows: int, head_dim: int) -> dict[str, Any]:
     return vars(TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)) | {"base": None}
 
 
+def _on_gpu(x: Tensor) -> bool:
+    """Whether x's descriptors are kept, by its address; on the CPU a kernel is emulated on the tensor itself."""
+    return x.is_cuda
+
+
 def describe_rows(x: Tensor, rows: int) -> Any:
     """The TMA descriptor of one fp32 value a row, flat, for `rows` of them."""
-    return _rows_described(x.data_ptr(), x.numel(), rows) if x.is_cuda else _rows_descriptor(x, x.numel(), rows)
+    return _rows_described(x.data_ptr(), x.numel(), rows) if _on_gpu(x) else _rows_descriptor(x, x.numel(), rows)
 
 
 @lru_cache(maxsize=1024)
@@ -153,7 +160,7 @@ def _rows_descriptor(base: Tensor | _Address, size: int, rows: int) -> TensorDes
 
 def describe_lines(x: Tensor, lines: int) -> Any:
     """The TMA descriptor of an fp32 tensor as lines of LINE values, for `lines` of them."""
-    return _lines_described(x.data_ptr(), x.numel(), lines) if x.is_cuda else _lines_descriptor(x, x.numel(), lines)
+    return _lines_described(x.data_ptr(), x.numel(), lines) if _on_gpu(x) else _lines_descriptor(x, x.numel(), lines)
 
 
 @lru_cache(maxsize=1024)
@@ -186,7 +193,7 @@ def describe(x: Tensor, rows: int, varlen: bool) -> Any:
     and the driver's encoding is kept with the descriptor.
     """
     sizes, strides = extents(x, varlen)
-    if x.is_cuda:
+    if _on_gpu(x):
         return _described(x.data_ptr(), x.dtype, sizes, strides, rows)
     return _descriptor(x, x.dtype, sizes, strides, rows)
 

@@ -23,13 +23,6 @@ from .blocks import gl, gluon
 gluon_head_pointer = gluon.jit(blocks.head_pointer.fn)
 
 
-def fragment_layout(cols: int) -> gl.DistributedLinearLayout:
-    """Where a (64, cols) accumulator stands after `to_fragments`: 16 bytes a thread side by side."""
-    registers = [[1], [2]] + [[512 << i] for i in range((cols // 8).bit_length() - 1)]
-    lanes, warps = [[4 << i] for i in range(5)], [[128], [256]]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [64 * cols])
-
-
 @gluon.jit
 def to_fragments(x, COLS: gl.constexpr):
     """A (64, COLS) accumulator flat, each thread's registers in groups of four: no data moves."""

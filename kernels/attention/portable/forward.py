@@ -81,7 +81,7 @@ def _attend(
     return acc, l_i, m_i
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _flash_attention_fwd_kernel(
     q_ptr,
     k_ptr,

@@ -8,13 +8,13 @@ left, right: how far a query sees from its own position, None without end.
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...launching import launch
+from ...launching import TENSOR, Plan
 from . import tiles
 from .backward import (
     _flash_attention_bwd_dkdv_kernel,
@@ -23,7 +23,7 @@ from .backward import (
 )
 from .forward import _flash_attention_fwd_kernel
 
-__all__ = ["Problem", "launch_backward", "launch_delta", "launch_forward"]
+__all__ = ["Problem", "launch_backward", "launch_forward"]
 
 LOG2E = math.log2(math.e)
 
@@ -44,9 +44,11 @@ class Problem(NamedTuple):
         return q.shape[0] if self.ends_q is None else self.ends_q.shape[0] - 1
 
 
-def _strides(x: Tensor, varlen: bool) -> tuple[int, ...]:
+Strides = tuple[int, ...]
+
+
+def _strides(strides: Strides, varlen: bool) -> Strides:
     """Strides as (b, h, row, d); packed sequences stand in the first dimension and have no batch stride."""
-    strides = x.stride()
     if not varlen:
         return strides
     if len(strides) == 2:  # (H, total)
@@ -66,69 +68,103 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if opted and torch.version.hip is None else "ieee"
 
 
-@cache
-def _constants(name: str, tile: tiles.Tile, head_dim: int, precision: str) -> dict[str, Any]:
-    """The compile-time arguments of a kernel, and Triton's options."""
+def _plan(
+    kernel: Any, name: str, head_dim: int, dtype: torch.dtype, device: torch.device, n_row: int, n_head: int, *args: Any
+) -> Plan | None:
+    """One program for each tile of rows of each head; `name` "dkdv" walks keys, the others queries. None: no rows."""
+    tile = tiles.choose(name, head_dim, dtype, device)
+    n_program = -(-n_row // (tile.block_n if name == "dkdv" else tile.block_m)) * n_head
+    if n_program == 0:
+        return None
     constants: dict[str, Any] = {"HEAD_DIM": head_dim, "BLOCK_D": tiles.block_d(head_dim), "BLOCK_M": tile.block_m}
     if name != "delta":
-        constants |= {"BLOCK_N": tile.block_n, "PRECISION": precision}
+        constants |= {"BLOCK_N": tile.block_n, "PRECISION": _precision(dtype)}
     # Triton 3.10 is to change the default of fused multiply-adds, and 3.9 warns of it
-    return constants | {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+    constants |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+    return Plan(kernel, (n_program,), *args, **constants)
 
 
-def _run(kernel: Any, name: str, q: Tensor, n_row: int, n_head: int, *args: Any) -> None:
-    """Launch one program for each tile of rows of each head; `name` "dkdv" walks keys, the others queries."""
-    head_dim = q.shape[-1]
-    tile = tiles.choose(name, head_dim, q.dtype, q.device)
-    n_program = -(-n_row // (tile.block_n if name == "dkdv" else tile.block_m)) * n_head
-    if n_program > 0:
-        launch(kernel, (n_program,), *args, **_constants(name, tile, head_dim, _precision(q.dtype)))
+@lru_cache(maxsize=512)
+def _forward_plan(
+    version: int, precision: str, dtype: torch.dtype, device: torch.device, varlen: bool,
+    n_batch: int, H: int, K: int, head_dim: int, sq: Strides, sk: Strides, sv: Strides, so: Strides, slse: Strides,
+    T: int, S: int, left: int | None, right: int | None, scale: float, softcap: float,
+) -> Plan | None:  # fmt: skip
+    return _plan(
+        _flash_attention_fwd_kernel, "fwd", head_dim, dtype, device, T, n_batch * H,
+        *(TENSOR,) * 9, *(_strides(x, varlen) for x in (sq, sk, sv, so, slse)),
+        H, K, T, S, left, right, *_score_factors(scale, softcap),
+    )  # fmt: skip
 
 
 def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, unround: Tensor | None, p: Problem
 ) -> None:
     """Write out, lse (natural log) and, where it is given, the factor that undoes the rounding of lse."""
-    varlen = p.ends_q is not None
-    H = q.shape[1]
-    _run(
-        _flash_attention_fwd_kernel, "fwd", q, p.T, p.n_batch(q) * H,
-        q, k, v, sinks, out, lse, unround, p.ends_q, p.ends_k,
-        _strides(q, varlen), _strides(k, varlen), _strides(v, varlen), _strides(out, varlen), _strides(lse, varlen),
-        H, k.shape[1], p.T, p.S, p.left, p.right, *_score_factors(p.scale, p.softcap),
+    T, S, ends_q, ends_k, *rest = p
+    shape = q.shape
+    plan = _forward_plan(
+        tiles.version(), _precision(q.dtype), q.dtype, q.device, ends_q is not None,
+        p.n_batch(q), shape[1], k.shape[1], shape[-1], q.stride(), k.stride(), v.stride(), out.stride(), lse.stride(),
+        T, S, *rest,
     )  # fmt: skip
+    if plan is not None:
+        plan(q, k, v, sinks, out, lse, unround, ends_q, ends_k)
 
 
-def launch_delta(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, p: Problem) -> tuple[Tensor, Tensor]:
-    """lse2, the base-2 log-sum-exp (+inf for rows that see no key), and delta, rowsum(dout * out) less dlse."""
-    varlen = p.ends_q is not None
-    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
-    H = out.shape[1]
-    _run(
-        _flash_attention_delta_kernel, "delta", out, p.T, p.n_batch(out) * H,
-        out, dout, lse, dlse, lse2, delta, None, None, p.ends_q, _strides(out, varlen), _strides(dout, varlen),
-        None if dlse is None else _strides(dlse, varlen), _strides(lse, varlen), H, p.T, None,
+@lru_cache(maxsize=512)
+def _backward_plans(
+    version: int, precision: str, dtype: torch.dtype, device: torch.device, varlen: bool,
+    n_batch: int, H: int, K: int, head_dim: int, strides: tuple[Strides, ...], sdlse: Strides | None,
+    T: int, S: int, left: int | None, right: int | None, scale: float, softcap: float,
+) -> tuple[Plan | None, Plan | None, Plan | None]:  # fmt: skip
+    """delta, dk and dv, dq.  strides: of q, k, v, out, dout, lse, dq, dk, dv."""
+    sq, sk, sv, so, sdo, slse, sdq, sdk, sdv = (_strides(x, varlen) for x in strides)
+    sdlse = None if sdlse is None else _strides(sdlse, varlen)
+    sizes = (H, K, T, S, left, right, scale, *_score_factors(scale, softcap))
+    of = (head_dim, dtype, device)
+    return (
+        _plan(
+            _flash_attention_delta_kernel, "delta", *of, T, n_batch * H,
+            *(TENSOR,) * 6, None, None, TENSOR, so, sdo, sdlse, slse, H, T, None,
+        ),
+        _plan(
+            _flash_attention_bwd_dkdv_kernel, "dkdv", *of, S, n_batch * K,
+            *(TENSOR,) * 11, sq, sk, sv, sdo, slse, sdk, sdv, *sizes,
+        ),
+        _plan(
+            _flash_attention_bwd_dq_kernel, "dq", *of, T, n_batch * H,
+            *(TENSOR,) * 10, sq, sk, sv, sdo, slse, sdq, *sizes,
+        ),
     )  # fmt: skip
-    return lse2, delta
 
 
 def launch_backward(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lse2: Tensor, delta: Tensor, unround: Tensor | None,
-    dq: Tensor, dk: Tensor, dv: Tensor, p: Problem,
-) -> None:  # fmt: skip
-    """Write dq, dk and dv, of any strides, from what launch_delta returns."""
-    varlen = p.ends_q is not None
-    H, K, n_batch = q.shape[1], k.shape[1], p.n_batch(q)
-    strides = (
-        _strides(q, varlen), _strides(k, varlen), _strides(v, varlen), _strides(dout, varlen), _strides(delta, varlen)
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None,
+    unround: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor, p: Problem,
+) -> Tensor:  # fmt: skip
+    """Write dq, dk and dv, of any strides; returns delta, rowsum(dout * out) less dlse, as lse.
+
+    lse2 is lse in base 2, +inf for rows that see no key.
+    """
+    T, S, ends_q, ends_k, *rest = p
+    shape = q.shape
+    lse2, delta = (torch.empty_strided(lse.shape, lse.stride(), dtype=lse.dtype, device=lse.device) for _ in range(2))
+    strides = tuple([x.stride() for x in (q, k, v, out, dout, lse, dq, dk, dv)])
+    plans = _backward_plans(
+        tiles.version(), _precision(q.dtype), q.dtype, q.device, ends_q is not None,
+        p.n_batch(q), shape[1], k.shape[1], shape[-1], strides,
+        None if dlse is None else dlse.stride(), T, S, *rest,
     )  # fmt: skip
-    sizes = (H, K, p.T, p.S, p.left, p.right, p.scale, *_score_factors(p.scale, p.softcap))
-    inputs = (q, k, v, dout, lse2, delta, unround)
-    _run(
-        _flash_attention_bwd_dkdv_kernel, "dkdv", q, p.S, n_batch * K,
-        *inputs, dk, dv, p.ends_q, p.ends_k, *strides, _strides(dk, varlen), _strides(dv, varlen), *sizes,
-    )  # fmt: skip
-    _run(
-        _flash_attention_bwd_dq_kernel, "dq", q, p.T, n_batch * H,
-        *inputs, dq, p.ends_q, p.ends_k, *strides, _strides(dq, varlen), *sizes,
-    )  # fmt: skip
+    for plan, tensors in zip(
+        plans,
+        (
+            (out, dout, lse, dlse, lse2, delta, ends_q),
+            (q, k, v, dout, lse2, delta, unround, dk, dv, ends_q, ends_k),
+            (q, k, v, dout, lse2, delta, unround, dq, ends_q, ends_k),
+        ),
+        strict=True,
+    ):
+        if plan is not None:
+            plan(*tensors)
+    return delta

@@ -18,7 +18,7 @@ import triton
 from ...dispatch import INTERPRETED
 from ..tuned import Tile, architecture, table_of
 
-__all__ = ["Tile", "block_d", "candidates", "choose", "forget", "use"]
+__all__ = ["Tile", "block_d", "candidates", "choose", "forget", "use", "version"]
 
 # Shared memory that one block can use, bytes: sm_90 and sm_100; sm_80; sm_86, sm_89 and sm_120; CDNA and older.
 HOPPER, AMPERE, CONSUMER, LEAST = 227 << 10, 163 << 10, 99 << 10, 0
@@ -92,16 +92,25 @@ def _shared_memory(device: torch.device) -> int:
 
 
 _asked: dict[str, Tile] = {}
+_version = 0
+
+
+def version() -> int:
+    """Another number whenever `choose` may answer otherwise than before."""
+    return _version
 
 
 @contextmanager
 def use(kernel: str, tile: Tile) -> Iterator[None]:
     """Within the block `kernel` ("fwd", "dkdv" or "dq") is launched with this tile; for the whole process."""
+    global _version
     before = _asked.get(kernel)
     _asked[kernel] = tile
+    _version += 1
     try:
         yield
     finally:
+        _version += 1
         del _asked[kernel]
         if before is not None:
             _asked[kernel] = before
@@ -125,6 +134,8 @@ def _chosen(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device
 
 def forget() -> None:
     """Read the user's table anew at the next launch."""
+    global _version
+    _version += 1
     table_of.cache_clear()
     _chosen.cache_clear()
 

@@ -1,16 +1,21 @@
 """Predicted first, then measured; and bad input named in a sentence."""
 
 import json
+import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from rooflight.bench.commands import bench, estimate
+from rooflight.bench.bench_commands import bench
+from rooflight.bench.commands import estimate
 from rooflight.bench.measure.harness import machine
 from rooflight.bench.predict import validate as module
+from rooflight.bench.predict.step import Step
 from rooflight.bench.predict.validate import ComponentRow, Row, Validation, predict, read_model, validate
 from rooflight.bench.rates.ceilings import save_ceilings
 from rooflight.model import PRESETS, Ceilings, ModelConfig
@@ -41,6 +46,7 @@ def _ceilings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_step_and_its_components(dtype: str, tmp_path: Path):
     predictions = tmp_path / "predicted.json"
     (done,) = validate({"small": SMALL}, CPU, batch_size=4, context_length=48, dtype=dtype, predictions=predictions)
+    assert done.notes[0].startswith("no rate was measured of gemm, attention, ")
     rows = {row.quantity: row for row in done.rows}
     assert rows["parameters"].ratio == rows["matrix FLOPs"].ratio == 1
     assert rows["peak memory"].ratio == pytest.approx(1, abs=0.02)
@@ -51,6 +57,7 @@ def test_a_step_and_its_components(dtype: str, tmp_path: Path):
     assert sum(row.predicted for row in done.components) == pytest.approx(done.predicted.seconds)
     written = json.loads(predictions.read_text())
     assert written["kind"] == "prediction"
+    assert written["machine"] == machine(CPU)  # with its versions and date
     assert written["predictions"]["small"]["seconds"] == done.predicted.seconds
 
 
@@ -125,8 +132,13 @@ def test_the_command_writes_results_prediction_and_plot(tmp_path: Path):
     assert result.exit_code == 0, result.output
     results = json.loads(out.read_text())
     assert (results["kind"], results["validations"][0]["name"]) == ("validation", "small")
-    assert results["machine"]["device"] == machine(CPU)["device"]
-    assert json.loads((out.parent / "v.predicted.json").read_text())["kind"] == "prediction"
+    predicted = json.loads((out.parent / "v.predicted.json").read_text())
+    assert predicted["kind"] == "prediction"
+    # both say when, where and with what
+    assert results["machine"] == predicted["machine"] == machine(CPU)
+    assert {"date", "torch", "triton", "commit"} <= set(results["machine"])
+    assert results["failures"] == {}
+    assert "small: step\n" in result.output  # the progress
     assert "<svg" in plot.read_text()
     assert "residual: step - sum" in result.output
 
@@ -170,6 +182,81 @@ def test_without_ceilings_the_command_to_run_is_named(monkeypatch: pytest.Monkey
     error = run(bench, "validate", "tiny", "--device", "cpu").exception
     assert isinstance(error, ValueError)
     assert "run `rooflight bench ceilings`" in str(error)
+
+
+def stub(monkeypatch: pytest.MonkeyPatch, measure) -> None:
+    """measure(name) before each model, whose step then took a second."""
+
+    def done(name, e, *rest):
+        measure(name)
+        rows = (Row("step time", "ms", 1.0, 1000.0, ""),)
+        return Validation(name, e, rows, (ComponentRow("FFN", 1.0, 0.5),), 1.0)
+
+    monkeypatch.setattr(module, "_measure", done)
+
+
+def test_a_model_that_comes_too_late_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    now = [100.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    shares = []
+
+    def measure(name, e, device, compiled, counted, seconds, progress):
+        shares.append(seconds)
+        now[0] += 8.0
+        return Validation(name, e, (), (), 1.0)
+
+    monkeypatch.setattr(module, "_measure", measure)
+    kept = []
+    validate(
+        dict.fromkeys("abc", SMALL), CPU, batch_size=1, runs=2, seconds=15.0, predictions=tmp_path / "p.json",
+        keep=lambda done, failures: kept.append(([v.name for v in done], failures.copy())),
+    )  # fmt: skip
+    assert shares == [15 / 6, 7 / 5]  # what is left, for the turns that are left
+    late = {"c": "left out: 0 of 15 seconds were left for it"}
+    assert kept[:3] == [(["a"], {}), (["a", "b"], {}), (["a", "b"], late)]
+    assert kept[-1] == (["a", "b"], late)
+    with pytest.raises(ValueError, match="seconds: expected > 0, got 0"):
+        validate({"a": SMALL}, CPU, batch_size=1, seconds=0, predictions=tmp_path / "p.json")
+
+
+def test_a_model_that_does_not_fit_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def measure(name):
+        if name == "small":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    stub(monkeypatch, measure)
+    (tmp_path / "small.toml").write_text(TOML)
+    out = tmp_path / "v.json"
+    result = run(bench, "validate", str(tmp_path / "small.toml"), "tiny", "--json", str(out), "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    written = json.loads(out.read_text())
+    assert [v["name"] for v in written["validations"]] == ["tiny"]
+    assert written["failures"]["small"].startswith("does not fit into memory: predicted 0.0 GiB")
+    assert "small: does not fit into memory" in result.output
+
+
+def test_an_interrupt_keeps_the_models_that_are_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    stub(monkeypatch, lambda name: os.kill(os.getpid(), signal.SIGTERM) if name == "tiny" else None)
+    (tmp_path / "small.toml").write_text(TOML)
+    out = tmp_path / "v.json"
+    result = run(bench, "validate", str(tmp_path / "small.toml"), "tiny", "--json", str(out), "--device", "cpu")
+    assert result.exit_code == 130, result.output
+    assert [v["name"] for v in json.loads(out.read_text())["validations"]] == ["small"]
+    assert set(json.loads((tmp_path / "v.predicted.json").read_text())["predictions"]) == {"small", "tiny"}
+    assert "small, batch 8 x 64, bfloat16" in result.output
+
+
+def test_the_hosts_part_of_a_step_is_told():
+    e = predict(SMALL, batch_size=1, context_length=None, dtype="float32", device=CPU)
+    step = Step(SMALL, 1, 64, torch.float32, CPU)
+    whole, host = step.seconds(0.0)
+    assert whole > 0
+    assert host is None  # a CPU is its own host
+    console = Console(width=120)
+    with console.capture() as text:
+        console.print(Validation("small", e, (), step_seconds=1.0, host_seconds=0.25).table())
+    assert "the host issues a step in 250.000 ms" in text.get()
+    assert Validation("small", e, (), host_seconds=0.25).to_dict()["host_seconds"] == 0.25
 
 
 def test_a_model_is_a_preset_or_a_file(tmp_path: Path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rooflight.bench.commands import bench
+from rooflight.bench.bench_commands import bench
 from rooflight.bench.measure import harness
 from rooflight.bench.rates import ceilings, kernel_rates, schedule
 from rooflight.model import PRESETS, estimate
@@ -74,7 +74,7 @@ def test_the_rates_of_one_number_of_threads_are_not_those_of_another(monkeypatch
 SMALL = {
     "gemm": (32, 16, 8), "attention": (16, 8), "linear_cross_entropy": (8, 4, 16), "rms_norm": (64, 8),
     "rms_norm residual": (64, 8), "rope": (256, 8), "swiglu": (64, 8), "gelu": (64, 8), "add": (64,),
-    "embedding": (512,), "cast": (64,), "adamw": (64,), "muon": (8, 16),
+    "scale": (64,), "embedding": (512,), "cast": (64,), "adamw": (64,), "muon": (8, 16),
 }  # fmt: skip
 
 
@@ -85,8 +85,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         sizes = SMALL[name], (2 * SMALL[name][0], *SMALL[name][1:])
         monkeypatch.setitem(kernel_rates.KERNELS, name, dataclasses.replace(kernel, sizes={"cpu": sizes}))
     monkeypatch.setattr(kernel_rates, "ATTENTION_ROWS", {"cpu": 64})
+    monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 2**16)
     monkeypatch.setattr(ceilings, "measure_peak_flops", lambda device, dtype, seconds: 1e9)
-    monkeypatch.setattr(ceilings, "_copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 2**16)
+    monkeypatch.setattr(ceilings, "best_seconds", lambda call, device: 0.5)
     return monkeypatch
 
 
@@ -96,6 +98,7 @@ def test_measuring_gives_every_rate(monkeypatch: pytest.MonkeyPatch):
             kernel_rates.KERNELS, name, dataclasses.replace(kernel_rates.KERNELS[name], sizes={"cpu": (sizes,)})
         )
     monkeypatch.setattr(kernel_rates, "ATTENTION_ROWS", {"cpu": 64})
+    monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 2**16)
     monkeypatch.setattr(ceilings, "measure_peak_flops", lambda device, dtype, seconds: 1e9)
     monkeypatch.setattr(ceilings, "best_seconds", lambda call, device: (call(), 0.5)[1])
     monkeypatch.setattr(
@@ -104,9 +107,9 @@ def test_measuring_gives_every_rate(monkeypatch: pytest.MonkeyPatch):
     told: list[str] = []
     dtypes = torch.float32, torch.bfloat16
     measured = ceilings.measure_ceilings(CPU, dtypes=dtypes, progress=told.append)
-    assert told[1] == "gemm 32 x 16 x 8, float32 (1 of 12)"
+    assert told[1] == "gemm 32 x 16 x 8, float32 (1 of 13)"
     assert set(measured.gemm_flops) == {"float32", "bfloat16"}
-    assert measured.copy_bandwidth == 2 * 2**28 / 0.5
+    assert measured.copy_bandwidth == 2 * 2**16 / 0.5
     for dtype in measured.gemm_flops:
         rates = {name: measured.kernels[f"{name} {dtype}"] for name in SMALL if (name, dtype) != ("cast", "float32")}
         # FLOPs of the products: 2 M N K; 4 D for each of the T (T + 1) / 2 visible pairs of each of the 64 / T heads
@@ -131,6 +134,7 @@ class Clock:
 
 def test_slow_kernels_leave_sizes_out_and_no_kernel(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ceilings, "measure_peak_flops", lambda device, dtype, seconds: 1e9)
+    monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 2**16)
     monkeypatch.setattr(ceilings, "best_seconds", lambda call, device: 0.5)
     clock = Clock(monkeypatch)
 
@@ -143,7 +147,9 @@ def test_slow_kernels_leave_sizes_out_and_no_kernel(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(kernel_rates, "_time", slow)
     grids = kernel_rates.grids(torch.bfloat16, CPU)
     # "together" is a CPU's way; a GPU's sizes come one after another
-    monkeypatch.setattr(kernel_rates, "plan", lambda grids, work, together: schedule.plan(grids, work, together=False))
+    monkeypatch.setattr(
+        kernel_rates, "plan", lambda grids, work, together, dear: schedule.plan(grids, work, together=False)
+    )
     for seconds, bound in ((60.0, 60.0), (1.0, 2.0 * len(grids))):
         start = clock.now
         measured = ceilings.measure_ceilings(CPU, seconds=seconds)

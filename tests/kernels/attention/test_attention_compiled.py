@@ -26,8 +26,12 @@ if version("triton").startswith("3.7."):
     BUDGET = {}
 
 
-def attention(head_dim: int, dtype: str, features: bool = False, packed: bool = False, backward: bool = True) -> None:
-    """Launch every kernel once, on inputs aligned as a model's are."""
+def attention(
+    head_dim: int, dtype: str, features: bool = False, packed: bool = False, backward: bool = True,
+    path: str = "portable",
+) -> None:  # fmt: skip
+    """Launch every kernel of a path once, on inputs aligned as a model's are."""
+    from rooflight.kernels.attention import paths
     from rooflight.kernels.attention.launch import bwd_op, fwd_op
 
     q, k, v = (torch.zeros(1, heads, 512, head_dim, dtype=getattr(torch, dtype)) for heads in (4, 2, 2))
@@ -39,11 +43,11 @@ def attention(head_dim: int, dtype: str, features: bool = False, packed: bool = 
         bounds = (ends, ends, 256, 256)
     if features:  # a window, a softcap, sinks
         mask, softcap, sinks = (128, 0), 30.0, torch.zeros(4)
-    out, lse, unround = fwd_op(q, k, v, sinks, *bounds, *mask, 0.1, softcap)
-    if not backward:
-        return
-    dlse = lse if features else None
-    bwd_op(torch.zeros_like(out), dlse, q, k, v, out, lse, unround, sinks, *bounds, *mask, 0.1, softcap)
+    with paths.use(path):
+        out, lse, unround = fwd_op(q, k, v, sinks, *bounds, *mask, 0.1, softcap)
+        if backward:
+            dlse = lse if features else None
+            bwd_op(torch.zeros_like(out), dlse, q, k, v, out, lse, unround, sinks, *bounds, *mask, 0.1, softcap)
 
 
 def short(artifact: Artifact) -> str:

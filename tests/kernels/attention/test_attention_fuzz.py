@@ -1,7 +1,7 @@
 """Drawn cases: every option with every other, on drawn shapes, dtypes, strides and tiles.
 
-The first cases run by default, the rest with `pytest -m slow`. A case is its number: a failure names the command that
-runs it again.
+The first cases run by default, the first few of them on a GPU too, the rest with `pytest -m slow`. A case is its
+number: a failure names the command that runs it again.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from support.attention import DTYPES, LAYOUTS, draw, draw_packed, draw_sinks, judge_attention, lay_out_grad, tile
+from support.marks import on_cpu
 from support.tolerance import gaussian
 
 CASES = 2500
-DEFAULT = range(20)
+DEFAULT = 20
+ON_GPU = 8  # where each compiles kernels of its own
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,12 @@ def run_case(case: Case, seed: int, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    "seed", [seed if seed in DEFAULT else pytest.param(seed, marks=pytest.mark.slow) for seed in range(CASES)]
+    "seed",
+    [
+        *range(ON_GPU),
+        *on_cpu(*range(ON_GPU, DEFAULT)),
+        *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(DEFAULT, CASES)),
+    ],
 )
 def test_case(seed, device):
     case = draw_case(seed)

@@ -114,7 +114,6 @@ def test_compile_varlen_without_a_graph_break(device):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor's own imports
 def test_compile_with_inductor(device, tmp_path, monkeypatch):
     torch._dynamo.reset()
     # its cache on disk knows an operator by name only, and would bring back a graph of an earlier signature
@@ -132,6 +131,7 @@ def test_compile_with_inductor(device, tmp_path, monkeypatch):
 MASKS = [(True, None), (False, None), (True, 9), (False, (5, 3)), (True, (4, 7))]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("causal", "window"), MASKS, ids=str)
 def test_flop_counter_agrees_with_cost(causal, window, device):
     B, H, _, T, S, D = sizes = 2, 4, 2, 20, 24, 16
@@ -147,6 +147,7 @@ def test_flop_counter_agrees_with_cost(causal, window, device):
         assert counted[op.overloadpacket] == expected.flops
 
 
+@pytest.mark.cpu
 def test_flop_counter_agrees_with_torch_on_a_full_mask(device):
     x = [t.requires_grad_() for t in draw(2, 4, 4, 20, 24, 16, torch.float32, "meta").values()]
     y = [t.requires_grad_() for t in draw(2, 4, 4, 20, 24, 16, torch.float32, device).values()]
@@ -160,6 +161,7 @@ def test_flop_counter_agrees_with_torch_on_a_full_mask(device):
     assert ours.get_total_flops() == theirs.get_total_flops() > 0
 
 
+@pytest.mark.cpu
 def test_flop_counter_is_exact_for_varlen(device):
     q, k, v = (x[0].transpose(0, 1) for x in draw(1, 4, 2, 20, 24, 16, torch.float32, device).values())
     bounds = ends(0, 5, 5, 20, device=device), ends(0, 9, 12, 24, device=device)
@@ -284,6 +286,7 @@ PLAIN_CPU = """
 """
 
 
+@pytest.mark.cpu
 def test_without_a_gpu_or_the_interpreter_torch_computes():
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["CUDA_VISIBLE_DEVICES"] = ""

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from rooflight.kernels.attention.hopper.blocks import tma_add, tma_written
 from support.gluon_emulator import DeadlockError, ProtocolError, RaceError, emulated
 from support.gluon_values import Int, Long, integer
 
@@ -111,6 +112,36 @@ def test_fewer_bytes_than_expected() -> None:
 
 
 @gluon.jit
+def _flat_copy_kernel(x_desc, y_desc, at, to):
+    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    tile = gl.allocate_shared_memory(x_desc.dtype, x_desc.block_shape, x_desc.layout)
+    mbarrier.init(full, count=1)
+    mbarrier.expect(full, x_desc.block_type.nbytes)
+    load(x_desc, [at], full, tile)
+    mbarrier.wait(full, 0)
+    store(y_desc, [to], tile)
+    tma.store_wait(0)
+
+
+def flat_copy(at: int, to: int, dtype: torch.dtype = torch.float32) -> None:
+    x, y = torch.arange(100).to(dtype), torch.zeros(100, dtype=dtype)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * dtype.itemsize, rank=1)
+    run_all(_flat_copy_kernel, *(TensorDescriptor(z, [100], [1], [32], layout) for z in (x, y)), at, to)
+    assert torch.equal(y[to : to + 32], x[at : at + 32])
+
+
+def test_an_address_is_a_multiple_of_16_bytes() -> None:
+    flat_copy(8, 64)
+    flat_copy(4, 64)
+    flat_copy(8, 64, torch.bfloat16)
+    for at, to in ((1, 64), (6, 64), (8, 63), (8, 2)):
+        with pytest.raises(ProtocolError, match=r"no multiple of 16 bytes: coordinates \[\d+\] of \[100\]"):
+            flat_copy(at, to)
+    with pytest.raises(ProtocolError, match="no multiple of 16 bytes"):
+        flat_copy(4, 64, torch.bfloat16)
+
+
+@gluon.jit
 def _fill_kernel(y_desc, FENCE: gl.constexpr, OVERWRITE: gl.constexpr):
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     tile = gl.allocate_shared_memory(y_desc.dtype, y_desc.block_shape, y_desc.layout)
@@ -135,6 +166,48 @@ def test_a_store_needs_a_fence_after_the_buffer_was_written() -> None:
 def test_a_buffer_written_under_its_store() -> None:
     with pytest.raises(RaceError, match="may still read it"):
         run_all(_fill_kernel, describe(torch.zeros(64, 64).bfloat16()), FENCE=True, OVERWRITE=True)
+
+
+@gluon.jit
+def _add(y_desc, tile, added, WRITTEN: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+    tile.store(gl.full([64, 32], 1.0, gl.float32, layout))
+    fence_async_shared()
+    tma_add(y_desc, [0, 0], tile)
+    tma.store_wait(0)
+    if WRITTEN:
+        tma_written()
+    mbarrier.arrive(added, count=1)
+
+
+@gluon.jit
+def _look(y_ptr, seen_ptr, added):
+    mbarrier.wait(added, 0)
+    gl.store(seen_ptr, gl.load(y_ptr))
+
+
+@gluon.jit
+def _add_kernel(y_desc, y_ptr, seen_ptr, WRITTEN: gl.constexpr):
+    tile = gl.allocate_shared_memory(y_desc.dtype, y_desc.block_shape, y_desc.layout)
+    added = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(added, count=1)
+    gl.warp_specialize([(_add, (y_desc, tile, added, WRITTEN)), (_look, (y_ptr, seen_ptr, added))], [4], [128])
+
+
+def seen_after_addition(WRITTEN: bool) -> set[float]:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    found = set()
+    for seed in range(20):
+        y, seen = torch.full((64, 32), 5.0), torch.zeros(1)
+        run(_add_kernel, TensorDescriptor.from_tensor(y, [64, 32], layout), y, seen, seed=seed, WRITTEN=WRITTEN)
+        assert (y == 6).all()
+        found.add(seen.item())
+    return found
+
+
+def test_a_buffer_is_read_before_its_addition_is_written() -> None:
+    assert seen_after_addition(WRITTEN=True) == {6.0}
+    assert seen_after_addition(WRITTEN=False) == {5.0, 6.0}
 
 
 # ---------------------------------------------------------------- wgmma

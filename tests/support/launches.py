@@ -1,0 +1,392 @@
+"""What test_launching.py looks into, run in one process without the interpreter: each case returns what JSON can hold.
+
+Triton's driver is a stand-in (bench/measure/host.py) whose launcher is Triton's own, down to the call into C.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+CASES: dict[str, Callable[[Any], Any]] = {}
+
+
+def apart(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Run by the process without the interpreter; what it returns must survive JSON."""
+    CASES[function.__name__] = function
+    return function
+
+
+# ---------------------------------------------------------------- variants
+
+
+@apart
+def variants(stand_in: Any) -> dict[str, dict[str, int]]:
+    """How many variants of each kernel a generation of 300 tokens compiles, and passes over 50 lengths."""
+    import random
+
+    import torch
+
+    from rooflight import kernels
+    from rooflight.kernels.attention import paths
+    from rooflight.model import ModelConfig, Transformer, generate
+
+    known = dict(stand_in.kernels)
+
+    def compiled() -> dict[str, int]:
+        new = {function: kernel for function, kernel in stand_in.kernels.items() if function not in known}
+        known.update(new)
+        return dict(Counter(kernel.name for kernel in new.values()))
+
+    config = ModelConfig(vocab_size=64, context_length=512, n_layer=1, n_head=4, n_kv_head=2, d_model=64)
+    model = Transformer(config).to(torch.bfloat16).eval()
+    compiled()
+    with torch.no_grad():
+        generate(model, torch.zeros(1, 7, dtype=torch.int64), 300, temperature=0.0)
+    found = {"generation": compiled()}
+    rng = random.Random(0)
+    for T in rng.sample(range(2, 3000), 50):
+        q, k, v = (
+            torch.empty(1, T, heads, 64, dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)
+        )
+        with paths.use("portable"):
+            kernels.flash_attention(q, k, v).backward(torch.empty_like(q))
+        x = torch.empty(1, T, 256, dtype=torch.bfloat16).requires_grad_()
+        for y in (kernels.rms_norm(x, torch.ones(256).requires_grad_()), kernels.swiglu(x, x)):
+            y.backward(torch.empty_like(y))
+        angles = torch.empty(3000, 32)
+        torch.autograd.backward(kernels.rope(q, k, angles, angles), (torch.empty_like(q), torch.empty_like(k)))
+        kernels.cross_entropy(x[0], torch.zeros(T, dtype=torch.int64)).backward()
+    return found | {"lengths": compiled()}
+
+
+# ---------------------------------------------------------------- the key
+
+
+@apart
+def random_arguments(stand_in: Any) -> list[int]:
+    """Launch a kernel of every kind of argument; variants by our key, by Triton's, and keys of ours with two of its."""
+    import random
+
+    import torch
+    from triton.runtime.jit import compute_cache_key
+
+    from rooflight.kernels.launching import variant
+
+    rng = random.Random(0)
+    memory = torch.zeros(64, dtype=torch.float32)
+    pointers = [None, *(memory[i:].view(dtype) for i in (0, 1, 4) for dtype in (torch.float32, torch.int32))]
+    pointers.append(torch.nn.Parameter(memory[4:]))
+    integers = [0, 1, 2, 16, 17, 2**31 - 1, 2**31, 2**31 + 16, 2**63, -16, -1, True, False]
+    floats = [0.0, -0.0, 1.0, 0.5, 1, 0, True]
+    tuples = [(1, 16), (1, 17), (True, 16), (1, 16, None), (memory, 1), (memory[1:], 1), ((1, 2), 3), (1.0, 16)]
+    tuples += [Pair(memory, 1), Pair(memory[4:], 2), Pair(1, 16)]
+    constants = [1, True, 1.0, 16, "a"]
+    ours: dict[Any, set[Any]] = defaultdict(set)
+    *_, binder = _every_kind.device_caches[0]
+
+    def pick(pool: list[Any]) -> Any:
+        return pool[1] if rng.random() < 0.7 else rng.choice(pool)  # most calls differ in an argument or two
+
+    for _ in range(20000):
+        args = tuple(pick(pool) for pool in (pointers, integers, integers, floats, tuples))
+        options = {"FIRST": pick(constants), "SECOND": pick(constants), "num_warps": pick([4, 8])}
+        known = variant(_every_kind, 0, args, options)
+        assert known is not None
+        _, specialization, left = binder(*args, **options)
+        # Triton's table of its own keys takes True for 1; what it compiles for does not
+        ours[known[0]].add(repr(specialization) + compute_cache_key({}, specialization, left))
+    return [len(ours), len(set.union(*ours.values())), sum(len(found) > 1 for found in ours.values())]
+
+
+# ---------------------------------------------------------------- the arguments
+
+
+def calls(rng: Any) -> Callable[[], None]:
+    """One random call of a random public function, forward and backward."""
+    import torch
+
+    from rooflight import kernels
+    from rooflight.kernels.attention import paths
+
+    def tensor(*shape: int) -> torch.Tensor:
+        dtype = rng.choice([torch.bfloat16, torch.float16])
+        shift = rng.choice([0, 0, 1])
+        flat = torch.zeros(torch.Size(shape).numel() + shift, dtype=dtype)
+        return flat[shift:].view(shape).requires_grad_()
+
+    def attention(path: str | None, head_dim: int, varlen: bool) -> None:
+        dtype, shift = rng.choice([torch.bfloat16, torch.float16]), rng.choice([0, 0, 1]) if path is None else 0
+        T, S, H, K = rng.choice([1, 5, 16, 128]), rng.choice([1, 16, 100]), 4, rng.choice([1, 2, 4])
+
+        def make(heads: int, rows: int) -> torch.Tensor:
+            shape = (rows, heads, head_dim) if varlen else (2, rows, heads, head_dim)
+            flat = torch.zeros(torch.Size(shape).numel() + shift, dtype=dtype)
+            x = flat[shift:].view(shape)
+            return (x if varlen else x.transpose(1, 2)).requires_grad_()
+
+        q, k, v = make(H, T), make(K, S), make(K, S)
+        options = {"causal": rng.choice([True, False]), "window": rng.choice([None, 3])}
+        if path is None:
+            options |= {"softcap": rng.choice([0.0, 3.0]), "sinks": rng.choice([None, torch.zeros(H)])}
+        with paths.use(path or "portable"):
+            if varlen:
+                ends = [torch.tensor([0, n], dtype=torch.int32) for n in (T, S)]
+                out = kernels.flash_attention_varlen(q, k, v, *ends, T, S, **options)
+            else:
+                out = kernels.flash_attention(q, k, v, **options)
+            out.backward(torch.zeros_like(out))
+
+    def rms_norm() -> None:
+        N = rng.choice([1, 8, 16, 100, 4096, 40000])
+        x = tensor(rng.choice([1, 3, 16]), N)
+        residual = rng.choice([None, torch.zeros_like(x).requires_grad_()])
+        out = kernels.rms_norm(x, rng.choice([None, tensor(N)]), residual=residual)
+        (out if residual is None else out[0]).sum().backward()
+
+    def swiglu() -> None:
+        gate, up = tensor(rng.choice([1, 5]), 2 * rng.choice([16, 33])).chunk(2, dim=1)
+        kernels.swiglu(gate, up).sum().backward()
+
+    def rope() -> None:
+        q, k = tensor(1, 2, rng.choice([1, 16]), 16), None
+        k = torch.zeros_like(q).requires_grad_()
+        positions = rng.choice([None, torch.zeros(q.shape[2], dtype=torch.int64)])
+        angles = torch.zeros(32, 8)
+        sum(x.sum() for x in kernels.rope(q, k, angles, angles, positions=positions)).backward()
+
+    def cross_entropy() -> None:
+        x = tensor(rng.choice([1, 4]), rng.choice([16, 1000]))
+        kernels.cross_entropy(x, torch.zeros(x.shape[0], dtype=torch.int64), z_loss=rng.choice([0.0, 1.0])).backward()
+
+    choices: list[Callable[[], None]] = [rms_norm, swiglu, rope, cross_entropy]
+    for varlen in (False, True):
+        for path, head_dim in ((None, 40), (None, 64), ("hopper", 64), ("hopper", 128)):
+            choices.append(lambda *args, given=(path, head_dim, varlen): attention(*given))
+    return rng.choice(choices)
+
+
+def comparable(stand_in: Any, call: tuple[Any, ...]) -> Any:
+    """A call of the C launcher as what it makes of it: constants stepped over, tensors as addresses.
+
+    Addresses differ from run to run, since each allocates anew: they count by their value modulo 16.
+    """
+
+    def plain(x: Any) -> Any:
+        if hasattr(x, "data_ptr"):
+            x = x.data_ptr()
+        if isinstance(x, (tuple, list)):
+            return [plain(part) for part in x]
+        return ["address", x % 16] if type(x) is int and x > 2**40 else repr(x)
+
+    def taken(annotations: Any, args: Any) -> list[Any]:
+        pairs = zip(annotations, args, strict=True)
+        return [taken(a.nested_tuple, x) if a.type == 2 else plain(x) for a, x in pairs if a.type > 0]
+
+    grid, stream, function, flags = call[:3], call[3], call[4], call[5:7]
+    if len(call) == 16 and isinstance(call[14], bytes):  # from 3.7 on
+        scratch, packed, signature = call[11:13], call[7], call[14]
+        args = taken(call[13], call[15])
+    else:
+        scratch, packed, signature = call[7:9], call[9], b""
+        args = plain(call[13 : len(call) - len(stand_in.kernels[function].src.fn.constexprs)])
+    return [repr(part) for part in (grid, stream, function, flags, scratch, packed, signature)] + args
+
+
+@apart
+def what_reaches_the_driver(stand_in: Any) -> dict[str, Any]:
+    """Random calls, through Triton and through handles: how many launches, and the first that differs."""
+    import random
+
+    from rooflight.kernels import launching
+
+    n_handled, n_launched, names = 0, 0, Counter()
+    handle = launching._handle
+
+    def counting(compiled: Any, n_constant: int) -> Any:
+        go = handle(compiled, n_constant)
+        assert go is not None
+        name = compiled.name
+
+        def counted(*args: Any) -> None:
+            nonlocal n_handled
+            n_handled += 1
+            names[name] += 1
+            go(*args)
+
+        return counted
+
+    launching._handle = counting
+    try:
+        for seed in range(300):
+            traces = []
+            for direct in (False, True, True):
+                stand_in.launched.clear()
+                with launching.direct(direct):
+                    calls(random.Random(seed))()
+                traces.append([comparable(stand_in, call) for call in stand_in.launched])
+            n_launched += len(traces[0])
+            for trace in traces[1:]:
+                for ours, theirs in zip(trace, traces[0], strict=True):
+                    if ours != theirs:
+                        return {"seed": seed, "ours": str(ours), "theirs": str(theirs)}
+    finally:
+        launching._handle = handle
+    return {"handled": n_handled, "launched": n_launched, "kernels": sorted(names)}
+
+
+# ---------------------------------------------------------------- Triton's own way
+
+
+@apart
+def who_is_told(stand_in: Any) -> dict[str, Any]:
+    """Whether Triton launches under each circumstance in which it does more than hand the arguments over."""
+    import torch
+    from triton import knobs
+    from triton.runtime.jit import JITFunction
+
+    from rooflight.kernels import launching
+
+    x = torch.zeros(16)
+    by_triton = 0
+    run = JITFunction.run
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal by_triton
+        by_triton += 1
+        return run(self, *args, **kwargs)
+
+    def launched() -> bool:
+        before, n = by_triton, len(stand_in.launched)
+        launching.launch(_every_kind, (1,), x, 3, 4, 0.5, (1, 2), FIRST=1, SECOND=2)
+        assert len(stand_in.launched) == n + 1
+        return by_triton > before
+
+    JITFunction.run = counted
+    told: list[Any] = []
+    found = {}
+    try:
+        found["first"], found["again"] = launched(), launched()
+        for name in ("launch_enter_hook", "launch_exit_hook"):
+            hook = lambda metadata, name=name: told.append(name)  # noqa: E731
+            chain = getattr(knobs.runtime, name)
+            if hasattr(chain, "add"):
+                chain.add(hook)
+                found[name] = launched()
+                chain.remove(hook)
+            with knobs.runtime.scope():
+                setattr(knobs.runtime, name, hook)
+                found[f"{name}, replaced"] = launched()
+        _every_kind.add_pre_run_hook(lambda *args, **kwargs: None)
+        found["pre_run_hook"] = launched()
+        _every_kind.pre_run_hooks.clear()
+        with launching.direct(False):
+            found["direct(False)"] = launched()
+        with knobs.runtime.scope():
+            knobs.runtime.debug = True
+            found["debug, first"], found["debug, again"] = launched(), launched()
+        with knobs.compilation.scope():
+            knobs.compilation.instrumentation_mode = "fpsan"
+            found["instrumented, first"] = launched()
+        stand_in.device = 1
+        found["another device, first"], found["another device, again"] = launched(), launched()
+        stand_in.device = 0
+        found["at last"] = launched()
+    finally:
+        JITFunction.run = run
+    return found
+
+
+# ---------------------------------------------------------------- what a graph's capture allows
+
+
+@apart
+def a_known_launch(stand_in: Any) -> dict[str, Any]:
+    """What a launch that was seen before asks of torch and of the driver."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from rooflight.kernels import launching
+
+    ops: list[str] = []
+    asked: set[str] = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            ops.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    class Asked:
+        def __getattr__(self, name: str) -> Any:
+            asked.add(name)
+            return getattr(stand_in, name)
+
+    x, y = torch.zeros(16), torch.zeros(16)
+    plan = launching.Plan(
+        _every_kind, (1,), launching.TENSOR, 3, 4, 0.5, (launching.TENSOR, 2), FIRST=1, SECOND=2
+    )  # fmt: skip
+    for _ in range(2):
+        launching.launch(_every_kind, (1,), x, 3, 4, 0.5, (y, 2), FIRST=1, SECOND=2)
+        plan(x, y)
+    stand_in.launched.clear()
+    import triton
+
+    triton.runtime.driver.set_active(Asked())
+    with Seen():
+        launching.launch(_every_kind, (1,), x, 3, 4, 0.5, (y, 2), FIRST=1, SECOND=2)
+        plan(x, y)
+    triton.runtime.driver.set_active(stand_in)
+    first, second = (comparable(stand_in, call) for call in stand_in.launched)
+    return {"ops": ops, "asked": sorted(asked), "alike": first == second}
+
+
+@apart
+def descriptors(stand_in: Any) -> dict[str, bool]:
+    """Descriptors are kept by address, sizes and strides, and hold no memory."""
+    import gc
+    import weakref
+
+    import torch
+
+    from rooflight.kernels.attention.hopper import blocks
+
+    x = torch.zeros(2, 4, 32, 128, dtype=torch.bfloat16)
+    one = blocks.describe(x, 64, False)
+    found = {
+        "the same": blocks.describe(x.view(x.shape), 64, False) is one,
+        "other rows": blocks.describe(x, 128, False) is not one,
+        "other strides": blocks.describe(x.transpose(1, 2), 64, False) is not one,
+        "other address": blocks.describe(x[1:], 64, False) is not one,
+        "other type": blocks.describe(x.view(torch.float16), 64, False) is not one,
+        "encodes the address": one.base.data_ptr() == x.data_ptr(),
+    }
+    alive = weakref.ref(x)
+    del x
+    gc.collect()
+    return found | {"holds no memory": alive() is None}
+
+
+def main() -> None:
+    from rooflight.bench.measure.host import standing_in
+
+    with standing_in() as stand_in:
+        print(json.dumps({name: case(stand_in) for name, case in CASES.items()}))
+
+
+if __name__ == "__main__":
+    import typing
+
+    import triton
+    import triton.language as tl
+
+    class Pair(typing.NamedTuple):
+        first: Any
+        second: Any
+
+    @triton.jit(do_not_specialize=["m"])
+    def _every_kind(x_ptr, n, m, scale, parts, FIRST: tl.constexpr, SECOND: tl.constexpr):
+        pass
+
+    main()
