@@ -27,13 +27,18 @@ from torch import Tensor
 from .blocks import gl, gluon
 
 __all__ = [
+    "CHOICES",
     "DYNAMIC",
     "SCHEDULES",
     "STATIC",
     "TILE",
+    "Choice",
     "Schedule",
+    "choose",
     "next_tile",
+    "order",
     "section_heads",
+    "static_round",
     "tile_counter",
 ]
 

@@ -166,6 +166,17 @@ def test_packed_tiles_in_their_order(lengths: list[int]) -> None:
     assert [place(Int(i), problem, 128) for i in range(len(expected))] == [(b, m) for m, b in expected]
 
 
+def test_the_choice_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper_schedule, "multiprocessors", lambda device: 2)
+    taken = []
+    monkeypatch.setattr(hopper_forward, "tile_counter", lambda device: taken.append(1) or torch.zeros(1).int())
+    for head_dim, T, dynamic in ((64, 256, False), (64, 257, True), (128, 257, True), (256, 257, False)):
+        taken.clear()
+        judge_forward(draw(1, 1, 1, T, T, head_dim, BF16))
+        assert bool(taken) == dynamic
+        assert ("dynamic" in str(hopper_schedule.CHOICES[head_dim])) == (head_dim < 256)
+
+
 @pytest.mark.parametrize("n_program", [1, 2, 5])
 def test_a_launch_leaves_the_counter_at_zero(n_program: int, monkeypatch: pytest.MonkeyPatch) -> None:
     counter = torch.zeros(1, dtype=torch.int32)
