@@ -201,6 +201,6 @@ def on_capture_stream(device: torch.device) -> AbstractContextManager:
     return torch.cuda.stream(capture_stream(device)) if device.type == "cuda" else nullcontext()
 
 
-def best_seconds(call: Call, device: torch.device, seconds: float = 0.3) -> float:
+def best_seconds(call: Call, device: torch.device, seconds: float = 0.3, *, capture: bool = True) -> float:
     """The shortest time of the call within `seconds`: a ceiling is what the machine can do."""
-    return timings([call], device, seconds=seconds, rounds=(1, 1000))[0].least
+    return timings([call], device, seconds=seconds, rounds=(1, 1000), capture=capture)[0].least

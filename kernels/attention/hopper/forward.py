@@ -45,6 +45,7 @@ so the consumers zero them in shared memory; and a tile of rows that crosses the
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -65,12 +66,14 @@ from .blocks import (
     slot,
     tma,
     tma_obstacle,
+    tma_store,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from .loads import CONSUMERS, NUMBERS, Problem, Shared, produce, read_tile
-from .output import Output, finish, release_output
 from .schedule import Schedule, choose, section_heads, tile_counter
+
+LN2: gl.constexpr = gl.constexpr(math.log(2))
 
 # BLOCK_N, STAGES and Q_STAGES by head size: what compiles for sm_90 without a spill in the loop (triton 3.7) and,
 # of that, has the least issue slots to a product. Four stages cover the latency of a load at D = 64, where a step is
@@ -79,6 +82,15 @@ TILES = {64: (128, 4, 2), 128: (128, 2, 2), 256: (64, 2, 1)}
 BLOCK_M = 128  # rows of queries: 192 would waste 41 % of the causal tiles at T = 512, 128 waste 20 %
 
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 240, 24  # a thread: of 65,536, in multiples of 8
+
+
+class Output(NamedTuple):
+    """Where out and lse go, strides (b, h, row)."""
+
+    out_ptr: Any
+    out_strides: Any
+    lse_ptr: Any
+    lse_strides: Any
 
 
 @gluon.jit
@@ -144,36 +156,43 @@ def _clean_values(v, length, v_clean, parity, c: gl.constexpr):
 
 
 @gluon.jit
-def _issue_first_scores(n_done, g, shared, c: gl.constexpr):
-    """Find the n_done-th tile and start its first product: (z, slot of its queries, its number of blocks).
-
-    Where there is no tile there are no blocks, and z is of whatever stands in shared memory.
-    """
-    s_q, parity_q = slot(n_done, shared.q.shape[0] // CONSUMERS)
-    s, parity = slot(g, shared.k.shape[0])
-    mbarrier.wait(shared.q_full.index(s_q * CONSUMERS + c), parity_q)
-    n_block = shared_number(shared.place, s_q * NUMBERS)
-    mbarrier.wait(shared.k_full.index(s), parity, pred=n_block > 0)
-    return _issue_scores(shared.q.index(s_q * CONSUMERS + c), shared.k.index(s)), s_q, n_block
+def _store_output(o, lse, buffer, out_desc, output, tile, c: gl.constexpr, ROWS: gl.constexpr, VARLEN: gl.constexpr):
+    """Rows c * 64 ... of the tile: o by TMA from where the queries were, or by masked pointers across a packed end."""
+    first = tile.first + c * 64
+    b, h = gl.cast(tile.b, gl.int64), gl.cast(tile.h, gl.int64)
+    buffer.store(o.to(buffer.dtype))
+    fence_async_shared()  # TMA reads it, or loads the next queries over it, through the asynchronous proxy
+    if VARLEN and first + 64 > tile.T:
+        HEAD_DIM: gl.constexpr = buffer.shape[1]
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+        i = first + gl.arange(0, 64, gl.SliceLayout(1, layout))
+        cols = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, layout))
+        out_ptr = output.out_ptr + b * output.out_strides[0] + h * output.out_strides[1]
+        offsets = (tile.start_q + i).to(gl.int64) * output.out_strides[2]
+        mask = (i < tile.T)[:, None] & (cols < HEAD_DIM)[None, :]
+        gl.store(out_ptr + (offsets[:, None] + cols[None, :]), buffer.load(layout), mask=mask)
+    else:
+        tma_store(out_desc, [tile.b, tile.h, tile.start_q + first, 0], buffer)
+    rows = gl.arange(0, 64, ROWS)
+    lse_ptr = output.lse_ptr + b * output.lse_strides[0] + h * output.lse_strides[1]
+    lse_offsets = (tile.start_q + first + rows).to(gl.int64) * output.lse_strides[2]
+    gl.store(lse_ptr + lse_offsets, lse, mask=first + rows < tile.T)
 
 
 @gluon.jit
-def _wait_for_first_scores(z, n_block, g, shared):
-    """z, once it is there, and the keys released."""
-    s, _ = slot(g, shared.k.shape[0])
-    z = warpgroup_mma_wait(0, [z])
-    mbarrier.arrive(shared.k_empty.index(s), count=1, pred=n_block > 0)
-    return z
+def _release_output(s_q, shared, c: gl.constexpr, pred):
+    """Wait until the output has been read from slot s_q, and hand the slot to the producer."""
+    tma.store_wait(0)
+    mbarrier.arrive(shared.q_empty.index(s_q * CONSUMERS + c), count=1, pred=pred)
 
 
 @gluon.jit
 def _consume_tile(
-    z, s_q, g, n_done, n_clean, out_desc, output, shared, problem, exp_scale, c: gl.constexpr, BLOCK_N: gl.constexpr
+    s_q, g, n_done, n_clean, out_desc, output, shared, problem, exp_scale, c: gl.constexpr, BLOCK_N: gl.constexpr
 ):
-    """Rows c * 64 ... of the tile whose queries are in slot s_q and whose first scores are z.
+    """Rows c * 64 ... of the tile whose queries are in slot s_q.
 
-    Before it came g blocks of keys, n_done tiles and n_clean cleaned blocks of values. Returns the next tile's first
-    scores, slot and number of blocks; g and n_clean after this one.
+    Before it came g blocks of keys, n_done tiles and n_clean cleaned blocks of values; returns g and n_clean after it.
     """
     VARLEN: gl.constexpr = problem.cu_seqlens_q is not None
     STAGES: gl.constexpr = shared.k.shape[0]
@@ -192,15 +211,19 @@ def _consume_tile(
     m_i = gl.full([64], float("-inf"), gl.float32, rows)
     o = gl.zeros([64, HEAD_DIM], gl.float32, o_layout)
 
+    s, parity = slot(g, STAGES)
+    mbarrier.wait(shared.k_full.index(s), parity)
+    z = _issue_scores(q, shared.k.index(s))
     if VARLEN:
         n_valid = S - (tile.hi - 1) * BLOCK_N
         if n_valid < BLOCK_N:
-            s, parity = slot(g, STAGES)
             mbarrier.wait(shared.v_full.index(s), parity)
             _clean_values(shared.v.index(s), n_valid, shared.v_clean.index(0), n_clean & 1, c)
             n_clean += 1
+    z = warpgroup_mma_wait(0, [z])
+    mbarrier.arrive(shared.k_empty.index(s), count=1)
     if Q_STAGES > 1:
-        release_output(s_q ^ 1, shared, c, n_done > 0)
+        _release_output(s_q ^ 1, shared, c, n_done > 0)
     z = _mask(z, i, (tile.hi - 1) * BLOCK_N + cols, lower, upper, S)
     p, rescale, m_i, l_i = _softmax(z, m_i, None, exp_scale, True)
     s_next, parity_next = slot(g + 1, STAGES)
@@ -227,20 +250,26 @@ def _consume_tile(
     g += tile.n_block
     s, parity = slot(g - 1, STAGES)
     mbarrier.wait(shared.v_full.index(s), parity)
-    o = _issue_values(p, shared.v.index(s), o, rescale)
-    if Q_STAGES > 1:
-        z, s_next, n_block = _issue_first_scores(n_done + 1, g, shared, c)
-        o = warpgroup_mma_wait(1, [o])
-        mbarrier.arrive(shared.v_empty.index(s), count=1)
-        finish(o, m_i, l_i, s_q, out_desc, output, shared, problem, c, rows)
-    else:  # the next queries come where the output leaves
-        o = warpgroup_mma_wait(0, [o])
-        mbarrier.arrive(shared.v_empty.index(s), count=1)
-        finish(o, m_i, l_i, s_q, out_desc, output, shared, problem, c, rows)
-        release_output(s_q, shared, c, True)
-        z, s_next, n_block = _issue_first_scores(n_done + 1, g, shared, c)
-    z = _wait_for_first_scores(z, n_block, g, shared)
-    return z, s_next, n_block, g, n_clean
+    o = warpgroup_mma_wait(0, [_issue_values(p, shared.v.index(s), o, rescale)])
+    mbarrier.arrive(shared.v_empty.index(s), count=1)
+
+    l_i = gl.convert_layout(gl.sum(l_i, 1), rows)
+    l_i = gl.where(l_i == 0, 1.0, l_i)  # no visible key: o is 0 and m_i is -inf
+    o = o * gl.convert_layout(1.0 / l_i, gl.SliceLayout(1, o_layout))[:, None]
+    lse = (m_i + gl.log2(l_i)) * LN2
+    tile = read_tile(shared.place, s_q, problem)  # anew: kept over the loop, parts of it spill
+    _store_output(o, lse, q, out_desc, output, tile, c, rows, VARLEN)
+    if Q_STAGES == 1:
+        _release_output(s_q, shared, c, True)
+    return g, n_clean
+
+
+@gluon.jit
+def _next_place(n_done, shared, c: gl.constexpr):
+    """(slot of the n_done-th tile, its number of blocks or 0 where there is none), once its queries are there."""
+    s, parity = slot(n_done, shared.q.shape[0] // CONSUMERS)
+    mbarrier.wait(shared.q_full.index(s * CONSUMERS + c), parity)
+    return s, shared_number(shared.place, s * NUMBERS)
 
 
 @gluon.jit
@@ -249,13 +278,11 @@ def _consume(out_desc, output, shared, problem, exp_scale, c: gl.constexpr, BLOC
     g = 0
     n_done = 0
     n_clean = 0
-    z, s_q, n_block = _issue_first_scores(n_done, g, shared, c)
-    z = _wait_for_first_scores(z, n_block, g, shared)
+    s_q, n_block = _next_place(n_done, shared, c)
     while n_block > 0:
-        z, s_q, n_block, g, n_clean = _consume_tile(
-            z, s_q, g, n_done, n_clean, out_desc, output, shared, problem, exp_scale, c, BLOCK_N
-        )
+        g, n_clean = _consume_tile(s_q, g, n_done, n_clean, out_desc, output, shared, problem, exp_scale, c, BLOCK_N)
         n_done += 1
+        s_q, n_block = _next_place(n_done, shared, c)
     tma.store_wait(0)
 
 
@@ -331,25 +358,19 @@ def launch_forward(
     """
     varlen = cu_seqlens_q is not None
     block_n, stages, q_stages = TILES[q.shape[-1]]
+    n_batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
     H, K = q.shape[1], k.shape[1]
-    n_row_tile = -(-T // BLOCK_M)
-    if cu_seqlens_q is not None:  # at most: the kernel counts
-        n_sequence = cu_seqlens_q.shape[0] - 1
-        n_head, n_tile = H, min(n_sequence * n_row_tile, q.shape[0] // BLOCK_M + n_sequence) * H
-    else:
-        n_sequence = None
-        n_head = q.shape[0] * H
-        n_tile = n_head * n_row_tile
-    if n_tile == 0:
+    n_head, n_tile = n_batch * H, -(-T // BLOCK_M)
+    if n_head * n_tile == 0:
         return
     left, right = (None if bound is None else min(bound, T + S) for bound in (left, right))  # 32 bits
     section = section_heads(S, k.shape[-1], k.element_size(), H // K, n_head)
-    problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, T, S, n_head, n_row_tile, section, n_sequence)
+    problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, T, S, n_head, n_tile, section)
     lse_strides = (0, *lse.stride()) if varlen else lse.stride()
-    schedule = schedule or choose(q.shape[-1], n_tile, q.device)
+    schedule = schedule or choose(q.shape[-1], n_head * n_tile, q.device)
     launch(
         _flash_attention_fwd_hopper_kernel,
-        (schedule.programs(n_tile, q.device),),
+        (schedule.programs(n_head * n_tile, q.device),),
         describe(q, 64, varlen),
         describe(k, block_n, varlen),
         describe(v, block_n, varlen),

@@ -37,9 +37,8 @@ class Problem(NamedTuple):
     T: Any  # of the longest sequence
     S: Any
     n_head: Any  # of all batches
-    n_tile: Any  # tiles of rows in a head, or in the longest packed sequence
+    n_tile: Any  # tiles of rows in a head
     group: Any  # heads whose tiles start together
-    n_sequence: Any = None  # the forward's alone: how many are packed, n_head being those of one
 
 
 class Shared(NamedTuple):
@@ -81,67 +80,10 @@ DENSE_NUMBERS: gl.constexpr = gl.constexpr(Tile._fields.index("start_q"))  # the
 
 
 @gluon.jit
-def _packed_tiles(problem, n_sequence, above, most, BLOCK_M: gl.constexpr):
-    """Of the first n_sequence sequences, the row tiles from the `above`-th on, at most `most` of each: how many."""
-    ends = problem.cu_seqlens_q
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])  # the producer warp
-    total = 0
-    for first in range(0, n_sequence, 32):
-        b = first + gl.arange(0, 32, layout)
-        start = gl.load(ends + b, mask=b < n_sequence, other=0)
-        stop = gl.load(ends + b + 1, mask=b < n_sequence, other=0)
-        n = gl.minimum((stop - start + BLOCK_M - 1) // BLOCK_M, problem.n_tile) - above
-        total += gl.sum(gl.minimum(gl.maximum(n, 0), most), 0)
-    return total
-
-
-@gluon.jit
-def _packed_place(i, problem, BLOCK_M: gl.constexpr):
-    """(sequence, row tile) of the i-th row tile of a head, in the order of row tiles, then of sequences.
-
-    Lengths 300, 100 and 200 have the tiles (0, 0) (1, 0) (2, 0) (0, 1) (2, 1) (0, 2). By bisection, since an order of
-    the sequences' padded tiles would be mostly tiles that are not there.
-    """
-    n = problem.n_sequence
-    n_tile = _packed_tiles(problem, n, 0, problem.n_tile, BLOCK_M)
-    m = 0
-    too_high = problem.n_tile
-    before = 0  # tiles in rows below m
-    while too_high - m > 1:
-        middle = (m + too_high) // 2
-        below = n_tile - _packed_tiles(problem, n, middle, problem.n_tile, BLOCK_M)
-        m = gl.where(below <= i, middle, m)
-        before = gl.where(below <= i, below, before)
-        too_high = gl.where(below <= i, too_high, middle)
-    b = 0
-    too_high = n
-    while too_high - b > 1:
-        middle = (b + too_high) // 2
-        reached = before + _packed_tiles(problem, middle, m, 1, BLOCK_M) <= i
-        b = gl.where(reached, middle, b)
-        too_high = gl.where(reached, too_high, middle)
-    return b, m
-
-
-@gluon.jit
-def _count_tiles(problem, BLOCK_M: gl.constexpr):
-    """Row tiles of a head, of all packed sequences."""
-    if problem.n_sequence is None:
-        n = problem.n_tile
-    else:
-        n = _packed_tiles(problem, problem.n_sequence, 0, problem.n_tile, BLOCK_M)
-    return n
-
-
-@gluon.jit
-def _tile_at(t, n_row_tile, problem, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """The t-th tile to start, of n_row_tile in each head."""
-    bh, m = tile_of(t, n_row_tile, problem.n_head, problem.group)
-    if problem.n_sequence is None:
-        b, h = bh // problem.H, bh % problem.H
-    else:
-        h = bh
-        b, m = _packed_place(m, problem, BLOCK_M)
+def _tile_at(t, problem, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The t-th tile to start."""
+    bh, m = tile_of(t, problem.n_tile, problem.n_head, problem.group)
+    b = bh // problem.H
     first = m * BLOCK_M
     start_q, T = sequence(problem.cu_seqlens_q, b, problem.T)
     start_k, S = sequence(problem.cu_seqlens_k, b, problem.S)
@@ -149,9 +91,9 @@ def _tile_at(t, n_row_tile, problem, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexp
     upper = None if problem.right is None else S - T + problem.right
     last = gl.minimum(first + BLOCK_M, T) - 1
     hi, full_hi, n_whole, n_masked, n_block = block_order(first, last, lower, upper, S, BLOCK_N)
-    if problem.n_sequence is not None:
+    if problem.cu_seqlens_q is not None:
         b = 0  # one batch to the descriptors
-    return Tile(n_block, b, h, first, hi, full_hi, n_whole, n_masked, start_q, start_k, T, S)
+    return Tile(n_block, b, bh % problem.H, first, hi, full_hi, n_whole, n_masked, start_q, start_k, T, S)
 
 
 @gluon.jit
@@ -234,17 +176,19 @@ def produce(
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SCHEDULE: gl.constexpr,
 ):  # fmt: skip
     """The producer warp."""
-    n_row_tile = _count_tiles(problem, BLOCK_M)
-    n_tile = problem.n_head * n_row_tile
+    n_tile = problem.n_head * problem.n_tile
     g = 0
+    n_taken = 0
     n_done = 0
     t = gl.program_id(0)
     while t < n_tile:
-        tile = _tile_at(t, n_row_tile, problem, BLOCK_M, BLOCK_N)
-        _produce_tile(tile, g, n_done, q_desc, k_desc, v_desc, shared, problem, BLOCK_N)
-        g += tile.n_block
-        n_done += 1
-        t = next_tile(n_done, n_tile, counter, SCHEDULE)
+        tile = _tile_at(t, problem, BLOCK_M, BLOCK_N)
+        if tile.first < tile.T:
+            _produce_tile(tile, g, n_done, q_desc, k_desc, v_desc, shared, problem, BLOCK_N)
+            g += tile.n_block
+            n_done += 1
+        n_taken += 1
+        t = next_tile(n_taken, n_tile, counter, SCHEDULE)
     s = _take_slot(n_done, shared)
     write_number(shared.place, s * NUMBERS, 0, 1)
     for c in gl.static_range(CONSUMERS):

@@ -88,7 +88,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 2**16)
     monkeypatch.setattr(ceilings, "measure_peak_flops", lambda device, dtype, seconds: 1e9)
     monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 2**16)
-    monkeypatch.setattr(ceilings, "best_seconds", lambda call, device: 0.5)
+    monkeypatch.setattr(ceilings, "best_seconds", lambda call, device, **_: 0.5)
     return monkeypatch
 
 
@@ -100,14 +100,14 @@ def test_measuring_gives_every_rate(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernel_rates, "ATTENTION_ROWS", {"cpu": 64})
     monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 2**16)
     monkeypatch.setattr(ceilings, "measure_peak_flops", lambda device, dtype, seconds: 1e9)
-    monkeypatch.setattr(ceilings, "best_seconds", lambda call, device: (call(), 0.5)[1])
+    monkeypatch.setattr(ceilings, "best_seconds", lambda call, device, **_: (call(), 0.5)[1])
     monkeypatch.setattr(
         kernel_rates, "median_seconds", lambda calls, device, **how: [(call(), 0.5)[1] for call in calls]
     )
     told: list[str] = []
     dtypes = torch.float32, torch.bfloat16
     measured = ceilings.measure_ceilings(CPU, dtypes=dtypes, progress=told.append)
-    assert told[1] == "gemm 32 x 16 x 8, float32 (1 of 13)"
+    assert told[1] == "attention 16 x 8, float32 (1 of 13)"
     assert set(measured.gemm_flops) == {"float32", "bfloat16"}
     assert measured.copy_bandwidth == 2 * 2**16 / 0.5
     for dtype in measured.gemm_flops:
@@ -135,7 +135,7 @@ class Clock:
 def test_slow_kernels_leave_sizes_out_and_no_kernel(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ceilings, "measure_peak_flops", lambda device, dtype, seconds: 1e9)
     monkeypatch.setitem(ceilings.COPY_BYTES, "cpu", 2**16)
-    monkeypatch.setattr(ceilings, "best_seconds", lambda call, device: 0.5)
+    monkeypatch.setattr(ceilings, "best_seconds", lambda call, device, **_: 0.5)
     clock = Clock(monkeypatch)
 
     def slow(kernel, group, dtype, device, seconds, rounds):

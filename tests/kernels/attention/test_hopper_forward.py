@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,18 +9,13 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from rooflight.kernels import reference
-from rooflight.kernels.attention import checks
 from rooflight.kernels.attention.hopper import blocks as hopper_blocks
 from rooflight.kernels.attention.hopper import forward as hopper_forward
-from rooflight.kernels.attention.hopper import loads as hopper_loads
-from rooflight.kernels.attention.hopper import output as hopper_output
 from rooflight.kernels.attention.hopper import schedule as hopper_schedule
 from rooflight.kernels.attention.hopper.schedule import TILE, Schedule
 from support.attention import LAYOUTS, draw, draw_packed, draw_sinks
-from support.gluon_emulator import DeadlockError, EmulationError, ProtocolError, RaceError, emulated, mutated, on_cpu
-from support.gluon_values import Int, Pointer
-from support.tolerance import judge
+from support.gluon_emulator import emulated
+from support.hopper_forward import attend, judge_forward
 
 pytestmark = pytest.mark.cpu
 
@@ -36,46 +28,6 @@ MASKS: dict[str, dict[str, Any]] = {
     "wide window": {"window": 300},  # partial, whole and partial blocks
     "two-sided window": {"causal": False, "window": (200, 40)},
 }
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    *,
-    module: ModuleType = hopper_forward,
-    seed: int = 0,
-    resident: int = 3,
-    causal: bool = True,
-    window: Any = None,
-    return_lse: bool = True,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """launch_forward in the emulator, called as the oracle is."""
-    assert module.supports(q, k, v, cu_seqlens_q) is None
-    shape = (q.shape[1], q.shape[0]) if cu_seqlens_q is not None else q.shape[:3]
-    out, lse = torch.full_like(q, torch.nan), torch.full(shape, torch.nan)  # written by nobody else
-    T, S = (q.shape[2], k.shape[2]) if cu_seqlens_q is None else (max_seqlen_q, max_seqlen_k)
-    left, right = checks.reach(causal, window)
-    scale = checks.score_scale(None, 0.0, q.shape[-1])
-    with emulated(module, seed=seed, resident=resident):
-        module.launch_forward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, T, S, left, right, scale, **options)
-    return out, lse
-
-
-def judge_forward(inputs: dict[str, Any], *, seed: int = 0, **options: Any) -> None:
-    """Output and log-sum-exp against the oracle in fp64."""
-    run = {name: options.pop(name) for name in ("schedule",) if name in options}
-    oracle = reference.flash_attention_varlen if "cu_seqlens_q" in inputs else reference.flash_attention
-
-    def ours(*args: Any, **given: Any) -> tuple[Tensor, Tensor]:
-        return attend(*args, seed=seed, **run, **given)
-
-    judge(ours, oracle, inputs, backward=False, return_lse=True, **options)
 
 
 # ---------------------------------------------------------------- results
@@ -152,18 +104,6 @@ def test_sections_of_heads(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(hopper_schedule.SECTION_BYTES, 64, 2 * 300 * 64 * 2)  # of one key-value head
     judge_forward(draw(1, 5, 5, 300, 300, 64, BF16), schedule=schedule)
     judge_forward(draw(3, 4, 2, 150, 300, 64, BF16), schedule=schedule)
-
-
-# The example in its docstring; none, one; more sequences than a warp reads at once, most of them empty or short
-@pytest.mark.parametrize("lengths", [[300, 100, 200], [0, 0], [5], [*range(0, 400, 9), 0, 0, 128, 129, 1000]], ids=str)
-def test_packed_tiles_in_their_order(lengths: list[int]) -> None:
-    ends = Pointer(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32))
-    longest, n = Int(-(-max(lengths) // 128)), Int(len(lengths))
-    problem = hopper_loads.Problem(ends, ends, *(None,) * 6, None, longest, None, n)
-    expected = sorted((m, b) for b, length in enumerate(lengths) for m in range(-(-length // 128)))
-    count, place = on_cpu(hopper_loads._count_tiles), on_cpu(hopper_loads._packed_place)
-    assert count(problem, 128) == len(expected)
-    assert [place(Int(i), problem, 128) for i in range(len(expected))] == [(b, m) for m, b in expected]
 
 
 def test_the_choice_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,218 +215,3 @@ def test_descriptors_are_those_that_triton_makes(layout: str, varlen: bool) -> N
     for name, value in vars(theirs).items():
         assert name == "base" or getattr(ours, name) == value, name
     assert ours.base.data_ptr() == theirs.base.data_ptr()
-
-
-# ---------------------------------------------------------------- bugs that must not pass
-
-FENCE_OUT = (
-    "    fence_async_shared()  # TMA reads it, or loads the next queries over it, through the asynchronous proxy\n"
-)
-RELEASE_K = "            mbarrier.arrive(shared.k_empty.index(s), count=1)\n"
-RELEASE_V = "            mbarrier.arrive(shared.v_empty.index(s_v), count=1)\n"
-WAIT_Z = "            z = warpgroup_mma_wait(1, [z])\n"
-WAIT_O = "            o = warpgroup_mma_wait(0, [o])\n"
-NEXT_K = "mbarrier.wait(shared.k_full.index(s_next), parity_next, pred=n + 1 < tile.n_block)"
-PLACE = """\
-    for n in gl.static_range(NUMBERS if problem.cu_seqlens_q is not None else DENSE_NUMBERS):
-        write_number(shared.place, s_q * NUMBERS + n, tile[n], 1)
-"""
-PERSISTENT, DYNAMIC, PACK = {"schedule": Schedule("static", 1)}, {"schedule": Schedule("dynamic", 2)}, {"packed": True}
-
-BUGS: dict[str, tuple[type[BaseException], dict[str, Any], list[tuple[str, str]]]] = {
-    "k released before its product is done": (RaceError, {}, [(WAIT_Z + RELEASE_K, RELEASE_K + WAIT_Z)]),
-    "v released before its product is done": (RaceError, {}, [(WAIT_O + RELEASE_V, RELEASE_V + WAIT_O)]),
-    "no phase flip of k_full": (EmulationError, {}, [(NEXT_K, NEXT_K.replace("parity_next", "0"))]),
-    "no phase flip of v_full": (
-        EmulationError,
-        {},
-        [("mbarrier.wait(shared.v_full.index(s_v), parity_v)", "mbarrier.wait(shared.v_full.index(s_v), 0)")],
-    ),
-    "no phase flip of k_empty": (
-        EmulationError,
-        {},
-        [("mbarrier.wait(shared.k_empty.index(s), parity ^ 1)", "mbarrier.wait(shared.k_empty.index(s), 1)")],
-    ),
-    "no phase flip of v_empty": (
-        EmulationError,
-        {},
-        [("mbarrier.wait(shared.v_empty.index(s_v), parity_v ^ 1)", "mbarrier.wait(shared.v_empty.index(s_v), 1)")],
-    ),
-    "the next keys not waited for": (RaceError, {}, [(NEXT_K, "pass")]),
-    "queries not waited for": (
-        EmulationError,
-        {},
-        [("    mbarrier.wait(shared.q_full.index(s_q * CONSUMERS + c), parity_q)\n", "")],
-    ),
-    "first keys not waited for": (
-        RaceError,
-        {},
-        [("    mbarrier.wait(shared.k_full.index(s), parity, pred=n_block > 0)\n", "")],
-    ),
-    "first keys released before their product is done": (
-        RaceError,
-        {},
-        [
-            ("    z = warpgroup_mma_wait(0, [z])\n", ""),
-            ("pred=n_block > 0)\n    return z\n", "pred=n_block > 0)\n    return warpgroup_mma_wait(0, [z])\n"),
-        ],
-    ),
-    "output used before the last product is done": (
-        RaceError,
-        {},
-        [("        o = warpgroup_mma_wait(1, [o])\n", "        o = warpgroup_mma_wait(2, [o])\n")],
-    ),
-    "no fence before the TMA store": (
-        RaceError,
-        {},
-        [
-            (
-                FENCE_OUT,
-                "",
-            )
-        ],
-    ),
-    "no fence after values are zeroed": (
-        RaceError,
-        PACK,
-        [("        fence_async_shared()  # wgmma reads through the asynchronous proxy\n", "")],
-    ),
-    "values zeroed before they land": (
-        AssertionError,  # a race with the load, or a result: the load may not have started
-        PACK,
-        [("            mbarrier.wait(shared.v_full.index(s), parity)\n", "")],
-    ),
-    "values used before both halves are zeroed": (
-        AssertionError,  # a race, or a result
-        PACK,
-        [("    mbarrier.wait(v_clean, parity)\n", "")],
-    ),
-    "scores used in flight": (RaceError, {}, [("warpgroup_mma_wait(1, [z])", "warpgroup_mma_wait(2, [z])")]),
-    "output used in flight": (RaceError, {}, [(WAIT_O, WAIT_O.replace("0", "1"))]),
-    "too few bytes expected": (ProtocolError, {}, [("block_type.nbytes)", "block_type.nbytes // 2)")]),
-    "too many bytes expected": (DeadlockError, {}, [("block_type.nbytes)", "block_type.nbytes * 2)")]),
-    "one consumer releases for both": (
-        EmulationError,
-        {},
-        [("k_empty = new_barriers(STAGES, CONSUMERS)", "k_empty = new_barriers(STAGES, 1)")],
-    ),
-    "more releases than consumers": (
-        DeadlockError,
-        {},
-        [("v_empty = new_barriers(STAGES, CONSUMERS)", "v_empty = new_barriers(STAGES, CONSUMERS + 1)")],
-    ),
-    "program ends before its store": (
-        ProtocolError,
-        {},
-        [("        n_done += 1\n    tma.store_wait(0)\n", "        n_done += 1\n")],
-    ),
-    "queries reloaded under the output": (
-        AssertionError,  # a race, or a result
-        PERSISTENT,
-        [("        mbarrier.wait(shared.q_empty.index(s * CONSUMERS + c), parity ^ 1)\n", "        pass\n")],
-    ),
-    "blocks of earlier tiles not counted": (
-        EmulationError,
-        PERSISTENT,
-        [
-            (
-                "        g += tile.n_block\n",
-                "",
-            )
-        ],
-    ),
-    "slot of queries released before the output has left": (
-        RaceError,
-        PERSISTENT,
-        [("    tma.store_wait(0)\n    mbarrier.arrive(", "    mbarrier.arrive(")],
-    ),
-    "slot of queries never released": (
-        DeadlockError,
-        PERSISTENT,
-        [("release_output(s_q ^ 1, shared, c, n_done > 0)", "release_output(s_q ^ 1, shared, c, False)")],
-    ),
-    "slot of queries released before it was used": (
-        EmulationError,
-        {},
-        [("release_output(s_q ^ 1, shared, c, n_done > 0)", "release_output(s_q ^ 1, shared, c, True)")],
-    ),
-    "the end not announced": (
-        DeadlockError,
-        {},
-        [("        mbarrier.arrive(shared.q_full", "        pass  # (shared.q_full")],
-    ),
-    "a place announced after its queries": (
-        AssertionError,
-        PERSISTENT,
-        [
-            (PLACE, ""),
-            ("    for i in range(tile.n_block + 1):\n", PLACE + "    for i in range(tile.n_block + 1):\n"),
-        ],
-    ),
-    "a round left out": (
-        AssertionError,
-        PERSISTENT,
-        [("t = next_tile(n_done, n_tile", "t = next_tile(n_done + 1, n_tile")],
-    ),
-    "a tile skipped": (AssertionError, DYNAMIC, [("t = n_program + n_added", "t = n_program + n_added + 1")]),
-    "a masked block left unmasked": (
-        AssertionError,
-        {},
-        [("masked_block(n, tile.hi,", "masked_block(0, tile.hi,")],
-    ),
-    "o not rescaled": (
-        AssertionError,
-        {},
-        [("o = o * gl.convert_layout(rescale, gl.SliceLayout(1, layout))[:, None]", "o = o * 1.0")],
-    ),
-    "packed ends stored whole": (
-        AssertionError,
-        PACK,
-        [("    if VARLEN and first + 64 > tile.T:\n", "    if False:\n")],
-    ),
-    "values past a packed end not zeroed": (
-        AssertionError,
-        PACK,
-        [("        if n_valid < BLOCK_N:\n", "        if False:\n")],
-    ),
-}
-
-
-def caught(module: ModuleType, run: dict[str, Any], seeds: int = 8) -> BaseException | None:
-    """What the first of some schedules raises, a wrong result included."""
-    options = dict(run)
-    if options.pop("packed", False):  # sequences, then rows that belong to none, which must stay as they were
-        inputs = draw_packed([90, 130], [90, 130], 1, 1, 64, BF16)
-        for name, value in (("q", 1.0), ("k", torch.inf), ("v", torch.inf)):
-            inputs[name] = torch.nn.functional.pad(inputs[name], (0, 0, 0, 0, 0, 70), value=value)
-    elif options:  # many tiles of few blocks
-        inputs = draw(1, 3, 1, 250, 300, 64, BF16)
-    else:
-        inputs = draw(1, 1, 1, 300, 900, 64, BF16)
-        options = {"window": 500}
-    expected = [x.nan_to_num(7) for x in attend(**inputs, **options)]
-    for seed in range(seeds):
-        try:
-            found = [x.nan_to_num(7) for x in attend(**inputs, module=module, seed=seed, **options)]
-            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), "another result"
-        except (EmulationError, AssertionError) as error:
-            return error
-    return None
-
-
-@pytest.mark.parametrize("bug", BUGS)
-def test_bug_is_caught(bug: str, tmp_path: Path) -> None:
-    kind, run, replacements = BUGS[bug]
-    module = mutated(
-        tmp_path, (hopper_blocks, hopper_schedule, hopper_loads, hopper_output, hopper_forward), *replacements
-    )
-    error = caught(module, run)
-    assert isinstance(error, kind), repr(error)
-
-
-@pytest.mark.parametrize("run", [{}, PERSISTENT, DYNAMIC, PACK], ids=str)
-def test_no_bug_is_not_caught(run: dict[str, Any], tmp_path: Path) -> None:
-    assert (
-        caught(mutated(tmp_path, (hopper_blocks, hopper_schedule, hopper_loads, hopper_output, hopper_forward)), run)
-        is None
-    )
