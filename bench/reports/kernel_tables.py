@@ -16,8 +16,8 @@ from ..measure.records import read_measurement
 
 Record = dict[str, Any]
 
-HOPPER, PORTABLE = "rooflight hopper", "rooflight portable"
-OURS = ("rooflight", HOPPER, PORTABLE)
+# DYNAMIC: the hopper forward's other schedule, where it is not the default
+HOPPER, DYNAMIC, PORTABLE = "rooflight hopper", "rooflight hopper, dynamic", "rooflight portable"
 MARK = "*"  # on a call whose time is the host's
 
 
@@ -137,15 +137,17 @@ def failures_table(failures: Iterable[dict[str, str]]) -> Table:
 # ---------------------------------------------------------------- a row for a shape
 
 
-def newest_first(files: Sequence[dict[str, Any]]) -> list[Record]:
-    """The device times of all files on a GPU, each shape and pass from the newest file that has it.
+def newest(files: Sequence[dict[str, Any]]) -> list[Record]:
+    """The device times of the last day on which a GPU was measured; older code's stay in their files.
 
-    From that file whole, so that ours and the peers' were measured side by side.
+    Each shape and pass comes from the first file that has it, whole, so that ours and the peers' stand side by side.
     """
+    files = [results for results in files if results["machine"].get("cuda")]
+    last = max((results["machine"]["date"] for results in files), default=None)
     found: dict[tuple[str, str, str, str], Record] = {}
     taken: dict[tuple[str, str, str], str] = {}
-    for results in sorted(files, key=lambda results: results["machine"]["date"], reverse=True):
-        if not results["machine"].get("cuda"):
+    for results in files:
+        if results["machine"]["date"] != last:
             continue
         for m in records(results["measurements"]):
             if m.get("timed_by", "profiler") == "events" or m["dtype"] != "bfloat16":
@@ -189,16 +191,16 @@ def _rows(
     peers: Sequence[str],
     name: Callable[[dict[str, Any]], str | None],
 ) -> list[list[str]]:
-    """A row for each shape that `name` names and ours ran: ours, the peers, and our first over the best peer."""
+    """A row for each shape that `name` names and our first ran: ours, the peers, and our first over the best peer."""
     rows = []
     for (_, mode), providers in sorted(_beside(measured, operation).items(), key=_by_size):
         title = name(next(iter(providers.values()))["shape"])
-        mine = next((providers[provider] for provider in ours if provider in providers), None)
+        mine = providers.get(ours[0])
         best = max((providers[peer][rate] for peer in peers if peer in providers), default=None)
-        if title is None or mine is None or best is None:
+        if title is None or mine is None:
             continue
         shown = [f"{providers[p][rate]:,.0f}" if p in providers else "" for p in (*ours, *peers)]
-        rows.append([f"{title}, {mode}", *shown, f"{mine[rate] / best:.2f}"])
+        rows.append([f"{title}, {mode}", *shown, f"{mine[rate] / best:.2f}" if best else ""])
     return rows
 
 
@@ -220,14 +222,14 @@ def _norm_name(shape: dict[str, Any]) -> str | None:
     return f"{shape['M']:,} x {shape['N']:,}" + (" with a residual" if shape.get("residual") else "")
 
 
-def headlines(measured: Sequence[Record]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(what it is, columns, rows) of attention and of RMSNorm, each where something was measured on a GPU."""
+def headlines(measured: Sequence[Record]) -> list[tuple[str, list[str], list[list[str]], list[str]]]:
+    """(what it is, columns, rows, where) of attention and of RMSNorm, each where something was measured on a GPU."""
     out = []
     for title, operation, rate, ours, peers, name in (
         (
             "Attention, bf16, causal where nothing else is said (batch x heads x length x head size): TFLOP/s of device"
             " time. The last column is the first of ours over the fastest peer: below 1 we lose",
-            "flash_attention", "teraflops", (HOPPER, PORTABLE), ATTENTION_PEERS, _attention_name,
+            "flash_attention", "teraflops", (HOPPER, DYNAMIC, PORTABLE), ATTENTION_PEERS, _attention_name,
         ),
         (
             "RMSNorm, bf16 (rows x size): GB/s of device time, each byte counted once",
@@ -236,8 +238,10 @@ def headlines(measured: Sequence[Record]) -> list[tuple[str, list[str], list[lis
     ):  # fmt: skip
         seen = {_provider(m) for m in measured if m["operation"] == operation}
         shown = [peer for peer in peers if peer in seen]
-        rows = _rows(measured, operation, rate, ours, shown, name)
+        rows = _rows(measured, operation, rate, [each for each in ours if each in seen] or ours, shown, name)
         if rows:
-            columns = [operation, *(each.removeprefix("rooflight ") for each in ours), *(peers[p] for p in shown)]
-            out.append((title, [*columns, "ours / best peer"], rows))
+            ours_shown = [each for each in ours if each in seen]
+            columns = [operation, *(each.removeprefix("rooflight ") for each in ours_shown), *(peers[p] for p in shown)]
+            places = dict.fromkeys(m["measured_on"] for m in measured if m["operation"] == operation)
+            out.append((title, [*columns, "ours / best peer"], rows, list(places)))
     return out

@@ -14,7 +14,7 @@ from typing import Any
 
 from ...model import PRESETS
 from ...training.files import write_text
-from .kernel_tables import newest_first, records
+from .kernel_tables import newest, records
 from .plots import plot_kernels, plot_rates, plot_shares, plot_steps, plot_validation, rate_series
 from .report import RESULTS, markdown_table, read_results, section
 
@@ -52,10 +52,10 @@ def write_page(path: Path, folder: Path = RESULTS) -> None:
 def _blocks(folder: Path) -> Iterator[str | Picture]:
     yield "# rooflight, predicted and measured"
     found = read_results(folder)
-    measured = newest_first([results for results in found.values() if results["kind"] == "kernels"])
+    measured = newest([results for results in found.values() if results["kind"] == "kernels"])
     if rate_series(measured):
         yield "## Rates on a GPU"
-        yield "Of device time, bf16, each figure the newest there is; the files that it comes from follow below."
+        yield "Of device time, bf16, as measured last; the files that they come from follow below."
         yield Picture("rates", "rates by length and row size", partial(plot_rates, measured))
     for name, results in found.items():
         yield f"## {name}"

@@ -45,13 +45,11 @@ def _kernels(results: dict[str, Any]) -> str:
 
 
 def _headlines(files: Sequence[dict[str, Any]]) -> list[str]:
-    """The GPU's kernels, a row for a shape, each figure the newest there is."""
-    measured = kernel_tables.newest_first(files)
-    places = dict.fromkeys(m["measured_on"] for m in measured)
-    tables = kernel_tables.headlines(measured)
+    """The GPU's kernels, a row for a shape, as measured last."""
+    tables = kernel_tables.headlines(kernel_tables.newest(files))
     return [
         f"{title}:\n\n{markdown_table(columns, rows)}\n\nMeasured on: {'; '.join(places)}."
-        for title, columns, rows in tables
+        for title, columns, rows, places in tables
     ]
 
 
@@ -213,7 +211,8 @@ def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
 def section(results: dict[str, Any]) -> str:
     """One file's results as Markdown, and where they come from."""
     source = "For" if results["kind"] == "prediction" else "Measured on"
-    return f"{RENDERERS[results['kind']](results)}\n\n{source}: {kernel_tables.where(results['machine'])}."
+    text = f"{RENDERERS[results['kind']](results)}\n\n{source}: {kernel_tables.where(results['machine'])}."
+    return f"{text} {results['note']}" if "note" in results else text
 
 
 def render(folder: Path = RESULTS) -> str:

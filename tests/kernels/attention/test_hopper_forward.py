@@ -110,11 +110,11 @@ def test_the_choice_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper_schedule, "multiprocessors", lambda device: 2)
     taken = []
     monkeypatch.setattr(hopper_forward, "tile_counter", lambda device: taken.append(1) or torch.zeros(1).int())
-    for head_dim, T, dynamic in ((64, 256, False), (64, 257, True), (128, 257, True), (256, 257, False)):
+    for head_dim, T, dynamic in ((64, 256, False), (64, 257, True), (128, 257, False), (256, 257, False)):
         taken.clear()
         judge_forward(draw(1, 1, 1, T, T, head_dim, BF16))
         assert bool(taken) == dynamic
-        assert ("dynamic" in str(hopper_schedule.CHOICES[head_dim])) == (head_dim < 256)
+        assert ("dynamic" in str(hopper_schedule.CHOICES[head_dim])) == (head_dim == 64)
 
 
 @pytest.mark.parametrize("n_program", [1, 2, 5])
