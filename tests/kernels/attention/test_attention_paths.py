@@ -42,7 +42,7 @@ def test_what_was_measured_to_win_is_the_default_and_nothing_else(pass_):
         for options in (frozenset(), frozenset({"window"})):
             choice = decide(Call(pass_, "sm_90", head_dim, BF16, options))
             assert choice.path == "hopper"
-            for fact in ("H200", "2026-11-26", "triton 3.6.0", "TFLOP/s"):
+            for fact in ("H200", "2026-11-27", "triton 3.6.0", "TFLOP/s"):
                 assert fact in choice.why
     assert "668/449 at 8k" in decide(Call("forward", "sm_90", 128, BF16)).why
     assert all(hopper > portable for rates in paths.MEASURED.values() for hopper, portable in rates.values())
