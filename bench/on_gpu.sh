@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: correctness, then speed. Uses the torch, triton and pytest that python3 already has, and
 # installs nothing. One part that fails loses no other, and every part keeps what it has found when its time is up.
-#   usage: bench/on_gpu.sh OUT [tests|ceilings|validate|attention|kernels|tune|sanitize ...]
-# Without parts: the first five, in 9 minutes. OUT: log.txt with all that was printed, and a JSON file for each part.
+#   usage: bench/on_gpu.sh OUT [tests|ceilings|validate|kernels|tune|sanitize ...]
+# Without parts: the first four, in 9 minutes. OUT: log.txt with all that was printed, and a JSON file for each part.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: bench/on_gpu.sh OUT [part ...]}" && cd "$1" && pwd)
 parts=" ${*:2} "
-[[ $parts == "  " ]] && parts=" tests ceilings validate attention kernels "
+[[ $parts == "  " ]] && parts=" tests ceilings validate kernels "
 cd "$(dirname "$0")/.."
 
 # The folders under their import name, as an installation would place them.
@@ -59,8 +59,6 @@ if wanted ceilings; then
     cached 'ceilings-*.json'
 fi
 wanted validate && rooflight 150 bench validate --json "$out/validate.json"
-# The Hopper path's own programme, where there is one.
-wanted attention && [[ -e bench/attention.py ]] && run attention 60 python3 -P bench/attention.py --json "$out/attention.json"
 # Small cases of every kind in a process that may hang, 100 backward runs compared to the last bit, then each large case:
 # checked, timed, written down before the next begins. It takes what time is left.
 if wanted kernels; then

@@ -47,8 +47,8 @@ def case(device, dtype, shape, *, residual=False, weight=True, weight_dtype=None
 )
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_shapes(device, dtype, shape, residual):
-    # of one number dx is nothing but the cancellation dy - dy, unless eps is of its square's size
-    options = {"eps": 0.3} if shape[-1] == 1 else {}
+    # of one number dx is nothing but the cancellation dy - dy, unless eps is far beyond its square
+    options = {"eps": 30.0} if shape[-1] == 1 else {}
     judge(rms_norm, reference.rms_norm, case(device, dtype, shape, residual=residual), **options)
 
 
