@@ -135,7 +135,7 @@ def test_a_path_that_is_the_default_is_not_timed_twice(forward, backward, named,
         (1024, {"lengths": (512, 512)}, {"packed"}),
         (512, {"lengths": (256, 256)}, {"packed", "short"}),
     ],
-    ids=str,
+    ids=["512", "256", "512, window", "1024, packed", "512, packed"],  # a set's text has no order
 )
 def test_the_default_is_asked_for_as_the_launcher_asks(T, options, used, gpu, monkeypatch):
     gpu()
