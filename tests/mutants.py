@@ -37,7 +37,7 @@ MUTANTS = (
     Mutant("rms: eps outside the root", "rms_norm.py", "1.0 / tl.sqrt(tl.sum(squares, axis=1) / N + eps)",
            "1.0 / (tl.sqrt(tl.sum(squares, axis=1) / N) + eps)", RMS_NORM),
     Mutant("rms: dw partial sum lost", "rms_norm.py",
-           "partial, dw, programs, N,", "partial, dw, programs - 1, N,", RMS_NORM),
+           "TENSOR, TENSOR, programs, N,", "TENSOR, TENSOR, programs - 1, N,", RMS_NORM),
     Mutant("rms: last row not masked", "rms_norm.py", "live = (row >= 0) & (row < M)  #",
            "live = (row >= 0) & (row <= M)  #", RMS_NORM),
     Mutant("rms: column mask missing", "rms_norm.py", "        mask = live[:, None] & (cols < N)[None, :]\n        h =",
