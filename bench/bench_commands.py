@@ -25,13 +25,15 @@ DEFAULT_MODELS = {"cpu": ["tiny"], "cuda": ["gpt2-small", "gpt2-medium", "gpt2-l
 def _stoppable() -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM (timeout's) end the block, not the command; whether one did is in the list that is given."""
     stopped: list[int] = []
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # SIGINT too: a shell has its background children ignore it
+    before = {each: signal.signal(each, signal.default_int_handler) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stopped
     except KeyboardInterrupt:
         stopped.append(signal.SIGINT)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 @contextmanager

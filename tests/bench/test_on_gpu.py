@@ -129,7 +129,11 @@ def test_slow_tests_and_those_that_a_ctrl_c_cuts_are_named(tmp_path, options):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_made_up.py").write_text(SLOW, encoding="utf-8")
     command = [sys.executable, "-P", "-m", "pytest", "-p", "no:benchmark", "-q", "--tb=no", "--announce", *options]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+
+    def hear_ctrl_c() -> None:  # which a suite in the background of a shell ignores, and its children with it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c) as process:
         end = time.monotonic() + 60
         while not (tmp_path / "begun").exists():
             assert time.monotonic() < end

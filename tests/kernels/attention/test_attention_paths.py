@@ -44,7 +44,7 @@ def test_what_was_measured_to_win_is_the_default_and_nothing_else(pass_):
             assert choice.path == "hopper"
             for fact in ("H200", "2026-11-27", "triton 3.6.0", "TFLOP/s"):
                 assert fact in choice.why
-    assert "668/449 at 8k" in decide(Call("forward", "sm_90", 128, BF16)).why
+    assert "671/456 at 8k" in decide(Call("forward", "sm_90", 128, BF16)).why
     assert all(hopper > portable for rates in paths.MEASURED.values() for hopper, portable in rates.values())
     unmeasured = [Call(pass_, "sm_90", 128, BF16, frozenset({option})) for option in ("packed", "short")]
     if pass_ == "forward":
