@@ -24,7 +24,7 @@ tokenizer = Tokenizer.load(sys.argv[1])
 encoders = {"encode": lambda lines: tokenizer.encode("".join(lines)), "encode_iterable": tokenizer.encode_iterable}
 with open(sys.argv[2], encoding="utf-8") as lines:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 1_000_000, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 1_500_000, resource.RLIM_INFINITY))
     try:
         n = total = 0
         for i in encoders[sys.argv[3]](lines):
@@ -57,9 +57,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space of a process")
 @pytest.mark.parametrize("how", ["encode_iterable", "encode"])
-def test_a_stream_takes_less_than_a_megabyte_more(folder: Path, how: str) -> None:
+def test_a_stream_takes_less_than_1_5_megabytes_more(folder: Path, how: str) -> None:
     command = [sys.executable, "-c", SCRIPT, folder, folder / "text.txt", how]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    # A whole text needs more, or the limit would limit nothing.
+    # Of the 1.5 MB it takes 1.0 to 1.2, by how the allocator's heap happens to lie. A whole text needs more than 3, or
+    # the limit would limit nothing.
     ids = Tokenizer.load(folder).encode((folder / "text.txt").read_text(encoding="utf-8"))
     assert shown == (f"{len(ids)} {sum(ids)}" if how == "encode_iterable" else "MemoryError")
