@@ -23,6 +23,7 @@ from ...model import ModelConfig, Transformer, estimate
 from ...training.optim import build_optimizers
 from ..cases.plain_model import PlainTransformer
 from ..rates.kernel_rates import ops_on
+from .step import take_step
 
 WAYS = ("ours, eager", "ours, graphed", "plain, eager", "plain, compiled")
 PADDED = 64  # rows that a vocabulary is padded to
@@ -70,14 +71,7 @@ class _Step:
                 block.compile()
 
     def issue(self) -> Tensor:
-        device = self.inputs.device.type
-        with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.model(self.inputs, self.targets)
-        loss.backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        return loss.detach()
+        return take_step(self.model, self.inputs, self.targets, self.optimizers, self.dtype)
 
 
 def _graphed(step: _Step) -> Callable[[], Tensor]:

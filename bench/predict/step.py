@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...kernels import reference
@@ -14,6 +17,19 @@ from ...training.optim import build_optimizers
 from ..measure.clock import median_seconds
 from ..measure.memory import peak_bytes
 from ..rates.kernel_rates import ops_on
+
+
+def take_step(
+    forward: Callable[..., Tensor], inputs: Tensor, targets: Tensor, optimizers: Iterable[Optimizer], dtype: torch.dtype
+) -> Tensor:
+    """Forward, backward and update, issued and not waited for; the loss."""
+    with torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32):
+        loss = forward(inputs, targets)
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.detach()
 
 
 class Step:
@@ -40,12 +56,7 @@ class Step:
 
     def issue(self) -> None:
         """Forward, backward and update, as far as the host's part goes."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.forward(self.inputs, self.targets)
-        loss.backward()
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        take_step(self.forward, self.inputs, self.targets, self.optimizers, self.dtype)
 
     def __call__(self) -> None:
         self.issue()
