@@ -48,7 +48,7 @@ from support.gluon_scheduler import (
 )
 from support.gluon_values import FUNCTIONS, TORCH_DTYPE, Int, Pointer, integer
 
-__all__ = ["DeadlockError", "EmulationError", "ProtocolError", "RaceError", "emulated", "mutated"]
+__all__ = ["DeadlockError", "EmulationError", "ProtocolError", "RaceError", "emulated", "mutated", "on_cpu"]
 
 # ---------------------------------------------------------------- the kernel's names
 
@@ -115,6 +115,11 @@ def _bind(value: Any, done: dict[int, Any]) -> Any:
             function.__code__, names, function.__name__, function.__defaults__, function.__closure__
         )
     return done[id(function)]
+
+
+def on_cpu(function: JITFunction) -> Callable[..., Any]:
+    """A function of a kernel, to be called with the emulator's values."""
+    return _bind(function, {})
 
 
 def _argument(value: Any) -> Any:
