@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.metadata import version as installed_version
 
 # Before torch is imported: busy OpenMP threads that spin-wait cost up to 10x on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
+from .. import __version__
 from ..tokenizer.commands import app as tokenizer
 from ..training.commands import train
 from .bench_commands import bench
@@ -35,7 +35,7 @@ for command in (train, generate, estimate, demo):
 
 def _version(show: bool) -> None:
     if show:
-        print(f"rooflight {installed_version('rooflight')}")
+        print(f"rooflight {__version__}")
         raise typer.Exit
 
 
