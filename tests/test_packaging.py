@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib.metadata import entry_points, requires
@@ -16,6 +17,7 @@ import pytest
 import rooflight
 
 ROOT = Path(__file__).parent.parent
+SOURCES = [path for path in (ROOT / "src" / "rooflight").rglob("*") if path.suffix in (".py", ".typed")]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -36,6 +38,12 @@ def test_every_direct_dependency_is_pinned():
         assert name in names or name.startswith("rooflight["), requirement
 
 
+def test_triton_may_be_no_newer_than_the_one_that_is_tested():
+    (allowed,) = (r for r in PROJECT["project"]["dependencies"] if r.startswith("triton"))
+    (major, minor) = next(pin for pin in pins() if pin.startswith("triton==")).removeprefix("triton==").split(".")[:2]
+    assert allowed == f"triton>=3.6,<{major}.{int(minor) + 1}"
+
+
 def run_in(folder: Path, *command: str | Path, **environment: str) -> str:
     """What a command prints, without the environment that this process finds its own rooflight by."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
@@ -48,7 +56,7 @@ def run_in(folder: Path, *command: str | Path, **environment: str) -> str:
 def clone(tmp_path_factory) -> Path:
     """A copy of this tree, in a folder that has the package's name, as a clone has."""
     kept = tmp_path_factory.mktemp("clones") / "rooflight"
-    names = (".*", "*.egg-info", "__pycache__", "build", "dist", "runs")
+    names = (".[!cg]*", ".cache", ".git", ".gpu", "*.egg-info", "__pycache__", "build", "dist", "runs")
     shutil.copytree(ROOT, kept, ignore=shutil.ignore_patterns(*names))
     return kept
 
@@ -71,11 +79,16 @@ def environment_with(wheel: Path, folder: Path) -> Path:
     return folder / "venv" / "bin" / "python"
 
 
+@pytest.fixture(scope="module")
+def wheel(clone, tmp_path_factory) -> Path:
+    return build(clone, "build_wheel", tmp_path_factory.mktemp("wheel"))
+
+
 @pytest.fixture(scope="module", params=["wheel", "editable"])
-def installed(request, clone, tmp_path_factory) -> tuple[Path, Path]:
+def installed(request, clone, wheel, tmp_path_factory) -> tuple[Path, Path]:
     """A Python that has rooflight installed, and the folder that its rooms must come from."""
     folder = tmp_path_factory.mktemp(request.param)
-    python = environment_with(build(clone, f"build_{request.param}", folder), folder)
+    python = environment_with(wheel if request.param == "wheel" else build(clone, "build_editable", folder), folder)
     (site,) = (folder / "venv").glob("lib/python*/site-packages")
     return python, clone if request.param == "editable" else site / "rooflight"
 
@@ -112,17 +125,27 @@ def test_a_clone_works_without_being_installed(clone, tmp_path):
         assert shown == f"{rooflight.__version__} {clone}"
 
 
-def test_a_wheel_holds_what_the_rooms_hold(clone, tmp_path):
-    with zipfile.ZipFile(build(clone, "build_wheel", tmp_path)) as archive:
+def test_a_wheel_holds_what_the_rooms_hold(wheel):
+    with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA"))
     rooms = ("kernels", "model", "tokenizer", "training", "bench")
     modules = {f"rooflight/{path.relative_to(ROOT)}" for room in rooms for path in (ROOT / room).rglob("*.py")}
     data = {f"rooflight/{path.relative_to(ROOT)}" for path in (ROOT / "bench").glob("*/*.*") if path.suffix != ".py"}
-    package = {f"rooflight/{path.name}" for path in (ROOT / "src" / "rooflight").iterdir() if path.is_file()}
+    package = {f"rooflight/{path.relative_to(ROOT / 'src' / 'rooflight')}" for path in SOURCES}
     assert held == modules | data | package
     assert "rooflight/py.typed" in held
     assert f"Version: {rooflight.__version__}\n" in metadata
+
+
+def test_the_sdist_is_the_whole_tree_and_builds_itself(clone, wheel, tmp_path):
+    with tarfile.open(build(clone, "build_sdist", tmp_path)) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (unpacked,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    missing = [path for path in clone.rglob("*") if not (unpacked / path.relative_to(clone)).exists()]
+    assert not [path for path in missing if not ({"build", "rooflight.egg-info"} & {*path.relative_to(clone).parts})]
+    with zipfile.ZipFile(wheel) as ours, zipfile.ZipFile(build(unpacked, "build_wheel", tmp_path)) as its:
+        assert its.namelist() == ours.namelist()
 
 
 def test_the_console_command_is_installed():
