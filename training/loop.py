@@ -364,6 +364,13 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"device must be auto or a torch device, got {name!r}: {error}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} needs a CUDA GPU, and torch finds none")
+    try:
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # of another kind, or one GPU too far
+        why = str(error).strip().partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"device must be one that torch has here, got {name!r}: {why}") from None
     return device
 
 
