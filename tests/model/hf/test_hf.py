@@ -92,7 +92,7 @@ def test_shards_are_read_through_their_index(tokens: torch.Tensor, tmp_path: Pat
         torch.testing.assert_close(load_hf(tmp_path, reference)(tokens), theirs(tokens).logits)
 
 
-# What a folder says beside the plain case, and so what an ill-made reader loads wrong; the right value is transformers'.
+# What a folder says beside the plain case, where an ill-made reader goes wrong; the right value is transformers'.
 FOLDERS = {
     "rope_scaling before rope_parameters": ("llama", {"rope_scaling": {"rope_type": "default", "rope_theta": 77.0}}),
     "rope_theta at the top": ("llama", {"rope_theta": 77.0, "rope_parameters": None}),
