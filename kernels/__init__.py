@@ -10,7 +10,9 @@ from .cross_entropy import CrossEntropyFunction, cross_entropy
 from .linear_cross_entropy import LinearCrossEntropyFunction, linear_cross_entropy
 from .rms_norm import RMSNormFunction, rms_norm
 from .rope import RoPEFunction, rope
+from .rope_tables import RopeScaling, rope_tables
 from .swiglu import SwiGLUFunction, swiglu
+from .tiled import TiledAttentionFunction
 
 __all__ = [
     "CrossEntropyFunction",
@@ -18,7 +20,9 @@ __all__ = [
     "LinearCrossEntropyFunction",
     "RMSNormFunction",
     "RoPEFunction",
+    "RopeScaling",
     "SwiGLUFunction",
+    "TiledAttentionFunction",
     "cost",
     "cross_entropy",
     "flash_attention",
@@ -27,5 +31,6 @@ __all__ = [
     "reference",
     "rms_norm",
     "rope",
+    "rope_tables",
     "swiglu",
 ]
