@@ -18,7 +18,7 @@ from ..transformer import Transformer
 from .config import from_hf, to_hf
 from .weights import Weights, hf_name, read_json, write, write_json
 
-__all__ = ["load_hf", "save_hf"]
+__all__ = ["is_hf", "load_hf", "save_hf"]
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -63,16 +63,25 @@ def load_hf(
     return model
 
 
-def save_hf(model: nn.Module, path: str | Path) -> None:
+def is_hf(path: str | Path) -> bool:
+    """Whether a folder holds a config.json of the kind that load_hf reads."""
+    file = Path(path) / CONFIG
+    fields = read_json(file) if file.is_file() else None
+    return isinstance(fields, dict) and "model_type" in fields
+
+
+def save_hf(model: nn.Module, path: str | Path, *, eos_token: int | None = None) -> None:
     """Write config.json and model.safetensors into the directory `path`, made when it does not exist.
 
     model: a Transformer, or one inside torch.compile or DistributedDataParallel. A file is replaced whole or not at
     all; an index and shards that the folder held are removed. Beside a tokenizer.json that no tokenizer_config.json
     explains, one is written: by the model's type alone, transformers would give a Qwen3 another pattern.
+    eos_token: the id that ends a text for transformers' generate; None: none does.
     Raises ValueError before anything is written on another module, and on a configuration that no family can hold.
     """
     plain = _plain(model)
     fields = to_hf(plain.config) | {"torch_dtype": str(plain.output_weight.dtype).removeprefix("torch.")}
+    fields |= {"bos_token_id": None, "eos_token_id": eos_token, "pad_token_id": None}  # theirs default to 1 and 2
     weights = {hf_name(name): tensor.contiguous() for name, tensor in plain.state_dict().items()}
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
