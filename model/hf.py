@@ -144,13 +144,14 @@ def load_hf(
     with torch.device("meta"):
         model = Transformer(config, ops)
     model.to(dtype).to_empty(device=device)
-    missing = {_hf_name(name): parameter for name, parameter in model.named_parameters()}
+    # a state dict's tensors are the parameters themselves, or rows of them where ours joins matrices
+    missing = {_hf_name(name): tensor for name, tensor in model.state_dict().items()}
     for name, tensor in _tensors(directory):
         if name in missing:
             parameter = missing.pop(name)
             if parameter.shape != tensor.shape:
                 raise ValueError(f"{name}: expected shape {tuple(parameter.shape)}, got {tuple(tensor.shape)}")
-            parameter.data.copy_(tensor)
+            parameter.copy_(tensor)
         # Older files hold the rotation frequencies; tied ones may hold the output matrix too.
         elif not name.endswith("rotary_emb.inv_freq") and not (config.tie_embeddings and name == "lm_head.weight"):
             raise ValueError(f"{name}: not a weight of this {config.n_layer}-layer model, but in {directory}")
@@ -169,7 +170,7 @@ def save_hf(model: Transformer, path: str | Path) -> None:
     fields = _to_hf(model.config) | {"torch_dtype": str(dtypes.pop()).removeprefix("torch.")}
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {_hf_name(name): parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    weights = {_hf_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
     partial = directory / f".{WEIGHTS}.{os.getpid()}"
     try:
         save_file(weights, partial, metadata={"format": "pt"})
