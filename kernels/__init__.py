@@ -9,9 +9,9 @@ from .attention import FlashAttentionFunction, flash_attention, flash_attention_
 from .cross_entropy import CrossEntropyFunction, cross_entropy
 from .linear_cross_entropy import LinearCrossEntropyFunction, linear_cross_entropy
 from .rms_norm import RMSNormFunction, rms_norm
-from .rope import RoPEFunction, rope
+from .rope import RoPEFunction, RoPEQKVFunction, rope, rope_qkv
 from .rope_tables import RopeScaling, rope_tables
-from .swiglu import SwiGLUFunction, swiglu
+from .swiglu import SwiGLUFunction, SwiGLUJoinedFunction, swiglu
 from .tiled import TiledAttentionFunction
 
 __all__ = [
@@ -20,8 +20,10 @@ __all__ = [
     "LinearCrossEntropyFunction",
     "RMSNormFunction",
     "RoPEFunction",
+    "RoPEQKVFunction",
     "RopeScaling",
     "SwiGLUFunction",
+    "SwiGLUJoinedFunction",
     "TiledAttentionFunction",
     "cost",
     "cross_entropy",
@@ -31,6 +33,7 @@ __all__ = [
     "reference",
     "rms_norm",
     "rope",
+    "rope_qkv",
     "rope_tables",
     "swiglu",
 ]

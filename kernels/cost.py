@@ -238,6 +238,17 @@ def rope_cost(B: int, H: int, K: int, T: int, D: int, dtype: DType = "bfloat16",
     return Cost(3 * elements, 2 * elements * itemsize(dtype) + T * D * STATISTIC, 0, unfused)
 
 
+def rope_qkv_cost(B: int, H: int, K: int, T: int, D: int, dtype: DType = "bfloat16", *, backward: bool = False) -> Cost:
+    """The rotation of q and k, and the copy of v, out of one product's rows or back into them.
+
+    Unfused, the backward joins the three gradients head by head and then lays them out by token.
+    """
+    turned, row = rope_cost(B, H, K, T, D, dtype, backward=backward), B * T * D * itemsize(dtype)
+    copied = 2 * K * row
+    unfused = turned.unfused_bytes + (4 * (H + 2 * K) * row if backward else copied)
+    return Cost(turned.flops, turned.bytes + copied, 0, unfused)
+
+
 def swiglu_cost(M: int, N: int, dtype: DType = "bfloat16", *, backward: bool = False) -> Cost:
     """silu(gate) * up over M rows of N; backward reads gate, up, dy and writes two gradients."""
     elements = M * N

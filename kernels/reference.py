@@ -186,8 +186,22 @@ def rope(
     return rotate(q), rotate(k)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up  (Shazeer 2020, eq. 5).  gate, up: (..., F), any shape alike.  Returns gate's dtype."""
+def rope_qkv(
+    qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int, *, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """rope of the q and k in qkv (B, T, (H + 2 K) D), and a copy of its v: (B, H, T, D), twice (B, K, T, D)."""
+    heads = qkv.unflatten(-1, (n_head + 2 * n_kv_head, -1)).transpose(1, 2)
+    q, k, v = heads.split((n_head, n_kv_head, n_kv_head), 1)
+    return *rope(q, k, cos, sin, positions=positions), v.clone()
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """silu(gate) * up  (Shazeer 2020, eq. 5).  gate, up: (..., F), any shape alike.  Returns gate's dtype.
+
+    Without up, gate holds both: (..., 2 F), gate first.
+    """
+    if up is None:
+        gate, up = gate.chunk(2, -1)
     return (F.silu(_statistics(gate)) * _statistics(up)).to(gate.dtype)
 
 

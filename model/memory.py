@@ -105,7 +105,7 @@ def stages(
     block = [
         Stage("norms", norm(N, d) + qk_norm, norm_working),
         Stage("QKV", stream, 2 * stream + q + 2 * kv, d * (e + c.n_kv_head * c.head_dim)),
-        Stage("RoPE", rope, 2 * (q + kv)),
+        Stage("RoPE", rope, 2 * (q + 2 * kv)),
         Stage("scores and weighted sum", attention, attention_working),
         Stage("output projection", 0, stream + q, d * c.n_head * c.head_dim),
         Stage("norms", norm(N, d), norm_working),

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from ..model.layers import JoinedLinear
+
 # Jordan et al. 2024: the slope at zero as steep as it goes, for singular values that land in about [0.7, 1.2].
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
@@ -53,7 +55,51 @@ def _with_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 class _GroupedOptimizer(Optimizer):
-    """What AdamW and Muon share: a step is one `_update` of each group's parameters that have gradients."""
+    """What AdamW and Muon share: a step is one `_update` of each group's parameters that have gradients.
+
+    A group's "rows" say for each parameter of how many rows the matrices are that it joins, () where it is one. In a
+    state dict they stand apart, as they do in the model's.
+    """
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        super().__init__(params, {**defaults, "rows": None})
+        for group in self.param_groups:
+            group["rows"] = [tuple(r) for r in group["rows"] or [()] * len(group["params"])]
+            for p, rows in zip(group["params"], group["rows"], strict=True):
+                if rows and sum(rows) != p.shape[0]:
+                    raise ValueError(f"rows must add up to those of {tuple(p.shape)}, got {rows}")
+
+    def state_dict(self) -> dict[str, Any]:
+        packed = super().state_dict()
+        state: dict[int, Any] = {}
+        groups, count = [], 0
+        for group in packed["param_groups"]:
+            first = count
+            for index, rows in zip(group["params"], group["rows"], strict=True):
+                parts = range(len(rows) or 1)
+                if index in packed["state"]:
+                    state |= {count + i: _part(packed["state"][index], rows, i) for i in parts}
+                count += len(parts)
+            groups.append({**group, "params": list(range(first, count))})
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what state_dict gave; raises ValueError on groups of other sizes."""
+        sizes = [[len(rows) or 1 for rows in group["rows"]] for group in self.param_groups]
+        given = [len(group["params"]) for group in state_dict["param_groups"]]
+        if given != [sum(group) for group in sizes]:
+            raise ValueError(f"state_dict must hold groups of {[sum(group) for group in sizes]} matrices, got {given}")
+        state: dict[int, Any] = {}
+        groups, count = [], 0
+        for ours, theirs, parts in zip(self.param_groups, state_dict["param_groups"], sizes, strict=True):
+            indices = iter(theirs["params"])
+            for i, n in enumerate(parts, count):
+                saved = [state_dict["state"].get(next(indices)) for _ in range(n)]
+                if saved[0] is not None:
+                    state[i] = _whole(saved)
+            groups.append({**theirs, "params": list(range(count, count + len(parts))), "rows": ours["rows"]})
+            count += len(parts)
+        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -70,6 +116,20 @@ class _GroupedOptimizer(Optimizer):
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         raise NotImplementedError
+
+
+def _part(state: dict[str, Any], rows: tuple[int, ...], i: int) -> dict[str, Any]:
+    """A parameter's state, of the i-th matrix alone."""
+    if not rows:
+        return state
+    # the count of steps once each: who loads them apart must not count three times
+    return {key: x.split(rows)[i] if x.dim() else x.clone() for key, x in state.items()}
+
+
+def _whole(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The state of the parameter that joins these matrices."""
+    first, *others = parts
+    return {key: torch.cat([x, *(o[key] for o in others)]) if others and x.dim() else x for key, x in first.items()}
 
 
 class AdamW(_GroupedOptimizer):
@@ -140,7 +200,7 @@ class Muon(_GroupedOptimizer):
     params: 2-D tensors or groups of them.  dtype: that of the Newton-Schulz products.
     The update is scaled by sqrt(max(1, rows / columns)), as in Jordan's code, so lr means the same for every shape.
     Matrices of one shape, or its transpose, are orthogonalized as one batch: a transformer needs three or four batches
-    a step, however deep it is.
+    a step, however deep it is. The matrices that a parameter joins ("rows") are orthogonalized each by itself.
     Raises ValueError on a value out of range, or a parameter that is not a float32 or float64 matrix.
     """
 
@@ -174,20 +234,22 @@ class Muon(_GroupedOptimizer):
         torch._foreach_lerp_(means, grads, 1 - momentum)
         updates = torch._foreach_lerp(grads, means, momentum) if group["nesterov"] else means
 
-        batches: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for i, p in enumerate(params):
-            batches[tuple(sorted(p.shape))].append(i)
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        known = {id(p): rows for p, rows in zip(group["params"], group["rows"], strict=True)}
+        batches: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for p, update in zip(params, updates, strict=True):
+            rows = known[id(p)] or p.shape[:1]
+            for pair in zip(p.split(rows), update.split(rows), strict=True):
+                batches[tuple(sorted(pair[0].shape))].append(pair)
         for batch in batches.values():
-            self._turn([params[i] for i in batch], [updates[i] for i in batch], lr)
+            self._turn(batch, lr)
 
-    def _turn(self, params: list[Tensor], updates: list[Tensor], lr: float) -> None:
+    def _turn(self, batch: list[tuple[Tensor, Tensor]], lr: float) -> None:
         """Move matrices of one shape, or its transpose, along their orthogonalized updates."""
-        tall = [p.shape[0] > p.shape[1] for p in params]
-        wide = torch.stack([u.mT if t else u for u, t in zip(updates, tall, strict=True)])
-        for p, t, update in zip(params, tall, orthogonalize(wide, dtype=self.dtype), strict=True):
+        wide = torch.stack([u.mT if u.shape[0] > u.shape[1] else u for _, u in batch])
+        for (p, _), update in zip(batch, orthogonalize(wide, dtype=self.dtype), strict=True):
             rows, columns = p.shape
-            p.add_(update.mT if t else update, alpha=-lr * math.sqrt(max(1.0, rows / columns)))
+            p.add_(update.mT if rows > columns else update, alpha=-lr * math.sqrt(max(1.0, rows / columns)))
 
 
 def build_optimizers(
@@ -210,10 +272,15 @@ def build_optimizers(
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     hidden, tables, vectors = split_parameters(model)
     decayed = tables if optimizer == "muon" else [*tables, *hidden]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    joined = {id(m.weight): m.rows for m in model.modules() if isinstance(m, JoinedLinear)}
+
+    def group(params: list[nn.Parameter], decay: float) -> dict[str, Any]:
+        return {"params": params, "weight_decay": decay, "rows": [joined.get(id(p), ()) for p in params]}
+
+    groups = [group(decayed, weight_decay), group(vectors, 0.0)]
     optimizers: list[Optimizer] = [AdamW([g for g in groups if g["params"]], lr=lr, betas=betas)]
     if optimizer == "muon" and hidden:
-        optimizers.append(Muon(hidden, lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay, dtype=muon_dtype))
+        optimizers.append(Muon([group(hidden, weight_decay)], lr=muon_lr, momentum=muon_momentum, dtype=muon_dtype))
     return optimizers
 
 

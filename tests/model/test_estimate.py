@@ -15,7 +15,6 @@ from rooflight.kernels import reference
 from rooflight.kernels.cost import muon_cost
 from rooflight.model import PRESETS, Ceilings, ModelConfig, Transformer, estimate
 from rooflight.model.estimate import Estimate, largest_batch
-from rooflight.training.optim import split_parameters
 
 XL = PRESETS["gpt2-xl"]
 # every option that changes a product: grouped heads, a head size of its own, a window, q/k norm, no square FFN
@@ -59,7 +58,7 @@ class TestAgainstTorch:
         model, _ = _meta(config, 1)
         kinds = {
             "embedding": "embedding", "_norm": "norms", "norm.weight": "norms", "o_proj": "output projection",
-            "ffn.": "FFN", "attention.": "QKV", "lm_head": "logits",
+            "ffn.": "FFN", "qkv_proj": "QKV", "lm_head": "logits",
         }  # fmt: skip
         expected = dict.fromkeys(kinds.values(), 0)
         for name, p in model.named_parameters():
@@ -84,6 +83,8 @@ def _again(config: ModelConfig) -> list:
     )
     extra = []
     for a, b in zip(once, twice, strict=True):
+        if a.name in ("norms", "residual sums"):  # a block that runs again makes its last sum by itself
+            continue
         assert a.forward == b.forward
         assert b.backward[len(b.backward) - len(a.backward) :] == a.backward
         extra += b.backward[: len(b.backward) - len(a.backward)]
@@ -219,7 +220,8 @@ class TestTime:
             for name in ("adamw", "muon")
         )
         with torch.device("meta"):
-            hidden, _, _ = split_parameters(Transformer(self.config, reference))
+            matrices = Transformer(self.config, reference).layers.state_dict().values()
+        hidden = [p for p in matrices if p.dim() == 2]  # q, k and v each by themselves
         assert plain.flops == muon.flops  # the optimizer's products are none of the model's
         assert [c.name for c in muon.components[-2:]] == ["AdamW", "Muon"]
         rest = muon.parameters - sum(p.numel() for p in hidden)

@@ -55,14 +55,17 @@ def rms_norm(N: int, dtype: str, residual: bool = False, heads: bool = False, ro
     rms_norm_bwd(y, stream if residual else None, stream if residual else x, weight, rstd, 0.0, True)
 
 
-def rope(head_dim: int, dtype: str, interleaved: bool = False) -> None:
+def rope(head_dim: int, dtype: str, interleaved: bool = False, joined: bool = False) -> None:
     import torch
 
-    from rooflight.kernels.rope import rope_turn
+    from rooflight.kernels.rope import rope_join, rope_turn
 
     q, k = (torch.empty(2, 512, heads, head_dim, dtype=getattr(torch, dtype)).transpose(1, 2) for heads in (32, 8))
     table = torch.empty(512, head_dim // 2)
-    rope_turn(q, k, table, table, None, interleaved, False)
+    if joined:
+        rope_join(q, k, k, table, table, None, False)
+    else:
+        rope_turn(q, k, table, table, None, interleaved, False)
 
 
 def swiglu(N: int, dtype: str) -> None:
@@ -103,6 +106,8 @@ CASES: list[Case] = [
     (rope, {"head_dim": 64, "dtype": "bfloat16"}),
     (rope, {"head_dim": 128, "dtype": "bfloat16"}),
     (rope, {"head_dim": 128, "dtype": "bfloat16", "interleaved": True}),
+    (rope, {"head_dim": 64, "dtype": "bfloat16", "joined": True}),
+    (rope, {"head_dim": 128, "dtype": "bfloat16", "joined": True}),
     (swiglu, {"N": 11008, "dtype": "bfloat16"}),
     (swiglu, {"N": 11008, "dtype": "float32"}),
     (cross_entropy, {"V": 128256, "dtype": "bfloat16"}),

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rooflight.kernels.cost import muon_cost
+from rooflight.model.layers import JoinedLinear, Linear
 from rooflight.training.optim import AdamW, Muon, build_optimizers, clip_grad_norm, orthogonalize, split_parameters
 
 
@@ -151,6 +152,46 @@ def test_state_dict_round_trip(optimizer):
                 o.load_state_dict(state)
     for a, b in zip(whole.parameters(), first.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_matrices_joined_in_a_parameter_step_as_they_would_apart(optimizer):
+    """Bit for bit, three steps; then each goes on from the other's state dict, as from a checkpoint of either model."""
+    torch.manual_seed(0)
+    sizes = {"q": 24, "k": 8, "v": 8}  # taller and wider than their 16 columns
+    joined = nn.ModuleList([JoinedLinear(16, **sizes), Linear(16, 24), nn.LayerNorm(16)])
+    apart = nn.ModuleList([*(Linear(16, rows) for rows in sizes.values()), Linear(16, 24), nn.LayerNorm(16)])
+
+    def weights(model):  # in the order of both models' parameters
+        return [part for p in model.parameters() for part in (p.split((24, 8, 8)) if len(p) == 40 else [p])]
+
+    with torch.no_grad():
+        for a, b in zip(weights(apart), weights(joined), strict=True):
+            a.copy_(b)
+    models = joined, apart
+
+    def steps(optimizers, first):
+        for step in range(first, first + 3):
+            for model, some in zip(models, optimizers, strict=True):
+                generator = torch.Generator().manual_seed(step)
+                for p in model.parameters():
+                    p.grad = torch.randn(p.shape, generator=generator)
+                for o in some:
+                    o.step()
+            assert all(torch.equal(a, b) for a, b in zip(*map(weights, models), strict=True))
+
+    first = [build_optimizers(model, optimizer=optimizer) for model in models]
+    steps(first, 0)
+    then = [build_optimizers(model, optimizer=optimizer) for model in models]
+    for new, old in zip(then, reversed(first), strict=True):
+        for n, o in zip(new, old, strict=True):
+            n.load_state_dict(copy.deepcopy(o.state_dict()))
+    steps(then, 3)
+
+    with pytest.raises(ValueError, match=r"state_dict must hold groups of .*, got \[1\]"):
+        then[0][0].load_state_dict({"state": {}, "param_groups": [{"params": [0]}]})
+    with pytest.raises(ValueError, match=r"rows must add up to those of \(40, 16\), got \(24, 8\)"):
+        AdamW([{"params": [joined[0].weight], "rows": [(24, 8)]}])
 
 
 def test_parameters_are_split_by_role():
