@@ -106,8 +106,8 @@ class AdamWTables:
             self._captured.append(table)
             self._empty.append((table, rows))
             return table
-        table = self._known.get((*rows, device.index or 0))
-        if table is None:
+        key = (*rows, device.index or 0)
+        if key not in self._known:
             if len(self._known) >= self.KEPT:
                 self._known.clear()
             table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(

@@ -169,9 +169,10 @@ def parts(
     logits, loss = _head(N, d, V, dtype, cast(V * d))
 
     weights = L * (2 * d * (H + K) * D + matrices * d * c.d_ff)
-    casts = [(_elementwise(cast(weights), f"cast{b}", weights),) for b in ("", BACKWARD)]
+    casts = [_elementwise(cast(weights), f"cast{b}", weights) for b in ("", BACKWARD)]
+    cast_passes: Passes = (casts[0],), (casts[1],)
     if copies:  # the products take the copies; their gradients stay as they are, but for Muon's
-        casts = [(), casts[1] if optimizer == "muon" else ()]
+        cast_passes = (), (casts[1],) if optimizer == "muon" else ()
     table = [embedding_cost(N, d, V, FP32, backward=b) for b in (False, True)]
     if low:  # the embedding is looked up in fp32, then takes the dtype of the residual stream
         table = [t + Cost(0, N * d * (4 + itemsize(dtype))) for t in table]
@@ -187,7 +188,7 @@ def parts(
         layers("residual sums", 0, (add, add), once=1) if checkpointing else Part("residual sums", backward=(add,)),
         Part("logits", 0 if c.tie_embeddings else V * d, *logits),
         Part("loss", 0, *loss),
-        *([Part("casts", 0, *casts)] if any(casts) and low else []),
+        *([Part("casts", 0, *cast_passes)] if any(cast_passes) and low else []),
     ]
     parameters = sum(part.parameters for part in parts)
     matrices_of = hidden_matrices(c) if optimizer == "muon" else {}

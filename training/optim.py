@@ -172,9 +172,10 @@ def build_optimizers(
 def _keep_copies(model: nn.Module, dtype: torch.dtype) -> dict[int, WeightCopy]:
     """Give the linear layers whose products autocast casts for a copy of their weight; by the weight's id."""
     layers = [m for name, m in model.named_modules() if isinstance(m, Linear) and name != "lm_head"]
+    copies = {}
     for layer in layers:
-        layer.copy = WeightCopy(layer.weight, dtype)
-    return {id(layer.weight): layer.copy for layer in layers}
+        layer.copy = copies[id(layer.weight)] = WeightCopy(layer.weight, dtype)
+    return copies
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
@@ -203,23 +204,24 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, optimizers: It
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm must be positive, got {max_norm}")
+    itself = [o for o in optimizers if isinstance(o, AdamW) and o.runs_triton]
+    theirs = {id(p) for o in itself for group in o.param_groups for p in group["params"]}
     by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    with_gradient = [p for p in parameters if p.grad is not None]
-    for p in with_gradient:
-        by_dtype[p.grad.dtype].append(p.grad)
+    scaled: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for p in parameters:
+        if p.grad is not None:
+            by_dtype[p.grad.dtype].append(p.grad)
+            if id(p) not in theirs:
+                scaled[p.grad.dtype].append(p.grad)
     if not by_dtype:
         return torch.zeros(())
     norms = [n for grads in by_dtype.values() for n in torch._foreach_norm(grads, 2, _accumulated(grads[0].dtype))]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    itself = [o for o in optimizers if isinstance(o, AdamW) and o.runs_triton]
     for o in itself:
         o.factor = factor
-    left = {id(p) for o in itself for group in o.param_groups for p in group["params"]}
-    for dtype in by_dtype:
-        grads = [p.grad for p in with_gradient if p.grad.dtype == dtype and id(p) not in left]
-        if grads:
-            torch._foreach_mul_(grads, factor)
+    for grads in scaled.values():
+        torch._foreach_mul_(grads, factor)
     return norm
 
 
