@@ -311,15 +311,21 @@ def embedding_cost(M: int, N: int, V: int, dtype: DType = "bfloat16", *, backwar
     return Cost(0, 2 * rows + M * INDEX)
 
 
-def adamw_cost(parameters: int, dtype: DType = "float32", *, state_dtype: DType = "float32") -> Cost:
+def adamw_cost(
+    parameters: int, dtype: DType = "float32", *, state_dtype: DType = "float32", gradient_dtype: DType | None = None,
+    copy_dtype: DType | None = None,
+) -> Cost:  # fmt: skip
     """One step of AdamW: reads parameter, gradient and two moments, writes parameter and moments; ~15 FLOPs each.
 
+    gradient_dtype: where it is not the parameter's.  copy_dtype: of a copy of the parameter that is written too.
     Unfused, eight operators: the decay of the weights, the first moment, two for the second, its root, quotient and
-    epsilon, and the step; together they pass 6 times over parameter or gradient and 14 times over moments.
+    epsilon, and the step; together they pass 6 times over parameter or gradient and 14 times over moments. A gradient
+    of another dtype is cast first, a copy last.
     """
     size, state = itemsize(dtype), itemsize(state_dtype)
-    unfused = parameters * (6 * size + 14 * state)
-    return Cost(15 * parameters, parameters * (3 * size + 4 * state), 0, unfused)
+    gradient, copy = itemsize(gradient_dtype or dtype), itemsize(copy_dtype) if copy_dtype else 0
+    unfused = 6 * size + 14 * state + (gradient + size) * (gradient != size) + (size + copy) * (copy > 0)
+    return Cost(15 * parameters, parameters * (2 * size + gradient + 4 * state + copy), 0, parameters * unfused)
 
 
 def muon_cost(

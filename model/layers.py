@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
@@ -24,11 +25,63 @@ def _truncated_normal(weight: Tensor, std: float) -> None:
     nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
 
 
+class WeightCopy:
+    """A weight in the products' dtype, true to it whoever changes it.
+
+    An optimizer that writes both says so (`written`). Any other change shows in the weight's version or address, and
+    `of` copies again; only one made through weight.data does not.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        self.tensor = weight.detach().to(dtype, copy=True)
+        self.written(weight)
+
+    def written(self, weight: Tensor) -> None:
+        """Both tensors hold the same numbers now."""
+        self._known = weight._version, weight.data_ptr()
+
+    def of(self, weight: Tensor) -> Tensor:
+        """The copy of this weight as it is now."""
+        if self._known != (weight._version, weight.data_ptr()):
+            if self.tensor.shape != weight.shape or self.tensor.device != weight.device:
+                self.tensor = torch.empty_like(weight, dtype=self.tensor.dtype, requires_grad=False)
+            with torch.no_grad():
+                self.tensor.copy_(weight)
+            self.written(weight)
+        return self.tensor
+
+
+class _InPlaceOf(torch.autograd.Function):
+    """apply(weight, copy): the copy, whose gradient is the weight's, in the copy's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
 class Linear(nn.Linear):
-    """No bias; N(0, 2 / (d_in + d_out)) truncated at three standard deviations (CS336, §3.4.1)."""
+    """No bias; N(0, 2 / (d_in + d_out)) truncated at three standard deviations (CS336, §3.4.1).
+
+    With a `copy` of its weight in autocast's dtype, it multiplies by that where autocast would cast the weight. The
+    gradient leaves the product in that dtype; what the weight accumulates is its grad_dtype's to say, fp32 by itself.
+    """
+
+    copy: WeightCopy | None = None
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__(d_in, d_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        copy, device = self.copy, x.device.type
+        if copy is None or torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
+            return super().forward(x)
+        if torch.get_autocast_dtype(device) != copy.tensor.dtype:
+            return super().forward(x)
+        return F.linear(x, _InPlaceOf.apply(self.weight, copy.of(self.weight)))
 
     def reset_parameters(self) -> None:
         _truncated_normal(self.weight, math.sqrt(2 / (self.in_features + self.out_features)))

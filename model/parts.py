@@ -106,9 +106,13 @@ def _join(a: Part, b: Part) -> Part:
 
 
 def parts(
-    c: ModelConfig, B: int, T: int, dtype: str, *, checkpointing: bool, gpus: int, optimizer: str = "adamw"
-) -> list[Part]:
-    """The step's components in the model's order, for B sequences of T tokens on each of `gpus` devices."""
+    c: ModelConfig, B: int, T: int, dtype: str, *, checkpointing: bool, gpus: int, optimizer: str = "adamw",
+    copies: bool = False,
+) -> list[Part]:  # fmt: skip
+    """The step's components in the model's order, for B sequences of T tokens on each of `gpus` devices.
+
+    copies: the optimizer keeps copies of the blocks' matrices, which then are not cast.
+    """
     N, L, d, H, K, D, V = B * T, c.n_layer, c.d_model, c.n_head, c.n_kv_head, c.head_dim, c.vocab_size
     low = dtype != FP32
 
@@ -166,6 +170,9 @@ def parts(
 
     weights = L * (2 * d * (H + K) * D + matrices * d * c.d_ff)
     casts = [_elementwise(cast(weights), f"cast{b}", weights) for b in ("", BACKWARD)]
+    cast_passes: Passes = (casts[0],), (casts[1],)
+    if copies:  # the products take the copies; their gradients stay as they are, but for Muon's
+        cast_passes = (), (casts[1],) if optimizer == "muon" else ()
     table = [embedding_cost(N, d, V, FP32, backward=b) for b in (False, True)]
     if low:  # the embedding is looked up in fp32, then takes the dtype of the residual stream
         table = [t + Cost(0, N * d * (4 + itemsize(dtype))) for t in table]
@@ -181,14 +188,20 @@ def parts(
         layers("residual sums", 0, (add, add), once=1) if checkpointing else Part("residual sums", backward=(add,)),
         Part("logits", 0 if c.tie_embeddings else V * d, *logits),
         Part("loss", 0, *loss),
-        *([Part("casts", 0, (casts[0],), (casts[1],))] if low else []),
+        *([Part("casts", 0, *cast_passes)] if any(cast_passes) and low else []),
     ]
     parameters = sum(part.parameters for part in parts)
     matrices_of = hidden_matrices(c) if optimizer == "muon" else {}
     owned = -(-(parameters - sum(short * long * n for (short, long), n in matrices_of.items())) // gpus)
-    parts.append(Part("AdamW", update=(_elementwise(adamw_cost(owned), "adamw", owned),)))
+    updates = [_adamw(owned)]
+    if copies and not matrices_of:  # gradient and copy in the products' dtype, of the tables and vectors in fp32
+        updates = [_adamw(weights, dtype, dtype), _adamw(owned - weights)]
+    parts.append(Part("AdamW", update=tuple(updates)))
     if matrices_of:
-        parts.append(Part("Muon", update=tuple(_muon(*shape, dtype) * n for shape, n in matrices_of.items())))
+        turned = [_muon(*shape, dtype) * n for shape, n in matrices_of.items()]
+        if copies:
+            turned.append(_elementwise(cast(weights), "cast", weights))
+        parts.append(Part("Muon", update=tuple(turned)))
     return parts
 
 
@@ -218,6 +231,10 @@ def _head(N: int, d: int, V: int, dtype: str, cast: Cost) -> tuple[Passes, Passe
     elements = (N + V) * d
     scale = Work(Cost(0, moved[1], 0, apart[1]), "scale", (elements,), elements, 2 * product, 2 * product)
     return ((forward, gradients), (scale,)), ((*loss,), ())
+
+
+def _adamw(parameters: int, gradient: str = FP32, copy: str | None = None) -> Work:
+    return _elementwise(adamw_cost(parameters, gradient_dtype=gradient, copy_dtype=copy), "adamw", parameters)
 
 
 def _muon(short: int, long: int, dtype: str) -> Work:

@@ -309,6 +309,7 @@ def test_costs_add_and_scale() -> None:
 
 def test_adamw_moves_28_bytes_for_a_parameter() -> None:
     assert cost.adamw_cost(10).bytes == 280
+    assert cost.adamw_cost(10, gradient_dtype="bfloat16", copy_dtype="bfloat16").bytes == 10 * (4 * 6 + 2 * 2)
     assert cost.adamw_cost(10, "bfloat16").bytes == 3 * 20 + 4 * 40
 
 

@@ -214,6 +214,26 @@ class TestTime:
         assert e.components[-1].name == "AdamW"
         assert e.components[-1].seconds == pytest.approx(28 * e.parameters / 1e6)
 
+    def test_a_gpus_optimizer_writes_what_would_be_cast(self) -> None:
+        """28 bytes still: the matrices' gradients and copies have two each. Muon's gradients are cast."""
+        plain, adamw, muon = (
+            estimate(self.config, batch_size=1, ceilings=self.ceilings, ops=ops, optimizer=name)
+            for ops, name in (("cpu", "adamw"), ("triton", "adamw"), ("triton", "muon"))
+        )
+        matrices = 4 * 32 * 32 + 2 * 32 * 128
+        names = [[c.name for c in e.components if c.name == "casts"] for e in (plain, adamw, muon)]
+        assert names == [["casts"], [], ["casts"]]
+        assert adamw.components[-1].bytes == plain.components[-1].bytes == 28 * adamw.parameters
+        assert adamw.memory.casts == plain.memory.casts == muon.memory.casts == 2 * matrices
+        assert adamw.memory.gradients == plain.memory.gradients - 2 * matrices
+        assert muon.memory.gradients == plain.memory.gradients
+        casts = {e.optimizer: next(c for c in e.components if c.name == "casts") for e in (plain, muon)}
+        assert casts["muon"].forward.bytes == 0
+        assert casts["muon"].backward.bytes == casts["adamw"].backward.bytes == 6 * matrices
+        again = estimate(self.config, batch_size=1, ceilings=self.ceilings, dtype="float32", optimizer="muon")
+        assert muon.components[-1].bytes > 6 * matrices
+        assert again.memory.casts == 0
+
     def test_muon_takes_the_blocks_matrices(self) -> None:
         plain, muon = (
             estimate(self.config, batch_size=1, dtype="float32", ceilings=self.ceilings, optimizer=name)

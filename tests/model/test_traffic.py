@@ -31,7 +31,7 @@ def test_the_estimate_counts_what_crosses_the_kernels_boundaries(name: str, dtyp
         loss = model(tokens, tokens)
     with Traffic() as backward:
         loss.backward()
-    e = {c.name: c for c in estimate(config, batch_size=1, dtype=dtype).components}
+    e = {c.name: c for c in estimate(config, batch_size=1, dtype=dtype, ops="cpu").components}
     products = ("QKV", "output projection", "FFN")
     ffn = {"gelu": ("aten::gelu", "aten::gelu_backward")}.get(
         config.ffn, ("rooflight::swiglu_joined_fwd", "rooflight::swiglu_joined_bwd")

@@ -55,6 +55,19 @@ def rms_norm(N: int, dtype: str, residual: bool = False, heads: bool = False, ro
     rms_norm_bwd(y, stream if residual else None, stream if residual else x, weight, rstd, 0.0, True)
 
 
+def adamw(gradient: str, copy: str | None = None, size: int = 4096) -> None:
+    import torch
+
+    from rooflight.kernels.adamw import AdamWTables, adamw_update
+
+    w, step = torch.empty(size), torch.empty(())
+    g, c = w.to(getattr(torch, gradient)), None if copy is None else w.to(getattr(torch, copy))
+    adamw_update(
+        [w], [g], [w], [w], [step], [c], AdamWTables(),
+        lr=step, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1,
+    )  # fmt: skip
+
+
 def rope(head_dim: int, dtype: str, interleaved: bool = False, joined: bool = False) -> None:
     import torch
 
@@ -110,6 +123,9 @@ CASES: list[Case] = [
     (rope, {"head_dim": 128, "dtype": "bfloat16", "joined": True}),
     (swiglu, {"N": 11008, "dtype": "bfloat16"}),
     (swiglu, {"N": 11008, "dtype": "float32"}),
+    (adamw, {"gradient": "bfloat16", "copy": "bfloat16"}),
+    (adamw, {"gradient": "float32"}),
+    (adamw, {"gradient": "float32", "size": 4095}),
     (cross_entropy, {"V": 128256, "dtype": "bfloat16"}),
     (cross_entropy, {"V": 50257, "dtype": "float32", "softcap": 30.0}),
 ]
