@@ -20,7 +20,8 @@ from .. import __version__
 from ..tokenizer.commands import app as tokenizer
 from ..training.commands import train
 from .bench_commands import bench
-from .commands import bench_tokenizer, demo, estimate, generate
+from .commands import bench_tokenizer, demo, estimate
+from .model_commands import evaluate, export_hf, generate, import_hf
 
 app = typer.Typer(
     help="Triton kernels for training transformer language models, and everything around them.",
@@ -31,8 +32,9 @@ app = typer.Typer(
 tokenizer.command("bench")(bench_tokenizer)  # here, as the tokenizer imports no other room
 app.add_typer(tokenizer, name="tokenizer")
 app.add_typer(bench, name="bench")
-for command in (train, generate, estimate, demo):
+for command in (train, generate, import_hf, export_hf, estimate, demo):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 def _version(show: bool) -> None:

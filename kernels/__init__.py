@@ -9,8 +9,10 @@ from .attention import FlashAttentionFunction, flash_attention, flash_attention_
 from .cross_entropy import CrossEntropyFunction, cross_entropy
 from .linear_cross_entropy import LinearCrossEntropyFunction, linear_cross_entropy
 from .rms_norm import RMSNormFunction, rms_norm
-from .rope import RoPEFunction, rope
-from .swiglu import SwiGLUFunction, swiglu
+from .rope import RoPEFunction, RoPEQKVFunction, rope, rope_qkv
+from .rope_tables import RopeScaling, rope_tables
+from .swiglu import SwiGLUFunction, SwiGLUJoinedFunction, swiglu
+from .tiled import TiledAttentionFunction
 
 __all__ = [
     "CrossEntropyFunction",
@@ -18,7 +20,11 @@ __all__ = [
     "LinearCrossEntropyFunction",
     "RMSNormFunction",
     "RoPEFunction",
+    "RoPEQKVFunction",
+    "RopeScaling",
     "SwiGLUFunction",
+    "SwiGLUJoinedFunction",
+    "TiledAttentionFunction",
     "cost",
     "cross_entropy",
     "flash_attention",
@@ -27,5 +33,7 @@ __all__ = [
     "reference",
     "rms_norm",
     "rope",
+    "rope_qkv",
+    "rope_tables",
     "swiglu",
 ]

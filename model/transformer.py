@@ -4,9 +4,11 @@
     d d_model  H n_head    K n_kv_head    D head_dim           F d_ff
 
     tokens (B, T) ── embedding ──► x (B, T, d)
-    L times:  x = x + o_proj(attention(rope(q, k), v))     q (B, H, T, D), k and v (B, K, S, D), from norm(x)
-              x = x + down_proj(silu(gate) * up)           gate and up (B, T, F), from norm(x)
+    L times:  x = x + o_proj(attention(rope(q, k), v))     q (B, H, T, D), k and v (B, K, S, D): one product of norm(x)
+              x = x + down_proj(silu(gate) * up)           gate and up (B, T, F): one product of norm(x)
     norm(x) ── lm_head ──► logits (B, T, V), or with targets ── linear_cross_entropy ──► mean loss, fp32
+
+The sums are not made by kernels of their own: the norm that reads x is given its two terms.
 
 The operations come from a namespace, `ops`: rooflight.kernels, or rooflight.kernels.reference for the oracle model.
 
@@ -16,7 +18,6 @@ norm statistics, attention's softmax and the loss are computed in fp32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Protocol
@@ -29,12 +30,9 @@ from torch.utils.checkpoint import checkpoint
 from .. import kernels
 from ..kernels.linear_cross_entropy import pad_rows
 from .config import ModelConfig
+from .layers import Embedding, JoinedLinear, Linear, RMSNorm, Sublayer
 
-OPS = ("rms_norm", "rope", "flash_attention", "flash_attention_varlen", "swiglu", "linear_cross_entropy")
-
-# A tied table is both: as the embedding its scale is free (a norm follows), as the output matrix N(0, 1) would start
-# the loss near sqrt(d_model) instead of ln(vocab_size). GPT-2 and Llama both start theirs at 0.02.
-TIED_STD = 0.02
+OPS = ("rms_norm", "rope", "rope_qkv", "flash_attention", "flash_attention_varlen", "swiglu", "linear_cross_entropy")
 
 
 class Cache(Protocol):
@@ -43,44 +41,6 @@ class Cache(Protocol):
     length: int
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
-def _truncated_normal(weight: Tensor, std: float) -> None:
-    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
-
-
-class Linear(nn.Linear):
-    """No bias; N(0, 2 / (d_in + d_out)) truncated at three standard deviations (CS336, §3.4.1)."""
-
-    def __init__(self, d_in: int, d_out: int) -> None:
-        super().__init__(d_in, d_out, bias=False)
-
-    def reset_parameters(self) -> None:
-        _truncated_normal(self.weight, math.sqrt(2 / (self.in_features + self.out_features)))
-
-
-class Embedding(nn.Embedding):
-    """N(0, 1) truncated at three standard deviations (CS336, §3.4.1), or TIED_STD when it is the output matrix too."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.std = TIED_STD if config.tie_embeddings else 1.0
-        super().__init__(config.vocab_size, config.d_model)
-
-    def reset_parameters(self) -> None:
-        _truncated_normal(self.weight, self.std)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float, ops: SimpleNamespace) -> None:
-        super().__init__()
-        self.eps, self.ops = eps, ops
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        return self.ops.rms_norm(x, self.weight, self.eps, residual=residual)
 
 
 class Positions:
@@ -95,25 +55,20 @@ class Positions:
         self.cache = cache
 
 
-class Attention(nn.Module):
+class Attention(Sublayer):
     def __init__(self, config: ModelConfig, layer: int, ops: SimpleNamespace) -> None:
         super().__init__()
         d, H, K, D = config.d_model, config.n_head, config.n_kv_head, config.head_dim
-        self.layer, self.head_dim, self.ops = layer, D, ops
+        self.layer, self.heads, self.ops = layer, (H, K), ops
         self.context_length = config.context_length
         self.mask = {"causal": True, "window": config.window, "softcap": config.softcap}
-        self.q_proj, self.k_proj, self.v_proj = Linear(d, H * D), Linear(d, K * D), Linear(d, K * D)
+        self.qkv_proj = JoinedLinear(d, q_proj=H * D, k_proj=K * D, v_proj=K * D)
         self.o_proj = Linear(H * D, d)
         self.q_norm = RMSNorm(D, config.norm_eps, ops) if config.qk_norm else None
         self.k_norm = RMSNorm(D, config.norm_eps, ops) if config.qk_norm else None
 
     def forward(self, x: Tensor, at: Positions) -> Tensor:
-        # (B, T, heads * D) -> (B, heads, T, D), views
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        q, k = self.ops.rope(q, k, at.cos, at.sin, positions=at.rows)
+        q, k, v = self._rotated(self.qkv_proj(x), at)  # (B, heads, T, D)
         if at.cu_seqlens is not None:
             q, k, v = (y[0].transpose(0, 1) for y in (q, k, v))  # (T, heads, D)
             longest = min(x.shape[1], self.context_length)
@@ -124,20 +79,32 @@ class Attention(nn.Module):
         y = self.ops.flash_attention(q, k, v, **self.mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
+    def _rotated(self, qkv: Tensor, at: Positions) -> tuple[Tensor, Tensor, Tensor]:
+        H, K = self.heads
+        if self.q_norm is None or self.k_norm is None:
+            return self.ops.rope_qkv(qkv, at.cos, at.sin, H, K, positions=at.rows)
+        q, k, v = qkv.unflatten(-1, (H + 2 * K, -1)).split((H, K, K), 2)
+        q, k, v = (y.transpose(1, 2) for y in (self.q_norm(q), self.k_norm(k), v))
+        return *self.ops.rope(q, k, at.cos, at.sin, positions=at.rows), v
 
-class FeedForward(nn.Module):
+
+class FeedForward(Sublayer):
+    gate_up_proj: JoinedLinear | None
+
     def __init__(self, config: ModelConfig, ops: SimpleNamespace) -> None:
         super().__init__()
         d, F_ = config.d_model, config.d_ff
         self.ops = ops
-        self.gate_proj = Linear(d, F_) if config.ffn == "swiglu" else None
-        self.up_proj = Linear(d, F_)
+        if config.ffn == "swiglu":
+            self.gate_up_proj = JoinedLinear(d, gate_proj=F_, up_proj=F_)
+        else:
+            self.gate_up_proj, self.up_proj = None, Linear(d, F_)
         self.down_proj = Linear(F_, d)
 
     def forward(self, x: Tensor) -> Tensor:
-        up = self.up_proj(x)
-        h = F.gelu(up, approximate="tanh") if self.gate_proj is None else self.ops.swiglu(self.gate_proj(x), up)
-        return self.down_proj(h)
+        if self.gate_up_proj is None:
+            return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+        return self.down_proj(self.ops.swiglu(self.gate_up_proj(x)))
 
 
 class Block(nn.Module):
@@ -148,10 +115,20 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps, ops)
         self.ffn = FeedForward(config, ops)
 
-    def forward(self, x: Tensor, at: Positions) -> Tensor:
-        h = self.attention(self.attention_norm(x), at)
-        h, x = self.ffn_norm(h, residual=x)  # x + h and its norm in one pass over memory
-        return x + self.ffn(h)
+    def forward(self, x: Tensor, h: Tensor | None, at: Positions) -> tuple[Tensor, Tensor]:
+        """The stream before this block's FFN, and what the FFN adds to it: the next norm takes their sum.
+
+        x, h: the same of the block before; h is None where x is the whole stream.
+        """
+        y, x = self.attention_norm.of_sum(x, h)
+        y, x = self.ffn_norm.of_sum(x, self.attention(y, at))
+        return x, self.ffn(y)
+
+
+def _whole(block: Block, x: Tensor, at: Positions) -> Tensor:
+    """The block from stream to stream: what checkpointing keeps of it is then one tensor, not two."""
+    x, h = block(x, None, at)
+    return x + h
 
 
 class Transformer(nn.Module):
@@ -257,14 +234,15 @@ class Transformer(nn.Module):
         # torch 2.11 cannot compile is_autocast_available: of the devices used here meta alone has no autocast
         if device != "meta" and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
+        h = None
         for block in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, at, use_reentrant=False)
+                x = checkpoint(_whole, block, x, at, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, at)
+                x, h = block(x, h, at)
         if cache is not None:
             cache.length += tokens.shape[1]
-        return self.norm(x).view(*shape, -1)
+        return self.norm.of_sum(x, h)[0].view(*shape, -1)
 
     def _rows_in_documents(self, n_token: int, cu_seqlens: Tensor) -> Tensor:
         """Each token's position in its own document, (n_token,), without waiting for the device."""

@@ -59,6 +59,7 @@ class TrainConfig:
         dtype                   "float32", or "bfloat16" by torch.autocast (parameters and their updates stay float32)
         device                  "auto" (CUDA when there is one), or a torch device
         compile                 torch.compile the model
+        cuda_graph              on a GPU, replay a captured step: the host then costs no time
         checkpointing           recompute each block's activations in the backward pass instead of keeping them
         kernels                 "triton", "eager" (the oracle), or "auto": Triton on CUDA, else the fastest eager path
         peak_flops              FLOP/s that MFU is held against; None: measured by a short GEMM
@@ -98,6 +99,7 @@ class TrainConfig:
     dtype: str = "bfloat16"
     device: str = "auto"
     compile: bool = False
+    cuda_graph: bool = True
     checkpointing: bool = False
     kernels: str = "auto"
     peak_flops: float | None = None
