@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from .bpe import Tokenizer
+    from .tokenizer import Tokenizer
 
 app = typer.Typer(help="Train, apply and look into byte-level BPE tokenizers.", no_args_is_help=True)
 
@@ -100,7 +100,7 @@ def decode(
     """Decode a token file, or --ids, to text. The bytes are written as they are, valid UTF-8 or not."""
     import sys
 
-    from .encode_file import atomic, read_token_file
+    from .files import atomic, read_token_file
 
     loaded = load(tokenizer)
     if ids is not None:

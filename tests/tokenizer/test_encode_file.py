@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from rooflight.tokenizer import Tokenizer, encode_file
-from rooflight.tokenizer.encode_file import read_token_file
+from rooflight.tokenizer.files import read_token_file
 from support import bpe_reference
 
 END = "<|endoftext|>"

@@ -13,10 +13,9 @@ from itertools import repeat
 
 import numpy as np
 
-from .chunks import Cutter
-from .decode import ranges
-from .encode_words import MULTIPLIER, WordEncoder
-from .pretokenize import PADDING, SEPARATOR, Specials, pretokenize
+from ..pretokenize import PADDING, SEPARATOR, Cutter, Specials, pretokenize
+from ..tokens import ranges
+from .words import MULTIPLIER, WordEncoder
 
 # Words that each table remembers, and ids of words; past either all are forgotten, so that no text makes the memory
 # grow without bound.

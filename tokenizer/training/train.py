@@ -1,6 +1,6 @@
 """Training: files or documents in, vocabulary and merges out.
 
-count words in every process (chunks.py, pretokenize.py, count.py, workers.py)  ->  merge in one (merge.py)
+count words in every process (pretokenize/, count.py, workers.py)  ->  merge in one (merge.py)
 """
 
 from __future__ import annotations
@@ -10,12 +10,19 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from .chunks import Cutter, document_chunks, file_ranges, read_chunks
+from ..pretokenize import (
+    GPT2_PATTERN,
+    Cutter,
+    Specials,
+    document_chunks,
+    file_ranges,
+    pretokenize,
+    read_chunks,
+)
+from ..progress import progress_bars
+from ..workers import Crew, check_num_workers
 from .count import Tally, WordCounter, Words
 from .merge import MAX_TOKENS, learn_merges
-from .pretokenize import GPT2_PATTERN, Specials, pretokenize
-from .progress import progress_bars
-from .workers import Crew, check_num_workers
 
 Vocabulary = dict[int, bytes]
 Merges = list[tuple[bytes, bytes]]

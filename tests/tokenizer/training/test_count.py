@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rooflight.tokenizer.count import WordCounter, Words
 from rooflight.tokenizer.pretokenize import PADDING, SEPARATOR, Pretokens, pretokenize
+from rooflight.tokenizer.training.count import WordCounter, Words
 
 
 def pretokens_of(words: list[bytes]) -> Pretokens:

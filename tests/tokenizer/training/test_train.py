@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from rooflight.tokenizer import train, train_bpe, train_bpe_from_iterator
-from rooflight.tokenizer.chunks import file_ranges
+from rooflight.tokenizer import train_bpe, train_bpe_from_iterator
 from rooflight.tokenizer.pretokenize import GPT2_PATTERN
+from rooflight.tokenizer.pretokenize.chunks import file_ranges
+from rooflight.tokenizer.training import train
 from support import bpe_reference
 
 END = "<|endoftext|>"

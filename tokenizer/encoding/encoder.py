@@ -1,5 +1,5 @@
 """Whole texts to token ids: special tokens, then pre-tokens, then words. Short texts go word by word through a
-dictionary, long ones through the arrays of encode_text.py; the ids are the same."""
+dictionary, long ones through the arrays of text.py; the ids are the same."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from typing import cast
 import numpy as np
 import regex
 
-from .chunks import Cutter
-from .decode import TokenBytes
-from .encode_text import TextEncoder
-from .encode_words import WordEncoder
-from .pretokenize import SEPARATOR, Specials, compile_pattern, is_vectorised, pretokenize, utf8
+from ..pretokenize import SEPARATOR, Cutter, Specials, compile_pattern, is_vectorised, pretokenize, utf8
+from ..tokens import TokenBytes
+from .text import TextEncoder
+from .words import WordEncoder
 
 # Bytes of text whose new words are encoded together.
 PIECE = 1 << 22

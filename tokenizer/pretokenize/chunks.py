@@ -20,7 +20,9 @@ import stat
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
-from .pretokenize import GPT2_PATTERN, SEPARATOR, Specials, compile_pattern, is_vectorised, repair, utf8
+from .patterns import GPT2_PATTERN, compile_pattern, is_vectorised
+from .specials import Specials
+from .text import SEPARATOR, repair, utf8
 
 # Chunks that stay in the second-level cache with their class and boundary arrays.
 CHUNK_SIZE = 1 << 18

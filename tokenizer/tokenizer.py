@@ -4,26 +4,27 @@
     ids = tokenizer.encode("some text")
     assert tokenizer.decode(ids) == "some text"
 
-Text is UTF-8 encoded, split at special tokens, cut into pre-tokens (pretokenize.py), and the merges are applied inside
-each pre-token in the order of the merges list (encode_words.py).
+Text is UTF-8 encoded, split at special tokens, cut into pre-tokens (pretokenize/), and the merges are applied inside
+each pre-token in the order of the merges list (encoding/words.py).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, overload
 
 import numpy as np
 
 from . import encode_file as _files
-from . import formats
-from .decode import IncrementalDecoder, TokenBytes
-from .encode import SHORT_TEXT, STREAM_PIECE, Encoder, SpecialIds, cut_stream
-from .encode_words import WordEncoder
+from .decode import IncrementalDecoder
+from .definition import Definition
+from .encoding import SHORT_TEXT, STREAM_PIECE, Encoder, SpecialIds, WordEncoder, cut_stream
+from .formats import directory as own_format
+from .formats import hugging_face, tiktoken
 from .pretokenize import GPT2_PATTERN, Specials, compile_pattern, repair, utf8
+from .tokens import TokenBytes
 
 AllowedSpecial = Literal["all", "none", "none_raise"] | set[str] | frozenset[str]
 Offsets = list[tuple[int, int]]
@@ -82,21 +83,16 @@ class Tokenizer:
         return f"Tokenizer(vocab_size={self.vocab_size}, special_tokens={specials}, hash={self.hash[:12]})"
 
     def __reduce__(self) -> tuple:
-        # Workers get what defines a tokenizer, not its tables.
-        parts = formats.Parts(self.vocab, self.merges, list(self.special_tokens), self.pattern, self.ignore_merges)
-        return _build, (parts,)
+        return _build, (self.definition,)  # workers get what defines a tokenizer, not its tables
+
+    @property
+    def definition(self) -> Definition:
+        return Definition(self.vocab, self.merges, self.special_tokens, self.pattern, self.ignore_merges)
 
     @property
     def hash(self) -> str:
         """sha256 (hex) of all that decides which ids a text gets. Token files carry it."""
-        content = [
-            self.pattern,
-            [[i, token.hex()] for i, token in self.vocab.items()],
-            [[left.hex(), right.hex()] for left, right in self.merges],
-            sorted(self.special_tokens.items()),
-            self.ignore_merges,
-        ]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return self.definition.hash
 
     # ------------------------------------------------------------------------------------------------ encoding
 
@@ -146,7 +142,9 @@ class Tokenizer:
             texts = list(texts)
             for text in texts:
                 self._refuse_specials(text)
-        return list(_files.encode_batch(self, texts, self._allowed(allowed_special), num_workers=num_workers))
+        allowed = set(self._allowed(allowed_special).id_of)
+        encode_many = partial(self.encode_many, allowed_special=allowed)
+        return list(_files.encode_batch(encode_many, texts, num_workers=num_workers))
 
     def encode_many(
         self, texts: Sequence[str], *, allowed_special: AllowedSpecial = "all"
@@ -163,7 +161,16 @@ class Tokenizer:
         as U+FFFD, as in training. Both files appear whole or not at all, and are the same for any num_workers (None:
         one process for each core). progress: a bar on standard error.
         """
-        return _files.encode_file(self, Path(path), Path(out_path), num_workers=num_workers, progress=progress)
+        return _files.encode_file(
+            self.encode_bytes,
+            self.special_ids.cutter,
+            self.vocab_size,
+            self.hash,
+            Path(path),
+            Path(out_path),
+            num_workers=num_workers,
+            progress=progress,
+        )
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """Token ids (int32) of UTF-8 text, special tokens included; invalid sequences are read as U+FFFD."""
@@ -203,13 +210,13 @@ class Tokenizer:
 
     def save(self, directory: str | Path) -> None:
         """Write vocab.json, merges.txt (both as GPT-2 writes them) and tokenizer_config.json into `directory`."""
-        formats.save(self, Path(directory))
+        own_format.save(self.definition, Path(directory))
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
         """The tokenizer that save() wrote. Raises ValueError when the files no longer hold what was saved."""
-        parts, saved_hash = formats.read_directory(Path(directory))
-        tokenizer = _build(parts)
+        definition, saved_hash = own_format.read_directory(Path(directory))
+        tokenizer = _build(definition)
         if tokenizer.hash != saved_hash:
             raise ValueError(f"directory: the files of {directory} were changed after saving: their hash differs")
         return tokenizer
@@ -224,7 +231,7 @@ class Tokenizer:
         pattern: str = GPT2_PATTERN,
     ) -> Tokenizer:
         """From GPT-2's vocab.json (encoder.json) and merges.txt (vocab.bpe), or files of that form."""
-        vocab, merges = formats.read_gpt2(Path(vocab_path), Path(merges_path), special_tokens or ())
+        vocab, merges = own_format.read_gpt2(Path(vocab_path), Path(merges_path), special_tokens or ())
         return cls(vocab, merges, special_tokens, pattern=pattern)
 
     def export_hf(self, path: str | Path) -> None:
@@ -232,7 +239,7 @@ class Tokenizer:
 
         With a custom pattern: on texts that the pattern matches wholly, where the two regular-expression engines agree.
         """
-        formats.export_hf(self, Path(path))
+        hugging_face.export_hf(self.definition, Path(path))
 
     @classmethod
     def from_hf(cls, path: str | Path) -> Tokenizer:
@@ -241,7 +248,7 @@ class Tokenizer:
         Raises ValueError on a model, normalizer or pre-tokenizer of another kind. Post-processors, which add tokens at
         the ends, are left out.
         """
-        return _build(formats.read_hf(Path(path)))
+        return _build(hugging_face.read_hf(Path(path)))
 
     def export_tiktoken(self, path: str | Path) -> None:
         """Write the ranks of the ordinary tokens as tiktoken.load.load_tiktoken_bpe reads them.
@@ -249,7 +256,7 @@ class Tokenizer:
         tiktoken has no merges list: it merges whatever two neighbours make a token, the smallest id first. Raises
         ValueError when the merges list does not say the same; a list in the order of the ids, as trained, does.
         """
-        formats.export_tiktoken(self, Path(path))
+        tiktoken.export_tiktoken(self.definition, Path(path))
 
     @classmethod
     def from_tiktoken(
@@ -259,12 +266,12 @@ class Tokenizer:
         special_tokens: Sequence[str] | Mapping[str, int] = (),
     ) -> Tokenizer:
         """From tiktoken's ranks; special tokens get the ids after the largest rank unless a mapping gives them."""
-        return _build(formats.read_tiktoken(Path(path), special_tokens, pattern))
+        return _build(tiktoken.read_tiktoken(Path(path), special_tokens, pattern))
 
 
-def _build(parts: formats.Parts) -> Tokenizer:
-    vocab, merges, special_tokens, pattern, ignore_merges = parts
-    return Tokenizer(vocab, merges, special_tokens, pattern=pattern, ignore_merges=ignore_merges)
+def _build(definition: Definition) -> Tokenizer:
+    vocab, merges, special_tokens, pattern, ignore_merges = definition
+    return Tokenizer(vocab, merges, list(special_tokens), pattern=pattern, ignore_merges=ignore_merges)
 
 
 def _check_vocab(vocab: Mapping[int, bytes]) -> dict[bytes, int]:
