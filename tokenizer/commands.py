@@ -33,6 +33,7 @@ def train(
     ],
     pattern: Annotated[str | None, typer.Option(help="Regular expression of the pre-tokens; default, GPT-2's.")] = None,
     max_words: Annotated[int | None, typer.Option(help="Merge only so many of the most frequent words.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the tokenizer that OUT holds.")] = False,
     num_workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
@@ -40,7 +41,13 @@ def train(
     import time
 
     from . import GPT2_PATTERN, Tokenizer, train_bpe
+    from .files import refuse_same_file
+    from .formats.directory import FILES
 
+    for name in FILES:
+        refuse_same_file("out", out / name, *text)
+        if (out / name).exists() and not overwrite:
+            raise ValueError(f"out: {out} holds {name} already, expected another folder or --overwrite")
     start = time.perf_counter()
     pattern = pattern or GPT2_PATTERN
     vocab, merges = train_bpe(
@@ -100,7 +107,7 @@ def decode(
     """Decode a token file, or --ids, to text. The bytes are written as they are, valid UTF-8 or not."""
     import sys
 
-    from .files import atomic, read_token_file
+    from .files import atomic, header_path, read_token_file, refuse_same_file
 
     loaded = load(tokenizer)
     if ids is not None:
@@ -108,6 +115,8 @@ def decode(
         return
     if file is None:
         raise ValueError("file: got neither a file nor --ids, expected one of them")
+    if out is not None:
+        refuse_same_file("out", out, file, header_path(file))
     tokens, header = read_token_file(file)
     if header["tokenizer_hash"] != loaded.hash:
         raise ValueError(

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import atomic, header_path, token_dtype, write_token_header
+from .encoding import cut_stream
+from .files import header_path, refuse_same_file, token_dtype, token_file
+from .inputs import is_regular, open_text
 from .pretokenize import Cutter, file_ranges
 from .progress import progress_bars
 from .workers import Crew, check_num_workers
@@ -33,20 +35,31 @@ def encode_file(
 ) -> int:
     """See Tokenizer.encode_file. `encode` gives the ids of a part of the file; it is sent to other processes."""
     num_workers = check_num_workers(num_workers)
-    dtype = token_dtype(vocab_size)
-    tasks = [(path, *span) for span in file_ranges(path, cutter, _TASK)]
-    n_bytes = tasks[-1][2] if tasks else 0
-    n_tokens = 0
-    # A reader refuses a token file without a header, but could not tell that the header is of another.
-    with progress_bars(progress) as bar, atomic(out_path, replaces_first=header_path(out_path)) as out:
+    refuse_same_file("out_path", out_path, path)
+    refuse_same_file("out_path", header_path(out_path), path)
+    n_bytes = path.stat().st_size if is_regular(path) else None
+    n_done = 0
+    make = partial(_FileWorker, encode, token_dtype(vocab_size))
+    with progress_bars(progress) as bar, token_file(out_path, vocab_size, tokenizer_hash) as (out, header):
         advance = bar("Encoding", n_bytes)
-        with Crew(partial(_FileWorker, encode, dtype), num_workers) as crew:
-            for (_, start, stop), ids in zip(tasks, crew.map(tasks), strict=True):
+        with Crew(make, num_workers) as crew:
+            for ids, n in crew.map(_tasks(path, cutter)):
                 out.write(ids)
-                n_tokens += len(ids) // dtype.itemsize
-                advance(stop - start)
-    write_token_header(out_path, vocab_size, tokenizer_hash, n_tokens, n_bytes)
-    return n_tokens
+                n_done += n
+                advance(n)
+        header["n_bytes"] = n_done
+    return out.n_tokens
+
+
+def _tasks(path: Path, cutter: Cutter) -> Iterable[bytes | tuple[Path, int, int]]:
+    if is_regular(path):
+        return [(path, *span) for span in file_ranges(path, cutter, _TASK)]
+    return _pieces(path, cutter)
+
+
+def _pieces(path: Path, cutter: Cutter) -> Iterator[bytes]:
+    with open_text(path) as file:
+        yield from cut_stream(iter(partial(file.read, _TASK), b""), cutter, _TASK)
 
 
 def encode_batch(encode_many: EncodeMany, texts: Iterable[str], *, num_workers: int | None) -> Iterator[list[int]]:
@@ -65,14 +78,19 @@ class _FileWorker:
         self._encode = encode
         self._dtype = dtype
 
-    def run(self, task: tuple[Path, int, int]) -> bytes:
-        path, start, stop = task
-        with path.open("rb") as file:
-            file.seek(start)
-            data = file.read(stop - start)
-        if len(data) < stop - start:
-            raise OSError(f"{path} became shorter while it was read")
-        return self._encode(data).astype(self._dtype).tobytes()
+    def run(self, task: bytes | tuple[Path, int, int]) -> tuple[bytes, int]:
+        """The ids, and of how many bytes."""
+        data = task if isinstance(task, bytes) else _read(*task)
+        return self._encode(data).astype(self._dtype).tobytes(), len(data)
+
+
+def _read(path: Path, start: int, stop: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        data = file.read(stop - start)
+    if len(data) < stop - start:
+        raise OSError(f"{path} became shorter while it was read")
+    return data
 
 
 class _BatchWorker:

@@ -6,16 +6,62 @@ type, how many, of how much text, and the hash of the tokenizer that made them.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import secrets
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 FORMAT, VERSION = "rooflight-tokens", 1
+
+
+class TokenFile:
+    """A token file that is being written."""
+
+    def __init__(self, out: IO[bytes], dtype: np.dtype) -> None:
+        self._out = out
+        self._dtype = dtype
+        self.n_tokens = 0
+
+    def write(self, ids: bytes) -> None:
+        self._out.write(ids)
+        self.n_tokens += len(ids) // self._dtype.itemsize
+
+
+@contextmanager
+def token_file(path: Path, vocab_size: int, tokenizer_hash: str) -> Iterator[tuple[TokenFile, dict[str, Any]]]:
+    """A token file to write to, and its header, to which n_bytes is to be added: both appear when the block ends.
+
+    A pipe or device gets the ids alone.
+    """
+    dtype = token_dtype(vocab_size)
+    header = {
+        "format": FORMAT,
+        "version": VERSION,
+        "dtype": dtype.name,
+        "vocab_size": vocab_size,
+        "tokenizer_hash": tokenizer_hash,
+    }
+    with _written(path) as out:
+        written = TokenFile(out, dtype)
+        yield written, header
+        if not _is_stream(path):
+            with _written(header_path(path)) as header_out:
+                header_out.write(_json(header | {"n_tokens": written.n_tokens, "n_bytes": header["n_bytes"]}))
+                for file in out, header_out:
+                    file.flush()
+                    os.fsync(file.fileno())
+                with _locked(path.parent):
+                    # A reader refuses a token file without a header, but could not tell that the header is of another.
+                    header_path(path).unlink(missing_ok=True)
+                    os.replace(out.name, path)
+                    os.replace(header_out.name, header_path(path))
 
 
 def read_token_file(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
@@ -31,21 +77,6 @@ def read_token_file(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     return np.memmap(path, dtype, mode="r"), header
 
 
-def write_token_header(path: Path, vocab_size: int, tokenizer_hash: str, n_tokens: int, n_bytes: int) -> None:
-    write_json(
-        header_path(path),
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "dtype": token_dtype(vocab_size).name,
-            "vocab_size": vocab_size,
-            "tokenizer_hash": tokenizer_hash,
-            "n_tokens": n_tokens,
-            "n_bytes": n_bytes,
-        },
-    )
-
-
 def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
@@ -55,28 +86,30 @@ def header_path(path: Path) -> Path:
 
 
 @contextmanager
-def atomic(path: Path, replaces_first: Path | None = None) -> Iterator[IO[bytes]]:
+def atomic(path: Path) -> Iterator[IO[bytes]]:
     """A file to write to that becomes `path` when the block ends without an exception, and vanishes otherwise.
 
-    replaces_first: a file about `path` as it was before, removed just before.
+    A pipe or device is written to as it is.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as out:
-            yield out
+    with _written(path) as out:
+        yield out
+        if not _is_stream(path):
             out.flush()
             os.fsync(out.fileno())
-        if replaces_first is not None:
-            replaces_first.unlink(missing_ok=True)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            os.replace(out.name, path)
+
+
+def refuse_same_file(argument: str, path: Path, *inputs: Path) -> None:
+    """Raises ValueError when `path`, to be written to, is one of the inputs, by a link or another name too."""
+    for source in inputs:
+        with suppress(FileNotFoundError):
+            if not _is_stream(path) and os.path.samefile(path, source):
+                raise ValueError(f"{argument}: {path} is the input {source}, expected another file")
 
 
 def write_json(path: Path, content: Any) -> None:
     with atomic(path) as out:
-        out.write(json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
+        out.write(_json(content))
 
 
 def read_json(path: Path) -> Any:
@@ -85,3 +118,43 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # no UTF-8, or no JSON
         raise ValueError(f"{path} is no JSON: {error}") from None
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[IO[bytes]]:
+    """A file beside `path`, of a name that no other writer has, which is gone when the block ends unless renamed."""
+    if _is_stream(path):
+        with path.open("wb") as out:
+            yield out
+        return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as out:
+            yield out
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether `path` is a pipe or a device."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One writer at a time, of all threads and processes, in this block."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -28,6 +28,8 @@ from .tokens import TokenBytes
 
 AllowedSpecial = Literal["all", "none", "none_raise"] | set[str] | frozenset[str]
 Offsets = list[tuple[int, int]]
+# Sets of allowed special tokens that a tokenizer remembers.
+_MAX_SETS = 64
 
 
 class Tokenizer:
@@ -35,7 +37,8 @@ class Tokenizer:
 
     vocab: token id to bytes; ids 0, 1, ... without holes below the largest, but for special tokens.
     merges: pairs of tokens; the earlier in the list, the earlier merged.
-    special_tokens: strings that are one token each. One that the vocabulary lacks is appended to it.
+    special_tokens: strings that are one token each, or these with their ids. One that the vocabulary lacks is appended
+        to it. Its bytes may be an ordinary token's too; of the two ids it then has the smaller, unless ids are given.
     pattern: the regular expression (of the `regex` module) whose matches are the pre-tokens.
     ignore_merges: a pre-token that is a token is that token, whatever its merges give. (Llama 3 and tiktoken do so; of
         a trained vocabulary it changes nothing.)
@@ -48,35 +51,30 @@ class Tokenizer:
         self,
         vocab: Mapping[int, bytes],
         merges: Iterable[tuple[bytes, bytes]],
-        special_tokens: Sequence[str] | None = None,
+        special_tokens: Sequence[str] | Mapping[str, int] | None = None,
         *,
         pattern: str = GPT2_PATTERN,
         ignore_merges: bool = False,
     ) -> None:
         self.pattern = pattern
         self.ignore_merges = ignore_merges
-        self.vocab: dict[int, bytes] = dict(sorted(vocab.items()))
+        self.vocab: dict[int, bytes] = dict(vocab)
         self.merges: list[tuple[bytes, bytes]] = [(left, right) for left, right in merges]
         compile_pattern(pattern)
-        specials = Specials(special_tokens or ())
-        id_of = _check_vocab(self.vocab)
-        for token in specials.encoded:
-            if token not in id_of:
-                id_of[token] = max(self.vocab, default=-1) + 1
-                self.vocab[id_of[token]] = token
-        self.special_tokens: dict[str, int] = {
-            text: id_of[token] for text, token in zip(specials.tokens, specials.encoded, strict=True)
-        }
-        _check_holes(self.vocab, set(self.special_tokens.values()))
+        self.special_tokens = _special_ids(special_tokens or (), self.vocab)
+        self.vocab = dict(sorted(self.vocab.items()))
+        special_ids = set(self.special_tokens.values())
+        id_of = _check_vocab(self.vocab, special_ids)
+        _check_holes(self.vocab, special_ids)
         self.vocab_size = max(self.vocab) + 1
         byte_ids = [id_of[bytes([b])] for b in range(256)]
         pairs = _check_merges(self.merges, id_of)
-        special_ids = set(self.special_tokens.values())
         whole = {t: i for t, i in id_of.items() if i not in special_ids} if ignore_merges else {}
         self._tokens = TokenBytes(self.vocab)
         self._encoder = Encoder(WordEncoder(byte_ids, pairs, self._tokens, whole), pattern, self._tokens)
         self.special_ids = SpecialIds(self.special_tokens, pattern)
         self._no_special_ids = SpecialIds({}, pattern)
+        self._some_special_ids: dict[frozenset[str], SpecialIds] = {}
 
     def __repr__(self) -> str:
         specials = list(self.special_tokens)
@@ -111,6 +109,8 @@ class Tokenizer:
         offsets: also return, for each id, the (start, end) of its characters in `text`. Tokens that split one character
         between them all have that character's.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"text: got {type(text).__name__}, expected str")
         allowed = self.special_ids if allowed_special == "all" else self._allowed(allowed_special)
         if allowed_special == "none_raise":
             self._refuse_specials(text)
@@ -150,6 +150,11 @@ class Tokenizer:
         self, texts: Sequence[str], *, allowed_special: AllowedSpecial = "all"
     ) -> tuple[np.ndarray, list[int]]:
         """The ids (int32) of all texts, one text after another, and how many each text has. In this process."""
+        if isinstance(texts, str | bytes):
+            raise ValueError(f"texts: got {type(texts).__name__}, expected a sequence of str")
+        if allowed_special == "none_raise":
+            for text in texts:
+                self._refuse_specials(text)
         return self._encoder.encode_many([utf8(text) for text in texts], self._allowed(allowed_special))
 
     def encode_file(
@@ -184,9 +189,15 @@ class Tokenizer:
             return self._no_special_ids
         if isinstance(allowed, str):
             raise ValueError(f"allowed_special: got {allowed!r}, expected 'all', 'none', 'none_raise' or a set")
-        if unknown := set(allowed) - set(self.special_tokens):
+        key = frozenset(allowed)
+        if key in self._some_special_ids:
+            return self._some_special_ids[key]
+        if unknown := key - set(self.special_tokens):
             raise ValueError(f"allowed_special: {unknown} are not special tokens of this tokenizer")
-        return SpecialIds({t: i for t, i in self.special_tokens.items() if t in allowed}, self.pattern)
+        if len(self._some_special_ids) > _MAX_SETS:
+            self._some_special_ids.clear()
+        some = {t: i for t, i in self.special_tokens.items() if t in key}
+        return self._some_special_ids.setdefault(key, SpecialIds(some, self.pattern))
 
     def _refuse_specials(self, text: str) -> None:
         if len(parts := self.special_ids.split(text)) > 1:
@@ -231,15 +242,16 @@ class Tokenizer:
         pattern: str = GPT2_PATTERN,
     ) -> Tokenizer:
         """From GPT-2's vocab.json (encoder.json) and merges.txt (vocab.bpe), or files of that form."""
-        vocab, merges = own_format.read_gpt2(Path(vocab_path), Path(merges_path), special_tokens or ())
+        vocab, merges = own_format.read_gpt2(Path(vocab_path), Path(merges_path), dict.fromkeys(special_tokens or ()))
         return cls(vocab, merges, special_tokens, pattern=pattern)
 
     def export_hf(self, path: str | Path) -> None:
         """Write a tokenizer.json for Hugging Face tokenizers and transformers, which then gives the same ids.
 
         With a custom pattern: on texts that the pattern matches wholly, where the two regular-expression engines agree.
+        Where `tokenizers` is installed it is tried on texts of many kinds; raises ValueError when an id differs.
         """
-        hugging_face.export_hf(self.definition, Path(path))
+        hugging_face.export_hf(self.definition, Path(path), self.encode)
 
     @classmethod
     def from_hf(cls, path: str | Path) -> Tokenizer:
@@ -271,17 +283,38 @@ class Tokenizer:
 
 def _build(definition: Definition) -> Tokenizer:
     vocab, merges, special_tokens, pattern, ignore_merges = definition
-    return Tokenizer(vocab, merges, list(special_tokens), pattern=pattern, ignore_merges=ignore_merges)
+    return Tokenizer(vocab, merges, special_tokens, pattern=pattern, ignore_merges=ignore_merges)
 
 
-def _check_vocab(vocab: Mapping[int, bytes]) -> dict[bytes, int]:
+def _special_ids(special_tokens: Sequence[str] | Mapping[str, int], vocab: dict[int, bytes]) -> dict[str, int]:
+    """The special tokens with their ids; adds those to `vocab` that it lacks."""
+    specials = Specials(special_tokens)
+    known = {token: i for i, token in reversed(vocab.items()) if type(token) is bytes} if specials.tokens else {}
+    ids = {}
+    for text, token in zip(specials.tokens, specials.encoded, strict=True):
+        if isinstance(special_tokens, Mapping):
+            i = special_tokens[text]
+            if vocab.get(i, token) != token:
+                raise ValueError(f"special_tokens: {text!r} has the id {i}, which is that of {vocab[i]!r}")
+        else:
+            i = known[token] if token in known else max(vocab, default=-1) + 1
+        ids[text] = i
+        vocab[i] = token
+    return ids
+
+
+def _check_vocab(vocab: Mapping[int, bytes], special_ids: set[int]) -> dict[bytes, int]:
+    """The id of each token, of an ordinary one where a special one has the same bytes."""
     for i, token in vocab.items():
         if type(i) is not int or i < 0 or type(token) is not bytes or not token:
             raise ValueError(f"vocab: {i!r}: {token!r}, expected an id >= 0 and non-empty bytes")
     id_of = {token: i for i, token in vocab.items()}
     if len(id_of) < len(vocab):
-        i, token = next((i, token) for i, token in vocab.items() if id_of[token] != i)
-        raise ValueError(f"vocab: ids {i} and {id_of[token]} are both {token!r}")
+        ordinary = {i: token for i, token in vocab.items() if i not in special_ids}
+        id_of |= {token: i for i, token in ordinary.items()}
+        if twice := [(i, token) for i, token in ordinary.items() if id_of[token] != i]:
+            i, token = twice[0]
+            raise ValueError(f"vocab: ids {i} and {id_of[token]} are both {token!r}")
     for byte in range(256):
         if bytes([byte]) not in id_of:
             raise ValueError(f"vocab: the single byte {bytes([byte])!r} is missing, expected all 256")

@@ -46,8 +46,15 @@ class TokenBytes:
         return self._heads.astype(np.uint8), self._loads.take(self._offsets + self.sizes - 1).astype(np.uint8)
 
     def join(self, ids: Iterable[int]) -> bytes:
-        """The tokens' bytes, one after another. Raises ValueError on an id that is not in the vocabulary."""
-        if not isinstance(ids, np.ndarray):
+        """The tokens' bytes, one after another, of arrays and tensors row after row.
+
+        Raises ValueError on an id that is not in the vocabulary.
+        """
+        if hasattr(ids, "__array__"):
+            array_of_ids = np.asarray(ids.cpu() if hasattr(ids, "cpu") else ids).reshape(-1)
+            if array_of_ids.dtype.kind not in "iu" and len(array_of_ids):
+                raise ValueError(f"ids: got {array_of_ids.dtype}, expected integers")
+        else:
             ids = ids if isinstance(ids, list) else list(ids)
             try:
                 # Of an array's types one that takes a list fastest, and that refuses negative numbers.
@@ -55,19 +62,21 @@ class TokenBytes:
                 if len(ids) < _SHORT:
                     # A third less than map() takes; of one id itemgetter() makes no tuple.
                     return b"".join(itemgetter(*ids)(self._tokens) if len(ids) > 1 else [self._tokens[i] for i in ids])
-                ids = np.frombuffer(numbers, np.int64)
             except (TypeError, OverflowError, IndexError):
                 raise self._not_in_vocabulary(ids) from None
-        elif ids.dtype.kind not in "iu" and len(ids):
-            raise ValueError(f"ids: got {ids.dtype}, expected integers")
-        elif ids.dtype.kind == "i" and len(ids) and ids.min() < 0:
-            raise self._not_in_vocabulary(ids)
-        return b"".join([self._join(ids[i : i + _BLOCK]) for i in range(0, len(ids), _BLOCK)])
+            array_of_ids = np.frombuffer(numbers, np.uint64)
+        # Where a number has the sign bit set, it is negative or beyond every vocabulary.
+        signed = array_of_ids
+        if signed.dtype.kind == "u":
+            signed = signed.astype(np.uint64, copy=False).view(np.int64)
+        if len(signed) and signed.min() < 0:
+            raise self._not_in_vocabulary(array_of_ids)
+        return b"".join([self._join(signed[i : i + _BLOCK]) for i in range(0, len(signed), _BLOCK)])
 
     def _join(self, ids: np.ndarray) -> memoryview:
         try:
             sizes = self.sizes.take(ids)
-        except (IndexError, TypeError):  # numpy does not take by uint64
+        except IndexError:
             raise self._not_in_vocabulary(ids) from None
         if self._has_gaps and not sizes.all():
             raise self._not_in_vocabulary(ids)

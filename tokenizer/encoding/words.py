@@ -68,11 +68,12 @@ class WordEncoder:
         short = (np.minimum(self._tokens.sizes, LONGEST + 1) % (LONGEST + 1)).nonzero()[0]
         lengths = self._tokens.sizes.take(short)
         data = self._tokens.join(short)
-        _, counts = self.encode_words(data, np.cumsum(lengths) - lengths, lengths)
+        ids, counts = self.encode_words(data, np.cumsum(lengths) - lengths, lengths)
         words = {}
-        for i in short[counts == 1].tolist():
+        # (The id is another than the token's own where a special token has the same bytes.)
+        for token, i in zip(short[counts == 1].tolist(), ids[np.repeat(counts == 1, counts)].tolist(), strict=True):
             with suppress(UnicodeDecodeError):
-                words[self._tokens.join([i]).decode()] = (i,)
+                words[self._tokens.join([token]).decode()] = (i,)
         return words
 
     def encode_words(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from operator import itemgetter
 from typing import Any
 
 from ..definition import Definition
@@ -37,24 +38,31 @@ def from_printable(text: str) -> bytes:
         raise ValueError(f"token {text!r}: {error.args[0]!r} is none of GPT-2's 256 stand-ins for bytes") from None
 
 
-def printable_vocab(definition: Definition) -> dict[str, int]:
+def printable_vocab(definition: Definition, *, leave_out: bool = False) -> dict[str, int]:
+    """Tokens as vocab.json has them; special ones are plain text.
+
+    One may then be written as another token is: left out, or a ValueError.
+    """
     special_ids = set(definition.special_tokens.values())
-    vocab = {token.decode() if i in special_ids else printable(token): i for i, token in definition.vocab.items()}
-    if len(vocab) < len(definition.vocab):
-        raise ValueError("special_tokens: one is written as another token is by GPT-2's stand-ins for bytes")
-    return vocab
+    vocab = {printable(token): i for i, token in definition.vocab.items() if i not in special_ids}
+    for text, i in definition.special_tokens.items():
+        if vocab.setdefault(text, i) != i and not leave_out:
+            raise ValueError(f"special_tokens: {text!r} is written as another token is by GPT-2's stand-ins for bytes")
+    return dict(sorted(vocab.items(), key=itemgetter(1)))
 
 
 def printable_merges(definition: Definition) -> list[str]:
     return [f"{printable(left)} {printable(right)}" for left, right in definition.merges]
 
 
-def parse_vocab(written: Any, specials: set[str], where: str) -> dict[int, bytes]:
+def parse_vocab(written: Any, specials: Mapping[str, int | None], where: str) -> dict[int, bytes]:
+    """vocab.json's content. specials: tokens that are plain text, where they have the id given (None: any)."""
     if not isinstance(written, dict) or not all(type(i) is int for i in written.values()):
         raise ValueError(f"{where} holds no JSON object of tokens and ids")
     if len(set(written.values())) < len(written):
         raise ValueError(f"{where} gives one id to two tokens")
-    return {i: token.encode() if token in specials else from_printable(token) for token, i in written.items()}
+    plain = {token for token in specials if token in written and specials[token] in (None, written[token])}
+    return {i: token.encode() if token in plain else from_printable(token) for token, i in written.items()}
 
 
 def parse_merges(written: Sequence[str | list[str]], where: str) -> list[tuple[bytes, bytes]]:

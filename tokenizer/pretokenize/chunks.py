@@ -3,6 +3,7 @@
     Cutter(specials, pattern).find(data, at)            the first safe cut
     file_ranges(path, cutter, size) -> [(start, stop)]  a file in pieces for several processes
     read_chunks(path, start, stop, cutter, size)        a piece in chunks: valid UTF-8, special tokens as separators
+    stream_chunks(path, cutter, size)                   a pipe in such chunks
     document_chunks(documents, cutter, size)            the same from an iterable of str
 
 A cut is safe when the pre-tokens of the two sides, put end to end, are those of the whole. With the GPT-2 pattern that
@@ -16,10 +17,11 @@ from __future__ import annotations
 
 import os
 import re
-import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from itertools import pairwise
+from typing import IO
 
+from ..inputs import open_text
 from .patterns import GPT2_PATTERN, compile_pattern, is_vectorised
 from .specials import Specials
 from .text import SEPARATOR, repair, utf8
@@ -72,16 +74,14 @@ class Cutter:
 def file_ranges(path: str | os.PathLike[str], cutter: Cutter, size: int = RANGE_SIZE) -> list[tuple[int, int]]:
     """The file as consecutive (start, stop) in bytes, each about `size` long, with safe cuts between.
 
-    Raises FileNotFoundError when there is no such file, ValueError when it is no regular file.
+    Raises FileNotFoundError when there is no such file, ValueError when it is no text.
     """
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"input_path: {os.fspath(path)!r} is no regular file")
     size = max(size, cutter.margin)
     cuts = [0]
-    with open(path, "rb", buffering=0) as file:
+    with open_text(path) as file:
+        n_bytes = os.fstat(file.fileno()).st_size
         at = size
-        while at < status.st_size:
+        while at < n_bytes:
             file.seek(at - cutter.margin)
             window = file.read(cutter.margin + _WINDOW)
             cut = cutter.find(window, cutter.margin)
@@ -90,7 +90,7 @@ def file_ranges(path: str | os.PathLike[str], cutter: Cutter, size: int = RANGE_
                 at = cuts[-1] + size
             else:
                 at += max(1, len(window) - 2 * cutter.margin)
-    cuts.append(status.st_size)
+    cuts.append(n_bytes)
     return [(start, stop) for start, stop in pairwise(cuts) if start < stop]
 
 
@@ -103,23 +103,36 @@ def read_chunks(
     """
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
-        left = stop - start
-        pending = b""
-        while left:
-            # As much as is pending already: a stretch without cuts costs time linear in its length.
-            block = file.read(min(left, max(size, len(pending)) + cutter.margin))
-            if not block:
-                raise OSError(f"{os.fspath(path)!r} ends {left} bytes before its size of a moment ago")
-            left -= len(block)
-            searched = max(size, len(pending) - cutter.margin)
-            pending += block
-            done = 0
-            while left and (cut := cutter.find(pending, searched)) >= 0:
-                yield cutter.mask(pending[done:cut])
-                done, searched = cut, cut + size
-            pending = pending[done:]
-        if pending:
-            yield cutter.mask(pending)
+        left = yield from _chunks(file, stop - start, cutter, size)
+        if left:
+            raise OSError(f"{os.fspath(path)!r} ends {left} bytes before its size of a moment ago")
+
+
+def stream_chunks(path: str | os.PathLike[str], cutter: Cutter, size: int = CHUNK_SIZE) -> Iterator[bytes]:
+    """read_chunks of a pipe or device, to its end. Raises ValueError when it is no text."""
+    with open_text(path) as file:
+        yield from _chunks(file, 1 << 62, cutter, size)
+
+
+def _chunks(file: IO[bytes], left: int, cutter: Cutter, size: int) -> Generator[bytes, None, int]:
+    """Chunks of the next `left` bytes, fewer where the file ends. Returns how many bytes were missing."""
+    pending = b""
+    while left:
+        # As much as is pending already: a stretch without cuts costs time linear in its length.
+        block = file.read(min(left, max(size, len(pending)) + cutter.margin))
+        if not block:
+            break
+        left -= len(block)
+        searched = max(size, len(pending) - cutter.margin)
+        pending += block
+        done = 0
+        while left and (cut := cutter.find(pending, searched)) >= 0:
+            yield cutter.mask(pending[done:cut])
+            done, searched = cut, cut + size
+        pending = pending[done:]
+    if pending:
+        yield cutter.mask(pending)
+    return left
 
 
 def document_chunks(documents: Iterable[str], cutter: Cutter, size: int = CHUNK_SIZE) -> Iterator[bytes]:

@@ -35,7 +35,9 @@ class Pretokens(NamedTuple):
 
 
 def utf8(text: str) -> bytes:
-    """UTF-8 of `text`. Raises ValueError on a lone surrogate, which has none."""
+    """UTF-8 of `text`. Raises ValueError on a lone surrogate, which has none, and on what is no str."""
+    if not isinstance(text, str):
+        raise ValueError(f"text: got {type(text).__name__}, expected str")
     try:
         return text.encode()
     except UnicodeEncodeError as error:

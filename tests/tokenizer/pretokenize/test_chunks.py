@@ -107,7 +107,7 @@ def test_an_empty_file_has_no_ranges(tmp_path):
 
 
 def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is no regular file"):
+    with pytest.raises(ValueError, match="is a folder, expected a text file"):
         file_ranges(tmp_path, Cutter(Specials([])))
 
 
