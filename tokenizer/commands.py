@@ -31,7 +31,7 @@ def train(
     special_token: Annotated[list[str], typer.Option(help="Bounds documents; may be given several times.")] = [  # noqa: B006
         END_OF_TEXT
     ],
-    pattern: Annotated[str | None, typer.Option(help="Regular expression of the pre-tokens; default, GPT-2's.")] = None,
+    pattern: Annotated[str, typer.Option(help="gpt2, cl100k, o200k, llama3, ... or a regular expression.")] = "gpt2",
     max_words: Annotated[int | None, typer.Option(help="Merge only so many of the most frequent words.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the tokenizer that OUT holds.")] = False,
     num_workers: Workers = None,
@@ -40,7 +40,7 @@ def train(
     """Train a tokenizer on text files."""
     import time
 
-    from . import GPT2_PATTERN, Tokenizer, train_bpe
+    from . import Tokenizer, train_bpe
     from .files import refuse_same_file
     from .formats.directory import FILES
 
@@ -49,7 +49,6 @@ def train(
         if (out / name).exists() and not overwrite:
             raise ValueError(f"out: {out} holds {name} already, expected another folder or --overwrite")
     start = time.perf_counter()
-    pattern = pattern or GPT2_PATTERN
     vocab, merges = train_bpe(
         text,
         vocab_size,
@@ -147,7 +146,7 @@ def inspect(
     rows = [
         ("vocabulary", f"{loaded.vocab_size:,} tokens, {len(loaded.merges):,} merges"),
         ("special tokens", specials or "none"),
-        ("pattern", loaded.pattern),
+        *(("pattern", part) for part in ([loaded.pattern] if isinstance(loaded.pattern, str) else loaded.pattern)),
         ("hash", loaded.hash),
         *(("longest tokens", f"{len(token)} bytes  {token!r}") for token in _longest(loaded)[:longest]),
     ]

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 class Definition(NamedTuple):
     """vocab: id to bytes, special tokens among them.  merges: pairs of tokens, the first one merged first.
-    special_tokens: text to id.  pattern: the regular expression of the pre-tokens.  ignore_merges: see Tokenizer.
+    special_tokens: text to id.  pattern: the regular expressions of the pre-tokens.  ignore_merges: see Tokenizer.
     """
 
     vocab: dict[int, bytes]
     merges: list[tuple[bytes, bytes]]
     special_tokens: dict[str, int]
-    pattern: str
+    pattern: str | tuple[str, ...]
     ignore_merges: bool = False
 
     @property

@@ -23,7 +23,7 @@ from .definition import Definition
 from .encoding import SHORT_TEXT, STREAM_PIECE, Encoder, SpecialIds, WordEncoder, cut_stream
 from .formats import directory as own_format
 from .formats import hugging_face, tiktoken
-from .pretokenize import GPT2_PATTERN, Specials, compile_pattern, repair, utf8
+from .pretokenize import GPT2_PATTERN, Pattern, Specials, repair, resolve, utf8
 from .tokens import TokenBytes
 
 AllowedSpecial = Literal["all", "none", "none_raise"] | set[str] | frozenset[str]
@@ -39,7 +39,9 @@ class Tokenizer:
     merges: pairs of tokens; the earlier in the list, the earlier merged.
     special_tokens: strings that are one token each, or these with their ids. One that the vocabulary lacks is appended
         to it. Its bytes may be an ordinary token's too; of the two ids it then has the smaller, unless ids are given.
-    pattern: the regular expression (of the `regex` module) whose matches are the pre-tokens.
+    pattern: "gpt2", "cl100k", "o200k", "llama3", "qwen2", "deepseek"; or a regular expression (of the `regex` module)
+        whose matches are the pre-tokens; or several, each of which splits what those before it left, and there what
+        none matches is a pre-token too.
     ignore_merges: a pre-token that is a token is that token, whatever its merges give. (Llama 3 and tiktoken do so; of
         a trained vocabulary it changes nothing.)
 
@@ -53,14 +55,13 @@ class Tokenizer:
         merges: Iterable[tuple[bytes, bytes]],
         special_tokens: Sequence[str] | Mapping[str, int] | None = None,
         *,
-        pattern: str = GPT2_PATTERN,
+        pattern: Pattern = GPT2_PATTERN,
         ignore_merges: bool = False,
     ) -> None:
-        self.pattern = pattern
+        self.pattern = pattern = resolve(pattern)
         self.ignore_merges = ignore_merges
         self.vocab: dict[int, bytes] = dict(vocab)
         self.merges: list[tuple[bytes, bytes]] = [(left, right) for left, right in merges]
-        compile_pattern(pattern)
         self.special_tokens = _special_ids(special_tokens or (), self.vocab)
         self.vocab = dict(sorted(self.vocab.items()))
         special_ids = set(self.special_tokens.values())
@@ -239,7 +240,7 @@ class Tokenizer:
         merges_path: str | Path,
         special_tokens: Sequence[str] | None = None,
         *,
-        pattern: str = GPT2_PATTERN,
+        pattern: Pattern = GPT2_PATTERN,
     ) -> Tokenizer:
         """From GPT-2's vocab.json (encoder.json) and merges.txt (vocab.bpe), or files of that form."""
         vocab, merges = own_format.read_gpt2(Path(vocab_path), Path(merges_path), dict.fromkeys(special_tokens or ()))
@@ -274,7 +275,7 @@ class Tokenizer:
     def from_tiktoken(
         cls,
         path: str | Path,
-        pattern: str = GPT2_PATTERN,
+        pattern: Pattern = GPT2_PATTERN,
         special_tokens: Sequence[str] | Mapping[str, int] = (),
     ) -> Tokenizer:
         """From tiktoken's ranks; special tokens get the ids after the largest rank unless a mapping gives them."""

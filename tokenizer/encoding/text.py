@@ -13,7 +13,7 @@ from itertools import repeat
 
 import numpy as np
 
-from ..pretokenize import PADDING, SEPARATOR, Cutter, Specials, pretokenize
+from ..pretokenize import PADDING, SEPARATOR, Cutter, Pattern, Specials, pretokenize
 from ..tokens import ranges
 from .words import MULTIPLIER, WordEncoder
 
@@ -39,7 +39,7 @@ _MASKS = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
 class TextEncoder:
     """Encodes texts and remembers their words."""
 
-    def __init__(self, words: WordEncoder, pattern: str) -> None:
+    def __init__(self, words: WordEncoder, pattern: Pattern) -> None:
         self._words = words
         self._pattern = pattern
         self._cutter = Cutter(Specials(()), pattern)

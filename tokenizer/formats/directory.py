@@ -43,7 +43,8 @@ def read_directory(directory: Path) -> tuple[Definition, str]:
     config = read_config(directory)
     specials = config["special_tokens"]
     vocab, merges = read_gpt2(directory / VOCAB, directory / MERGES, specials)
-    return Definition(vocab, merges, specials, config["pattern"], config["ignore_merges"]), config["hash"]
+    pattern = config["pattern"] if isinstance(config["pattern"], str) else tuple(config["pattern"])
+    return Definition(vocab, merges, specials, pattern, config["ignore_merges"]), config["hash"]
 
 
 def read_config(directory: Path) -> dict[str, Any]:

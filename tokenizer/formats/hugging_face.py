@@ -10,7 +10,7 @@ from typing import Any
 
 from ..definition import Definition
 from ..files import read_json, write_json
-from ..pretokenize import GPT2_PATTERN, compile_pattern, for_oniguruma, is_vectorised, pretokenize
+from ..pretokenize import GPT2_PATTERN, Pattern, for_oniguruma, is_gpt2, pretokenize
 from .printable import parse_merges, parse_vocab, printable_merges, printable_vocab
 
 # Texts in which regular expressions and their engines are known to differ: contractions in capitals and with a long s,
@@ -36,14 +36,13 @@ def export_hf(definition: Definition, path: Path, encode: Callable[[str], list[i
     """See Tokenizer.export_hf. `encode` gives the ids that the file must give too."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
     pre_tokenizer: dict[str, Any] = byte_level
-    if not is_vectorised(definition.pattern):  # ByteLevel's own expression is GPT-2's
-        split = {
-            "type": "Split",
-            "pattern": {"Regex": for_oniguruma(definition.pattern)},
-            "behavior": "Isolated",
-            "invert": False,
-        }
-        pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, byte_level | {"use_regex": False}]}
+    if not is_gpt2(definition.pattern):  # ByteLevel's own expression is GPT-2's
+        parts = (definition.pattern,) if isinstance(definition.pattern, str) else definition.pattern
+        splits = [
+            {"type": "Split", "pattern": {"Regex": for_oniguruma(part)}, "behavior": "Isolated", "invert": False}
+            for part in parts
+        ]
+        pre_tokenizer = {"type": "Sequence", "pretokenizers": [*splits, byte_level | {"use_regex": False}]}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     content = {
         "version": "1.0",
@@ -80,13 +79,13 @@ def _try(content: dict[str, Any], definition: Definition, encode: Callable[[str]
         from tokenizers import Tokenizer
 
         peer = Tokenizer.from_str(json.dumps(content))
-        pattern = compile_pattern(definition.pattern)
         for text in SAMPLES:
-            if pattern.sub("", text):
+            ours = pretokenize(text.encode(), definition.pattern).lengths
+            if ours.sum() < len(text.encode()):
                 continue  # what a custom pattern leaves out is a pre-token there
             # A character of theirs is a byte.
             theirs = [len(word) for word, _ in peer.pre_tokenizer.pre_tokenize_str(text)]
-            if theirs != pretokenize(text.encode(), definition.pattern).lengths.tolist():
+            if theirs != ours.tolist():
                 raise ValueError(f"pattern: tokenizers' regular expressions split {text!r} otherwise")
             for end in "", *definition.special_tokens:
                 if (ids := peer.encode(text + end).ids) != encode(text + end):
@@ -116,21 +115,25 @@ def read_hf(path: Path) -> Definition:
     return Definition(vocab, merges, added, pattern, bool(model.get("ignore_merges")))
 
 
-def _read_pre_tokenizer(written: Any, path: Path) -> str:
+def _read_pre_tokenizer(written: Any, path: Path) -> Pattern:
     match written:
-        case {"type": "ByteLevel", "add_prefix_space": False}:
-            if written.get("use_regex", True):
-                return GPT2_PATTERN
+        case {"type": "ByteLevel", "add_prefix_space": False} if written.get("use_regex", True):
+            return GPT2_PATTERN
         case {
             "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"} as split,
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-            ],
-        }:
-            if not split.get("invert"):
-                return pattern
+            "pretokenizers": [*splits, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}],
+        } if splits:
+            patterns = tuple(pattern for pattern in map(_read_split, splits) if pattern is not None)
+            if len(patterns) == len(splits):
+                return patterns[0] if len(patterns) == 1 else patterns
     raise ValueError(
         f"path: {path} has the pre_tokenizer {written!r}, "
-        "expected ByteLevel without prefix space, alone or after a Split by an expression"
+        "expected ByteLevel without prefix space, alone or after Splits by expressions"
     )
+
+
+def _read_split(written: Any) -> str | None:
+    match written:
+        case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"} if not written.get("invert"):
+            return pattern
+    return None

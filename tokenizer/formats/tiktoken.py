@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..definition import Definition
 from ..files import atomic
+from ..pretokenize import Pattern
 
 
 def export_tiktoken(definition: Definition, path: Path) -> None:
@@ -29,7 +30,7 @@ def export_tiktoken(definition: Definition, path: Path) -> None:
         file.writelines(b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
 
 
-def read_tiktoken(path: Path, special_tokens: Sequence[str] | Mapping[str, int], pattern: str) -> Definition:
+def read_tiktoken(path: Path, special_tokens: Sequence[str] | Mapping[str, int], pattern: Pattern) -> Definition:
     """See Tokenizer.from_tiktoken."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines()):

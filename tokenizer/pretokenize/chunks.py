@@ -8,9 +8,10 @@
 
 A cut is safe when the pre-tokens of the two sides, put end to end, are those of the whole. With the GPT-2 pattern that
 holds between an ASCII letter or digit and an ASCII character that is neither: no pre-token crosses such a place, and
-the pattern looks ahead only inside white space. With any other pattern nothing is known, so cuts fall only where a
-special token starts. Either way no special token may lie across the cut, and both sides decode alike, since a byte
-that starts a character ends every invalid sequence before it.
+the pattern looks ahead only inside white space. With its descendants it holds where that character is a space or line
+end. With any other pattern nothing is known, so cuts fall only where a special token starts. Either way no special
+token may lie across the cut, and both sides decode alike, since a byte that starts a character ends every invalid
+sequence before it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from itertools import pairwise
 from typing import IO
 
 from ..inputs import open_text
-from .patterns import GPT2_PATTERN, compile_pattern, is_vectorised
+from .patterns import GPT2_PATTERN, Pattern, compile_pattern, is_gpt2, is_vectorised
 from .specials import Specials
 from .text import SEPARATOR, repair, utf8
 
@@ -32,16 +33,18 @@ RANGE_SIZE = 1 << 22
 _WINDOW = 1 << 16
 
 _WORD_END = re.compile(rb"(?<=[0-9A-Za-z])[^0-9A-Za-z\x80-\xff]")
+_WORD_BEFORE_SPACE = re.compile(rb"(?<=[0-9A-Za-z])[ \n]")
 
 
 class Cutter:
     """Finds safe cuts for one set of special tokens and one pattern."""
 
-    def __init__(self, specials: Specials, pattern: str = GPT2_PATTERN) -> None:
+    def __init__(self, specials: Specials, pattern: Pattern = GPT2_PATTERN) -> None:
         compile_pattern(pattern)
         self.specials = specials
         self.pattern = pattern
         self.inside_documents = is_vectorised(pattern)
+        self._word_end = _WORD_END if is_gpt2(pattern) else _WORD_BEFORE_SPACE
         # Bytes needed on both sides of a cut to tell that it is safe.
         self.margin = max(1, specials.max_length)
 
@@ -63,7 +66,7 @@ class Cutter:
 
     def _candidates(self, data: bytes, at: int) -> Iterator[int]:
         if self.inside_documents:
-            return (match.start() for match in _WORD_END.finditer(data, at))
+            return (match.start() for match in self._word_end.finditer(data, at))
         return self.specials.starts(data, at)
 
     def mask(self, data: bytes) -> bytes:

@@ -8,60 +8,13 @@ neighbours (the last space of a run, contractions) are corrected where they occu
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
-import regex
 
+from .classes import Classes
 from .text import PADDING, SEPARATOR, Pretokens
 
-_LETTER, _NUMBER, _OTHER, _SPACE, _SEPARATOR, _MULTIBYTE = range(6)
-_CLASSES = ((_LETTER, r"\p{L}+"), (_NUMBER, r"\p{N}+"), (_SPACE, r"\s+"))
-
-
-@cache
-def _class_of_code_point() -> np.ndarray:
-    """(0x110000,) uint8: the class of every code point, as `regex` sees it (its Unicode version, not Python's)."""
-    classes = np.full(0x110000, _OTHER, np.uint8)
-    code_points = np.arange(0x110000, dtype="<u4")
-    code_points[0xD800:0xE000] = 0xE000  # a surrogate is no character; private use has its class
-    everything = code_points.tobytes().decode("utf-32-le")
-    for class_, pattern in _CLASSES:
-        for match in regex.finditer(pattern, everything):
-            classes[match.start() : match.end()] = class_
-    return classes
-
-
-def _class_of_byte() -> bytes:
-    table = bytearray([_OTHER] * 128 + [_MULTIBYTE] * 128)
-    for class_, pattern in _CLASSES:
-        for match in regex.finditer(pattern, bytes(range(128)).decode()):
-            table[match.start() : match.end()] = bytes([class_]) * len(match[0])
-    table[SEPARATOR[0]] = _SEPARATOR
-    return bytes(table)
-
-
-_CLASS_OF_BYTE = _class_of_byte()
-
-
-def _classify(padded: bytes, buffer: np.ndarray, lead: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The class of every byte (that of its character), and start and length of the white space of several bytes.
-
-    lead: where the characters of several bytes start.
-    """
-    classes = np.frombuffer(bytearray(padded.translate(_CLASS_OF_BYTE)), np.uint8)
-    first = buffer[lead]
-    size = 2 + (first >= 0xE0).astype(np.int64) + (first >= 0xF0)
-    code = (first & (0x7F >> size)).astype(np.int64)
-    for k in (1, 2, 3):
-        more = size > k
-        code = np.where(more, code << 6 | (buffer[lead + k] & 0x3F), code)
-    found = _class_of_code_point()[code]
-    for k in range(4):
-        more = size > k
-        classes[lead[more] + k] = found[more]
-    wide = found == _SPACE
-    return classes, lead[wide], size[wide]
+_LETTER, _NUMBER, _OTHER, _SPACE, _SEPARATOR = range(5)
+_CLASSES = Classes(((_LETTER, r"\p{L}"), (_NUMBER, r"\p{N}"), (_SPACE, r"\s")), _OTHER, _SEPARATOR)
 
 
 def gpt2(data: bytes) -> Pretokens:
@@ -73,10 +26,11 @@ def gpt2(data: bytes) -> Pretokens:
         high = np.flatnonzero(buffer[:n] >= 0xC0)
         is_separator = buffer[high] == SEPARATOR[0]
         separators, lead = high[is_separator], high[~is_separator]
+    classes = np.frombuffer(padded.translate(_CLASSES.of_byte), np.uint8)
     if len(lead):
-        classes, wide, wide_size = _classify(padded, buffer, lead)
-    else:
-        classes = np.frombuffer(padded.translate(_CLASS_OF_BYTE), np.uint8)
+        classes = classes.copy()
+        found, size = _CLASSES.write(classes, buffer, lead)
+        wide, wide_size = lead[found == _SPACE], size[found == _SPACE]
 
     # is_start[i]: a pre-token starts at byte i. The end of the text counts as one; padding has the separator's class.
     is_start = np.empty(n + 1, bool)

@@ -16,11 +16,13 @@ from ..inputs import count_odd, is_regular, warn_of_odd
 from ..pretokenize import (
     GPT2_PATTERN,
     Cutter,
+    Pattern,
     Specials,
     document_chunks,
     file_ranges,
     pretokenize,
     read_chunks,
+    resolve,
     stream_chunks,
 )
 from ..progress import progress_bars
@@ -38,7 +40,7 @@ def train_bpe(
     special_tokens: Sequence[str],
     *,
     num_workers: int | None = None,
-    pattern: str = GPT2_PATTERN,
+    pattern: Pattern = GPT2_PATTERN,
     progress: bool = False,
     max_words: int | None = None,
 ) -> tuple[Vocabulary, Merges]:
@@ -50,7 +52,7 @@ def train_bpe(
         out of pairs gives fewer.
     special_tokens: bound documents; nothing is learned from them or across them. Longest first where they overlap.
     num_workers: processes, this one included; default, one for each CPU core. The result does not depend on it.
-    pattern: pre-tokens are its matches. Another than GPT-2's runs slower, and holds a document at a time in memory.
+    pattern: see Tokenizer. Another than those known by name runs slower, and holds a document at a time in memory.
     progress: progress bars on standard error.
     max_words: merge only that many of the most frequent pre-tokens, to bound memory; default, all of them.
 
@@ -76,7 +78,7 @@ def train_bpe_from_iterator(
     special_tokens: Sequence[str],
     *,
     num_workers: int | None = None,
-    pattern: str = GPT2_PATTERN,
+    pattern: Pattern = GPT2_PATTERN,
     progress: bool = False,
     max_words: int | None = None,
 ) -> tuple[Vocabulary, Merges]:
@@ -104,7 +106,7 @@ class _Trainer:
         vocab_size: int,
         special_tokens: Sequence[str],
         num_workers: int | None,
-        pattern: str,
+        pattern: Pattern,
         max_words: int | None,
     ) -> None:
         self.specials = Specials(special_tokens)
@@ -120,7 +122,7 @@ class _Trainer:
             raise ValueError(f"max_words: got {max_words!r}, expected a positive integer or None")
         self.n_merges = int(vocab_size) - smallest
         self.num_workers = check_num_workers(num_workers)
-        self.cutter = Cutter(self.specials, pattern)
+        self.cutter = Cutter(self.specials, resolve(pattern))
         self.max_words = max_words
 
     def train(self, tasks: Iterable[Any], n_bytes: int | None, progress: bool) -> tuple[Vocabulary, Merges]:
@@ -146,7 +148,7 @@ class _Trainer:
 class _Counting:
     """A worker that counts words, in pieces of files and in masked chunks of text."""
 
-    def __init__(self, special_tokens: Sequence[str], pattern: str) -> None:
+    def __init__(self, special_tokens: Sequence[str], pattern: Pattern) -> None:
         self._cutter = Cutter(Specials(special_tokens), pattern)
         self.counter = WordCounter()
         self.n_bytes = 0
