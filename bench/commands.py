@@ -112,7 +112,7 @@ def bench_tokenizer(
     from rich.console import Console
 
     from ..tokenizer.commands import load
-    from ..tokenizer.encode_file import atomic
+    from ..tokenizer.files import atomic
     from ..tokenizer.workers import check_num_workers
     from .cases.tokenizer import compare, results, table
 

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from .bpe import Tokenizer
+    from .tokenizer import Tokenizer
 
 app = typer.Typer(help="Train, apply and look into byte-level BPE tokenizers.", no_args_is_help=True)
 
@@ -31,18 +31,24 @@ def train(
     special_token: Annotated[list[str], typer.Option(help="Bounds documents; may be given several times.")] = [  # noqa: B006
         END_OF_TEXT
     ],
-    pattern: Annotated[str | None, typer.Option(help="Regular expression of the pre-tokens; default, GPT-2's.")] = None,
+    pattern: Annotated[str, typer.Option(help="gpt2, cl100k, o200k, llama3, ... or a regular expression.")] = "gpt2",
     max_words: Annotated[int | None, typer.Option(help="Merge only so many of the most frequent words.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the tokenizer that OUT holds.")] = False,
     num_workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
     """Train a tokenizer on text files."""
     import time
 
-    from . import GPT2_PATTERN, Tokenizer, train_bpe
+    from . import Tokenizer, train_bpe
+    from .files import refuse_same_file
+    from .formats.directory import FILES
 
+    for name in FILES:
+        refuse_same_file("out", out / name, *text)
+        if (out / name).exists() and not overwrite:
+            raise ValueError(f"out: {out} holds {name} already, expected another folder or --overwrite")
     start = time.perf_counter()
-    pattern = pattern or GPT2_PATTERN
     vocab, merges = train_bpe(
         text,
         vocab_size,
@@ -100,7 +106,7 @@ def decode(
     """Decode a token file, or --ids, to text. The bytes are written as they are, valid UTF-8 or not."""
     import sys
 
-    from .encode_file import atomic, read_token_file
+    from .files import atomic, header_path, read_token_file, refuse_same_file
 
     loaded = load(tokenizer)
     if ids is not None:
@@ -108,6 +114,8 @@ def decode(
         return
     if file is None:
         raise ValueError("file: got neither a file nor --ids, expected one of them")
+    if out is not None:
+        refuse_same_file("out", out, file, header_path(file))
     tokens, header = read_token_file(file)
     if header["tokenizer_hash"] != loaded.hash:
         raise ValueError(
@@ -138,7 +146,7 @@ def inspect(
     rows = [
         ("vocabulary", f"{loaded.vocab_size:,} tokens, {len(loaded.merges):,} merges"),
         ("special tokens", specials or "none"),
-        ("pattern", loaded.pattern),
+        *(("pattern", part) for part in ([loaded.pattern] if isinstance(loaded.pattern, str) else loaded.pattern)),
         ("hash", loaded.hash),
         *(("longest tokens", f"{len(token)} bytes  {token!r}") for token in _longest(loaded)[:longest]),
     ]

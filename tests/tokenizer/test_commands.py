@@ -82,3 +82,26 @@ def test_token_files_of_another_tokenizer_are_refused(folder: Path) -> None:
 def test_the_commands_do_without_torch() -> None:
     code = "import sys, rooflight.tokenizer.commands; assert 'torch' not in sys.modules and 'rich' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_no_command_writes_over_its_input(folder: Path) -> None:
+    run("encode", "-t", folder / "tk", folder / "x.txt", "-q")
+    (folder / "link").symlink_to(folder / "x.bin")
+    (folder / "y.bin").write_text(TEXT, encoding="utf-8")
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    for arguments in (
+        ("encode", folder / "x.txt", "--out", folder / "x.txt", "-q"),
+        ("encode", folder / "y.bin", "-q"),  # whose default output is itself
+        ("decode", folder / "x.bin", "--out", folder / "x.bin"),
+        ("decode", folder / "x.bin", "--out", folder / "link"),
+        ("decode", folder / "x.bin", "--out", folder / "x.bin.json"),
+    ):
+        with pytest.raises(ValueError, match="is the input"):
+            run(arguments[0], "-t", folder / "tk", *arguments[1:])
+    with pytest.raises(ValueError, match="is the input"):
+        run("train", folder / "tk" / "merges.txt", "--out", folder / "tk", "--overwrite", "-q")
+    with pytest.raises(ValueError, match="expected another folder or --overwrite"):
+        run("train", folder / "x.txt", "--out", folder / "tk", "-q")
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    run("train", folder / "x.txt", "--out", folder / "tk", "--overwrite", "--vocab-size", 280, "-q")
+    assert Tokenizer.load(folder / "tk").vocab_size == 280

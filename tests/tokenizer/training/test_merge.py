@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rooflight.tokenizer import merge, ranking
-from rooflight.tokenizer.count import WordCounter, Words
-from rooflight.tokenizer.merge import learn_merges
 from rooflight.tokenizer.pretokenize import pretokenize
+from rooflight.tokenizer.training import merge, ranking
+from rooflight.tokenizer.training.count import WordCounter, Words
+from rooflight.tokenizer.training.merge import learn_merges
 from support.bpe_reference import merge_all
 
 

@@ -7,11 +7,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rooflight.tokenizer.count import WordCounter, Words
 from rooflight.tokenizer.pretokenize import PADDING, SEPARATOR, Pretokens, pretokenize
+from rooflight.tokenizer.training.count import WordCounter, Words
 
 
 def pretokens_of(words: list[bytes]) -> Pretokens:
@@ -41,6 +41,7 @@ def test_counts_add_up_in_64_bits(counts):
     assert counter.words().todict() == {word: 3 * count for word, count in counts.items()}
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(WORD, max_size=30), min_size=2, max_size=4))
 def test_counters_of_several_processes_add_up(batches):
     total, *others = [WordCounter() for _ in batches]

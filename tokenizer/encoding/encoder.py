@@ -1,5 +1,5 @@
 """Whole texts to token ids: special tokens, then pre-tokens, then words. Short texts go word by word through a
-dictionary, long ones through the arrays of encode_text.py; the ids are the same."""
+dictionary, long ones through the arrays of text.py; the ids are the same."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from typing import cast
 import numpy as np
 import regex
 
-from .chunks import Cutter
-from .decode import TokenBytes
-from .encode_text import TextEncoder
-from .encode_words import WordEncoder
-from .pretokenize import SEPARATOR, Specials, compile_pattern, is_vectorised, pretokenize, utf8
+from ..pretokenize import SEPARATOR, Cutter, Pattern, Specials, find_pretokens, is_gpt2, pretokenize, utf8
+from ..tokens import TokenBytes
+from .text import TextEncoder
+from .words import WordEncoder
 
 # Bytes of text whose new words are encoded together.
 PIECE = 1 << 22
@@ -55,7 +54,7 @@ def gpt2_below_u10000() -> re.Pattern:
 class SpecialIds:
     """The special tokens that stand for themselves in a text, with their ids."""
 
-    def __init__(self, id_of: Mapping[str, int], pattern: str) -> None:
+    def __init__(self, id_of: Mapping[str, int], pattern: Pattern) -> None:
         self.id_of = id_of
         self.specials = Specials(id_of)
         self.cutter = Cutter(self.specials, pattern)
@@ -84,11 +83,10 @@ class SpecialIds:
 class Encoder:
     """Encodes texts, remembering words."""
 
-    def __init__(self, words: WordEncoder, pattern: str, tokens: TokenBytes) -> None:
+    def __init__(self, words: WordEncoder, pattern: Pattern, tokens: TokenBytes) -> None:
         self.pattern = pattern
         self._sizes = tokens.sizes
-        self._regex = compile_pattern(pattern)
-        self._vectorised = is_vectorised(pattern)
+        self._is_gpt2 = is_gpt2(pattern)
         self._word_encoder = words
         self._words = _Words(words)
         # One int for each id. A list of ints made anew would take five times the memory, and mostly page faults' time.
@@ -179,11 +177,9 @@ class Encoder:
         return ids, spans
 
     def _split(self, text: str) -> list[str]:
-        if not self._vectorised:
-            return [match[0] for match in self._regex.finditer(text)]
-        if text.isascii() or len(text.encode("utf-16-le", "surrogatepass")) == 2 * len(text):
+        if self._is_gpt2 and (text.isascii() or len(text.encode("utf-16-le", "surrogatepass")) == 2 * len(text)):
             return gpt2_below_u10000().findall(text)
-        return self._regex.findall(text)
+        return [text[start:end] for start, end in find_pretokens(text, self.pattern)]
 
 
 class _Words(dict[str, tuple[int, ...]]):

@@ -4,11 +4,13 @@ import pickle
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from rooflight.tokenizer import train, train_bpe, train_bpe_from_iterator
-from rooflight.tokenizer.chunks import file_ranges
+from rooflight.tokenizer import Tokenizer, train_bpe, train_bpe_from_iterator
 from rooflight.tokenizer.pretokenize import GPT2_PATTERN
+from rooflight.tokenizer.pretokenize.chunks import file_ranges
+from rooflight.tokenizer.training import train
 from support import bpe_reference
 
 END = "<|endoftext|>"
@@ -123,6 +125,30 @@ def test_progress_goes_to_standard_error(corpus, capsys):
 def test_bad_arguments_are_refused(corpus, arguments, message):
     with pytest.raises(ValueError, match=message):
         train_bpe(**{"input_path": corpus, "vocab_size": 300, "special_tokens": [END]} | arguments)
+
+
+def test_sizes_may_be_numpys(corpus):
+    assert train_bpe(corpus, np.int64(300), [END], max_words=np.int32(50)) == train_bpe(
+        corpus, 300, [END], max_words=50
+    )
+
+
+@pytest.mark.parametrize("specials", [["a"], ["é", "the", " the", "\n"], ["aa", "a"]])
+def test_a_tokenizer_takes_every_special_token_that_training_takes(tmp_path, specials):
+    text = "the banana, the café\n" * 30
+    vocab, merges = train_bpe(write(tmp_path / "x", text.encode()), 300, specials)
+    tokenizer = Tokenizer(vocab, merges, specials)
+    assert tokenizer.special_tokens == {token: i for i, token in enumerate(specials)}
+    ids = tokenizer.encode(text)
+    assert ids == tokenizer.encode_bytes(text.encode()).tolist()
+    assert set(range(len(specials))) & set(ids)
+    plain = tokenizer.encode(text, allowed_special="none")
+    assert not set(range(len(specials))) & set(plain)
+    assert tokenizer.decode(ids) == tokenizer.decode(plain) == text
+    tokenizer.save(tmp_path / "tk")
+    loaded = Tokenizer.load(tmp_path / "tk")
+    assert loaded.hash == tokenizer.hash
+    assert loaded.encode(text) == ids
 
 
 def test_a_missing_file(tmp_path):

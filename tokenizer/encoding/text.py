@@ -13,10 +13,9 @@ from itertools import repeat
 
 import numpy as np
 
-from .chunks import Cutter
-from .decode import ranges
-from .encode_words import MULTIPLIER, WordEncoder
-from .pretokenize import PADDING, SEPARATOR, Specials, pretokenize
+from ..pretokenize import PADDING, SEPARATOR, Cutter, Pattern, Specials, pretokenize
+from ..tokens import ranges
+from .words import MULTIPLIER, WordEncoder
 
 # Words that each table remembers, and ids of words; past either all are forgotten, so that no text makes the memory
 # grow without bound.
@@ -40,7 +39,7 @@ _MASKS = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
 class TextEncoder:
     """Encodes texts and remembers their words."""
 
-    def __init__(self, words: WordEncoder, pattern: str) -> None:
+    def __init__(self, words: WordEncoder, pattern: Pattern) -> None:
         self._words = words
         self._pattern = pattern
         self._cutter = Cutter(Specials(()), pattern)

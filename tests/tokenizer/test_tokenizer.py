@@ -12,11 +12,13 @@ import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rooflight.tokenizer import GPT2_PATTERN, Tokenizer, decode, encode
-from rooflight.tokenizer.chunks import Cutter
-from rooflight.tokenizer.decode import TokenBytes
-from rooflight.tokenizer.encode import cut_stream, gpt2_below_u10000
+from rooflight.tokenizer import GPT2_PATTERN, Tokenizer
+from rooflight.tokenizer import tokens as token_bytes
+from rooflight.tokenizer.encoding import encoder as encode
+from rooflight.tokenizer.encoding.encoder import cut_stream, gpt2_below_u10000
 from rooflight.tokenizer.pretokenize import Specials
+from rooflight.tokenizer.pretokenize.chunks import Cutter
+from rooflight.tokenizer.tokens import TokenBytes
 from support import bpe_reference
 
 END = "<|endoftext|>"
@@ -241,7 +243,7 @@ def test_decode_refuses_what_is_no_integer(tokenizer: Tokenizer, ids) -> None:
 def test_decoding_joins_tokens_of_any_length(n: int, gap: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Tokens of 1 to 60 bytes: none, one or several of eight bytes beyond the first, in every order.
     rng = np.random.default_rng(n)
-    monkeypatch.setattr(decode, "_BLOCK", 700)
+    monkeypatch.setattr(token_bytes, "_BLOCK", 700)
     long = [bytes(rng.integers(0, 256, 1 + i % 60, np.uint8)) + bytes([i]) for i in range(1, 256)]
     vocab = {i: bytes([i]) for i in range(256)} | {256 + gap + i: token for i, token in enumerate(long)}
     tokens = TokenBytes(vocab)

@@ -4,29 +4,32 @@
     ids = tokenizer.encode("some text")
     assert tokenizer.decode(ids) == "some text"
 
-Text is UTF-8 encoded, split at special tokens, cut into pre-tokens (pretokenize.py), and the merges are applied inside
-each pre-token in the order of the merges list (encode_words.py).
+Text is UTF-8 encoded, split at special tokens, cut into pre-tokens (pretokenize/), and the merges are applied inside
+each pre-token in the order of the merges list (encoding/words.py).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, overload
 
 import numpy as np
 
 from . import encode_file as _files
-from . import formats
-from .decode import IncrementalDecoder, TokenBytes
-from .encode import SHORT_TEXT, STREAM_PIECE, Encoder, SpecialIds, cut_stream
-from .encode_words import WordEncoder
-from .pretokenize import GPT2_PATTERN, Specials, compile_pattern, repair, utf8
+from .decode import IncrementalDecoder
+from .definition import Definition
+from .encoding import SHORT_TEXT, STREAM_PIECE, Encoder, SpecialIds, WordEncoder, cut_stream
+from .formats import directory as own_format
+from .formats import hugging_face, tiktoken
+from .pretokenize import GPT2_PATTERN, Pattern, Specials, repair, resolve, utf8
+from .tokens import TokenBytes
 
 AllowedSpecial = Literal["all", "none", "none_raise"] | set[str] | frozenset[str]
 Offsets = list[tuple[int, int]]
+# Sets of allowed special tokens that a tokenizer remembers.
+_MAX_SETS = 64
 
 
 class Tokenizer:
@@ -34,8 +37,11 @@ class Tokenizer:
 
     vocab: token id to bytes; ids 0, 1, ... without holes below the largest, but for special tokens.
     merges: pairs of tokens; the earlier in the list, the earlier merged.
-    special_tokens: strings that are one token each. One that the vocabulary lacks is appended to it.
-    pattern: the regular expression (of the `regex` module) whose matches are the pre-tokens.
+    special_tokens: strings that are one token each, or these with their ids. One that the vocabulary lacks is appended
+        to it. Its bytes may be an ordinary token's too; of the two ids it then has the smaller, unless ids are given.
+    pattern: "gpt2", "cl100k", "o200k", "llama3", "qwen2", "deepseek"; or a regular expression (of the `regex` module)
+        whose matches are the pre-tokens; or several, each of which splits what those before it left, and there what
+        none matches is a pre-token too.
     ignore_merges: a pre-token that is a token is that token, whatever its merges give. (Llama 3 and tiktoken do so; of
         a trained vocabulary it changes nothing.)
 
@@ -47,56 +53,45 @@ class Tokenizer:
         self,
         vocab: Mapping[int, bytes],
         merges: Iterable[tuple[bytes, bytes]],
-        special_tokens: Sequence[str] | None = None,
+        special_tokens: Sequence[str] | Mapping[str, int] | None = None,
         *,
-        pattern: str = GPT2_PATTERN,
+        pattern: Pattern = GPT2_PATTERN,
         ignore_merges: bool = False,
     ) -> None:
-        self.pattern = pattern
+        self.pattern = pattern = resolve(pattern)
         self.ignore_merges = ignore_merges
-        self.vocab: dict[int, bytes] = dict(sorted(vocab.items()))
+        self.vocab: dict[int, bytes] = dict(vocab)
         self.merges: list[tuple[bytes, bytes]] = [(left, right) for left, right in merges]
-        compile_pattern(pattern)
-        specials = Specials(special_tokens or ())
-        id_of = _check_vocab(self.vocab)
-        for token in specials.encoded:
-            if token not in id_of:
-                id_of[token] = max(self.vocab, default=-1) + 1
-                self.vocab[id_of[token]] = token
-        self.special_tokens: dict[str, int] = {
-            text: id_of[token] for text, token in zip(specials.tokens, specials.encoded, strict=True)
-        }
-        _check_holes(self.vocab, set(self.special_tokens.values()))
+        self.special_tokens = _special_ids(special_tokens or (), self.vocab)
+        self.vocab = dict(sorted(self.vocab.items()))
+        special_ids = set(self.special_tokens.values())
+        id_of = _check_vocab(self.vocab, special_ids)
+        _check_holes(self.vocab, special_ids)
         self.vocab_size = max(self.vocab) + 1
         byte_ids = [id_of[bytes([b])] for b in range(256)]
         pairs = _check_merges(self.merges, id_of)
-        special_ids = set(self.special_tokens.values())
         whole = {t: i for t, i in id_of.items() if i not in special_ids} if ignore_merges else {}
         self._tokens = TokenBytes(self.vocab)
         self._encoder = Encoder(WordEncoder(byte_ids, pairs, self._tokens, whole), pattern, self._tokens)
         self.special_ids = SpecialIds(self.special_tokens, pattern)
         self._no_special_ids = SpecialIds({}, pattern)
+        self._some_special_ids: dict[frozenset[str], SpecialIds] = {}
 
     def __repr__(self) -> str:
         specials = list(self.special_tokens)
         return f"Tokenizer(vocab_size={self.vocab_size}, special_tokens={specials}, hash={self.hash[:12]})"
 
     def __reduce__(self) -> tuple:
-        # Workers get what defines a tokenizer, not its tables.
-        parts = formats.Parts(self.vocab, self.merges, list(self.special_tokens), self.pattern, self.ignore_merges)
-        return _build, (parts,)
+        return _build, (self.definition,)  # workers get what defines a tokenizer, not its tables
+
+    @property
+    def definition(self) -> Definition:
+        return Definition(self.vocab, self.merges, self.special_tokens, self.pattern, self.ignore_merges)
 
     @property
     def hash(self) -> str:
         """sha256 (hex) of all that decides which ids a text gets. Token files carry it."""
-        content = [
-            self.pattern,
-            [[i, token.hex()] for i, token in self.vocab.items()],
-            [[left.hex(), right.hex()] for left, right in self.merges],
-            sorted(self.special_tokens.items()),
-            self.ignore_merges,
-        ]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return self.definition.hash
 
     # ------------------------------------------------------------------------------------------------ encoding
 
@@ -115,6 +110,8 @@ class Tokenizer:
         offsets: also return, for each id, the (start, end) of its characters in `text`. Tokens that split one character
         between them all have that character's.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"text: got {type(text).__name__}, expected str")
         allowed = self.special_ids if allowed_special == "all" else self._allowed(allowed_special)
         if allowed_special == "none_raise":
             self._refuse_specials(text)
@@ -146,12 +143,19 @@ class Tokenizer:
             texts = list(texts)
             for text in texts:
                 self._refuse_specials(text)
-        return list(_files.encode_batch(self, texts, self._allowed(allowed_special), num_workers=num_workers))
+        allowed = set(self._allowed(allowed_special).id_of)
+        encode_many = partial(self.encode_many, allowed_special=allowed)
+        return list(_files.encode_batch(encode_many, texts, num_workers=num_workers))
 
     def encode_many(
         self, texts: Sequence[str], *, allowed_special: AllowedSpecial = "all"
     ) -> tuple[np.ndarray, list[int]]:
         """The ids (int32) of all texts, one text after another, and how many each text has. In this process."""
+        if isinstance(texts, str | bytes):
+            raise ValueError(f"texts: got {type(texts).__name__}, expected a sequence of str")
+        if allowed_special == "none_raise":
+            for text in texts:
+                self._refuse_specials(text)
         return self._encoder.encode_many([utf8(text) for text in texts], self._allowed(allowed_special))
 
     def encode_file(
@@ -163,7 +167,16 @@ class Tokenizer:
         as U+FFFD, as in training. Both files appear whole or not at all, and are the same for any num_workers (None:
         one process for each core). progress: a bar on standard error.
         """
-        return _files.encode_file(self, Path(path), Path(out_path), num_workers=num_workers, progress=progress)
+        return _files.encode_file(
+            self.encode_bytes,
+            self.special_ids.cutter,
+            self.vocab_size,
+            self.hash,
+            Path(path),
+            Path(out_path),
+            num_workers=num_workers,
+            progress=progress,
+        )
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """Token ids (int32) of UTF-8 text, special tokens included; invalid sequences are read as U+FFFD."""
@@ -177,9 +190,15 @@ class Tokenizer:
             return self._no_special_ids
         if isinstance(allowed, str):
             raise ValueError(f"allowed_special: got {allowed!r}, expected 'all', 'none', 'none_raise' or a set")
-        if unknown := set(allowed) - set(self.special_tokens):
+        key = frozenset(allowed)
+        if key in self._some_special_ids:
+            return self._some_special_ids[key]
+        if unknown := key - set(self.special_tokens):
             raise ValueError(f"allowed_special: {unknown} are not special tokens of this tokenizer")
-        return SpecialIds({t: i for t, i in self.special_tokens.items() if t in allowed}, self.pattern)
+        if len(self._some_special_ids) > _MAX_SETS:
+            self._some_special_ids.clear()
+        some = {t: i for t, i in self.special_tokens.items() if t in key}
+        return self._some_special_ids.setdefault(key, SpecialIds(some, self.pattern))
 
     def _refuse_specials(self, text: str) -> None:
         if len(parts := self.special_ids.split(text)) > 1:
@@ -203,13 +222,13 @@ class Tokenizer:
 
     def save(self, directory: str | Path) -> None:
         """Write vocab.json, merges.txt (both as GPT-2 writes them) and tokenizer_config.json into `directory`."""
-        formats.save(self, Path(directory))
+        own_format.save(self.definition, Path(directory))
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
         """The tokenizer that save() wrote. Raises ValueError when the files no longer hold what was saved."""
-        parts, saved_hash = formats.read_directory(Path(directory))
-        tokenizer = _build(parts)
+        definition, saved_hash = own_format.read_directory(Path(directory))
+        tokenizer = _build(definition)
         if tokenizer.hash != saved_hash:
             raise ValueError(f"directory: the files of {directory} were changed after saving: their hash differs")
         return tokenizer
@@ -221,18 +240,19 @@ class Tokenizer:
         merges_path: str | Path,
         special_tokens: Sequence[str] | None = None,
         *,
-        pattern: str = GPT2_PATTERN,
+        pattern: Pattern = GPT2_PATTERN,
     ) -> Tokenizer:
         """From GPT-2's vocab.json (encoder.json) and merges.txt (vocab.bpe), or files of that form."""
-        vocab, merges = formats.read_gpt2(Path(vocab_path), Path(merges_path), special_tokens or ())
+        vocab, merges = own_format.read_gpt2(Path(vocab_path), Path(merges_path), dict.fromkeys(special_tokens or ()))
         return cls(vocab, merges, special_tokens, pattern=pattern)
 
     def export_hf(self, path: str | Path) -> None:
         """Write a tokenizer.json for Hugging Face tokenizers and transformers, which then gives the same ids.
 
         With a custom pattern: on texts that the pattern matches wholly, where the two regular-expression engines agree.
+        Where `tokenizers` is installed it is tried on texts of many kinds; raises ValueError when an id differs.
         """
-        formats.export_hf(self, Path(path))
+        hugging_face.export_hf(self.definition, Path(path), self.encode)
 
     @classmethod
     def from_hf(cls, path: str | Path) -> Tokenizer:
@@ -241,7 +261,7 @@ class Tokenizer:
         Raises ValueError on a model, normalizer or pre-tokenizer of another kind. Post-processors, which add tokens at
         the ends, are left out.
         """
-        return _build(formats.read_hf(Path(path)))
+        return _build(hugging_face.read_hf(Path(path)))
 
     def export_tiktoken(self, path: str | Path) -> None:
         """Write the ranks of the ordinary tokens as tiktoken.load.load_tiktoken_bpe reads them.
@@ -249,32 +269,53 @@ class Tokenizer:
         tiktoken has no merges list: it merges whatever two neighbours make a token, the smallest id first. Raises
         ValueError when the merges list does not say the same; a list in the order of the ids, as trained, does.
         """
-        formats.export_tiktoken(self, Path(path))
+        tiktoken.export_tiktoken(self.definition, Path(path))
 
     @classmethod
     def from_tiktoken(
         cls,
         path: str | Path,
-        pattern: str = GPT2_PATTERN,
+        pattern: Pattern = GPT2_PATTERN,
         special_tokens: Sequence[str] | Mapping[str, int] = (),
     ) -> Tokenizer:
         """From tiktoken's ranks; special tokens get the ids after the largest rank unless a mapping gives them."""
-        return _build(formats.read_tiktoken(Path(path), special_tokens, pattern))
+        return _build(tiktoken.read_tiktoken(Path(path), special_tokens, pattern))
 
 
-def _build(parts: formats.Parts) -> Tokenizer:
-    vocab, merges, special_tokens, pattern, ignore_merges = parts
+def _build(definition: Definition) -> Tokenizer:
+    vocab, merges, special_tokens, pattern, ignore_merges = definition
     return Tokenizer(vocab, merges, special_tokens, pattern=pattern, ignore_merges=ignore_merges)
 
 
-def _check_vocab(vocab: Mapping[int, bytes]) -> dict[bytes, int]:
+def _special_ids(special_tokens: Sequence[str] | Mapping[str, int], vocab: dict[int, bytes]) -> dict[str, int]:
+    """The special tokens with their ids; adds those to `vocab` that it lacks."""
+    specials = Specials(special_tokens)
+    known = {token: i for i, token in reversed(vocab.items()) if type(token) is bytes} if specials.tokens else {}
+    ids = {}
+    for text, token in zip(specials.tokens, specials.encoded, strict=True):
+        if isinstance(special_tokens, Mapping):
+            i = special_tokens[text]
+            if vocab.get(i, token) != token:
+                raise ValueError(f"special_tokens: {text!r} has the id {i}, which is that of {vocab[i]!r}")
+        else:
+            i = known[token] if token in known else max(vocab, default=-1) + 1
+        ids[text] = i
+        vocab[i] = token
+    return ids
+
+
+def _check_vocab(vocab: Mapping[int, bytes], special_ids: set[int]) -> dict[bytes, int]:
+    """The id of each token, of an ordinary one where a special one has the same bytes."""
     for i, token in vocab.items():
         if type(i) is not int or i < 0 or type(token) is not bytes or not token:
             raise ValueError(f"vocab: {i!r}: {token!r}, expected an id >= 0 and non-empty bytes")
     id_of = {token: i for i, token in vocab.items()}
     if len(id_of) < len(vocab):
-        i, token = next((i, token) for i, token in vocab.items() if id_of[token] != i)
-        raise ValueError(f"vocab: ids {i} and {id_of[token]} are both {token!r}")
+        ordinary = {i: token for i, token in vocab.items() if i not in special_ids}
+        id_of |= {token: i for i, token in ordinary.items()}
+        if twice := [(i, token) for i, token in ordinary.items() if id_of[token] != i]:
+            i, token = twice[0]
+            raise ValueError(f"vocab: ids {i} and {id_of[token]} are both {token!r}")
     for byte in range(256):
         if bytes([byte]) not in id_of:
             raise ValueError(f"vocab: the single byte {bytes([byte])!r} is missing, expected all 256")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import tokenizers
 
-from rooflight.tokenizer import Tokenizer
+from rooflight.tokenizer import Tokenizer, train_bpe_from_iterator
+from rooflight.tokenizer.formats import hugging_face
+from rooflight.tokenizer.pretokenize import for_oniguruma
 from support import bpe_reference
 
 END = "<|endoftext|>"
@@ -83,3 +86,41 @@ def test_missing_and_damaged_files_are_refused(tokenizer: Tokenizer, tmp_path) -
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ValueError, match="no tokenizer of version 1"):
         Tokenizer.load(tmp_path)
+
+
+def test_possessive_repetitions_are_exported_as_what_they_mean(tmp_path, monkeypatch) -> None:
+    """To Oniguruma, the engine of tokenizers, `{1,3}+` is a repetition of the repetition."""
+    pattern = (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+        r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+    )
+    vocab, merges = train_bpe_from_iterator(["1234 12 34 123 abc"] * 30, 300, [], pattern=pattern)
+    tokenizer = Tokenizer(vocab, merges, pattern=pattern)
+    tokenizer.export_hf(tmp_path / "x.json")
+    peer = tokenizers.Tokenizer.from_file(str(tmp_path / "x.json"))
+    for text in ("1234", "12345678 1234a"):
+        assert peer.encode(text).ids == tokenizer.encode(text)
+    monkeypatch.setattr(hugging_face, "for_oniguruma", lambda pattern: pattern)
+    with pytest.raises(ValueError, match=r"split .* otherwise"):
+        tokenizer.export_hf(tmp_path / "y.json")
+    assert not (tmp_path / "y.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "written"),
+    [
+        (r"\p{N}{1,3}+|x", r"(?>\p{N}{1,3})|x"),
+        (r"(?:ab|[]}+]{1,2}+){2}b++", r"(?:ab|(?>[]}+]{1,2})){2}b++"),
+        (r"(a(b)){2,}+\}{3}+", r"(?>(a(b)){2,})(?>\}{3})"),
+        (r"a{1,3}?b?+c*+", r"a{1,3}?b?+c*+"),
+    ],
+)
+def test_for_oniguruma(pattern: str, written: str) -> None:
+    assert for_oniguruma(pattern) == written
+
+
+def test_folders_of_other_tokenizers_are_not_written_over(tokenizer: Tokenizer, tmp_path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    with pytest.raises(ValueError, match="is no tokenizer of version 1"):
+        tokenizer.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1

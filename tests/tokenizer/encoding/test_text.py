@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rooflight.tokenizer import Tokenizer, encode_text, encode_words
-from rooflight.tokenizer.decode import TokenBytes
-from rooflight.tokenizer.encode_words import WordEncoder
+from rooflight.tokenizer import Tokenizer
+from rooflight.tokenizer.encoding import text as encode_text
+from rooflight.tokenizer.encoding import words as encode_words
+from rooflight.tokenizer.encoding.words import WordEncoder
+from rooflight.tokenizer.tokens import TokenBytes
 from support import bpe_reference
 
 ALPHABET = [b"a", b"b", b" ", "é".encode(), "日".encode(), b"\x00"]

@@ -9,15 +9,12 @@ The work is linear in the length, unlike that of merging the whole word.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 
-from .decode import TokenBytes, ranges
-from .pretokenize import PADDING
-
-if TYPE_CHECKING:
-    from .encode_words import WordEncoder
+from ..pretokenize import PADDING
+from ..tokens import TokenBytes, ranges
 
 # Bytes of a window. A power of two, since runs of one character have tokens of such lengths.
 WINDOW = 32
@@ -25,11 +22,15 @@ WINDOW = 32
 _GROWTH = 8
 
 
-class LongEncoder:
-    """Encodes words longer than `longest` bytes; `words` encodes those that are not."""
+# Bytes, the words' starts and lengths in them; ids of the words and how many each has.
+MergeWords = Callable[[bytes, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
-    def __init__(self, words: WordEncoder, tokens: TokenBytes, longest: int) -> None:
-        self._words = words
+
+class LongEncoder:
+    """Encodes words longer than `longest` bytes; `merge_words` encodes those that are not."""
+
+    def __init__(self, merge_words: MergeWords, tokens: TokenBytes, longest: int) -> None:
+        self._merge_words = merge_words
         self._tokens = tokens
         self._longest = longest
 
@@ -109,7 +110,7 @@ class LongEncoder:
         spans = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
         numbers = np.array([number.setdefault(data[i:j], len(number)) for i, j in spans])
         lengths = np.fromiter(map(len, number), np.int64, len(number))
-        ids, counts = self._words.merge_words(b"".join(number), np.cumsum(lengths) - lengths, lengths)
+        ids, counts = self._merge_words(b"".join(number), np.cumsum(lengths) - lengths, lengths)
         offsets = np.cumsum(counts) - counts
         counts = counts.take(numbers)
         return ids.take(ranges(offsets.take(numbers), counts)), counts

@@ -5,7 +5,7 @@ leftmost occurrence; one merge at a time until no pair is listed. That is the or
 on every vocabulary that `Tokenizer.export_tiktoken` accepts.
 
 `encode_word` takes one word. `encode_words` takes thousands at once, one column of a matrix each, and does one merge in
-every column per step; words too long for a column are cut into windows (encode_long.py).
+every column per step; words too long for a column are cut into windows (long.py).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from itertools import chain, pairwise, repeat
 
 import numpy as np
 
-from .decode import TokenBytes, ranges
-from .encode_long import LongEncoder
+from ..tokens import TokenBytes, ranges
+from .long import LongEncoder
 
 # Above this length the scan for the lowest rank (quadratic) costs more than a heap.
 _HEAP_FROM = 64
@@ -57,7 +57,7 @@ class WordEncoder:
         self._table = _PairTable(self._byte_ids, np.array(pairs, np.int64).reshape(-1, 3), tokens)
         self._whole = whole
         self._tokens = tokens
-        self._long = LongEncoder(self, tokens, LONGEST)
+        self._long = LongEncoder(self.merge_words, tokens, LONGEST)
 
     def encode_word(self, word: bytes) -> list[int]:
         """Token ids of one word. Takes O(n log n) however long the word is."""
@@ -68,11 +68,12 @@ class WordEncoder:
         short = (np.minimum(self._tokens.sizes, LONGEST + 1) % (LONGEST + 1)).nonzero()[0]
         lengths = self._tokens.sizes.take(short)
         data = self._tokens.join(short)
-        _, counts = self.encode_words(data, np.cumsum(lengths) - lengths, lengths)
+        ids, counts = self.encode_words(data, np.cumsum(lengths) - lengths, lengths)
         words = {}
-        for i in short[counts == 1].tolist():
+        # (The id is another than the token's own where a special token has the same bytes.)
+        for token, i in zip(short[counts == 1].tolist(), ids[np.repeat(counts == 1, counts)].tolist(), strict=True):
             with suppress(UnicodeDecodeError):
-                words[self._tokens.join([i]).decode()] = (i,)
+                words[self._tokens.join([token]).decode()] = (i,)
         return words
 
     def encode_words(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

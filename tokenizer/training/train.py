@@ -1,21 +1,34 @@
 """Training: files or documents in, vocabulary and merges out.
 
-count words in every process (chunks.py, pretokenize.py, count.py, workers.py)  ->  merge in one (merge.py)
+count words in every process (pretokenize/, count.py, workers.py)  ->  merge in one (merge.py)
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from .chunks import Cutter, document_chunks, file_ranges, read_chunks
+import numpy as np
+
+from ..inputs import count_odd, is_regular, warn_of_odd
+from ..pretokenize import (
+    GPT2_PATTERN,
+    Cutter,
+    Pattern,
+    Specials,
+    document_chunks,
+    file_ranges,
+    pretokenize,
+    read_chunks,
+    resolve,
+    stream_chunks,
+)
+from ..progress import progress_bars
+from ..workers import Crew, check_num_workers
 from .count import Tally, WordCounter, Words
 from .merge import MAX_TOKENS, learn_merges
-from .pretokenize import GPT2_PATTERN, Specials, pretokenize
-from .progress import progress_bars
-from .workers import Crew, check_num_workers
 
 Vocabulary = dict[int, bytes]
 Merges = list[tuple[bytes, bytes]]
@@ -27,19 +40,19 @@ def train_bpe(
     special_tokens: Sequence[str],
     *,
     num_workers: int | None = None,
-    pattern: str = GPT2_PATTERN,
+    pattern: Pattern = GPT2_PATTERN,
     progress: bool = False,
     max_words: int | None = None,
 ) -> tuple[Vocabulary, Merges]:
     """Byte-level BPE from text files (Sennrich et al. 2016; Radford et al. 2019).
 
-    input_path: a path or a list of paths. Files may be larger than memory. They hold UTF-8; each invalid sequence
-        counts as U+FFFD, as in bytes.decode("utf-8", errors="replace"). A file's end is a document's end.
+    input_path: a path or a list of paths, pipes too; larger than memory is fine. UTF-8; each invalid sequence counts as
+        U+FFFD, as in bytes.decode("utf-8", errors="replace"). A file's end is a document's end.
     vocab_size: number of ids: the special tokens in the order given, the 256 bytes, then the merges. A text that runs
         out of pairs gives fewer.
     special_tokens: bound documents; nothing is learned from them or across them. Longest first where they overlap.
     num_workers: processes, this one included; default, one for each CPU core. The result does not depend on it.
-    pattern: pre-tokens are its matches. Another than GPT-2's runs slower, and holds a document at a time in memory.
+    pattern: see Tokenizer. Another than those known by name runs slower, and holds a document at a time in memory.
     progress: progress bars on standard error.
     max_words: merge only that many of the most frequent pre-tokens, to bound memory; default, all of them.
 
@@ -47,13 +60,16 @@ def train_bpe(
 
     Returns (vocab, merges): the bytes of every id, and the pairs in the order in which they were merged.
     Raises FileNotFoundError on a missing file, ValueError on the other arguments, RuntimeError when a worker dies.
+    Warns of many NUL or invalid bytes, the sign of another encoding than UTF-8.
     """
     paths = [input_path] if isinstance(input_path, str | os.PathLike) else list(input_path)
     if not paths:
         raise ValueError("input_path: got an empty list, expected a path or a list of paths")
     trainer = _Trainer(vocab_size, special_tokens, num_workers, pattern, max_words)
-    tasks = [(path, *piece) for path in paths for piece in file_ranges(path, trainer.cutter)]
-    return trainer.train(tasks, sum(stop - start for _, start, stop in tasks), progress)
+    if all(map(is_regular, paths)):
+        tasks = [(path, *piece) for path in paths for piece in file_ranges(path, trainer.cutter)]
+        return trainer.train(tasks, sum(stop - start for _, start, stop in tasks), progress)
+    return trainer.train(_tasks_of_streams(paths, trainer.cutter), None, progress)
 
 
 def train_bpe_from_iterator(
@@ -62,7 +78,7 @@ def train_bpe_from_iterator(
     special_tokens: Sequence[str],
     *,
     num_workers: int | None = None,
-    pattern: str = GPT2_PATTERN,
+    pattern: Pattern = GPT2_PATTERN,
     progress: bool = False,
     max_words: int | None = None,
 ) -> tuple[Vocabulary, Merges]:
@@ -76,29 +92,37 @@ def train_bpe_from_iterator(
     return trainer.train(document_chunks(documents, trainer.cutter), None, progress)
 
 
+def _tasks_of_streams(paths: Iterable[str | os.PathLike[str]], cutter: Cutter) -> Iterator[Any]:
+    for path in paths:
+        if is_regular(path):
+            yield from [(path, *piece) for piece in file_ranges(path, cutter)]
+        else:
+            yield from stream_chunks(path, cutter)
+
+
 class _Trainer:
     def __init__(
         self,
         vocab_size: int,
         special_tokens: Sequence[str],
         num_workers: int | None,
-        pattern: str,
+        pattern: Pattern,
         max_words: int | None,
     ) -> None:
         self.specials = Specials(special_tokens)
         smallest = 256 + len(self.specials.tokens)
-        if not isinstance(vocab_size, int) or vocab_size < smallest:
+        if not isinstance(vocab_size, int | np.integer) or vocab_size < smallest:
             raise ValueError(
                 f"vocab_size: got {vocab_size!r}, expected an integer of at least {smallest}: "
                 f"256 bytes and {len(self.specials.tokens)} special tokens"
             )
         if vocab_size > MAX_TOKENS:
             raise ValueError(f"vocab_size: got {vocab_size}, expected at most {MAX_TOKENS}")
-        if max_words is not None and max_words < 1:
+        if max_words is not None and (not isinstance(max_words, int | np.integer) or max_words < 1):
             raise ValueError(f"max_words: got {max_words!r}, expected a positive integer or None")
-        self.n_merges = vocab_size - smallest
+        self.n_merges = int(vocab_size) - smallest
         self.num_workers = check_num_workers(num_workers)
-        self.cutter = Cutter(self.specials, pattern)
+        self.cutter = Cutter(self.specials, resolve(pattern))
         self.max_words = max_words
 
     def train(self, tasks: Iterable[Any], n_bytes: int | None, progress: bool) -> tuple[Vocabulary, Merges]:
@@ -115,28 +139,36 @@ class _Trainer:
         with Crew(make, self.num_workers) as crew:
             for n_bytes in crew.map(tasks):
                 advance(n_bytes)
-            counter = crew.finish().counter
-        return counter.words()
+            counting = crew.finish()
+        n_nul, n_replaced = counting.n_odd.tolist()
+        warn_of_odd(n_nul, n_replaced, counting.n_bytes)
+        return counting.counter.words()
 
 
 class _Counting:
     """A worker that counts words, in pieces of files and in masked chunks of text."""
 
-    def __init__(self, special_tokens: Sequence[str], pattern: str) -> None:
+    def __init__(self, special_tokens: Sequence[str], pattern: Pattern) -> None:
         self._cutter = Cutter(Specials(special_tokens), pattern)
         self.counter = WordCounter()
+        self.n_bytes = 0
+        self.n_odd = np.zeros(2, np.int64)
 
     def run(self, task: bytes | tuple[str, int, int]) -> int:
         """Returns the number of bytes read."""
         chunks = [task] if isinstance(task, bytes) else read_chunks(*task, self._cutter)
-        n_bytes = 0
+        before = self.n_bytes
         for chunk in chunks:
-            n_bytes += len(chunk)
+            self.n_bytes += len(chunk)
+            self.n_odd += count_odd(chunk)
             self.counter.add(pretokenize(chunk, self._cutter.pattern))
-        return n_bytes
+        return self.n_bytes - before
 
-    def finish(self) -> Tally:
-        return self.counter.tally()
+    def finish(self) -> tuple[Tally, int, np.ndarray]:
+        return self.counter.tally(), self.n_bytes, self.n_odd
 
-    def join(self, tally: Tally) -> None:
+    def join(self, final: tuple[Tally, int, np.ndarray]) -> None:
+        tally, n_bytes, n_odd = final
         self.counter.add_tally(tally)
+        self.n_bytes += n_bytes
+        self.n_odd += n_odd

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rooflight.tokenizer.chunks import Cutter, document_chunks, file_ranges, read_chunks
 from rooflight.tokenizer.pretokenize import GPT2_PATTERN, SEPARATOR, Specials, pretokenize
+from rooflight.tokenizer.pretokenize.chunks import Cutter, document_chunks, file_ranges, read_chunks
 
 # Special tokens that overlap themselves, each other, and text that looks like a cut.
 SPECIALS = ["<|e|>", "a b", "aa", "é.é", "<|e|>a"]
@@ -107,7 +107,7 @@ def test_an_empty_file_has_no_ranges(tmp_path):
 
 
 def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is no regular file"):
+    with pytest.raises(ValueError, match="is a folder, expected a text file"):
         file_ranges(tmp_path, Cutter(Specials([])))
 
 

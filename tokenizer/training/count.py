@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .pretokenize import PADDING, SEPARATOR, Pretokens
+from ..pretokenize import PADDING, SEPARATOR, Pretokens
 
 _HASH = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd (Knuth, multiplicative hashing)
 _SLICE = 1 << 16

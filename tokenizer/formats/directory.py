@@ -1,0 +1,64 @@
+"""Our own directory, and GPT-2's vocab.json and merges.txt, of which it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..definition import Definition
+from ..files import atomic, read_json, write_json
+from .printable import parse_merges, parse_vocab, printable_merges, printable_vocab
+
+VOCAB, MERGES, CONFIG = "vocab.json", "merges.txt", "tokenizer_config.json"
+FILES = (VOCAB, MERGES, CONFIG)
+MERGES_FIRST_LINE = "#version: 0.2"
+
+
+def save(definition: Definition, directory: Path) -> None:
+    """See Tokenizer.save."""
+    if (directory / CONFIG).exists():
+        read_config(directory)  # another one's is not to be replaced
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / VOCAB, printable_vocab(definition, leave_out=True))
+    lines = [MERGES_FIRST_LINE, *printable_merges(definition)]
+    with atomic(directory / MERGES) as file:
+        file.write(("\n".join(lines) + "\n").encode())
+    write_json(
+        directory / CONFIG,
+        {
+            "format": "rooflight-tokenizer",
+            "version": 1,
+            "vocab_size": definition.vocab_size,
+            "pattern": definition.pattern,
+            "special_tokens": definition.special_tokens,
+            "ignore_merges": definition.ignore_merges,
+            "hash": definition.hash,
+        },
+    )
+
+
+def read_directory(directory: Path) -> tuple[Definition, str]:
+    """What save() wrote, and the hash that the tokenizer must have."""
+    config = read_config(directory)
+    specials = config["special_tokens"]
+    vocab, merges = read_gpt2(directory / VOCAB, directory / MERGES, specials)
+    pattern = config["pattern"] if isinstance(config["pattern"], str) else tuple(config["pattern"])
+    return Definition(vocab, merges, specials, pattern, config["ignore_merges"]), config["hash"]
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    config = read_json(directory / CONFIG)
+    if not isinstance(config, dict) or config.get("format") != "rooflight-tokenizer" or config.get("version") != 1:
+        raise ValueError(f"directory: {directory / CONFIG} is no tokenizer of version 1")
+    return config
+
+
+def read_gpt2(
+    vocab_path: Path, merges_path: Path, special_tokens: Mapping[str, int | None]
+) -> tuple[dict[int, bytes], list[tuple[bytes, bytes]]]:
+    """vocab and merges of GPT-2's two files; entries of vocab.json that are special tokens are plain text."""
+    vocab = parse_vocab(read_json(vocab_path), special_tokens, f"vocab_path: {vocab_path}")
+    lines = merges_path.read_text(encoding="utf-8").split("\n")
+    lines = lines[lines[0].startswith("#version") :]
+    return vocab, parse_merges(lines, f"merges_path: {merges_path}")
