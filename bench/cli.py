@@ -21,7 +21,7 @@ from ..tokenizer.commands import app as tokenizer
 from ..training.commands import train
 from .bench_commands import bench
 from .commands import bench_tokenizer, demo, estimate
-from .model_commands import evaluate, export_hf, generate, import_hf
+from .model_commands import evaluate, export_hf, generate, import_hf, plot
 
 app = typer.Typer(
     help="Triton kernels for training transformer language models, and everything around them.",
@@ -32,7 +32,7 @@ app = typer.Typer(
 tokenizer.command("bench")(bench_tokenizer)  # here, as the tokenizer imports no other room
 app.add_typer(tokenizer, name="tokenizer")
 app.add_typer(bench, name="bench")
-for command in (train, generate, import_hf, export_hf, estimate, demo):
+for command in (train, generate, plot, import_hf, export_hf, estimate, demo):
     app.command()(command)
 app.command("eval")(evaluate)
 
