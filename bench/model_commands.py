@@ -104,9 +104,7 @@ def token_named(words: Tokenizer, name: str) -> int:
     ids = words.encode(name)
     if len(ids) != 1:
         special = ", ".join(words.special_tokens) or "none"
-        raise ValueError(
-            f"stop: expected one token's text (special tokens: {special}), got {name!r}, {len(ids)} tokens"
-        )
+        raise ValueError(f"stop: expected the text of one token (special: {special}), got {name!r}, of {len(ids)}")
     return ids[0]
 
 
