@@ -237,6 +237,7 @@ class Transformer(nn.Module):
         h = None
         for block in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
+                # nothing in a block is random, and a capture cannot read a generator's state
                 x = checkpoint(_whole, block, x, at, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, h = block(x, h, at)
