@@ -32,7 +32,16 @@ from ..kernels.linear_cross_entropy import pad_rows
 from .config import ModelConfig
 from .layers import Embedding, JoinedLinear, Linear, RMSNorm, Sublayer
 
-OPS = ("rms_norm", "rope", "rope_qkv", "flash_attention", "flash_attention_varlen", "swiglu", "linear_cross_entropy")
+OPS = (
+    "rms_norm",
+    "rope",
+    "rope_qkv",
+    "flash_attention",
+    "flash_attention_varlen",
+    "gelu",
+    "swiglu",
+    "linear_cross_entropy",
+)
 
 
 class Cache(Protocol):
@@ -103,7 +112,7 @@ class FeedForward(Sublayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_up_proj is None:
-            return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+            return self.down_proj(self.ops.gelu(self.up_proj(x)))
         return self.down_proj(self.ops.swiglu(self.gate_up_proj(x)))
 
 
@@ -237,6 +246,7 @@ class Transformer(nn.Module):
         h = None
         for block in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
+                # nothing in a block is random, and a capture cannot read a generator's state
                 x = checkpoint(_whole, block, x, at, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, h = block(x, h, at)

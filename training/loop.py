@@ -26,7 +26,7 @@ from .config import TrainConfig
 from .data import Batches, TokenFile, check_window, open_tokens, validation_batches
 from .files import write_json
 from .graph import Captured, CudaGraphs, Graphs, TrainStep, autocast, set_rates
-from .optim import build_optimizers
+from .optim import build_optimizers, low_precision
 from .progress import Display, RunLog
 from .throughput import PeakMemory, measure_peak_flops, mfu
 
@@ -123,8 +123,8 @@ class _Run:
         with self.device:
             self.model = Transformer(config.model, ops=ops, checkpointing=config.checkpointing)
         # compiled code casts weights by itself, and the oracles' optimizer is torch's
-        ours = self.device.type == "cuda" and ops is kernels
-        copies = self.dtype if ours and self.dtype != torch.float32 and not config.compile else None
+        plain = config.compile or ops is reference
+        copies = {} if plain else low_precision(self.device, self.dtype, config.gradient_accumulation)
         self.optimizers = build_optimizers(
             self.model,
             optimizer=config.optimizer,
@@ -134,9 +134,8 @@ class _Run:
             betas=config.betas,
             weight_decay=config.weight_decay,
             muon_dtype=self.dtype,
-            copy_dtype=copies,
-            low_gradients=copies is not None and config.gradient_accumulation == 1,
-            triton=None if ours else False,
+            triton=False if ops is reference else None,
+            **copies,
         )
         self.peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.step, self.totals = 0, _Totals()
