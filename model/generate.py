@@ -24,7 +24,7 @@ class KVCache:
         shape = (c.n_layer, batch_size, c.n_kv_head, capacity, c.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
-        self.window, self.length = c.window, 0
+        self.windows, self.length = [c.layer_window(layer) for layer in range(c.n_layer)], 0
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v (B, K, T, D) at `length`; returns the keys and values that the T new queries can see, views."""
@@ -32,7 +32,8 @@ class KVCache:
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         # dropping keys from the left keeps the masks right: they are aligned to the last query and the last key
-        first = 0 if self.window is None else max(0, self.length - self.window)
+        window = self.windows[layer]
+        first = 0 if window is None else max(0, self.length - window)
         return self.keys[layer, :, :, first:end], self.values[layer, :, :, first:end]
 
 
