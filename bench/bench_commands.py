@@ -66,14 +66,16 @@ def ceilings(
     from .tune import read_dtypes
 
     place, dtypes = resolve_device(device), read_dtypes(dtype or ["bfloat16"])
-    console = Console()
+    console, measured = Console(), []
     with _stoppable() as stopped, _progress(console) as progress:
-        keep_ceilings(place, dtypes=dtypes, seconds=seconds, progress=progress)
-    if kept := load_ceilings(place):
-        console.print(ceilings_table(kept))
-        for line in left_out_lines(kept, place):
+        measured.append(keep_ceilings(place, dtypes=dtypes, seconds=seconds, progress=progress))
+    kept = load_ceilings(place)
+    if shown := measured[0] if measured else kept:
+        console.print(ceilings_table(shown))
+        for line in left_out_lines(shown, place):
             console.print(line)
-        console.print(f"Kept in {path_of(place)}")
+        if shown == kept:
+            console.print(f"Kept in {path_of(place)}")
     raise typer.Exit(130 if stopped else 0)
 
 
@@ -107,7 +109,9 @@ def validate(
     from .measure.harness import machine
     from .predict.validate import Validation, read_model
     from .predict.validate import validate as run
+    from .ready import require
 
+    require(files=[json_path], figure=plot)
     place = resolve_device(device)
     console = Console()
     predictions = json_path.with_suffix(".predicted.json")
@@ -168,7 +172,9 @@ def step(
     from .measure.harness import machine
     from .predict.side_by_side import WAYS, as_results, measure_steps, steps_table
     from .predict.validate import read_model
+    from .ready import require
 
+    require(files=[json_path])
     place = resolve_device(device)
     console = Console()
     name, config = read_model(model)
@@ -200,8 +206,10 @@ def kernels(
     from ..training.loop import resolve_device
     from .measure.harness import machine
     from .measure.worker import kernels as run
+    from .ready import require
     from .reports.kernel_tables import failures_table, kernel_results, table
 
+    require(files=[json_path])
     place = resolve_device(device)
     where = machine(place)
     console = Console()
@@ -285,9 +293,14 @@ def report(
     ] = None,
 ) -> None:
     """Write the tables of bench/results/ into the README, and with --page everything there as a page of its own."""
+    from .ready import require
     from .reports.page import write_page
+    from .reports.plots import require_plots
     from .reports.report import update_readme
 
+    require(files=[readme, *(page or [])])
+    if page:
+        require_plots()
     print(f"{readme}: {'updated' if update_readme(readme) else 'already up to date'}")
     for path in page or []:
         write_page(path)

@@ -23,17 +23,13 @@ def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew; an earlier run moves to OUT.previous.")] = False,
 ) -> None:
     """Train a tokenizer and a model on real text, print a sample, and compare predictions with measurements."""
-    import shutil
-
     from rich.console import Console
 
     from .demo import DemoConfig, run_demo
 
-    if fresh and out.exists():
-        previous = out.with_name(out.name + ".previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        out.rename(previous)
-    config = DemoConfig(text=text, out_dir=out, seconds=seconds, steps=steps, vocab_size=vocab_size, device=device)
+    config = DemoConfig(
+        text=text, out_dir=out, seconds=seconds, steps=steps, vocab_size=vocab_size, device=device, fresh=fresh
+    )
     raise typer.Exit(run_demo(config, Console()))
 
 
@@ -91,7 +87,9 @@ def estimate(
     from .predict.validate import read_model
     from .rates.ceilings import load_ceilings
     from .rates.kernel_rates import ops_on
+    from .ready import require
 
+    require(figure=plot)
     name, model = read_model(config)
     place = resolve_device("auto")
     measured = load_ceilings(place)
@@ -143,7 +141,9 @@ def bench_tokenizer(
     from ..tokenizer.encode_file import atomic
     from ..tokenizer.workers import check_num_workers
     from .cases.tokenizer import compare, results, table
+    from .ready import require
 
+    require(files=[json_path])
     workers = check_num_workers(num_workers)
     loaded = None if tokenizer is None else load(tokenizer)
     vocab_size = vocab_size if loaded is None else loaded.vocab_size

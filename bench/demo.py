@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,18 +18,24 @@ from rich.console import Console
 
 from ..model import ModelConfig, Transformer, generate
 from ..tokenizer import Tokenizer, train_bpe
+from ..tokenizer.merge import MAX_TOKENS
 from ..training.checkpoint import load_model
 from ..training.config import TrainConfig
 from ..training.files import write_json
 from ..training.loop import TrainResult, resolve_device, train
 from .measure.harness import machine
 from .predict.validate import validate_step
+from .reports.plots import why_no_plots
 from .text import END_OF_TEXT, find_text, read_documents, split_text
+
+SETTINGS = "demo.json"  # in a demo's folder, and the sign that it is one
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """What the demo does; text None takes the plays, steps and seconds bound the training."""
+    """What the demo does; text None takes the plays, steps and seconds bound the training, fresh sets an earlier run
+    aside. Raises ValueError on a vocabulary without the 256 bytes and END_OF_TEXT.
+    """
 
     out_dir: Path = Path("runs/demo")
     text: Path | None = None
@@ -36,8 +43,13 @@ class DemoConfig:
     seconds: float = 180.0
     steps: int = 20_000
     device: str = "auto"
+    fresh: bool = False
     prompt: str = "ROMEO\n"
     sample_tokens: int = 300
+
+    def __post_init__(self) -> None:
+        if not 256 < self.vocab_size <= MAX_TOKENS:  # the bytes, and END_OF_TEXT
+            raise ValueError(f"vocab_size: expected 257 to {MAX_TOKENS}, got {self.vocab_size}")
 
 
 def demo_training(config: DemoConfig, device: torch.device) -> TrainConfig:
@@ -69,17 +81,28 @@ def demo_training(config: DemoConfig, device: torch.device) -> TrainConfig:
 
 
 def run_demo(config: DemoConfig, console: Console) -> int:
-    """Run every stage; returns the exit status, 1 when the validation loss did not fall."""
+    """Run every stage; returns the exit status, 1 when the validation loss did not fall.
+
+    What the stages will need is looked at first: nothing is written or moved before all of it is right.
+    Raises ValueError or OSError, one sentence, where something is not.
+    """
     device = resolve_device(config.device)
-    out = config.out_dir
-    out.mkdir(parents=True, exist_ok=True)
-    _remember(config)
+    run = demo_training(config, device)
+    out, no_plots = config.out_dir, why_no_plots()
+    prepared = _prepared(config)
+    source = None if prepared else find_text(config.text, out.parent / "text")
+    if no_plots:
+        console.print(f"No loss curve will be drawn: {no_plots}", markup=False)
+    if config.fresh and _is_demo(out):
+        previous = _set_aside(out)
+        console.print(f"The earlier run is now in {previous}.")
+    if not (out / SETTINGS).exists():
+        write_json(out / SETTINGS, _settings(config))
 
     console.rule("1. Text and tokenizer")
-    tokenizer = prepare_data(config, console)
+    tokenizer = prepare_data(config, source, console)
 
     console.rule("2. Training")
-    run = demo_training(config, device)
     result = train(run, console=console)
     if result.stopped == "interrupted":
         console.print(f"Interrupted and saved. The same command goes on from step {result.step}.")
@@ -96,31 +119,61 @@ def run_demo(config: DemoConfig, console: Console) -> int:
     results["ceilings"] = ceilings.to_dict() if ceilings else None
     write_json(out / "results.json", json.loads(json.dumps(results, default=str)))
 
-    picture = out / "loss.png"
-    plot_loss(run.out_dir / "log.jsonl", picture)
-    return conclude(result, picture, console)
+    if no_plots is None:
+        plot_loss(run.out_dir / "log.jsonl", out / "loss.png")
+        console.print(f"Loss curve: {out / 'loss.png'}")
+    return conclude(result, console)
 
 
-def _remember(config: DemoConfig) -> None:
-    """Refuse to mix two demos in one folder: what is kept there depends on the text and the vocabulary."""
-    settings = {"text": str(config.text) if config.text else None, "vocab_size": config.vocab_size}
-    path = config.out_dir / "demo.json"
-    if not path.exists():
-        write_json(path, settings)
-    earlier = json.loads(path.read_text())
-    for name, value in settings.items():
+def _settings(config: DemoConfig) -> dict[str, str | int | None]:
+    """What the files of a demo's folder depend on."""
+    return {"text": str(config.text) if config.text else None, "vocab_size": config.vocab_size}
+
+
+def _is_demo(folder: Path) -> bool:
+    return (folder / SETTINGS).is_file()
+
+
+def _prepared(config: DemoConfig) -> bool:
+    """Whether the folder holds this demo's tokens already.
+
+    Raises ValueError when it holds another demo, or something that is none.
+    """
+    out = config.out_dir
+    if out.is_dir() and not _is_demo(out) and any(out.iterdir()):
+        raise ValueError(f"{out} holds files, and no demo's: --out takes another folder")
+    if config.fresh or not _is_demo(out):
+        return False
+    try:
+        earlier = dict(json.loads((out / SETTINGS).read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{out / SETTINGS} is damaged ({error}); --fresh starts anew") from None
+    for name, value in _settings(config).items():
         if earlier.get(name) != value:
             raise ValueError(
-                f"{config.out_dir} holds a demo with {name} {earlier.get(name)!r}, not {value!r}; "
+                f"{out} holds a demo with {name} {earlier.get(name)!r}, not {value!r}; "
                 "--fresh starts anew, --out takes another folder"
             )
+    return (out / "tokenizer").exists()
 
 
-def prepare_data(config: DemoConfig, console: Console) -> Tokenizer:
-    """Text to token files, and the tokenizer that made them."""
+def _set_aside(out: Path) -> Path:
+    """Rename a demo's folder OUT.previous, or OUT.previous-2 and so on where a folder of that name is no demo's."""
+    for number in itertools.count(1):
+        previous = out.with_name(f"{out.name}.previous" + (f"-{number}" if number > 1 else ""))
+        if _is_demo(previous):
+            shutil.rmtree(previous)
+        if not previous.exists():
+            out.rename(previous)
+            return previous
+    raise AssertionError
+
+
+def prepare_data(config: DemoConfig, source: tuple[str, list[Path]] | None, console: Console) -> Tokenizer:
+    """Text to token files, and the tokenizer that made them; source: what find_text found, None where that is done."""
     out = config.out_dir
-    if not (out / "tokenizer").exists():
-        name, files = find_text(config.text, out.parent / "text")
+    if source is not None:
+        name, files = source
         train_bytes, held_out = split_text(read_documents(files), out / "train.txt", out / "val.txt")
         console.print(f"Text: {name}; {train_bytes:,} bytes to train on, {held_out:,} held out.")
         vocab, merges = train_bpe(out / "train.txt", config.vocab_size, [END_OF_TEXT], progress=True)
@@ -168,9 +221,8 @@ def plot_loss(log: Path, picture: Path) -> None:
     os.replace(scratch, picture)
 
 
-def conclude(result: TrainResult, picture: Path, console: Console) -> int:
+def conclude(result: TrainResult, console: Console) -> int:
     """The last line, and whether the loss fell."""
-    console.print(f"Loss curve: {picture}")
     assert result.val_loss is not None
     assert result.first_val_loss is not None  # the demo always validates
     fell = result.val_loss < result.first_val_loss

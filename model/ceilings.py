@@ -69,20 +69,32 @@ class Ceilings:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Ceilings:
-        """The inverse of to_dict; ValueError on an unknown or a missing field."""
+        """The inverse of to_dict; ValueError on anything that it would not have written."""
         known = {f.name: f for f in dataclasses.fields(cls)}
+        _expect("fields", fields, dict)
         for name in fields:
             if name not in known:
                 raise ValueError(f"ceilings: {name!r} is not one of {', '.join(known)}")
         for name in ("gemm_flops", "copy_bandwidth"):
             if name not in fields:
                 raise ValueError(f"ceilings: {name!r} is missing")
+        for name, kind in (("gemm_flops", dict), ("kernels", dict), ("versions", dict), ("device", str), ("date", str)):
+            _expect(name, fields.get(name, kind()), kind)
+        for name, points in fields.get("kernels", {}).items():
+            _expect(f"kernels[{name!r}]", points, dict)
+        if fields.get("memory_bytes") is not None:
+            _expect("memory_bytes", fields["memory_bytes"], int)
         values = dict(fields)
         values["kernels"] = {
             kernel: {tuple(map(int, sizes.split("x"))): rate for sizes, rate in points.items()}
             for kernel, points in values.get("kernels", {}).items()
         }
         return cls(**values)
+
+
+def _expect(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"ceilings: {name}: expected {kind.__name__}, got {type(value).__name__}")
 
 
 def _interpolate(points: Mapping[Sizes, float], sizes: Sizes) -> float:

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...tokenizer import Tokenizer, train_bpe
+from ..measure.here import commit, processor
 from .tokenizer_peers import END_OF_TEXT, N_SHORT, SHORT, coders, trainers
 
 if TYPE_CHECKING:
@@ -144,19 +145,16 @@ def results(rows: list[Row], path: Path, *, vocab_size: int, encode_bytes: int, 
     """The content of a results file: for each task and peer our figures and its own; where, with what, when."""
     ours = {row.task: row for row in rows if row.peer == OURS}
     pairs = [(ours[row.task], row) for row in rows if row.peer != OURS]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     return {
         "kind": "tokenizer",
         "machine": {
-            "device": _processor(),
+            "device": processor(),
             "threads": num_workers,
             "torch": _version("torch"),
             "triton": _version("triton"),
             "cuda": None,
             "python": platform.python_version(),
-            "commit": commit or "unknown",
+            "commit": commit(),
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         },
         "corpus": {
@@ -189,15 +187,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "unknown"
-
-
-def _processor() -> str:
-    """The processor's name where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def table(rows: list[Row], title: str) -> Table:

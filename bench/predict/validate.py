@@ -20,6 +20,7 @@ from rich.console import Group
 from rich.table import Table
 
 from ...model import ModelConfig, estimate
+from ...model.ceilings import Ceilings
 from ...model.estimate import Estimate
 from ...training.config import TrainConfig, model_config
 from ...training.files import write_json
@@ -179,15 +180,19 @@ def predict(
     dtype: str,
     device: torch.device,
     optimizer: str = "adamw",
+    ceilings: Ceilings | None = None,
 ) -> Estimate:
-    """The closed form on this machine's ceilings; ValueError when none were measured or an argument is impossible."""
+    """The closed form on these ceilings, or on those kept of this machine.
+
+    Raises ValueError when none are kept or an argument is impossible.
+    """
     return estimate(
         config,
         batch_size=batch_size,
         context_length=context_length,
         dtype=dtype,
         causal="full",  # as torch's FlopCounterMode counts
-        ceilings=require_ceilings(device),
+        ceilings=ceilings or require_ceilings(device),
         ops=ops_on(device)[0],
         optimizer=optimizer,
     )
@@ -373,9 +378,9 @@ def _side_by_side(e: Estimate, measured: dict[str, Timed]) -> list[ComponentRow]
 
 def validate_step(run: TrainConfig, device: torch.device, measured: TrainResult) -> Validation:
     """Hold the closed form of a run's training step against a step of its own, and the run's time against both."""
-    ceilings_of(device, run.dtype)
+    ceilings = ceilings_of(device, run.dtype)  # handed on: a machine without a folder to keep them in has none to read
     sizes = {"batch_size": run.batch_size, "context_length": run.model.context_length}
-    e = predict(run.model, **sizes, dtype=run.dtype, device=device, optimizer=run.optimizer)
+    e = predict(run.model, **sizes, dtype=run.dtype, device=device, optimizer=run.optimizer, ceilings=ceilings)
     step = Step(
         run.model, **sizes, dtype=getattr(torch, run.dtype), device=device, compiled=run.compile,
         optimizer=run.optimizer,

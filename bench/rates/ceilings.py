@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
@@ -115,18 +116,29 @@ def keep_ceilings(
 ) -> Ceilings:
     """measure_ceilings, saved as they come beside what was kept of other dtypes and kernels; returns all of it.
 
-    Until a kernel is done, its earlier rates stand at the sizes that are still to come.
+    Until a kernel is done, its earlier rates stand at the sizes that are still to come. Where they cannot be saved,
+    standard error says so, once, and they are measured all the same.
     """
     known = load_ceilings(device)
+    unsaved: list[str] = []
+
+    def save(ceilings: Ceilings) -> None:
+        try:
+            save_ceilings(ceilings, device)
+        except OSError as error:
+            if not unsaved:
+                why = f"{error}; XDG_CACHE_HOME names another folder"
+                print(f"rooflight: this machine's rates are not kept for the next run: {why}", file=sys.stderr)
+            unsaved.append(str(error))
 
     def keep(measured: Ceilings) -> None:
         earlier = known.kernels if known else {}
         kernels = {name: earlier.get(name, {}) | points for name, points in measured.kernels.items()}
-        save_ceilings(_beside(known, replace(measured, kernels=kernels)), device)
+        save(_beside(known, replace(measured, kernels=kernels)))
 
     measured = measure_ceilings(device, dtypes=dtypes, names=names, seconds=seconds, progress=progress, keep=keep)
     ceilings = _beside(known, measured)
-    save_ceilings(ceilings, device)
+    save(ceilings)
     return ceilings
 
 
@@ -185,24 +197,36 @@ def _sizes(sizes: Sizes) -> str:
     return " x ".join(f"{size:,}" for size in sizes)
 
 
+def cache_folder() -> Path:
+    """The user's, XDG_CACHE_HOME/rooflight or ~/.cache/rooflight; OSError for a user without a home."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "rooflight"
+    try:
+        return Path.home() / ".cache" / "rooflight"
+    except RuntimeError as error:  # a container's user that no password file knows
+        raise OSError(str(error)) from None
+
+
 def path_of(device: torch.device) -> Path:
     """One file for each kind of device; a CPU's rates depend on the threads that torch may use."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     kind = device.type if device.type == "cuda" else f"{device.type}-{torch.get_num_threads()}"
-    return root / "rooflight" / f"ceilings-{kind}.json"
+    return cache_folder() / f"ceilings-{kind}.json"
 
 
 def save_ceilings(ceilings: Ceilings, device: torch.device) -> Path:
-    """Keep them for load_ceilings, one file per kind of device in the user's cache folder; returns the file."""
+    """Keep them for load_ceilings, one file per kind of device in the user's cache folder; returns the file.
+
+    Raises OSError where that cannot be written.
+    """
     write_json(path_of(device), ceilings.to_dict())
     return path_of(device)
 
 
 def load_ceilings(device: torch.device) -> Ceilings | None:
-    """What was last measured on this very device with these versions; None when nothing was."""
+    """What was last measured on this very device with these versions; None when nothing was, or its file is broken."""
     try:
-        ceilings = Ceilings.from_dict(json.loads(path_of(device).read_text()))
-    except (FileNotFoundError, json.JSONDecodeError, ValueError):
+        ceilings = Ceilings.from_dict(json.loads(path_of(device).read_bytes()))
+    except (OSError, ValueError):
         return None
     here = machine(device)
     same = ceilings.device == here["device"] and ceilings.versions.get("torch") == here["torch"]

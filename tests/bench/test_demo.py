@@ -1,5 +1,7 @@
 """The demo as a user runs it: a process of its own, on a small text, interrupted and taken up again."""
 
+import gzip
+import io
 import json
 import os
 import signal
@@ -10,10 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
+from rooflight.bench import demo
 from rooflight.bench.measure.harness import machine
+from rooflight.bench.predict import validate
+from rooflight.bench.rates import ceilings
 from rooflight.bench.rates.ceilings import save_ceilings
 from rooflight.model.ceilings import Ceilings
+from rooflight.training.loop import TrainResult
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -72,12 +79,94 @@ def test_interrupted_resumed_and_finished(tmp_path: Path, command: list[str], en
     assert "vocab_size 400, not 500" in other.stderr
 
 
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{i} green bottles hanging on the wall\n" for i in range(2500)))
+    return path
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """What an earlier demo left."""
+    folder = tmp_path / "made"
+    folder.mkdir()
+    (folder / "demo.json").write_text('{"text": null, "vocab_size": 1024}\n')
+    (folder / "tokenizer").mkdir()
+    return folder
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"text": "typo.txt"}, "typo.txt: no such file"),
+        ({"text": "text.txt.gz"}, "compressed by gzip"),
+        ({"text": "short.txt"}, "needs at least 65,536"),
+        ({"vocab_size": 256}, "vocab_size: expected 257"),
+        ({"vocab_size": 1 << 30}, "vocab_size: expected 257"),
+        ({"seconds": 0.0}, "max_seconds must be positive"),
+        ({"steps": 0}, "max_steps must be at least 1"),
+        ({"device": "gpu"}, "device must be auto"),
+        ({"out_dir": "taken"}, "taken holds files, and no demo's"),
+    ],
+)
+@pytest.mark.parametrize("fresh", [False, True])
+def test_what_is_wrong_is_said_before_anything_is_written_or_moved(
+    wrong: dict, error: str, fresh: bool, tmp_path: Path, text: Path, made: Path
+):
+    (tmp_path / "text.txt.gz").write_bytes(gzip.compress(text.read_bytes()))
+    (tmp_path / "short.txt").write_text("short\n")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").touch()
+    before = sorted(tmp_path.rglob("*"))
+    wrong = {name: tmp_path / value if name in ("text", "out_dir") else value for name, value in wrong.items()}
+    right = {"text": text, "out_dir": made if fresh else tmp_path / "new", "device": "cpu", "fresh": fresh}
+    with pytest.raises((ValueError, OSError), match=error):
+        demo.run_demo(demo.DemoConfig(**(right | wrong)), quiet())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_fresh_start_sets_only_demos_aside(tmp_path: Path, text: Path, made: Path, monkeypatch: pytest.MonkeyPatch):
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "prepare_data", stop)
+    (tmp_path / "made.previous").mkdir()  # somebody's own
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            demo.run_demo(demo.DemoConfig(text=text, out_dir=made, device="cpu", fresh=True), quiet())
+    assert list((tmp_path / "made.previous").iterdir()) == []
+    assert json.loads((tmp_path / "made.previous-2" / "demo.json").read_text())["text"] == str(text)
+    assert json.loads((made / "demo.json").read_text())["text"] == str(text)
+    assert not (tmp_path / "made.previous-3").exists()
+
+
+def test_ends_well_without_matplotlib_and_with_nowhere_to_keep_rates(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As from a plain wheel, in a container whose user has no home."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(text))
+    where = machine(CPU)
+    rates = Ceilings(dict.fromkeys(("bfloat16", "float32"), 1e11), 1e10, device=where["device"])
+    monkeypatch.setattr(ceilings, "measure_ceilings", lambda *_, keep, **__: (keep(rates), rates)[1])
+    monkeypatch.setattr(validate, "STEP_SECONDS", 0.01)
+    console, out = quiet(), tmp_path / "demo"
+    config = demo.DemoConfig(text=text, out_dir=out, vocab_size=300, device="cpu", steps=2, sample_tokens=2)
+    assert demo.run_demo(config, console) == 0
+    told = " ".join(console.file.getvalue().split())
+    assert told.startswith("No loss curve will be drawn: plots need matplotlib")
+    assert "pip install 'rooflight[demo]'" in told
+    assert "bits per byte" in told
+    assert json.loads((out / "results.json").read_text())["rows"]
+    assert not (out / "loss.png").exists()
+
+
 def test_exits_non_zero_when_the_loss_does_not_fall(capsys: pytest.CaptureFixture[str]):
-    from rich.console import Console
-
-    from rooflight.bench.demo import conclude
-    from rooflight.training.loop import TrainResult
-
     def result(before: float, after: float) -> TrainResult:
         return TrainResult(
             step=2,
@@ -96,6 +185,6 @@ def test_exits_non_zero_when_the_loss_does_not_fall(capsys: pytest.CaptureFixtur
             checkpoint=Path("checkpoint"),
         )
 
-    assert conclude(result(3.0, 2.0), Path("loss.png"), Console()) == 0
-    assert conclude(result(3.0, 3.0), Path("loss.png"), Console()) == 1
+    assert demo.conclude(result(3.0, 2.0), Console()) == 0
+    assert demo.conclude(result(3.0, 3.0), Console()) == 1
     assert "did not fall" in capsys.readouterr().out
