@@ -16,7 +16,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU when there 
 def demo(
     text: Annotated[Path | None, typer.Option(help="A file or folder of text; the plays when left out.")] = None,
     out: Annotated[Path, typer.Option(help="The folder for everything the demo makes.")] = Path("runs/demo"),
-    seconds: Annotated[float, typer.Option(help="Seconds of training, over all resumed runs.")] = 180.0,
+    seconds: Annotated[
+        float | None, typer.Option(help="Seconds of training, over all resumed runs; 180, on a GPU 120.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Training steps at most.")] = 20_000,
     vocab_size: Annotated[int, typer.Option(help="Tokens in the vocabulary.")] = 1024,
     device: Device = "auto",

@@ -1,5 +1,8 @@
 """The whole machine on real text: tokenizer, training, a sample, and prediction beside measurement.
 
+On a CPU the dtype is the one in which this very model's step is faster (some have no arithmetic in bfloat16, and take
+nine times as long in it), and the model is compiled where the run is long enough to pay for that.
+
 Every stage leaves its result in the output folder and is passed over when the result is there, and training resumes
 from its last checkpoint: the same command goes on after an interruption.
 """
@@ -10,7 +13,9 @@ import itertools
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,23 +29,30 @@ from ..training.config import TrainConfig
 from ..training.files import write_json
 from ..training.loop import TrainResult, resolve_device, train
 from .measure.harness import machine
+from .predict.step import Step
 from .predict.validate import validate_step
+from .rates.ceilings import cache_folder
 from .reports.plots import why_no_plots
 from .text import END_OF_TEXT, find_text, read_documents, split_text
 
 SETTINGS = "demo.json"  # in a demo's folder, and the sign that it is one
+SECONDS = {"cpu": 180.0, "cuda": 120.0}  # of training: on a GPU all of the demo ends within four minutes
+CEILINGS_SECONDS = 15.0  # for this machine's rates, where none are kept
+COMPILING_PAYS = 120.0  # seconds of training from which on the half minute of the compiler is won back on a CPU
+TRIAL_SECONDS = 0.5  # of steps of one sequence, in each dtype
+SAMPLED = 16  # tokens that are printed at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """What the demo does; text None takes the plays, steps and seconds bound the training, fresh sets an earlier run
-    aside. Raises ValueError on a vocabulary without the 256 bytes and END_OF_TEXT.
+    """What the demo does; text None takes the plays, steps and seconds bound the training (SECONDS when None),
+    fresh sets an earlier run aside. Raises ValueError on a vocabulary without the 256 bytes and END_OF_TEXT.
     """
 
     out_dir: Path = Path("runs/demo")
     text: Path | None = None
     vocab_size: int = 1024
-    seconds: float = 180.0
+    seconds: float | None = None
     steps: int = 20_000
     device: str = "auto"
     fresh: bool = False
@@ -72,9 +84,10 @@ def demo_training(config: DemoConfig, device: torch.device) -> TrainConfig:
         lr=0.003 if on_gpu else 0.008,
         muon_lr=0.02 if on_gpu else 0.03,
         decay=0.7,
+        dtype="bfloat16",
         compile=on_gpu,
         max_steps=config.steps,
-        max_seconds=config.seconds,
+        max_seconds=SECONDS[device.type] if config.seconds is None else config.seconds,
         device=str(device),
         resume=True,
     )
@@ -103,6 +116,10 @@ def run_demo(config: DemoConfig, console: Console) -> int:
     tokenizer = prepare_data(config, source, console)
 
     console.rule("2. Training")
+    keep_compiled_code(out)
+    if device.type == "cpu":
+        run, why = fastest_on_cpu(run, device)
+        console.print(why, markup=False)
     result = train(run, console=console)
     if result.stopped == "interrupted":
         console.print(f"Interrupted and saved. The same command goes on from step {result.step}.")
@@ -112,7 +129,7 @@ def run_demo(config: DemoConfig, console: Console) -> int:
     print_sample(config, run, tokenizer, device, console)
 
     console.rule("4. Predicted and measured")
-    validation = validate_step(run, device, measured=result)
+    validation = validate_step(run, device, measured=result, seconds=CEILINGS_SECONDS)
     console.print(validation.table())
     ceilings = validation.predicted.ceilings
     results = {"kind": "demo", "machine": machine(device), "training": asdict(result), **validation.to_dict()}
@@ -188,16 +205,88 @@ def prepare_data(config: DemoConfig, source: tuple[str, list[Path]] | None, cons
     return tokenizer
 
 
+def keep_compiled_code(out: Path) -> None:
+    """Have the compilers keep their code for the next run: in the user's cache folder, else in the demo's own.
+
+    What the environment says already stands.
+    """
+    try:
+        folder = cache_folder() / "compiled"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError:  # a container's user without a home, a cache that belongs to somebody else
+        folder = out / "compiled"
+        os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))  # its own is in the home
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def fastest_on_cpu(run: TrainConfig, device: torch.device) -> tuple[TrainConfig, str]:
+    """The run in the dtype that is faster here, compiled where that pays, and a line that says so.
+
+    A run that has begun keeps its dtype.
+    """
+    begun = run.out_dir / "config.json"
+    if begun.exists():
+        dtype = json.loads(begun.read_bytes())["dtype"]
+        step, why = step_seconds(run, dtype, device), f"{dtype}, as it began"
+    else:
+        steps = {dtype: step_seconds(run, dtype, device) for dtype in ("float32", "bfloat16")}
+        dtype = min(steps, key=steps.__getitem__)
+        step = steps[dtype]
+        slower, slow = max(steps.items(), key=lambda item: item[1])
+        why = f"{dtype}: a step of one sequence takes {step * 1e3:.0f} ms, in {slower} {slow * 1e3:.0f}"
+    assert run.max_seconds is not None
+    planned = min(run.max_seconds, run.max_steps * run.batch_size * step)
+    if planned < COMPILING_PAYS:
+        missing = f"that pays from {COMPILING_PAYS:.0f} seconds of training on"
+    else:
+        missing = no_compiler()
+    compiled = "compiled first, half a minute that the next run is spared" if missing is None else ""
+    why = f"In {why}; {compiled or f'not compiled: {missing}'}."
+    return replace(run, dtype=dtype, compile=missing is None), why
+
+
+def step_seconds(run: TrainConfig, dtype: str, device: torch.device) -> float:
+    """The best of some steps of one sequence, within TRIAL_SECONDS after the first."""
+    step = Step(run.model, 1, run.model.context_length, getattr(torch, dtype), device, optimizer=run.optimizer)
+    step()
+    times: list[float] = []
+    while sum(times) < TRIAL_SECONDS and len(times) < 10:
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def no_compiler() -> str | None:
+    """None where torch.compile works for a CPU, found out by compiling a sum; else what is missing, in a line."""
+    try:
+        torch.compile(lambda x: x + x)(torch.ones(8))
+    except Exception as error:  # whatever it is, eager PyTorch does the same work
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"torch.compile needs a C++ compiler that works ({first})"
+    return None
+
+
 def print_sample(
     config: DemoConfig, run: TrainConfig, tokenizer: Tokenizer, device: torch.device, console: Console
 ) -> None:
-    """Text out: the trained model goes on from the prompt."""
+    """Text out: the trained model goes on from the prompt, and what it says is printed as it is made."""
     model: Transformer = load_model(run.out_dir / "checkpoints", device=device)
-    prompt = torch.tensor([tokenizer.encode(config.prompt)], device=device)
+    tokens = torch.tensor([tokenizer.encode(config.prompt)], device=device)
     generator = torch.Generator(device).manual_seed(run.seed)
-    n_new = min(config.sample_tokens, run.model.context_length - prompt.shape[1])
-    tokens = generate(model, prompt, n_new, temperature=0.8, top_p=0.95, generator=generator)
-    console.print(tokenizer.decode(tokens[0].tolist()), markup=False, highlight=False)
+    end = min(tokens.shape[1] + config.sample_tokens, run.model.context_length)
+    said = ""
+    while tokens.shape[1] < end:
+        n_new = min(SAMPLED, end - tokens.shape[1])
+        tokens = generate(model, tokens, n_new, temperature=0.8, top_p=0.95, generator=generator)
+        text = tokenizer.decode(tokens[0].tolist())
+        if tokens.shape[1] < end:
+            text = text.rstrip("\ufffd")  # the rest of the character may come with the next tokens
+        console.print(text[len(said) :], end="", markup=False, highlight=False, soft_wrap=True)
+        said = text
+    console.print()
 
 
 def plot_loss(log: Path, picture: Path) -> None:

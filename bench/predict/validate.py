@@ -26,6 +26,7 @@ from ...training.config import TrainConfig, model_config
 from ...training.files import write_json
 from ...training.loop import TrainResult
 from ..measure.harness import machine
+from ..rates.ceilings import SECONDS as CEILINGS_SECONDS
 from ..rates.ceilings import ceilings_of, require_ceilings, unmeasured
 from ..rates.kernel_rates import ops_on
 from . import counters
@@ -376,18 +377,21 @@ def _side_by_side(e: Estimate, measured: dict[str, Timed]) -> list[ComponentRow]
     return [ComponentRow(titles.get(name, name), predicted[name], measured[name].seconds) for name in predicted]
 
 
-def validate_step(run: TrainConfig, device: torch.device, measured: TrainResult) -> Validation:
-    """Hold the closed form of a run's training step against a step of its own, and the run's time against both."""
-    ceilings = ceilings_of(device, run.dtype)  # handed on: a machine without a folder to keep them in has none to read
+def validate_step(
+    run: TrainConfig, device: torch.device, measured: TrainResult, *, seconds: float = CEILINGS_SECONDS
+) -> Validation:
+    """Hold the closed form of a run's training step against an eager step of its own, and the run's time against both.
+
+    seconds: for this machine's ceilings, where none are kept.
+    """
+    # handed on, not read again: a machine without a folder to keep them in has none to read
+    ceilings = ceilings_of(device, run.dtype, seconds)
     sizes = {"batch_size": run.batch_size, "context_length": run.model.context_length}
     e = predict(run.model, **sizes, dtype=run.dtype, device=device, optimizer=run.optimizer, ceilings=ceilings)
-    step = Step(
-        run.model, **sizes, dtype=getattr(torch, run.dtype), device=device, compiled=run.compile,
-        optimizer=run.optimizer,
-    )  # fmt: skip
+    step = Step(run.model, **sizes, dtype=getattr(torch, run.dtype), device=device, optimizer=run.optimizer)
     memory = _memory(e, step.peak_bytes())
-    seconds, _ = step.seconds(STEP_SECONDS)
-    rows = [*_counted(e), memory, *_times(e, seconds, f"one step alone, {TITLES[e.optimizer]}")]
-    what = "the run: with data, clipping, logging"
+    alone, _ = step.seconds(STEP_SECONDS)
+    rows = [*_counted(e), memory, *_times(e, alone, f"eager, one step alone, {TITLES[e.optimizer]}")]
+    what = f"the run{', compiled' * run.compile}: with data, clipping, logging"
     rows.append(Row("step time in training", "ms", (e.seconds or 0) * 1e3, measured.step_seconds * 1e3, what))
-    return Validation("One training step", e, tuple(rows), (), seconds)
+    return Validation("One training step", e, tuple(rows), (), alone)
