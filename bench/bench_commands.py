@@ -63,6 +63,7 @@ def ceilings(
 
     from ..training.loop import resolve_device
     from .rates.ceilings import ceilings_table, keep_ceilings, left_out_lines, load_ceilings, path_of
+    from .reports.terminal import show
     from .tune import read_dtypes
 
     place, dtypes = resolve_device(device), read_dtypes(dtype or ["bfloat16"])
@@ -71,11 +72,11 @@ def ceilings(
         measured.append(keep_ceilings(place, dtypes=dtypes, seconds=seconds, progress=progress))
     kept = load_ceilings(place)
     if shown := measured[0] if measured else kept:
-        console.print(ceilings_table(shown))
+        show(console, ceilings_table(shown))
         for line in left_out_lines(shown, place):
-            console.print(line)
+            console.print(line, soft_wrap=True)
         if shown == kept:
-            console.print(f"Kept in {path_of(place)}")
+            console.print(f"Kept in {path_of(place)}", soft_wrap=True)
     raise typer.Exit(130 if stopped else 0)
 
 
@@ -110,6 +111,7 @@ def validate(
     from .predict.validate import Validation, read_model
     from .predict.validate import validate as run
     from .ready import require
+    from .reports.terminal import show
 
     require(files=[json_path], figure=plot)
     place = resolve_device(device)
@@ -140,10 +142,10 @@ def validate(
             keep=keep,
         )
     for validation in told:
-        console.print(validation.table())
+        show(console, *validation.tables())
     for name, why in results["failures"].items():
-        console.print(f"{name}: {why}")
-    console.print(f"Predicted: {predictions}. Measured: {json_path if told else 'nothing'}.")
+        console.print(f"{name}: {why}", soft_wrap=True)
+    console.print(f"Predicted: {predictions}. Measured: {json_path if told else 'nothing'}.", soft_wrap=True)
     if plot and told:
         from .reports.plots import plot_validation
 
@@ -173,6 +175,7 @@ def step(
     from .predict.side_by_side import WAYS, as_results, measure_steps, steps_table
     from .predict.validate import read_model
     from .ready import require
+    from .reports.terminal import show
 
     require(files=[json_path])
     place = resolve_device(device)
@@ -190,7 +193,7 @@ def step(
             done.append(one)
             if json_path:  # what is measured stays measured, whatever comes
                 write_json(json_path, as_results(machine(place), title, done))
-    console.print(steps_table(f"{title}; MFU of {peak / 1e12:,.1f} TFLOP/s, measured", done))
+    show(console, steps_table(f"{title}; MFU of {peak / 1e12:,.1f} TFLOP/s, measured", done))
 
 
 @bench.command()
@@ -208,12 +211,13 @@ def kernels(
     from .measure.worker import kernels as run
     from .ready import require
     from .reports.kernel_tables import failures_table, kernel_results, table
+    from .reports.terminal import show
 
     require(files=[json_path])
     place = resolve_device(device)
     where = machine(place)
     console = Console()
-    console.print("  ".join(f"{key} {value}" for key, value in where.items()))
+    console.print("  ".join(f"{key} {value}" for key, value in where.items()), soft_wrap=True)
     heard: list[dict[str, Any]] = []
 
     def hear(line: dict[str, Any]) -> None:
@@ -227,9 +231,9 @@ def kernels(
     with console.status("starting") as status:
         run(place.type, seconds, hear)
     results = kernel_results(where, heard)
-    console.print(table(results["measurements"], results["ceilings"]))
+    show(console, table(results["measurements"], results["ceilings"]))
     if results["failures"]:
-        console.print(failures_table(results["failures"]))
+        show(console, failures_table(results["failures"]))
     if json_path:
         write_json(json_path, results)
 
@@ -245,6 +249,7 @@ def tune(
 
     from ..kernels.attention.tuned import KERNELS
     from ..training.loop import resolve_device
+    from .reports.terminal import show
     from .tune import read_dtypes, require_gpu, save, this_gpu, trials_table
     from .tune import tune as run
 
@@ -259,8 +264,8 @@ def tune(
             dtypes=read_dtypes(dtype or ["bfloat16"]),
             progress=status.update,
         )
-    console.print(trials_table(trials))
-    console.print(f"Kept in {save(trials, this_gpu(place))}")
+    show(console, trials_table(trials))
+    console.print(f"Kept in {save(trials, this_gpu(place))}", soft_wrap=True)
 
 
 @bench.command()
@@ -269,20 +274,15 @@ def paths(
 ) -> None:
     """Which path serves which attention call, and why."""
     from rich.console import Console
-    from rich.table import Table
 
-    from ..kernels.attention.paths import table
     from ..training.loop import resolve_device
+    from .reports.kernel_tables import paths_table
+    from .reports.terminal import show
     from .tune import this_gpu
 
     device = resolve_device("auto")
     here = this_gpu(device).architecture if device.type == "cuda" else "cpu"
-    out = Table(title=f"attention on {arch or here}")
-    for column in ("path", "why", "pass", "head sizes", "dtypes", "options"):
-        out.add_column(column)
-    for *call, choice in table(arch or here, device if arch in (None, here) else None):
-        out.add_row(choice.path, choice.why, *call)
-    Console().print(out)
+    show(Console(), paths_table(arch or here, device if arch in (None, here) else None))
 
 
 @bench.command()

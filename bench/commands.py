@@ -76,6 +76,7 @@ def estimate(
         str | None,
         typer.Option(help="Whose memory: triton (on a GPU), cpu or eager; by default as the ceilings were measured."),
     ] = None,
+    wide: Annotated[bool, typer.Option("--wide", help="One row a line, however wide.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw where the FLOPs go, small to XL and by length.")] = None,
 ) -> None:
@@ -90,6 +91,7 @@ def estimate(
     from .rates.ceilings import load_ceilings
     from .rates.kernel_rates import ops_on
     from .ready import require
+    from .reports.terminal import show
 
     require(figure=plot)
     name, model = read_model(config)
@@ -110,7 +112,7 @@ def estimate(
     if as_json:
         print(json.dumps(result.to_dict(), indent=1))
     else:
-        Console().print(result.table())
+        show(Console(), result.table(), wide=wide)
     if plot:
         from .reports.plots import plot_shares
 
@@ -144,6 +146,7 @@ def bench_tokenizer(
     from ..tokenizer.workers import check_num_workers
     from .cases.tokenizer import compare, results, table
     from .ready import require
+    from .reports.terminal import show
 
     require(files=[json_path])
     workers = check_num_workers(num_workers)
@@ -160,7 +163,7 @@ def bench_tokenizer(
         told=lambda line: None if quiet else typer.echo(line, err=True),
     )
     title = f"{file}, {file.stat().st_size / 1e6:,.1f} MB, {vocab_size:,} tokens, {workers} processes"
-    Console(width=120).print(table(rows, title))
+    show(Console(), table(rows, title))
     if json_path is not None:
         content = results(rows, file, vocab_size=vocab_size, encode_bytes=int(megabytes * 1e6), num_workers=workers)
         with atomic(json_path) as written:

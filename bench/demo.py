@@ -33,6 +33,7 @@ from .predict.step import Step
 from .predict.validate import validate_step
 from .rates.ceilings import cache_folder
 from .reports.plots import why_no_plots
+from .reports.terminal import show
 from .text import END_OF_TEXT, find_text, read_documents, split_text
 
 SETTINGS = "demo.json"  # in a demo's folder, and the sign that it is one
@@ -130,7 +131,7 @@ def run_demo(config: DemoConfig, console: Console) -> int:
 
     console.rule("4. Predicted and measured")
     validation = validate_step(run, device, measured=result, seconds=CEILINGS_SECONDS)
-    console.print(validation.table())
+    show(console, *validation.tables())
     ceilings = validation.predicted.ceilings
     results = {"kind": "demo", "machine": machine(device), "training": asdict(result), **validation.to_dict()}
     results["ceilings"] = ceilings.to_dict() if ceilings else None

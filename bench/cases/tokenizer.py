@@ -196,6 +196,8 @@ def table(rows: list[Row], title: str) -> Table:
     shown = Table(title=title)
     for name in ("task", "tokenizer", "seconds", "ours / its", "CPU seconds", "ours / its", "peak MB"):
         shown.add_column(name, justify="left" if name in ("task", "tokenizer") else "right")
+    if any(row.why_not for row in rows):
+        shown.add_column("why there are no figures")
     own = {row.task: row for row in rows if row.peer == OURS}
     last = ""
     for row in rows:
@@ -204,7 +206,7 @@ def table(rows: list[Row], title: str) -> Table:
             shown.add_section()
         last = row.task
         if row.why_not:
-            shown.add_row(task, row.peer, row.why_not)
+            shown.add_row(task, row.peer, *[""] * 5, row.why_not)
             continue
         ratios = [
             "" if row.peer == OURS else f"{ours / its:.2f}"

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Group
 from rich.table import Table
 
 from ...model import ModelConfig, estimate
@@ -90,9 +89,9 @@ class Validation:
             return None
         return self.step_seconds - sum(row.measured for row in self.components)
 
-    def table(self) -> Group:
-        """For rich.print: the totals, and the components where they were measured."""
-        return Group(*([self._component_table()] if self.components else []), self._total_table())
+    def tables(self) -> list[Table]:
+        """The components where they were measured, and the totals."""
+        return [*([self._component_table()] if self.components else []), self._total_table()]
 
     def _total_table(self) -> Table:
         out = Table(title=f"{self._title()}: predicted and measured", caption=self._caption())

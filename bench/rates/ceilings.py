@@ -188,8 +188,9 @@ def left_out_lines(ceilings: Ceilings, device: torch.device) -> list[str]:
     """For each kernel that lacks sizes of its grid, how many and the first few."""
     lines = []
     for kernel, sizes in sizes_left_out(ceilings, device).items():
-        named = [*map(_sizes, sizes[:4]), *["..."] * (len(sizes) > 4)]
-        lines.append(f"left out: {kernel}, {len(sizes)} sizes ({', '.join(named)})")
+        named = ", ".join(map(_sizes, sizes[:4]))
+        first = f"{named}, and {len(sizes) - 4} more" if len(sizes) > 4 else named
+        lines.append(f"left out: {kernel}, {len(sizes)} sizes ({first})")
     return lines
 
 

@@ -18,6 +18,7 @@ from rooflight.bench.predict import validate as module
 from rooflight.bench.predict.step import Step
 from rooflight.bench.predict.validate import ComponentRow, Row, Validation, predict, read_model, validate
 from rooflight.bench.rates.ceilings import save_ceilings
+from rooflight.bench.reports.terminal import show
 from rooflight.model import PRESETS, Ceilings, ModelConfig
 
 CPU = torch.device("cpu")
@@ -109,10 +110,9 @@ def test_the_residual_is_what_the_components_leave():
     done = Validation("small", e, (), components, step_seconds=8.0)
     assert done.residual == 2.0
     assert [row["ratio"] for row in done.to_dict()["components"]] == [0.5, 0.5]
-    console = Console(width=120, record=True, quiet=True)
-    console.quiet = False
+    console = Console(width=120)
     with console.capture() as text:
-        console.print(done.table())
+        show(console, *done.tables())
     for part in ("residual: step - sum", "2,000.000 ms", "25.0%", "small, batch 1 x 64, float32"):
         assert part in text.get()
     assert Validation("small", e, ()).residual is None
@@ -254,7 +254,7 @@ def test_the_hosts_part_of_a_step_is_told():
     assert host is None  # a CPU is its own host
     console = Console(width=120)
     with console.capture() as text:
-        console.print(Validation("small", e, (), step_seconds=1.0, host_seconds=0.25).table())
+        show(console, *Validation("small", e, (), step_seconds=1.0, host_seconds=0.25).tables())
     assert "the host issues a step in 250.000 ms" in text.get()
     assert Validation("small", e, (), host_seconds=0.25).to_dict()["host_seconds"] == 0.25
 
