@@ -103,8 +103,9 @@ def _by_name(columns: Sequence[_Column], styles: Sequence[StyleType], width: int
     starts = [i for i, name in enumerate(names) if i == 0 or name]
     for start, end in zip(starts, [*starts[1:], len(names)], strict=True):
         yield from (("", ""), *((line, "bold") for line in fold(names[start], width)))
-        for group in _groups(others, width):
-            if any(column.cells[i] for column in group[1:] for i in range(start, end)):
+        for number, group in enumerate(_groups(others, width)):
+            beside = group[1:]
+            if beside and (number == 0 or any(column.cells[i] for column in beside for i in range(start, end))):
                 yield from _block(group, range(start, end), styles)
         yield from _prose(others, range(start, end), width)
 
