@@ -2,6 +2,7 @@
 
 ours, eager      the model as `rooflight train` runs it
 ours, graphed    forward, backward and update as one CUDA graph: the host's part falls away (GPU only)
+ours, compiled   the model under torch.compile, as `rooflight train --compile` and the demo on a CPU run it
 plain, eager     bench/cases/plain_model.py: scaled_dot_product_attention, torch's fused AdamW
 plain, compiled  the same with its blocks compiled, which take seconds once; the vocabulary padded to 64
 """
@@ -21,11 +22,14 @@ from torch import Tensor
 
 from ...model import ModelConfig, Transformer, estimate
 from ...training.optim import build_optimizers
+from ...training.throughput import keep_freed_memory
 from ..cases.plain_model import PlainTransformer
 from ..rates.kernel_rates import ops_on
 from .step import take_step
 
-WAYS = ("ours, eager", "ours, graphed", "plain, eager", "plain, compiled")
+WAYS = ("ours, eager", "ours, graphed", "ours, compiled", "plain, eager", "plain, compiled")
+# what is taken where nothing is asked for: on a GPU a graph does what a compiler would, without its minute
+DEFAULT = {"cpu": tuple(way for way in WAYS if way != "ours, graphed"), "cuda": (*WAYS[:2], *WAYS[3:])}
 PADDED = 64  # rows that a vocabulary is padded to
 
 
@@ -65,13 +69,17 @@ class _Step:
                 else PlainTransformer(config, vocab_size=self.vocab_size)
             )
         self.optimizers = build_optimizers(self.model, optimizer="adamw", lr=1e-4)
-        if way == "plain, compiled":
+        self.forward = self.model
+        if way.endswith("compiled"):
             torch._dynamo.reset()
+        if way == "ours, compiled":
+            self.forward = torch.compile(self.model)
+        elif way == "plain, compiled":
             for block in self.model.layers:
                 block.compile()
 
     def issue(self) -> Tensor:
-        return take_step(self.model, self.inputs, self.targets, self.optimizers, self.dtype)
+        return take_step(self.forward, self.inputs, self.targets, self.optimizers, self.dtype)
 
 
 def _graphed(step: _Step) -> Callable[[], Tensor]:
@@ -100,15 +108,18 @@ def measure_steps(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    ways: Sequence[str] = WAYS,
+    ways: Sequence[str] | None = None,
     seconds: float = 5.0,
     peak_flops: float | None = None,
     progress: Callable[[str], object] = lambda way: None,
 ) -> Iterator[StepTime]:
     """Each way's step, about `seconds` of them after the first; a way that this device does not have is left out.
 
+    ways: some of WAYS; the device's DEFAULT when None.
+
     Raises ValueError on an unknown way, and on a model that the peer cannot be.
     """
+    ways = DEFAULT[device.type] if ways is None else ways
     if unknown := [way for way in ways if way not in WAYS]:
         raise ValueError(f"ways: expected some of {', '.join(WAYS)}, got {unknown[0]!r}")
     flops = [
@@ -117,6 +128,8 @@ def measure_steps(
             estimate(config, batch_size=batch_size, context_length=context_length, causal=c) for c in ("exact", "full")
         )
     ]
+    if device.type == "cpu":
+        keep_freed_memory()  # as in training; the peers have it too
     for way in ways:
         if way == "ours, graphed" and device.type != "cuda":
             continue
