@@ -162,7 +162,7 @@ def step(
     way: Annotated[
         list[str] | None,
         typer.Option(
-            help="Which to take, of 'ours, eager', 'ours, graphed', 'ours, compiled', 'plain, eager', 'plain, compiled'."
+            help="Which to take: 'ours, eager', 'ours, graphed', 'ours, compiled', 'plain, eager', 'plain, compiled'."
         ),
     ] = None,
     seconds: Annotated[float, typer.Option(help="Seconds of steps for each way.")] = 5.0,
