@@ -23,6 +23,8 @@ class Ceilings:
                     that is not here takes what the rates above leave it
     device, date, versions      where, when and with what they were measured
     memory_bytes    the device's memory; None: unknown
+    host            "gemm bfloat16", ... -> seconds that the host takes to issue a call of that kernel, a GPU's alone; a
+                    kernel that is not here takes the host no time
     """
 
     gemm_flops: dict[str, float]
@@ -33,12 +35,14 @@ class Ceilings:
     date: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     memory_bytes: int | None = None
+    host: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rates: list[tuple[str, object]] = [("copy_bandwidth", self.copy_bandwidth)]
         if self.exp_rate is not None:
             rates.append(("exp_rate", self.exp_rate))
         rates += [(f"gemm_flops[{dtype!r}]", rate) for dtype, rate in self.gemm_flops.items()]
+        rates += [(f"host[{kernel!r}]", seconds) for kernel, seconds in self.host.items()]
         for kernel, points in self.kernels.items():
             if not points or len({len(sizes) for sizes in points}) != 1 or min(min(sizes) for sizes in points) < 1:
                 raise ValueError(f"kernels[{kernel!r}]: expected rates at sizes >= 1, as many each, got {points!r}")
@@ -78,7 +82,14 @@ class Ceilings:
         for name in ("gemm_flops", "copy_bandwidth"):
             if name not in fields:
                 raise ValueError(f"ceilings: {name!r} is missing")
-        for name, kind in (("gemm_flops", dict), ("kernels", dict), ("versions", dict), ("device", str), ("date", str)):
+        for name, kind in (
+            ("gemm_flops", dict),
+            ("kernels", dict),
+            ("host", dict),
+            ("versions", dict),
+            ("device", str),
+            ("date", str),
+        ):
             _expect(name, fields.get(name, kind()), kind)
         for name, points in fields.get("kernels", {}).items():
             _expect(f"kernels[{name!r}]", points, dict)

@@ -26,7 +26,7 @@ from ...training.throughput import keep_freed_memory
 from ..cases.plain_model import PlainTransformer
 from ..measure.clock import clock
 from ..rates.kernel_rates import ops_on
-from .step import take_step
+from .step import graphed, take_step
 
 WAYS = ("ours, eager", "ours, graphed", "ours, compiled", "plain, eager", "plain, compiled")
 # what is taken where nothing is asked for: on a GPU a graph does what a compiler would, without its minute
@@ -81,25 +81,6 @@ class _Step:
 
     def issue(self) -> Tensor:
         return take_step(self.forward, self.inputs, self.targets, self.optimizers, self.dtype)
-
-
-def _graphed(step: _Step) -> Callable[[], Tensor]:
-    """The replay of the step's CUDA graph, after three steps on the stream of the capture."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step.issue()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        loss = step.issue()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return loss
-
-    return replay
 
 
 def measure_steps(
@@ -157,7 +138,7 @@ def _measure(
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     step = _Step(way, config, tokens, dtype)
-    issue = _graphed(step) if way == "ours, graphed" else step.issue
+    issue = graphed(step.issue) if way == "ours, graphed" else step.issue
     first_loss = issue().item()
     first = time.perf_counter() - start
     issue().item()  # the moments are there, compiled code is for them too

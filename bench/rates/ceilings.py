@@ -29,7 +29,7 @@ from ...training.throughput import measure_peak_flops
 from ..measure.clock import best_seconds
 from ..measure.harness import machine
 from .exponentials import exp_rate
-from .kernel_rates import KERNELS, Rates, grids, kernel_rates
+from .kernel_rates import KERNELS, Rates, grids, host_seconds, kernel_rates
 from .schedule import left_out
 
 SECONDS = 30.0  # the budget: with imports and the kernel that is running when it ends, under 45
@@ -60,7 +60,7 @@ def measure_ceilings(
     progress: Callable[[str], object] = lambda what: None,
     keep: Callable[[Ceilings], object] = lambda ceilings: None,
 ) -> Ceilings:
-    """Measure the three rates and those of the named kernels, in about `seconds`.
+    """Measure the three rates and those of the named kernels, in about `seconds`; on a GPU the host's part too.
 
     progress is told what comes next; keep gets what is measured so far, after the three rates and after each kernel.
     Raises ValueError unless seconds > 0.
@@ -99,6 +99,11 @@ def measure_ceilings(
             keep=keep_rates,
         )
         ceilings = beside(rates)
+        if device.type == "cuda":
+            progress(f"the host's part of each kernel, {_name(dtype)}")
+            host = {f"{name} {_name(dtype)}": took for name, took in host_seconds(dtype, device, names).items()}
+            ceilings = replace(ceilings, host=ceilings.host | host)
+            keep(ceilings)
     return ceilings
 
 
@@ -146,7 +151,7 @@ def _beside(known: Ceilings | None, measured: Ceilings) -> Ceilings:
     if known is None:
         return measured
     peaks, kernels = known.gemm_flops | measured.gemm_flops, known.kernels | measured.kernels
-    return replace(measured, gemm_flops=peaks, kernels=kernels)
+    return replace(measured, gemm_flops=peaks, kernels=kernels, host=known.host | measured.host)
 
 
 def sizes_left_out(ceilings: Ceilings, device: torch.device) -> dict[str, list[Sizes]]:

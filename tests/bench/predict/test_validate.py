@@ -86,7 +86,8 @@ def test_the_models_that_come_along_are_read(path: Path):
 
 
 def test_muon_beside_adamw(tmp_path: Path):
-    (done,) = validate({"small": SMALL}, CPU, batch_size=1, optimizer="muon", predictions=tmp_path / "predicted.json")
+    sizes = {"batch_size": 1, "dtype": "float32", "optimizer": "muon"}
+    (done,) = validate({"small": SMALL}, CPU, **sizes, predictions=tmp_path / "predicted.json")
     assert {"AdamW", "Muon"} <= {row.name for row in done.components if row.measured > 0}
     assert "Muon" in next(row.what for row in done.rows if row.quantity == "step time")
 
@@ -126,9 +127,8 @@ def test_the_command_writes_results_prediction_and_plot(tmp_path: Path):
     model = tmp_path / "small.toml"
     model.write_text(TOML)
     out, plot = tmp_path / "out" / "v.json", tmp_path / "v.svg"
-    result = run(
-        bench, "validate", str(model), "--batch-size", "2", "--json", str(out), "--plot", str(plot), "--device", "cpu"
-    )
+    options = ["--batch-size", "2", "--dtype", "float32", "--device", "cpu"]
+    result = run(bench, "validate", str(model), *options, "--json", str(out), "--plot", str(plot))
     assert result.exit_code == 0, result.output
     results = json.loads(out.read_text())
     assert (results["kind"], results["validations"][0]["name"]) == ("validation", "small")
@@ -140,7 +140,10 @@ def test_the_command_writes_results_prediction_and_plot(tmp_path: Path):
     assert results["failures"] == {}
     assert "small: step\n" in result.output  # the progress
     assert "<svg" in plot.read_text()
-    assert "residual: step - sum" in result.output
+    for part in ("residual: step - sum", "gaps between them", "a lower clock"):
+        assert part in result.output
+    assert results["validations"][0]["residual"]["clock"] == 0  # a CPU's is not read
+    assert predicted["predictions"]["small"]["eager_seconds"] == predicted["predictions"]["small"]["seconds"]
 
 
 BAD = {
