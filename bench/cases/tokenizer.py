@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...tokenizer import Tokenizer, train_bpe
-from ..measure.here import commit, processor
+from .here import commit, processor
 from .tokenizer_peers import END_OF_TEXT, N_SHORT, SHORT, coders, trainers
 
 if TYPE_CHECKING:

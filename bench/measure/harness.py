@@ -21,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ...kernels.attention import paths
 from ...kernels.cost import flash_attention_cost
 from ..cases.case import COMPILED, Case, Provider
+from ..cases.here import commit, processor
 from .clock import launch_times, on_capture_stream, timings
 from .compiler import compiled, no_fallback
-from .here import commit, processor
 from .memory import peak_bytes
 from .records import Failure, Measurement, is_host_bound
 
