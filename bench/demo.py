@@ -239,10 +239,8 @@ def fastest_on_cpu(run: TrainConfig, device: torch.device) -> tuple[TrainConfig,
         why = f"{dtype}: a step of one sequence takes {step * 1e3:.0f} ms, in {slower} {slow * 1e3:.0f}"
     assert run.max_seconds is not None
     planned = min(run.max_seconds, run.max_steps * run.batch_size * step)
-    if planned < COMPILING_PAYS:
-        missing = f"that pays from {COMPILING_PAYS:.0f} seconds of training on"
-    else:
-        missing = no_compiler()
+    too_short = f"that pays from {COMPILING_PAYS:.0f} seconds of training on"
+    missing = too_short if planned < COMPILING_PAYS else no_compiler()
     compiled = "compiled first, half a minute that the next run is spared" if missing is None else ""
     why = f"In {why}; {compiled or f'not compiled: {missing}'}."
     return replace(run, dtype=dtype, compile=missing is None), why

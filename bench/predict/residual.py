@@ -94,7 +94,8 @@ class Clock:
     """While entered, looks at a GPU's clock again and again; afterwards `megahertz` is the median, None on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.megahertz = device, None
+        self.device = device
+        self.megahertz: float | None = None
         self._reader: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Clock:

@@ -70,7 +70,7 @@ class _Step:
                 else PlainTransformer(config, vocab_size=self.vocab_size)
             )
         self.optimizers = build_optimizers(self.model, optimizer="adamw", lr=1e-4)
-        self.forward = self.model
+        self.forward: Callable[..., Tensor] = self.model
         if way.endswith("compiled"):
             torch._dynamo.reset()
         if way == "ours, compiled":

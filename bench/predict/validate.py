@@ -298,7 +298,9 @@ def validate_step(
     ceilings = ceilings_of(device, run.dtype, seconds)
     sizes = {"batch_size": run.batch_size, "context_length": run.model.context_length}
     e = predict(run.model, **sizes, dtype=run.dtype, device=device, optimizer=run.optimizer, ceilings=ceilings)
-    step = Step(run.model, **sizes, dtype=getattr(torch, run.dtype), device=device, optimizer=run.optimizer)
+    step = Step(
+        run.model, run.batch_size, run.model.context_length, getattr(torch, run.dtype), device, optimizer=run.optimizer
+    )
     memory = _memory(e, step.peak_bytes())
     alone, _ = step.seconds(STEP_SECONDS)
     rows = [*_counted(e), memory, *_times(e, eager_seconds(e), alone, f"eager, one step alone, {TITLES[e.optimizer]}")]

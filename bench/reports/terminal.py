@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -87,7 +87,7 @@ def _groups(columns: Sequence[_Column], width: int) -> list[list[_Column]]:
 
 
 def _block(
-    columns: Sequence[_Column], rows: Sequence[int], styles: Sequence[StyleType], ends: set[int] = frozenset()
+    columns: Sequence[_Column], rows: Sequence[int], styles: Sequence[StyleType], ends: Container[int] = ()
 ) -> Iterator[tuple[str, StyleType]]:
     if any(column.name for column in columns):
         yield GAP.join(column.cell(column.name) for column in columns).rstrip(), "bold"
