@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 END_OF_TEXT = "<|endoftext|>"
@@ -60,7 +60,8 @@ def fetch_plays(folder: Path) -> list[Path]:
     Raises OSError when they cannot be fetched (no network, no installer).
     """
     if not folder.exists():
-        if find_spec("pip"):
+        # not importlib's find_spec: setuptools hears it, and gives up its own distutils, which torch.compile needs
+        if PathFinder.find_spec("pip"):
             installer = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         elif uv := shutil.which("uv"):
             installer = [uv, "pip", "install", "--quiet", "--python", sys.executable]

@@ -3,6 +3,7 @@
 import gzip
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -94,6 +95,29 @@ def test_a_missing_path_is_named(tmp_path: Path, missing: str):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=missing):
         text.find_text(tmp_path / missing, tmp_path)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_looking_for_pip_leaves_the_import_system_alone(there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """setuptools takes a search for pip for pip's own run, and torch.compile fails for want of its distutils then."""
+    asked, ran = [], []
+
+    class Listener:
+        def find_spec(self, name: str, *_: object) -> None:
+            asked.append(name)
+
+    monkeypatch.setattr(text.sys, "meta_path", [Listener(), *text.sys.meta_path])
+    monkeypatch.setattr(
+        text.subprocess, "run", lambda command, **_: ran.append(command) or SimpleNamespace(returncode=0)
+    )
+    monkeypatch.setattr(text.os, "replace", lambda *_: None)
+    if not there:
+        monkeypatch.setattr(text.PathFinder, "find_spec", lambda name: None)
+        monkeypatch.setattr(text.shutil, "which", lambda name: "/bin/uv")
+    with pytest.raises(OSError, match="holds no plays"):
+        text.fetch_plays(tmp_path / "plays")
+    assert "pip" not in asked
+    assert ran[0][:3] == ([text.sys.executable, "-m", "pip"] if there else ["/bin/uv", "pip", "install"])
 
 
 def test_falls_back_to_the_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
