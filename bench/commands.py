@@ -97,6 +97,8 @@ def estimate(
     name, model = read_model(config)
     place = resolve_device("auto")
     measured = load_ceilings(place)
+    if measured and dtype not in measured.gemm_flops:
+        measured = None  # of other dtypes alone: the table says how to measure this one
     result = closed_form(
         model,
         batch_size=batch_size,

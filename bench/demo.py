@@ -87,6 +87,8 @@ def demo_training(config: DemoConfig, device: torch.device) -> TrainConfig:
         decay=0.7,
         dtype="bfloat16",
         compile=on_gpu,
+        eval_every=1000 if on_gpu else 250,  # a GPU's step takes milliseconds, and its checkpoint most of a second
+        checkpoint_every=2000 if on_gpu else 250,
         max_steps=config.steps,
         max_seconds=SECONDS[device.type] if config.seconds is None else config.seconds,
         device=str(device),

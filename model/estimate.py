@@ -238,10 +238,8 @@ class Estimate:
             sent = quantity(self.communication_bytes, "B")
             lines.append(f"sharded over {self.gpus}: each sends {sent} a step, in no time given here")
         if self.ceilings is None or self.utilization is None:
-            return [
-                *lines,
-                "no times: this machine's ceilings are not measured yet; `rooflight bench ceilings` measures them",
-            ]
+            command = f"`rooflight bench ceilings --dtype {self.dtype}` measures them"
+            return [*lines, f"no times: this machine's {self.dtype} ceilings are not measured yet; {command}"]
         used, peak = self.utilization, quantity(self.ceilings.gemm_rate(self.dtype), "FLOP/s")
         lines.append(
             f"step {duration(self.seconds)}, {self.tokens_per_second:,.0f} tokens/s; of {peak}: MFU {used['full']:.1%} "

@@ -323,7 +323,8 @@ class TestOutput:
         ):
             assert figure in text
         untimed = self._text(_one(XL))
-        assert "no times: this machine's ceilings are not measured yet; `rooflight bench ceilings`" in untimed
+        told = "no times: this machine's bfloat16 ceilings are not measured yet; `rooflight bench ceilings --dtype b"
+        assert told in untimed
         assert ("time" in text.split("embedding")[0], "time" in untimed.split("embedding")[0]) == (True, False)
 
     def test_a_column_names_its_unit_and_holds_three_figures(self) -> None:

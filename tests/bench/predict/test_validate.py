@@ -159,13 +159,21 @@ BAD = {
 }  # fmt: skip
 
 
+def test_an_estimate_in_a_dtype_that_was_not_measured_has_no_times():
+    result = run(estimate_app(), "tiny", "--dtype", "float16")
+    assert result.exit_code == 0, result.output
+    assert "`rooflight bench ceilings --dtype float16` measures them" in result.output
+    assert "time, " in run(estimate_app(), "tiny", "--dtype", "float32").output
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_sentence(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Path("bad.toml").write_text("[model\n")
     Path("heads.toml").write_text(TOML.replace("n_kv_head = 2", "n_kv_head = 3"))
     model, options, sentence = BAD[case]
-    for app, command in ((bench, ["validate", model, "--device", "cpu"]), (estimate_app(), [model])):
+    commands = [(bench, ["validate", model, "--device", "cpu"]), (estimate_app(), [model])]
+    for app, command in commands[: 1 if case == "dtype" else 2]:  # an estimate does without times
         error = run(app, *command, *options).exception
         assert isinstance(error, ValueError | FileNotFoundError), error
         assert sentence in str(error)

@@ -155,7 +155,7 @@ def test_the_estimate_says_how_to_measure_what_times_need(columns, monkeypatch, 
     environment = {"COLUMNS": columns} if columns else {}
     monkeypatch.delenv("COLUMNS", raising=False)
     output = CliRunner(env=environment).invoke(app, ["estimate", "gpt2-xl"], catch_exceptions=False).output
-    assert "`rooflight bench ceilings` measures them" in output
+    assert "`rooflight bench ceilings --dtype bfloat16` measures them" in output
     assert "scores and weighted sum" in output
     assert re.search(r"^FFN +983 +2,013 ", output, re.MULTILINE)
     assert (max(map(len, output.splitlines())) <= 80) == (columns == "80")
