@@ -132,7 +132,7 @@ def keep_ceilings(
             save_ceilings(ceilings, device)
         except OSError as error:
             if not unsaved:
-                why = f"{error}; XDG_CACHE_HOME names another folder"
+                why = f"{error}; set XDG_CACHE_HOME to a folder that can be written"
                 print(f"rooflight: this machine's rates are not kept for the next run: {why}", file=sys.stderr)
             unsaved.append(str(error))
 
