@@ -28,7 +28,7 @@ from .files import write_json
 from .graph import Captured, CudaGraphs, Graphs, TrainStep, autocast, set_rates
 from .optim import build_optimizers, low_precision
 from .progress import Display, RunLog
-from .throughput import PeakMemory, measure_peak_flops, mfu
+from .throughput import PeakMemory, keep_freed_memory, measure_peak_flops, mfu
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818
@@ -118,6 +118,8 @@ class _Run:
             raise ValueError(f"out_dir {config.out_dir} holds a run already: resume it, or choose another")
         self.peak_flops = config.peak_flops or measure_peak_flops(self.device, self.dtype)
 
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.memory = PeakMemory(self.device)
         torch.manual_seed(config.seed)
         with self.device:
@@ -177,6 +179,8 @@ class _Run:
         config, totals = self.config, self.totals
         config.out_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.out_dir / "config.json", config.to_dict())
+        if config.compile:
+            self._compile()
         self.started = time.perf_counter() - totals.elapsed
         means: list[float] = []  # seconds per step, one mean per log interval
         with ExitStack() as stack:
@@ -227,6 +231,22 @@ class _Run:
         stopped = "interrupted" if progress < 1 else "steps" if self.step >= config.max_steps else "time"
         return self._result(stopped, means)
 
+    def _compile(self) -> None:
+        """A forward and a backward before the clock starts, since max_seconds counts training and not the compiler."""
+        inputs, targets = get_batch(
+            self.train_data.tokens,
+            self.config.batch_size // self.config.gradient_accumulation,
+            self.config.model.context_length,
+            self.device,
+            generator=batch_generator(self.config.seed, self.step),
+        )
+        with _autocast(self.device, self.dtype):
+            loss = self.forward(inputs, targets) / self.config.gradient_accumulation
+        loss.backward()
+        self.model.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def _elapsed(self) -> float:
         return time.perf_counter() - self.started
 
@@ -267,7 +287,7 @@ class _Run:
         assert self.val_data is not None
         config = self.config
         loss = evaluate(
-            self.forward,
+            self.model,  # as it is: without gradients, and with the last batch's rows, it would be compiled twice more
             self.val_data,
             batch_size=config.batch_size // config.gradient_accumulation,
             context_length=config.model.context_length,
