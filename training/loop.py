@@ -23,7 +23,7 @@ from ..kernels import dispatch, reference
 from ..model import Transformer, estimate
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import TrainConfig
-from .data import Batches, TokenFile, check_window, open_tokens, validation_batches
+from .data import Batches, TokenFile, batch_generator, check_window, get_batch, open_tokens, validation_batches
 from .files import write_json
 from .graph import Captured, CudaGraphs, Graphs, TrainStep, autocast, set_rates
 from .optim import build_optimizers, low_precision
@@ -240,8 +240,8 @@ class _Run:
             self.device,
             generator=batch_generator(self.config.seed, self.step),
         )
-        with _autocast(self.device, self.dtype):
-            loss = self.forward(inputs, targets) / self.config.gradient_accumulation
+        with autocast(self.device, self.dtype):
+            loss = self.take_step.forward(inputs, targets) / self.config.gradient_accumulation
         loss.backward()
         self.model.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
