@@ -23,7 +23,7 @@ from ..kernels import dispatch, reference
 from ..model import Transformer, estimate
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import TrainConfig
-from .data import Batches, TokenFile, batch_generator, check_window, get_batch, open_tokens, validation_batches
+from .data import Batches, TokenFile, check_window, open_tokens, validation_batches
 from .files import write_json
 from .graph import Captured, CudaGraphs, Graphs, TrainStep, autocast, set_rates
 from .optim import build_optimizers, low_precision
@@ -157,8 +157,11 @@ class _Run:
             graphs=graphs,
             say=self.console.print,
         )
-        # validation says nothing of its own: what cannot be captured there could not be in the step either
-        self.forward = forward if graphs is None else Captured(forward, graphs, warmup=1, failed=lambda error: None)
+        # Not compiled: without gradients, and with the last batch's rows, it would be twice more. In a graph it says
+        # nothing of its own: what cannot be captured there could not be in the step either.
+        self.validated: Callable[..., Tensor] = self.model
+        if graphs is not None:
+            self.validated = Captured(self.model, graphs, warmup=1, failed=lambda error: None)
         work = estimate(config.model, batch_size=config.batch_size, dtype=config.dtype)
         self.step_flops = work.forward_flops + work.backward_flops
         self.step_tokens = config.batch_size * config.model.context_length
@@ -188,14 +191,7 @@ class _Run:
             stack.callback(log.close)
             signals = stack.enter_context(_StopSignals())
             display = stack.enter_context(Display(self.console))
-            batches = Batches(
-                self.train_data.tokens,
-                config.batch_size,
-                config.model.context_length,
-                self.device,
-                seed=config.seed,
-                step=self.step,
-            )
+            batches = self._batches()
             progress = self._progress()
             if self.checkpoint:
                 display.say(f"going on from step {self.step}, {self.checkpoint}")
@@ -231,17 +227,17 @@ class _Run:
         stopped = "interrupted" if progress < 1 else "steps" if self.step >= config.max_steps else "time"
         return self._result(stopped, means)
 
+    def _batches(self) -> Batches:
+        c = self.config
+        tokens, length = self.train_data.tokens, c.model.context_length
+        return Batches(tokens, c.batch_size, length, self.device, seed=c.seed, step=self.step)
+
     def _compile(self) -> None:
         """A forward and a backward before the clock starts, since max_seconds counts training and not the compiler."""
-        inputs, targets = get_batch(
-            self.train_data.tokens,
-            self.config.batch_size // self.config.gradient_accumulation,
-            self.config.model.context_length,
-            self.device,
-            generator=batch_generator(self.config.seed, self.step),
-        )
+        n = self.config.gradient_accumulation
+        inputs, targets = (x.chunk(n)[0] for x in next(self._batches()))
         with autocast(self.device, self.dtype):
-            loss = self.take_step.forward(inputs, targets) / self.config.gradient_accumulation
+            loss = self.take_step.forward(inputs, targets) / n
         loss.backward()
         self.model.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
@@ -287,7 +283,7 @@ class _Run:
         assert self.val_data is not None
         config = self.config
         loss = evaluate(
-            self.model,  # as it is: without gradients, and with the last batch's rows, it would be compiled twice more
+            self.validated,
             self.val_data,
             batch_size=config.batch_size // config.gradient_accumulation,
             context_length=config.model.context_length,
