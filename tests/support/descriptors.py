@@ -7,9 +7,9 @@ registers, and these follow from the first instruction's by adding constants. pt
 seen to compute "the left operand's address + 32 bytes" once, in front of one of two loops that use it, and to read the
 register in the other loop too, which can be reached without passing there (bench/NOTES.md, the Hopper forward).
 
-So each uniform register has a value here, a symbol plus a constant: of an addition of a constant the symbol stays, any
-other instruction makes one from its operands, and where paths meet with different values the meeting point is the
-symbol. The instructions of a product must have the same symbols.
+So each register has a value here, a symbol plus a constant: of an addition of a constant the symbol stays, any other
+instruction makes one from its operands, and where paths meet with different values the meeting point is the symbol. The
+instructions of a product must have the same symbols.
 """
 
 from __future__ import annotations
@@ -20,19 +20,27 @@ from collections.abc import Iterator
 from support.sass import Instruction, blocks_of, parse
 
 Value = tuple[object, int]  # a symbol and what was added to it: the low 32 bits
-State = dict[str, Value]  # of the uniform registers
+State = dict[str, Value]  # of the registers and of those spilled, by the name of their place
 
 WORD = 1 << 32
+NUMBER = re.compile(r"-?0x[0-9a-f]+|-?\d+")
+REGISTER = re.compile(r"(U?R)(\d+)")
+SPILLED = re.compile(r"\[R1(\+0x[0-9a-f]+)?\]")
 
 
 def torn_products(listing: str) -> list[str]:
     code = parse(listing)
     if not any(at.name == "HGMMA" for at in code):
         return []
+    found = _torn(code, False)
+    return _torn(code, True) if found else []  # most descriptors never leave the uniform registers
+
+
+def _torn(code: list[Instruction], every_register: bool) -> list[str]:
     found: list[str] = []
     first: Instruction | None = None
     before: dict[str, object] = {}
-    for at, state in sorted(_states(code), key=lambda pair: pair[0].address):
+    for at, state in sorted(_states(code, every_register), key=lambda pair: pair[0].address):
         if first is None or at.operands.partition(",")[0] != first.operands.partition(",")[0]:
             first, before = at, {}
         for side, register in _descriptors(at).items():
@@ -51,8 +59,8 @@ def _descriptors(hgmma: Instruction) -> dict[str, str]:
     return {"left": f"UR{n}"} | right if re.match(r"R\d+, gdesc", hgmma.operands) else right
 
 
-def _states(code: list[Instruction]) -> Iterator[tuple[Instruction, State]]:
-    """Every HGMMA with the registers' values before it.
+def _states(code: list[Instruction], every_register: bool) -> Iterator[tuple[Instruction, State]]:
+    """Every HGMMA with the values of the registers before it, or of the uniform ones.
 
     First a value is taken to be the same in every round of a loop. Where it is not, its meeting point is noted, and all
     is worked out anew, until nothing is noted any more.
@@ -84,7 +92,8 @@ def _states(code: list[Instruction]) -> Iterator[tuple[Instruction, State]]:
             for at in blocks[n]:
                 if at.name == "HGMMA":
                     products.append((at, dict(state)))
-                _execute(at, state)
+                if every_register or at.operands.startswith("UR"):
+                    _execute(at, state)
             left[n] = state
         noted = len(meetings)
         for n in order:
@@ -117,40 +126,59 @@ def _reverse_postorder(successors: list[set[int]]) -> list[int]:
 
 def _value(operand: str, state: State) -> Value:
     operand = operand.removesuffix(".reuse")
-    if operand == "URZ":
+    if operand in ("RZ", "URZ"):
         return None, 0
-    if re.fullmatch(r"-?0x[0-9a-f]+|-?\d+", operand):
+    if NUMBER.fullmatch(operand):
         return None, int(operand, 0) % WORD
     return state.get(operand, (operand, 0))  # a register that nothing has written: what was there
 
 
 def _execute(at: Instruction, state: State) -> None:
-    """Give the uniform registers that the instruction writes their new values."""
+    """Give what the instruction writes its new value."""
     target, *operands = (part.strip() for part in at.operands.split(","))
-    written = re.fullmatch(r"UR(\d+)", target)
-    if not written:
+    spilled = SPILLED.fullmatch(target) if at.opcode == "STL" else None
+    written = REGISTER.fullmatch(target)
+    if not (spilled or written):
         return
-    n = int(written[1])
     value = _result(at, operands, state)
-    if at.predicated:  # or not, and then what was there
-        value = (("maybe", at.address), 0)
-    state[target] = value
-    if ".64" in at.opcode or ".WIDE" in at.opcode:
-        state[f"UR{n + 1}"] = (("high", at.address), 0)
+    state[target] = (("maybe", at.address), 0) if at.predicated else value
+    if written:
+        for n in range(1, _width(at)):
+            state[f"{written[1]}{int(written[2]) + n}"] = (("part", n, at.address), 0)
+
+
+def _width(at: Instruction) -> int:
+    """How many registers it writes, at most."""
+    if at.name == "HGMMA":
+        return int(re.search(r"64x(\d+)x", at.opcode)[1]) // 2  # type: ignore[index]
+    if ".128" in at.opcode or at.name in ("HMMA", "LDSM"):
+        return 4
+    return 2 if re.search(r"\.(64|WIDE)\b", at.opcode) or at.opcode == "CS2R" else 1
 
 
 def _result(at: Instruction, operands: list[str], state: State) -> Value:
-    sources = [part for part in operands if not re.fullmatch(r"!?UP(\d|T)", part)]
-    uniform = all(re.fullmatch(r"URZ|UR\d+|-?0x[0-9a-f]+|-?\d+", part) for part in sources)
-    if not uniform or len(sources) < len(operands) - 2 or re.search(r"UP\d", ",".join(operands[1:])):
+    if at.opcode == "LDL" and SPILLED.fullmatch(operands[0]):
+        return _value(operands[0], state)
+    carries = [part for part in operands[:2] if re.fullmatch(r"U?P\d|U?PT", part)]  # what it writes besides
+    sources = operands[len(carries) :]
+    while sources and sources[-1] in ("PT", "!PT", "UPT", "!UPT"):
+        sources.pop()
+    if any(not (part in ("RZ", "URZ") or NUMBER.fullmatch(part) or _is_register(part)) for part in sources):
         return ("written", at.address), 0
     values = [_value(part, state) for part in sources]
-    if at.name == "UMOV":
-        return values[0]
-    # ULOP3 with 0xfc is "or": of a 14-bit address and bits above, which is the sum
-    adds = at.opcode in ("UIADD3", "UIADD3.64") or (at.opcode == "ULOP3.LUT" and sources[3:4] == ["0xfc"])
-    if adds:
-        terms = [value for value in values[:3] if value[0] is not None]
+    if at.name in ("UMOV", "MOV", "R2UR", "STL") or (at.opcode.startswith("IMAD.") and values[:2] == [(None, 0)] * 2):
+        return values[-1]  # IMAD R0, RZ, RZ, UR6
+    # an "or", 0xfc, is of a 14-bit address and bits above: the sum
+    is_or = at.opcode in ("ULOP3.LUT", "LOP3.LUT") and sources[3:4] == ["0xfc"]
+    if is_or or at.opcode in ("UIADD3", "UIADD3.64", "IADD3", "VIADD", "IMAD.IADD"):
+        values = values[:3]
+        if at.opcode == "IMAD.IADD":
+            values = [values[0], values[2]]  # times 1
+        terms = [symbol for symbol, _ in values if symbol is not None]
         if len(terms) <= 1:
-            return (terms[0][0] if terms else None), sum(constant for _, constant in values[:3]) % WORD
-    return (at.opcode, *values), 0
+            return (terms[0] if terms else None), sum(constant for _, constant in values) % WORD
+    return ((at.opcode, *values), 0) if at.operands.startswith("UR") else (("written", at.address), 0)
+
+
+def _is_register(part: str) -> bool:
+    return REGISTER.fullmatch(part.removesuffix(".reuse")) is not None
