@@ -98,6 +98,8 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
         """The inverse of to_dict; fields may be left out where they have a default. ValueError on an unknown one."""
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"fields: expected a table of the model's fields, got {fields!r}")
         known = {field.name: field for field in dataclasses.fields(cls)}
         for name in fields:
             if name not in known:
@@ -148,6 +150,8 @@ PRESETS: dict[str, ModelConfig] = {
 
 def preset(name: str) -> ModelConfig:
     """The preset of that name; ValueError with the nearest name on an unknown one."""
+    if not isinstance(name, str):
+        raise ValueError(f"preset: expected a preset's name, got {name!r}")
     if name not in PRESETS:
         raise ValueError(f"preset: no preset {name!r}{_suggestion(name, PRESETS)}")
     return PRESETS[name]

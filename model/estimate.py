@@ -31,6 +31,7 @@ from .ceilings import Ceilings
 from .config import ModelConfig
 from .memory import OPS, OPTIMIZERS, Memory, keeps_copies, memory, saved_activations
 from .parts import LEDGERS, PARAMETER_BYTES, Work, parts
+from .typed import typed
 
 __all__ = ["Ceilings", "Component", "Estimate", "Memory", "Pass", "estimate", "largest_batch"]
 
@@ -279,6 +280,7 @@ def _seconds(value: float | None) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.1f} us"
 
 
+@typed
 def estimate(
     config: ModelConfig,
     *,

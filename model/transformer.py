@@ -31,6 +31,7 @@ from .. import kernels
 from ..kernels.linear_cross_entropy import pad_rows
 from .config import ModelConfig
 from .layers import Embedding, JoinedLinear, Linear, RMSNorm, Sublayer
+from .typed import check_ids, typed
 
 OPS = ("rms_norm", "rope", "rope_qkv", "flash_attention", "flash_attention_varlen", "swiglu", "linear_cross_entropy")
 
@@ -141,6 +142,7 @@ class Transformer(nn.Module):
     cos: Tensor  # (context_length, D / 2), fp32
     sin: Tensor
 
+    @typed
     def __init__(self, config: ModelConfig, ops: ModuleType = kernels, *, checkpointing: bool = False) -> None:
         super().__init__()
         self.config, self.checkpointing = config, checkpointing
@@ -196,6 +198,7 @@ class Transformer(nn.Module):
         x = self.hidden_states(tokens, cu_seqlens=cu_seqlens, cache=cache)
         if targets is None:
             return self.logits(x)
+        check_ids("targets", targets)
         if targets.shape != tokens.shape:
             raise ValueError(f"targets: expected the shape of tokens {tuple(tokens.shape)}, got {tuple(targets.shape)}")
         # the weight stays fp32: the op casts it, keeps no copy, and sums its gradient in fp32
@@ -213,6 +216,7 @@ class Transformer(nn.Module):
 
     def hidden_states(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """What lm_head is applied to, (B, T, d), after the last norm; arguments as in forward."""
+        check_ids("tokens", tokens)
         if tokens.dim() != 2:
             raise ValueError(f"tokens: expected shape (batch, tokens), got {tuple(tokens.shape)}")
         if cu_seqlens is not None and cache is not None:
@@ -246,6 +250,7 @@ class Transformer(nn.Module):
 
     def _rows_in_documents(self, n_token: int, cu_seqlens: Tensor) -> Tensor:
         """Each token's position in its own document, (n_token,), without waiting for the device."""
+        check_ids("cu_seqlens", cu_seqlens)
         if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
             raise ValueError(f"cu_seqlens: expected (documents + 1,), int32, got {cu_seqlens.dtype}{cu_seqlens.shape}")
         limit = self.config.context_length

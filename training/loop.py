@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import kernels
 from ..kernels import dispatch, reference
 from ..model import Transformer, estimate
+from ..model.typed import typed
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .data import Batches, TokenFile, check_window, open_tokens, validation_batches
@@ -66,6 +67,7 @@ class _Totals:
     first_val_loss: float | None = None
 
 
+@typed
 def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult:
     """Train a model as `config` says; see TrainConfig for every option. Writes out_dir/config.json, log.jsonl,
     checkpoints/.
@@ -79,6 +81,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     return _Run(config, console or Console(stderr=True)).train()
 
 
+@typed
 @torch.no_grad()
 def evaluate(
     model: Callable[[Tensor, Tensor], Tensor],
@@ -360,6 +363,7 @@ class _StopSignals:
         self.received = True
 
 
+@typed
 def resolve_device(name: str) -> torch.device:
     """The device of that name, "auto" being CUDA when there is one. Raises ValueError on one that is not there."""
     if name == "auto":
