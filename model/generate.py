@@ -25,7 +25,7 @@ class KVCache:
         shape = (c.n_layer, batch_size, c.n_kv_head, capacity, c.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
-        self.window, self.length = c.window, 0
+        self.windows, self.length = [c.layer_window(layer) for layer in range(c.n_layer)], 0
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v (B, K, T, D) at `length`; returns the keys and values that the T new queries can see, views."""
@@ -33,7 +33,8 @@ class KVCache:
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         # dropping keys from the left keeps the masks right: they are aligned to the last query and the last key
-        first = 0 if self.window is None else max(0, self.length - self.window)
+        window = self.windows[layer]
+        first = 0 if window is None else max(0, self.length - window)
         return self.keys[layer, :, :, first:end], self.values[layer, :, :, first:end]
 
 
@@ -158,10 +159,15 @@ def _stream(
     allowed: Tensor | None,
 ) -> Iterator[Tensor]:
     cache = KVCache(model, tokens.shape[0], tokens.shape[1] + max_new_tokens)
-    new = tokens
+    scaling = model.config.rope_scaling
+    # where LongRoPE turns to its other frequencies, keys turned by the first ones are of no use any more
+    turning = scaling.original_context_length if scaling is not None and scaling.kind == "longrope" else None
+    new, drawn = tokens, [tokens]
     stopped = torch.zeros(tokens.shape[0], 1, dtype=torch.bool, device=tokens.device)
     for _ in range(max_new_tokens):
         with torch.no_grad():  # a generator's caller must not run inside it
+            if turning is not None and cache.length == turning:
+                cache.length, new = 0, torch.cat(drawn, 1)
             x = model.hidden_states(new, cache=cache)[:, -1]  # (B, d): only the last token's logits are needed
             p = sampling_probabilities(
                 model.logits(x), temperature=temperature, top_k=top_k, top_p=top_p, allowed=allowed
@@ -170,6 +176,7 @@ def _stream(
         if stop_token is not None:
             new = new.masked_fill(stopped, stop_token)
             stopped |= new == stop_token
+        drawn.append(new)
         yield new
         if stop_token is not None and stopped.all():
             return

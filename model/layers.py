@@ -64,7 +64,7 @@ class _InPlaceOf(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """No bias; N(0, 2 / (d_in + d_out)) truncated at three standard deviations (CS336, §3.4.1).
+    """N(0, 2 / (d_in + d_out)) truncated at three standard deviations (CS336, §3.4.1); a bias, if any, starts at 0.
 
     With a `copy` of its weight in autocast's dtype, it multiplies by that where autocast would cast the weight. The
     gradient leaves the product in that dtype; what the weight accumulates is its grad_dtype's to say, fp32 by itself.
@@ -72,8 +72,8 @@ class Linear(nn.Linear):
 
     copy: WeightCopy | None = None
 
-    def __init__(self, d_in: int, d_out: int) -> None:
-        super().__init__(d_in, d_out, bias=False)
+    def __init__(self, d_in: int, d_out: int, bias: bool = False) -> None:
+        super().__init__(d_in, d_out, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         copy, device = self.copy, x.device.type
@@ -81,10 +81,15 @@ class Linear(nn.Linear):
             return super().forward(x)
         if torch.get_autocast_dtype(device) != copy.tensor.dtype:
             return super().forward(x)
-        return F.linear(x, _InPlaceOf.apply(self.weight, copy.of(self.weight)))
+        return F.linear(x, _InPlaceOf.apply(self.weight, copy.of(self.weight)), self.bias)
 
     def reset_parameters(self) -> None:
-        _truncated_normal(self.weight, math.sqrt(2 / (self.in_features + self.out_features)))
+        self._draw(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def _draw(self, weight: Tensor) -> None:
+        _truncated_normal(weight, math.sqrt(2 / sum(weight.shape)))
 
 
 class JoinedLinear(Linear):
@@ -94,34 +99,39 @@ class JoinedLinear(Linear):
     the parts of a state dict.
     """
 
-    def __init__(self, d_in: int, **parts: int) -> None:
+    def __init__(self, d_in: int, bias: bool = False, **parts: int) -> None:
         self.parts = parts
-        super().__init__(d_in, sum(parts.values()))
+        super().__init__(d_in, sum(parts.values()), bias)
 
     @property
     def rows(self) -> tuple[int, ...]:
         return tuple(self.parts.values())
 
-    def reset_parameters(self) -> None:
-        for part in self.weight.detach().split(self.rows):
-            _truncated_normal(part, math.sqrt(2 / sum(part.shape)))
+    def _draw(self, weight: Tensor) -> None:
+        for part in weight.detach().split(self.rows):
+            super()._draw(part)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         outer = prefix[: prefix.rstrip(".").rfind(".") + 1]
-        weight = self.weight if keep_vars else self.weight.detach()
-        for name, part in zip(self.parts, weight.split(self.rows), strict=True):
-            destination[f"{outer}{name}.weight"] = part
+        for kind, tensor in self.named_parameters():
+            whole = tensor if keep_vars else tensor.detach()
+            for name, part in zip(self.parts, whole.split(self.rows), strict=True):
+                destination[f"{outer}{name}.{kind}"] = part
 
     def join(self, state_dict: dict[str, Any], outer: str, name: str) -> list[str]:
         """Put one matrix in the place of the parts that a state dict holds; returns what is wrong with them."""
-        keys = [f"{outer}{part}.weight" for part in self.parts]
-        wrong = [
-            f"size mismatch for {key}: expected {(rows, self.in_features)}, got {tuple(state_dict[key].shape)}"
-            for key, rows in zip(keys, self.rows, strict=True)
-            if key in state_dict and state_dict[key].shape != (rows, self.in_features)
-        ]
-        if not wrong and all(key in state_dict for key in keys):
-            state_dict[f"{outer}{name}.weight"] = torch.cat([state_dict.pop(key) for key in keys])
+        wrong: list[str] = []
+        for kind, whole in self.named_parameters():
+            keys = [f"{outer}{part}.{kind}" for part in self.parts]
+            shapes = [(rows, *whole.shape[1:]) for rows in self.rows]
+            found = [
+                f"size mismatch for {key}: expected {shape}, got {tuple(state_dict[key].shape)}"
+                for key, shape in zip(keys, shapes, strict=True)
+                if key in state_dict and state_dict[key].shape != shape
+            ]
+            wrong += found
+            if not found and all(key in state_dict for key in keys):
+                state_dict[f"{outer}{name}.{kind}"] = torch.cat([state_dict.pop(key) for key in keys])
         return wrong
 
 
@@ -152,19 +162,21 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float, ops: SimpleNamespace) -> None:
+    """Multiplies by weight + offset, which starts at 1."""
+
+    def __init__(self, size: int, config: ModelConfig, ops: SimpleNamespace) -> None:
         super().__init__()
-        self.eps, self.ops = eps, ops
-        self.weight = nn.Parameter(torch.ones(size))
+        self.eps, self.offset, self.ops = config.norm_eps, config.norm_offset, ops
+        self.weight = nn.Parameter(torch.full((size,), 1 - self.offset))
 
     def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
+        nn.init.constant_(self.weight, 1 - self.offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ops.rms_norm(x, self.weight, self.eps)
+        return self.ops.rms_norm(x, self.weight, self.eps, weight_offset=self.offset)
 
     def of_sum(self, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
         """The norm of x + h, and x + h, in one pass over memory; of x alone where h is None."""
         if h is None:
             return self(x), x
-        return self.ops.rms_norm(h, self.weight, self.eps, residual=x)
+        return self.ops.rms_norm(h, self.weight, self.eps, residual=x, weight_offset=self.offset)

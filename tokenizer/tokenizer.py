@@ -11,7 +11,7 @@ each pre-token in the order of the merges list (encoding/words.py).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, overload
 
@@ -19,11 +19,11 @@ import numpy as np
 
 from . import encode_file as _files
 from .decode import IncrementalDecoder
-from .definition import Definition
+from .definition import Definition, define
 from .encoding import SHORT_TEXT, STREAM_PIECE, Encoder, SpecialIds, WordEncoder, cut_stream
 from .formats import directory as own_format
 from .formats import hugging_face, tiktoken
-from .pretokenize import GPT2_PATTERN, Pattern, Specials, repair, resolve, utf8
+from .pretokenize import GPT2_PATTERN, Pattern, repair, utf8
 from .tokens import TokenBytes
 
 AllowedSpecial = Literal["all", "none", "none_raise"] | set[str] | frozenset[str]
@@ -58,37 +58,33 @@ class Tokenizer:
         pattern: Pattern = GPT2_PATTERN,
         ignore_merges: bool = False,
     ) -> None:
-        self.pattern = pattern = resolve(pattern)
-        self.ignore_merges = ignore_merges
-        self.vocab: dict[int, bytes] = dict(vocab)
-        self.merges: list[tuple[bytes, bytes]] = [(left, right) for left, right in merges]
-        self.special_tokens = _special_ids(special_tokens or (), self.vocab)
-        self.vocab = dict(sorted(self.vocab.items()))
-        special_ids = set(self.special_tokens.values())
-        id_of = _check_vocab(self.vocab, special_ids)
-        _check_holes(self.vocab, special_ids)
-        self.vocab_size = max(self.vocab) + 1
-        byte_ids = [id_of[bytes([b])] for b in range(256)]
-        pairs = _check_merges(self.merges, id_of)
-        whole = {t: i for t, i in id_of.items() if i not in special_ids} if ignore_merges else {}
+        self._set_up(define(vocab, merges, special_tokens or (), pattern, ignore_merges))
+
+    def _set_up(self, definition: Definition) -> None:
+        self.definition = definition
+        self.vocab = self.definition.vocab
+        self.vocab_size = self.definition.vocab_size
+        self.special_tokens = self.definition.special_tokens
+        self.pattern = self.definition.pattern
+        self.ignore_merges = definition.ignore_merges
         self._tokens = TokenBytes(self.vocab)
-        self._encoder = Encoder(WordEncoder(byte_ids, pairs, self._tokens, whole), pattern, self._tokens)
-        self.special_ids = SpecialIds(self.special_tokens, pattern)
-        self._no_special_ids = SpecialIds({}, pattern)
+        self._encoder = Encoder(WordEncoder(self.definition, self._tokens), self.pattern, self._tokens)
+        self.special_ids = SpecialIds(self.special_tokens, self.pattern)
+        self._no_special_ids = SpecialIds({}, self.pattern)
         self._some_special_ids: dict[frozenset[str], SpecialIds] = {}
 
     def __repr__(self) -> str:
-        specials = list(self.special_tokens)
-        return f"Tokenizer(vocab_size={self.vocab_size}, special_tokens={specials}, hash={self.hash[:12]})"
+        return f"Tokenizer(vocab_size={self.vocab_size}, special_tokens={list(self.special_tokens)})"
 
     def __reduce__(self) -> tuple:
         return _build, (self.definition,)  # workers get what defines a tokenizer, not its tables
 
-    @property
-    def definition(self) -> Definition:
-        return Definition(self.vocab, self.merges, self.special_tokens, self.pattern, self.ignore_merges)
+    @cached_property
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """Pairs of tokens, the first one merged first."""
+        return self.definition.merges
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """sha256 (hex) of all that decides which ids a text gets. Token files carry it."""
         return self.definition.hash
@@ -229,8 +225,7 @@ class Tokenizer:
         """The tokenizer that save() wrote. Raises ValueError when the files no longer hold what was saved."""
         definition, saved_hash = own_format.read_directory(Path(directory))
         tokenizer = _build(definition)
-        if tokenizer.hash != saved_hash:
-            raise ValueError(f"directory: the files of {directory} were changed after saving: their hash differs")
+        tokenizer.__dict__["hash"] = saved_hash
         return tokenizer
 
     @classmethod
@@ -283,59 +278,7 @@ class Tokenizer:
 
 
 def _build(definition: Definition) -> Tokenizer:
-    vocab, merges, special_tokens, pattern, ignore_merges = definition
-    return Tokenizer(vocab, merges, special_tokens, pattern=pattern, ignore_merges=ignore_merges)
-
-
-def _special_ids(special_tokens: Sequence[str] | Mapping[str, int], vocab: dict[int, bytes]) -> dict[str, int]:
-    """The special tokens with their ids; adds those to `vocab` that it lacks."""
-    specials = Specials(special_tokens)
-    known = {token: i for i, token in reversed(vocab.items()) if type(token) is bytes} if specials.tokens else {}
-    ids = {}
-    for text, token in zip(specials.tokens, specials.encoded, strict=True):
-        if isinstance(special_tokens, Mapping):
-            i = special_tokens[text]
-            if vocab.get(i, token) != token:
-                raise ValueError(f"special_tokens: {text!r} has the id {i}, which is that of {vocab[i]!r}")
-        else:
-            i = known[token] if token in known else max(vocab, default=-1) + 1
-        ids[text] = i
-        vocab[i] = token
-    return ids
-
-
-def _check_vocab(vocab: Mapping[int, bytes], special_ids: set[int]) -> dict[bytes, int]:
-    """The id of each token, of an ordinary one where a special one has the same bytes."""
-    for i, token in vocab.items():
-        if type(i) is not int or i < 0 or type(token) is not bytes or not token:
-            raise ValueError(f"vocab: {i!r}: {token!r}, expected an id >= 0 and non-empty bytes")
-    id_of = {token: i for i, token in vocab.items()}
-    if len(id_of) < len(vocab):
-        ordinary = {i: token for i, token in vocab.items() if i not in special_ids}
-        id_of |= {token: i for i, token in ordinary.items()}
-        if twice := [(i, token) for i, token in ordinary.items() if id_of[token] != i]:
-            i, token = twice[0]
-            raise ValueError(f"vocab: ids {i} and {id_of[token]} are both {token!r}")
-    for byte in range(256):
-        if bytes([byte]) not in id_of:
-            raise ValueError(f"vocab: the single byte {bytes([byte])!r} is missing, expected all 256")
-    return id_of
-
-
-def _check_holes(vocab: Mapping[int, bytes], special_ids: set[int]) -> None:
-    # tiktoken's own encodings leave gaps among the special tokens at the top; those are harmless.
-    for expected in range(max(vocab.keys() - special_ids)):
-        if expected not in vocab:
-            raise ValueError(f"vocab: id {expected} is missing, expected no holes below the largest id")
-
-
-def _check_merges(merges: Sequence[tuple[bytes, bytes]], id_of: Mapping[bytes, int]) -> list[tuple[int, int, int]]:
-    try:
-        pairs = [(id_of[left], id_of[right], id_of[left + right]) for left, right in merges]
-    except KeyError as error:
-        token = error.args[0]
-        rank, merge = next((i, pair) for i, pair in enumerate(merges) if token in (*pair, pair[0] + pair[1]))
-        raise ValueError(f"merges: {token!r} of merge {rank}, {merge!r}, is not in the vocabulary") from None
-    if len({(left, right) for left, right, _ in pairs}) < len(pairs):
-        raise ValueError("merges: a pair is listed more than once")
-    return pairs
+    """Of a definition that is checked."""
+    tokenizer = Tokenizer.__new__(Tokenizer)
+    tokenizer._set_up(definition)
+    return tokenizer

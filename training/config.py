@@ -37,7 +37,8 @@ class TrainConfig:
         gradient_accumulation   micro-batches that a step's batch is split into; divides batch_size
     Length: the run ends with whichever comes first, and its schedule with it
         max_steps               optimizer steps
-        max_seconds             seconds of training, evaluation and checkpoints included, summed over resumes
+        max_seconds             seconds of training, evaluation and checkpoints included, compilation not, summed over
+                                resumes
     Optimization
         optimizer               "muon" (hidden matrices; AdamW for the rest) or "adamw" (for all)
         lr                      AdamW's peak learning rate, per step

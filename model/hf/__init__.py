@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: a folder of config.json and safetensors, in the Llama layout.
+"""Hugging Face checkpoints: a folder of config.json and safetensors, in the layout of Llama and its relatives.
 
 keys.py says which families are this architecture and what becomes of every key of config.json. Their RoPE pairs feature
 i with i + head_dim / 2, as ours does, so weights pass unchanged.
@@ -17,7 +17,8 @@ from ... import kernels
 from ..transformer import Transformer
 from ..typed import typed
 from .config import from_hf, to_hf
-from .weights import Weights, hf_name, read_json, write, write_json
+from .keys import FAMILIES
+from .weights import Weights, places, read_json, write, write_json
 
 __all__ = ["is_hf", "load_hf", "save_hf"]
 
@@ -41,7 +42,7 @@ def load_hf(
     missing, unknown or of another shape, and on a damaged file, with its name.
     """
     directory = Path(path)
-    config = from_hf(read_json(directory / CONFIG), directory / CONFIG)
+    model_type, config = from_hf(read_json(directory / CONFIG), directory / CONFIG)
     weights = Weights(directory)
     both = HEAD in weights and EMBEDDING in weights
     if config.tie_embeddings and both and not torch.equal(weights[HEAD], weights[EMBEDDING]):
@@ -50,13 +51,15 @@ def load_hf(
         model = Transformer(config, ops)
     model.to(dtype).to_empty(device=device)
     # a state dict's tensors are the parameters themselves, or rows of them where ours joins matrices
-    missing = {hf_name(name): tensor for name, tensor in model.state_dict().items()}
+    missing = places(model.state_dict(), config.norm_placement, FAMILIES[model_type].joined)
     for name in weights:
         if name in missing:
             ours, theirs = missing.pop(name), weights[name]
-            if ours.shape != theirs.shape:
-                raise ValueError(f"{name}: expected shape {tuple(ours.shape)}, got {tuple(theirs.shape)}")
-            ours.copy_(theirs)
+            shape = (sum(part.shape[0] for part in ours), *ours[0].shape[1:])
+            if shape != theirs.shape:
+                raise ValueError(f"{name}: expected shape {shape}, got {tuple(theirs.shape)}")
+            for part, rows in zip(ours, theirs.split([part.shape[0] for part in ours]), strict=True):
+                part.copy_(rows)
         # Older files hold the rotation frequencies; tied ones may hold the output matrix too.
         elif not name.endswith("rotary_emb.inv_freq") and not (config.tie_embeddings and name == HEAD):
             raise ValueError(f"{name}: not a weight of this {config.n_layer}-layer model, but in {directory}")
@@ -85,7 +88,8 @@ def save_hf(model: nn.Module, path: str | Path, *, eos_token: int | None = None)
     plain = _plain(model)
     fields = to_hf(plain.config) | {"torch_dtype": str(plain.output_weight.dtype).removeprefix("torch.")}
     fields |= {"bos_token_id": None, "eos_token_id": eos_token, "pad_token_id": None}  # theirs default to 1 and 2
-    weights = {hf_name(name): tensor.contiguous() for name, tensor in plain.state_dict().items()}
+    ours = places(plain.state_dict(), plain.config.norm_placement, FAMILIES[fields["model_type"]].joined)
+    weights = {name: torch.cat(parts) if len(parts) > 1 else parts[0].contiguous() for name, parts in ours.items()}
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     write(directory, weights)

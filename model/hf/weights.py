@@ -14,20 +14,37 @@ from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-RENAMED = (
-    ("embedding.", "embed_tokens."),
-    ("attention_norm.", "input_layernorm."),
-    ("ffn_norm.", "post_attention_layernorm."),
-    ("attention.", "self_attn."),
-    ("ffn.", "mlp."),
+# Longer names first. A norm's name in their files depends on what other norms a block has.
+RENAMED = {
+    "embedding.": "embed_tokens.",
+    "attention_norm.": "input_layernorm.",
+    "attention_post_norm.": "post_attention_layernorm.",
+    "ffn_norm.": "pre_feedforward_layernorm.",
+    "ffn_post_norm.": "post_feedforward_layernorm.",
+    "attention.": "self_attn.",
+    "ffn.": "mlp.",
+}
+JOINED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | dict.fromkeys(
+    ("gate_proj", "up_proj"), "gate_up_proj"
 )
 
 
-def hf_name(name: str) -> str:
-    """layers.0.attention.q_proj.weight -> model.layers.0.self_attn.q_proj.weight."""
-    for ours, theirs in RENAMED:
-        name = name.replace(ours, theirs)
-    return name if name.startswith("lm_head.") else f"model.{name}"
+def places(tensors: Mapping[str, Tensor], norm_placement: str, joined: bool) -> dict[str, list[Tensor]]:
+    """Our tensors under their names in a checkpoint, those that are one matrix there together, in the order of rows.
+
+    layers.0.attention.q_proj.weight is model.layers.0.self_attn.q_proj.weight, or the first of .qkv_proj.weight.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        if norm_placement == "pre":
+            name = name.replace("ffn_norm.", "post_attention_layernorm.")
+        for ours, theirs in RENAMED.items():
+            name = name.replace(ours, theirs)
+        parts = name.split(".")
+        if joined and len(parts) > 1 and parts[-2] in JOINED:
+            name = ".".join([*parts[:-2], JOINED[parts[-2]], parts[-1]])
+        found.setdefault(name if name.startswith("lm_head.") else f"model.{name}", []).append(tensor)
+    return found
 
 
 def read_json(path: Path) -> Any:

@@ -11,12 +11,12 @@ every column per step; words too long for a column are cut into windows (long.py
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import chain, pairwise, repeat
+from itertools import chain, pairwise
 
 import numpy as np
 
+from ..definition import Definition
 from ..tokens import TokenBytes, ranges
 from .long import LongEncoder
 
@@ -37,25 +37,17 @@ LONGEST = (1 << _ROW_BITS) - 1
 
 
 class WordEncoder:
-    """Encodes words; remembers none.
+    """Encodes words; remembers none. tokens: the bytes of every id."""
 
-    byte_ids: 256 ids, of the single bytes.  pairs: (left id, right id, merged id) of every merge, lowest rank first.
-    tokens: the bytes of every id.  whole: words that are one token whatever the merges make of them.
-    """
-
-    def __init__(
-        self,
-        byte_ids: Sequence[int],
-        pairs: Sequence[tuple[int, int, int]],
-        tokens: TokenBytes,
-        whole: Mapping[bytes, int],
-    ) -> None:
-        self._byte_ids = list(byte_ids)
-        self._rank = {(left, right): rank for rank, (left, right, _) in enumerate(pairs)}
-        self._merged = [merged for _, _, merged in pairs]
+    def __init__(self, definition: Definition, tokens: TokenBytes) -> None:
+        self._byte_ids = definition.byte_ids
+        pairs = definition.pairs.astype(np.int64)
+        self._rank = dict(zip((pairs[:, 0] << 32 | pairs[:, 1]).tolist(), range(len(pairs)), strict=True))
+        self._merged = pairs[:, 2].tolist()
         self._none = len(pairs)  # a rank above every other: the pair is in no merge
-        self._table = _PairTable(self._byte_ids, np.array(pairs, np.int64).reshape(-1, 3), tokens)
-        self._whole = whole
+        self._table = _PairTable(self._byte_ids, pairs, tokens)
+        # Words that are one token whatever the merges make of them.
+        self._whole = definition.ordinary if definition.ignore_merges else {}
         self._tokens = tokens
         self._long = LongEncoder(self.merge_words, tokens, LONGEST)
 
@@ -131,15 +123,15 @@ class WordEncoder:
         if len(ids) >= _HEAP_FROM:
             return self._merge_with_heap(ids)
         rank_of, none = self._rank.get, self._none
-        ranks = [*map(rank_of, pairwise(ids), repeat(none)), none]
+        ranks = [*[rank_of(left << 32 | right, none) for left, right in pairwise(ids)], none]
         while (rank := min(ranks)) < none:
             i = ranks.index(rank)
             del ids[i + 1], ranks[i]
             new = ids[i] = self._merged[rank]
             if i:
-                ranks[i - 1] = rank_of((ids[i - 1], new), none)
+                ranks[i - 1] = rank_of(ids[i - 1] << 32 | new, none)
             if i + 1 < len(ids):
-                ranks[i] = rank_of((new, ids[i + 1]), none)
+                ranks[i] = rank_of(new << 32 | ids[i + 1], none)
         return ids
 
     def _merge_with_heap(self, ids: list[int]) -> list[int]:
@@ -148,21 +140,21 @@ class WordEncoder:
         preceding = list(range(-1, n - 1))
         rank_of = self._rank.get
         # (rank, position) of a pair; an entry is stale when the pair that stands there now has another rank.
-        heap = [(rank, i) for i in range(n - 1) if (rank := rank_of((ids[i], ids[i + 1]))) is not None]
+        heap = [(rank, i) for i in range(n - 1) if (rank := rank_of(ids[i] << 32 | ids[i + 1])) is not None]
         heapq.heapify(heap)
         while heap:
             rank, i = heapq.heappop(heap)
             j = following[i]
-            if ids[i] < 0 or j == n or rank_of((ids[i], ids[j])) != rank:
+            if ids[i] < 0 or j == n or rank_of(ids[i] << 32 | ids[j]) != rank:
                 continue
             ids[i], ids[j] = self._merged[rank], -1
             after = following[i] = following[j]
             if after < n:
                 preceding[after] = i
-                if (new := rank_of((ids[i], ids[after]))) is not None:
+                if (new := rank_of(ids[i] << 32 | ids[after])) is not None:
                     heapq.heappush(heap, (new, i))
             before = preceding[i]
-            if before >= 0 and (new := rank_of((ids[before], ids[i]))) is not None:
+            if before >= 0 and (new := rank_of(ids[before] << 32 | ids[i])) is not None:
                 heapq.heappush(heap, (new, before))
         return [token for token in ids if token >= 0]
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..definition import Definition
+from ..definition import Definition, define
 from ..files import read_json, write_json
 from ..pretokenize import GPT2_PATTERN, Pattern, for_oniguruma, is_gpt2, pretokenize
 from .printable import parse_merges, parse_vocab, printable_merges, printable_vocab
@@ -111,8 +111,8 @@ def read_hf(path: Path) -> Definition:
     vocab = parse_vocab(model["vocab"], added, f"path: {path}")
     vocab |= {i: token.encode() for token, i in added.items()}
     pattern = _read_pre_tokenizer(content.get("pre_tokenizer"), path)
-    merges = parse_merges(model["merges"], f"path: {path}")
-    return Definition(vocab, merges, added, pattern, bool(model.get("ignore_merges")))
+    merges = parse_merges(model["merges"], model["vocab"], f"path: {path}")
+    return define(vocab, merges, added, pattern, bool(model.get("ignore_merges")))
 
 
 def _read_pre_tokenizer(written: Any, path: Path) -> Pattern:

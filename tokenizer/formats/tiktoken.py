@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
-from ..definition import Definition
+import numpy as np
+
+from ..definition import Definition, define
 from ..files import atomic
 from ..pretokenize import Pattern
 
@@ -48,7 +50,8 @@ def read_tiktoken(path: Path, special_tokens: Sequence[str] | Mapping[str, int],
         if vocab.setdefault(i, special.encode()) != special.encode():
             raise ValueError(f"special_tokens: {special!r} has the id {i}, which is that of {vocab[i]!r}")
     merges, whole = merges_of_ranks(ranks)
-    return Definition(vocab, merges, dict(special_tokens), pattern, ignore_merges=bool(whole))
+    pairs = np.array([(ranks[left], ranks[right], ranks[left + right]) for left, right in merges], np.int32)
+    return define(vocab, pairs.reshape(-1, 3), dict(special_tokens), pattern, ignore_merges=bool(whole))
 
 
 def merges_of_ranks(ranks: Mapping[bytes, int]) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:

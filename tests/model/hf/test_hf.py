@@ -209,17 +209,20 @@ def checkpoint(tmp_path: Path) -> Path:
     [
         ({"model_type": "gpt2"}, "expected model_type llama, .*, got 'gpt2'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
         ({"is_causal": False}, "is_causal False is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config {'bits': 4} is not supported"),
         ({"some_future_switch": 0.5}, "some_future_switch 0.5 is not supported"),
         ({"sliding_window": 7}, "sliding_window 7 is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        ({"model_type": "mistral", "mlp_bias": True}, "mlp_bias True is not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not supported"),
         ({"model_type": "qwen3", "layer_types": ["chunked_attention"]}, "layer_types: expected 1 of sliding_attention"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window: expected a whole number >= 1 or null, got 0"),
-        ({"attention_bias": True}, "attention_bias True is not supported"),
-        ({"mlp_bias": True}, "mlp_bias True is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
+        ({"attention_bias": True}, "self_attn.qkv_proj|self_attn.*bias: missing"),
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "rope_type 'ntk' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "rope_type 'llama3' is not supported so: .* needs"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0, "tail": 1}}, "tail 1 is not supported"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"vocab_size": 30}, "weight: expected shape"),
         ({"num_hidden_layers": 2}, "model.layers.1.input_layernorm.weight: missing"),
@@ -282,7 +285,7 @@ def test_a_missing_file_is_named(checkpoint: Path, name: str) -> None:
         load_hf(checkpoint)
 
 
-@pytest.mark.parametrize("change", [{"ffn": "gelu"}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("change", [{"ffn": "gelu"}, {"softcap": 5.0}, {"rope_interleaved": True}], ids=str)
 def test_what_the_layout_cannot_hold_is_not_saved(tmp_path: Path, change: dict) -> None:
     model = Transformer(replace(ModelConfig(31, 16, 1, 2, d_model=8), **change))
     with pytest.raises(ValueError, match=next(iter(change))):

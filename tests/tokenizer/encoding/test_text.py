@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rooflight.tokenizer import Tokenizer
+from rooflight.tokenizer import GPT2_PATTERN, Tokenizer
+from rooflight.tokenizer.definition import Definition
 from rooflight.tokenizer.encoding import text as encode_text
 from rooflight.tokenizer.encoding import words as encode_words
 from rooflight.tokenizer.encoding.words import WordEncoder
@@ -131,5 +132,6 @@ def test_a_million_characters_take_linear_time(unit: bytes) -> None:
 
 def test_pair_tables_refuse_more_merges_than_they_hold() -> None:
     big = 1 << 40
+    vocab = {i: bytes([i]) for i in range(256)}
     with pytest.raises(ValueError, match="more than can be encoded"):
-        WordEncoder(list(range(256)), [(97, 98, big)], TokenBytes({i: bytes([i]) for i in range(256)}), {})
+        WordEncoder(Definition(vocab, np.array([[97, 98, big]]), {}, GPT2_PATTERN), TokenBytes(vocab))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -72,7 +73,7 @@ def test_missing_and_damaged_files_are_refused(tokenizer: Tokenizer, tmp_path) -
     with pytest.raises(ValueError, match=r"merge 40 is .* expected two tokens"):
         Tokenizer.load(tmp_path)
     (tmp_path / "merges.txt").write_text(merges + "\u4e00 b\n")
-    with pytest.raises(ValueError, match="stand-ins for bytes"):
+    with pytest.raises(ValueError, match="merge 40 is not in the vocabulary"):
         Tokenizer.load(tmp_path)
     (tmp_path / "vocab.json").write_text("{")
     with pytest.raises(ValueError, match="is no JSON"):
@@ -124,3 +125,24 @@ def test_folders_of_other_tokenizers_are_not_written_over(tokenizer: Tokenizer, 
     with pytest.raises(ValueError, match="is no tokenizer of version 1"):
         tokenizer.save(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_hash_stays_what_it_was(tokenizer: Tokenizer, tmp_path) -> None:
+    """Token files and checkpoints know a tokenizer by it."""
+    content = [
+        tokenizer.pattern,
+        [[i, token.hex()] for i, token in tokenizer.vocab.items()],
+        [[left.hex(), right.hex()] for left, right in tokenizer.merges],
+        sorted(tokenizer.special_tokens.items()),
+        False,
+    ]
+    assert tokenizer.hash == hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    tokenizer.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for change in ({"pattern": "x"}, {"ignore_merges": True}, {"hash": "0"}, {"checksum": "0", "pattern": "x"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match="changed after saving"):
+            Tokenizer.load(tmp_path)
+    del config["checksum"]  # as saved by earlier versions
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer.load(tmp_path).hash == tokenizer.hash
