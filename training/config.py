@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model import ModelConfig, preset
+from ..model.typed import typed
 from .optim import OPTIMIZERS
 from .schedule import lr_factor
 
@@ -176,6 +177,8 @@ class TrainConfig:
 
         Raises ValueError on an unknown or missing name, or a value out of range.
         """
+        if not isinstance(values, dict):
+            raise ValueError(f"values: expected a table of the options, got {values!r}")
         values = dict(values)
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
@@ -202,6 +205,7 @@ class TrainConfig:
         return cls.from_dict(read_toml(path) | {k: v for k, v in overrides.items() if v is not None})
 
 
+@typed
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The plain values of a TOML file. Raises FileNotFoundError, or ValueError on TOML that cannot be read."""
     path = Path(path)

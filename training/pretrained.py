@@ -10,9 +10,11 @@ import torch
 from .. import kernels
 from ..model import Transformer, load_hf
 from ..model.hf import is_hf
+from ..model.typed import typed
 from .checkpoint import load_model
 
 
+@typed
 def open_model(path: str | Path, *, device: str | torch.device = "cpu", ops: ModuleType = kernels) -> Transformer:
     """The model of a Hugging Face folder, a checkpoint, or a run's latest checkpoint, in evaluation mode.
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ... import kernels
 from ..transformer import Transformer
+from ..typed import typed
 from .config import from_hf, to_hf
 from .keys import FAMILIES
 from .weights import Weights, places, read_json, write, write_json
@@ -25,6 +26,7 @@ CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenize
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
+@typed
 def load_hf(
     path: str | Path,
     ops: ModuleType = kernels,
@@ -73,6 +75,7 @@ def is_hf(path: str | Path) -> bool:
     return isinstance(fields, dict) and "model_type" in fields
 
 
+@typed
 def save_hf(model: nn.Module, path: str | Path, *, eos_token: int | None = None) -> None:
     """Write config.json and model.safetensors into the directory `path`, made when it does not exist.
 
