@@ -27,6 +27,7 @@ from .data import Batches, TokenFile, check_window, open_tokens, validation_batc
 from .files import write_json
 from .graph import Captured, CudaGraphs, Graphs, TrainStep, autocast, set_rates
 from .optim import build_optimizers
+from .pretrained import copy_weights
 from .progress import Display, RunLog
 from .throughput import PeakMemory, measure_peak_flops, mfu
 
@@ -122,6 +123,8 @@ class _Run:
         torch.manual_seed(config.seed)
         with self.device:
             self.model = Transformer(config.model, ops=ops, checkpointing=config.checkpointing)
+        if config.init_from is not None and not found:
+            copy_weights(config.init_from, self.model)
         # compiled code casts weights by itself, and the oracles' optimizer is torch's
         ours = self.device.type == "cuda" and ops is kernels
         copies = self.dtype if ours and self.dtype != torch.float32 and not config.compile else None

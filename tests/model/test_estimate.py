@@ -42,12 +42,19 @@ def _counted(model: Transformer, tokens: torch.Tensor) -> tuple[int, int]:
     return forward.get_total_flops(), backward.get_total_flops()
 
 
+OTHERS = {
+    "biases": replace(ODD, qkv_bias=True, output_bias=True, ffn_bias=True, ffn="swiglu"),
+    "both norms": replace(ODD, norm_placement="both", norm_offset=1.0, ffn="geglu", window=2, full_layers=(1,)),
+    "norms after": replace(ODD, norm_placement="post", qk_norm="all", embedding_scale=3.0, logit_softcap=5.0),
+}
+
+
 class TestAgainstTorch:
     """Parameters and the products' FLOPs on tensors without storage: not one more or less."""
 
-    @pytest.mark.parametrize("name", [*PRESETS, "odd"])
+    @pytest.mark.parametrize("name", [*PRESETS, "odd", *OTHERS])
     def test_parameters_and_flops(self, name: str) -> None:
-        config = PRESETS.get(name, ODD)
+        config = (PRESETS | OTHERS).get(name, ODD)
         model, tokens = _meta(config, 2)
         e = estimate(config, batch_size=2, causal="full")
         assert e.parameters == sum(p.numel() for p in model.parameters())
@@ -64,6 +71,12 @@ class TestAgainstTorch:
         for name, p in model.named_parameters():
             expected[next(kind for part, kind in kinds.items() if part in name)] += p.numel()
         assert {c.name: c.parameters for c in _one(config).components if c.parameters} == expected
+
+    def test_a_layer_without_the_window_costs_what_one_without_it_does(self) -> None:
+        config = replace(ODD, n_layer=4, window=2)
+        mixed, full = replace(config, full_layers=(0, 3)), replace(config, window=None)
+        windowed, between, whole = (_one(c, "exact").forward_flops for c in (config, mixed, full))
+        assert windowed < between == (windowed + whole) / 2
 
     @pytest.mark.parametrize("config", [PRESETS["tiny"], ODD], ids=["tiny", "odd"])
     def test_checkpointing_runs_what_the_estimate_says_once_more(self, config: ModelConfig) -> None:
