@@ -1,18 +1,22 @@
-"""Commands on a trained model, ours or a Hugging Face folder: `rooflight generate`, `eval`, `import-hf`, `export-hf`.
+"""Commands on a trained model, ours or a Hugging Face folder: `rooflight generate`, `eval`, `plot`,
+`import-hf`, `export-hf`.
 
 Only typer and the standard library are imported here; what a command needs, it imports when it runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .commands import Device
 
 if TYPE_CHECKING:
+    from ..model import Transformer
     from ..tokenizer import Tokenizer
 
 Model = Annotated[Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face folder.")]
@@ -41,38 +45,109 @@ def find_tokenizer(model: Path, given: Path | None) -> Tokenizer:
 def generate(
     model: Model,
     tokenizer: TokenizerFolder = None,
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "\n",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="The text to go on from; - reads standard input. Without one, a terminal asks for it."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens, as far as the model's context goes.")] = 200,
+    stop: Annotated[str | None, typer.Option(help="End at this token, which is not printed: <|endoftext|>.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this total mass.")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     device: Device = "auto",
 ) -> None:
     """Print text sampled from a trained model, as it is drawn."""
+    import sys
+    from functools import partial
+
+    import torch
+
+    from ..training.loop import resolve_device
+    from ..training.pretrained import open_model
+
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed: expected 0 .. 2^64 - 1, got {seed}")
+    place = resolve_device(device)
+    words = find_tokenizer(model, tokenizer)
+    end = None if stop is None else token_named(words, stop)
+    sample = partial(
+        print_sample, open_model(model, device=place), words, max_new_tokens=max_new_tokens, stop_token=end,
+        temperature=temperature, top_k=top_k, top_p=top_p, generator=torch.Generator(place).manual_seed(seed),
+    )  # fmt: skip
+    if prompt is None and sys.stdin.isatty():
+        _ask(sample)
+    else:
+        sample(sys.stdin.read() if prompt == "-" else "\n" if prompt is None else prompt)
+
+
+def _ask(sample: Callable[[str], None]) -> None:
+    """Prompts from the terminal, one after another, each for itself."""
+    with suppress(ImportError):
+        pass  # noqa: F401: input() then edits lines and remembers them
+
+    typer.echo("A prompt, then Enter; Ctrl-C ends a sample, Ctrl-D all.", err=True)
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            return
+        if text:
+            try:
+                sample(text)
+            except KeyboardInterrupt:
+                print()
+
+
+def token_named(words: Tokenizer, name: str) -> int:
+    """The id of a token by its text. Raises ValueError where that is no token, or several."""
+    ids = words.encode(name)
+    if len(ids) != 1:
+        special = ", ".join(words.special_tokens) or "none"
+        raise ValueError(f"stop: expected the text of one token (special: {special}), got {name!r}, of {len(ids)}")
+    return ids[0]
+
+
+def print_sample(
+    model: Transformer,
+    words: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    stop_token: int | None = None,
+    **sampling: Any,
+) -> None:
+    """Print the prompt and what the model goes on with, as it is drawn, up to the context's end.
+
+    A note on standard error says what the context has no room for: tokens to draw, or the beginning of a prompt that
+    fills it, of which the last half of a context is then kept.
+    """
     import codecs
 
     import torch
 
     from ..model import stream
-    from ..training.loop import resolve_device
-    from ..training.pretrained import open_model
 
-    place = resolve_device(device)
-    words = find_tokenizer(model, tokenizer)
-    tokens = torch.tensor([words.encode(prompt)], device=place, dtype=torch.int64)
-    loaded = open_model(model, device=place)
+    ids, limit = words.encode(prompt), model.config.context_length
+    if not ids:
+        raise ValueError("prompt: expected a text of one token at least, got an empty one")
+    given = ids
+    if len(ids) >= limit:
+        given = ids[-max(1, limit // 2) :]
+        typer.echo(f"{len(ids)} tokens of prompt fill the context of {limit}; its last {len(given)} count.", err=True)
+    room = limit - len(given)
+    if room < max_new_tokens:
+        typer.echo(f"{room} new tokens, not {max_new_tokens}: the context of {limit} has no room for more.", err=True)
+    tokens = torch.tensor([given], device=model.embedding.weight.device)
     # a vocabulary padded for speed, or with a hole, has ids that stand for no text
-    allowed = torch.zeros(loaded.config.vocab_size, dtype=torch.bool)
+    allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     allowed[[i for i in words.vocab if i < len(allowed)]] = True
-    drawn = stream(
-        loaded, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, allowed=allowed,
-        generator=torch.Generator(place).manual_seed(seed),
-    )  # fmt: skip
+    drawn = stream(model, tokens, min(room, max_new_tokens), stop_token=stop_token, allowed=allowed, **sampling)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character's bytes may be several tokens
-    print(decoder.decode(words.decode_bytes(tokens[0].tolist())), end="", flush=True)
+    print(decoder.decode(words.decode_bytes(ids)), end="", flush=True)
     for token in drawn:
-        print(decoder.decode(words.decode_bytes(token[0].tolist())), end="", flush=True)
+        if token.item() != stop_token:
+            print(decoder.decode(words.decode_bytes(token[0].tolist())), end="", flush=True)
     print(decoder.decode(b"", final=True))
 
 
@@ -120,6 +195,18 @@ def evaluate(
             f"perplexity {result['perplexity']:.4f}, {result['bits_per_byte']:.4f} bits per byte, loss "
             f"{result['loss']:.4f} nats a token; {result['tokens']:,} tokens, {n_byte:,} bytes"
         )
+
+
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="Runs: folders with a log.jsonl.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The figure: .png, .svg or .pdf.")] = Path("loss.png"),
+    against: Annotated[str, typer.Option(help="step, tokens or time.")] = "step",
+) -> None:
+    """Draw the loss of runs, in training and in validation, against steps, tokens or time."""
+    from .reports.runs import plot_runs
+
+    plot_runs(runs, out, against=against)
+    print(f"{out}: written")
 
 
 def import_hf(

@@ -7,6 +7,7 @@ TRITON_INTERPRET=1, and the eager oracle of `reference` on plain CPU tensors.
 from . import cost, reference
 from .attention import FlashAttentionFunction, flash_attention, flash_attention_varlen
 from .cross_entropy import CrossEntropyFunction, cross_entropy
+from .gelu import GELUFunction, gelu
 from .linear_cross_entropy import LinearCrossEntropyFunction, linear_cross_entropy
 from .rms_norm import RMSNormFunction, rms_norm
 from .rope import RoPEFunction, RoPEQKVFunction, rope, rope_qkv
@@ -17,6 +18,7 @@ from .tiled import TiledAttentionFunction
 __all__ = [
     "CrossEntropyFunction",
     "FlashAttentionFunction",
+    "GELUFunction",
     "LinearCrossEntropyFunction",
     "RMSNormFunction",
     "RoPEFunction",
@@ -29,6 +31,7 @@ __all__ = [
     "cross_entropy",
     "flash_attention",
     "flash_attention_varlen",
+    "gelu",
     "linear_cross_entropy",
     "reference",
     "rms_norm",

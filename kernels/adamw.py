@@ -89,38 +89,36 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 class AdamWTables:
     """Tables on the device, kept by what stands in them: gradients often come back to the same addresses.
 
-    A table that is made while a CUDA graph is captured is filled by `fill`, after the capture and before the first
-    replay, and belongs to that graph; it is kept for good.
+    A capture cannot make one, for it allocates no pinned memory. It takes a spare that earlier steps have left, one for
+    every table that they made, and the graph copies its rows from pinned memory in every replay.
     """
 
     KEPT = 16
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, ...], Tensor] = {}
-        self._captured: list[Tensor] = []
-        self._empty: list[tuple[Tensor, tuple[int, ...]]] = []
+        self._spare: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}  # by length, device: pinned, on the device
+        self._captured: list[tuple[Tensor, Tensor]] = []
 
     def of(self, rows: tuple[int, ...], device: torch.device) -> Tensor:
+        where = device.index or 0
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            table = torch.empty(len(rows), dtype=torch.int64, device=device)
-            self._captured.append(table)
-            self._empty.append((table, rows))
-            return table
-        key = (*rows, device.index or 0)
-        if key not in self._known:
+            if not self._spare.get((len(rows), where)):
+                raise RuntimeError("AdamW: expected a step with as many tensors before one is captured in a graph")
+            pair = self._spare[len(rows), where].pop()
+            self._captured.append(pair)  # the graph's for good
+            pinned, table = pair
+            pinned.copy_(torch.tensor(rows, dtype=torch.int64))
+            return table.copy_(pinned, non_blocking=True)
+        if (*rows, where) not in self._known:
             if len(self._known) >= self.KEPT:
                 self._known.clear()
-            table = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(
-                device, non_blocking=True
-            )
-            self._known[(*rows, device.index or 0)] = table
-        return table
-
-    def fill(self) -> None:
-        """Write the tables that a capture has left empty."""
-        for table, rows in self._empty:
-            table.copy_(torch.tensor(rows, dtype=torch.int64))
-        self._empty.clear()
+            host = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+            self._known[*rows, where] = host.to(device, non_blocking=True)
+            spare = self._spare.setdefault((len(rows), where), [])
+            if device.type == "cuda" and len(spare) < self.KEPT:
+                spare.append((torch.empty_like(host, pin_memory=True), torch.empty_like(host, device=device)))
+        return self._known[*rows, where]
 
 
 def adamw_update(

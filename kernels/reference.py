@@ -205,6 +205,11 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     return (F.silu(_statistics(gate)) * _statistics(up)).to(gate.dtype)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2  (Hendrycks & Gimpel 2016, §2), torch's own."""
+    return F.gelu(x, approximate="tanh")
+
+
 def cross_entropy(
     logits: Tensor,
     target: Tensor,

@@ -94,7 +94,7 @@ class FeedForward(Sublayer):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_up_proj is None:
-            return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+            return self.down_proj(self.ops.gelu(self.up_proj(x)))
         if self.kind == "swiglu":
             return self.down_proj(self.ops.swiglu(self.gate_up_proj(x)))
         gate, up = self.gate_up_proj(x).chunk(2, -1)

@@ -20,11 +20,19 @@ D_FF_MULTIPLE = 64
 class ModelConfig:
     """Shape of a decoder-only transformer: RMSNorm around each sublayer, RoPE, grouped-query attention.
 
+    vocab_size  tokens; at least as many as the tokenizer has
+    context_length  tokens that a sequence may have
+    n_layer     blocks
+    n_head      query heads
     n_kv_head   key-value heads, a divisor of n_head (grouped-query attention); None: n_head
+    d_model     width of the residual stream
     d_ff        FFN width; None: 4 d_model (gelu) or 8/3 d_model rounded up to a multiple of 64 (swiglu, geglu)
-    head_dim    None: d_model / n_head
+    head_dim    width of a head, even; None: d_model / n_head
     ffn         "swiglu", down(silu(gate x) * up x); "geglu", with gelu for silu; "gelu", down(gelu(up x)), of two
                 matrices. gelu is its tanh approximation
+    rope_theta  base of RoPE's wavelengths
+    norm_eps    what RMSNorm adds to the mean square
+    tie_embeddings  the embedding is the output's matrix too
     qk_norm     RMSNorm over head_dim on queries and keys, before RoPE; "all": over all heads at once
     window      a query sees itself and this many keys before it; None: all of them
     softcap     c > 0 replaces an attention score s by c tanh(s / c)

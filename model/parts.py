@@ -42,6 +42,7 @@ class Work:
     """A kernel's work: what it costs, and its matrix products in each ledger (0 when it has none).
 
     kernel, sizes: which measured rate is its own.  work: what that rate counts, FLOPs or elements.
+    calls: how often the host issues it.
     """
 
     cost: Cost
@@ -51,9 +52,10 @@ class Work:
     full: int = 0
     exact: int = 0
     executed: int = 0
+    calls: int = 1
 
     def __mul__(self, times: int) -> Work:
-        amounts = {name: times * getattr(self, name) for name in ("work", *LEDGERS)}
+        amounts = {name: times * getattr(self, name) for name in ("work", "calls", *LEDGERS)}
         return replace(self, cost=self.cost * times, **amounts)
 
     def flops(self, ledger: str) -> int:
@@ -176,7 +178,10 @@ def parts(
     logits, loss = _head(N, d, V, dtype, cast(V * d))
 
     weights = L * (2 * d * (H + K) * D + matrices * d * c.d_ff)
-    casts = [_elementwise(cast(weights), f"cast{b}", weights) for b in ("", BACKWARD)]
+    casts = [
+        replace(_elementwise(cast(weights), f"cast{b}", weights), calls=sum(hidden_matrices(c).values()))
+        for b in ("", BACKWARD)
+    ]
     cast_passes: Passes = (casts[0],), (casts[1],)
     if copies:  # the products take the copies; their gradients stay as they are, but for Muon's
         cast_passes = (), (casts[1],) if optimizer == "muon" else ()

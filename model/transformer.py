@@ -35,7 +35,16 @@ from .blocks import Block, Cache, Positions, Tables
 from .config import ModelConfig
 from .layers import Embedding, Linear, RMSNorm
 
-OPS = ("rms_norm", "rope", "rope_qkv", "flash_attention", "flash_attention_varlen", "swiglu", "linear_cross_entropy")
+OPS = (
+    "rms_norm",
+    "rope",
+    "rope_qkv",
+    "flash_attention",
+    "flash_attention_varlen",
+    "gelu",
+    "swiglu",
+    "linear_cross_entropy",
+)
 
 
 def _whole(block: Block, x: Tensor, at: Positions) -> Tensor:
@@ -182,6 +191,7 @@ class Transformer(nn.Module):
         h = None
         for block in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
+                # nothing in a block is random, and a capture cannot read a generator's state
                 x = checkpoint(_whole, block, x, at, use_reentrant=False, preserve_rng_state=False)
             else:
                 x, h = block(x, h, at)

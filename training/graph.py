@@ -2,8 +2,7 @@
 
 A replay launches what was launched during the capture, on the same addresses: what changes from step to step must be
 read from memory. Batches are copied into the capture's own tensors; learning rates are scalars on the device (group
-["lr"]), as are the optimizers' counts of steps and the factor of clipping; AdamW's kernel finds the gradients in a
-table that is filled after the capture. Nothing in a step waits for the device.
+["lr"]), as are the optimizers' counts of steps and the factor of clipping. Nothing in a step waits for the device.
 
 Under gradient accumulation there are two graphs, one for a micro-batch and one for the update, and gradients stay where
 they are, to be added to. Validation is a graph of its own. All share one pool of memory: they never run at once, and
@@ -21,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .optim import AdamW, clip_grad_norm
+from .optim import clip_grad_norm
 
-__all__ = ["Captured", "CudaGraphs", "Graphs", "TrainStep", "autocast", "set_rates"]
+__all__ = ["Captured", "CudaGraphs", "Graphs", "TrainStep", "autocast", "make_rates_tensors", "set_rates"]
 
 # Steps that run as they are before the capture: they compile kernels, and make moments and cuBLAS's workspaces.
 WARMUP = 2
@@ -65,7 +64,6 @@ class Captured:
 
     Tensors of other shapes than the captured ones are given to the function itself. A result stays where it is: the
     next replay overwrites it. Where the capture fails, `failed` is told why, once, and the function runs as it is.
-    after: called between the capture and its first replay.
     """
 
     def __init__(
@@ -74,10 +72,9 @@ class Captured:
         graphs: Graphs,
         *,
         warmup: int = WARMUP,
-        after: Callable[[], object] = lambda: None,
         failed: Callable[[RuntimeError], object],
     ) -> None:
-        self.function, self.graphs, self.warmup, self.after, self.failed = function, graphs, warmup, after, failed
+        self.function, self.graphs, self.warmup, self.failed = function, graphs, warmup, failed
         self.inputs: list[Tensor] = []
         self.result: Any = None
         self._replay: Callable[[], None] | None = None
@@ -103,8 +100,6 @@ class Captured:
         except RuntimeError as error:
             self._refused = True
             self.failed(error)
-            return
-        self.after()
 
 
 class TrainStep:
@@ -139,12 +134,11 @@ class TrainStep:
         if graphs is None:
             return
         make_rates_tensors(optimizers, device)
-        options: dict[str, Any] = {"after": self._captured, "failed": self._failed}
         if micro_batches == 1:
-            self._whole = Captured(self._run_whole, graphs, **options)
+            self._whole = Captured(self._run_whole, graphs, failed=self._failed)
         else:
-            self._micro = Captured(self._run_micro, graphs, **(options | {"warmup": WARMUP * micro_batches}))
-            self._update = Captured(self._run_update, graphs, **options)
+            self._micro = Captured(self._run_micro, graphs, warmup=WARMUP * micro_batches, failed=self._failed)
+            self._update = Captured(self._run_update, graphs, failed=self._failed)
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         n = self.micro_batches
@@ -172,11 +166,6 @@ class TrainStep:
         loss = self.total.clone()
         self.total.zero_()
         return loss, norm
-
-    def _captured(self) -> None:
-        for optimizer in self.optimizers:
-            if isinstance(optimizer, AdamW):
-                optimizer.tables.fill()
 
     def _failed(self, error: RuntimeError) -> None:
         if not self.keeps_gradients:  # those of the capture hold nothing

@@ -23,13 +23,13 @@ from ..kernels import dispatch, reference
 from ..model import Transformer, estimate
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import TrainConfig
-from .data import Batches, TokenFile, check_window, open_tokens, validation_batches
+from .data import Batches, TokenFile, batch_generator, check_window, get_batch, open_tokens, validation_batches
 from .files import write_json
 from .graph import Captured, CudaGraphs, Graphs, TrainStep, autocast, set_rates
-from .optim import build_optimizers
+from .optim import build_optimizers, low_precision
 from .pretrained import copy_weights
 from .progress import Display, RunLog
-from .throughput import PeakMemory, measure_peak_flops, mfu
+from .throughput import PeakMemory, keep_freed_memory, measure_peak_flops, mfu
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818
@@ -119,6 +119,8 @@ class _Run:
             raise ValueError(f"out_dir {config.out_dir} holds a run already: resume it, or choose another")
         self.peak_flops = config.peak_flops or measure_peak_flops(self.device, self.dtype)
 
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.memory = PeakMemory(self.device)
         torch.manual_seed(config.seed)
         with self.device:
@@ -126,8 +128,8 @@ class _Run:
         if config.init_from is not None and not found:
             copy_weights(config.init_from, self.model)
         # compiled code casts weights by itself, and the oracles' optimizer is torch's
-        ours = self.device.type == "cuda" and ops is kernels
-        copies = self.dtype if ours and self.dtype != torch.float32 and not config.compile else None
+        plain = config.compile or ops is reference
+        copies = {} if plain else low_precision(self.device, self.dtype, config.gradient_accumulation)
         self.optimizers = build_optimizers(
             self.model,
             optimizer=config.optimizer,
@@ -137,9 +139,8 @@ class _Run:
             betas=config.betas,
             weight_decay=config.weight_decay,
             muon_dtype=self.dtype,
-            copy_dtype=copies,
-            low_gradients=copies is not None and config.gradient_accumulation == 1,
-            triton=None if ours else False,
+            triton=False if ops is reference else None,
+            **copies,
         )
         self.peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.step, self.totals = 0, _Totals()
@@ -181,6 +182,8 @@ class _Run:
         config, totals = self.config, self.totals
         config.out_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.out_dir / "config.json", config.to_dict())
+        if config.compile:
+            self._compile()
         self.started = time.perf_counter() - totals.elapsed
         means: list[float] = []  # seconds per step, one mean per log interval
         with ExitStack() as stack:
@@ -231,6 +234,22 @@ class _Run:
         stopped = "interrupted" if progress < 1 else "steps" if self.step >= config.max_steps else "time"
         return self._result(stopped, means)
 
+    def _compile(self) -> None:
+        """A forward and a backward before the clock starts, since max_seconds counts training and not the compiler."""
+        inputs, targets = get_batch(
+            self.train_data.tokens,
+            self.config.batch_size // self.config.gradient_accumulation,
+            self.config.model.context_length,
+            self.device,
+            generator=batch_generator(self.config.seed, self.step),
+        )
+        with autocast(self.device, self.dtype):
+            loss = self.take_step.forward(inputs, targets) / self.config.gradient_accumulation
+        loss.backward()
+        self.model.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def _elapsed(self) -> float:
         return time.perf_counter() - self.started
 
@@ -271,7 +290,7 @@ class _Run:
         assert self.val_data is not None
         config = self.config
         loss = evaluate(
-            self.forward,
+            self.model,  # as it is: without gradients, and with the last batch's rows, it would be compiled twice more
             self.val_data,
             batch_size=config.batch_size // config.gradient_accumulation,
             context_length=config.model.context_length,
@@ -373,6 +392,13 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"device must be auto or a torch device, got {name!r}: {error}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} needs a CUDA GPU, and torch finds none")
+    try:
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # of another kind, or one GPU too far
+        why = str(error).strip().partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"device must be one that torch has here, got {name!r}: {why}") from None
     return device
 
 

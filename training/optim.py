@@ -29,6 +29,7 @@ __all__ = [
     "Muon",
     "build_optimizers",
     "clip_grad_norm",
+    "low_precision",
     "orthogonalize",
     "split_parameters",
 ]
@@ -111,11 +112,9 @@ class AdamW(GroupedOptimizer):
         )  # fmt: skip
 
     def _rate(self, lr: float | Tensor, device: torch.device) -> Tensor:
-        """The learning rate on the device."""
+        """The learning rate on the device; in a captured graph a number stays what it was."""
         if isinstance(lr, Tensor):
             return lr
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("lr must be a tensor where a CUDA graph is captured: a number would stay as it is")
         known = self._rates.get(device)
         if known is None or known[0] != lr:
             self._rates[device] = known = (lr, torch.full((), lr, device=device))
@@ -167,6 +166,13 @@ def build_optimizers(
         muon = [group(hidden, weight_decay)]
         optimizers.append(Muon(muon, lr=muon_lr, momentum=muon_momentum, dtype=muon_dtype, copies=copies))
     return optimizers
+
+
+def low_precision(device: torch.device, dtype: torch.dtype, micro_batches: int = 1) -> dict[str, Any]:
+    """build_optimizers' options for training by autocast to dtype on that device: copies and low gradients on a GPU."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return {}
+    return {"copy_dtype": dtype, "low_gradients": micro_batches == 1}
 
 
 def _keep_copies(model: nn.Module, dtype: torch.dtype) -> dict[int, WeightCopy]:

@@ -104,7 +104,7 @@ class Bench:
         yield self._layers("FFN", d + c.d_ff, self._ffn)
         yield self._sums()
         yield self._once("logits", self._loss)
-        if self.dtype != torch.float32:
+        if self.dtype != torch.float32 and (self.device.type == "cpu" or self.optimizer == "muon"):
             yield self._casts()
         yield self._update()
 
@@ -165,7 +165,7 @@ class Bench:
         x, down = make(self.B, self.T, c.d_model), self._matrix(make, c.d_model, c.d_ff)
         up = self._matrix(make, c.d_ff * (1 + (c.ffn == "swiglu")), c.d_model)
         if c.ffn == "gelu":
-            return lambda: F.linear(F.gelu(F.linear(x, up), approximate="tanh"), down)
+            return lambda: F.linear(ops.gelu(F.linear(x, up)), down)
         return lambda: F.linear(ops.swiglu(F.linear(x, up)), down)
 
     def _sums(self) -> list[Task]:
@@ -183,7 +183,7 @@ class Bench:
         return lambda: self.model.ops.linear_cross_entropy(x, weight, target)
 
     def _casts(self) -> list[Task]:
-        """What autocast casts: the blocks' matrices, and their gradients back."""
+        """What autocast casts: the blocks' matrices, and their gradients back; on a GPU Muon's gradients alone."""
         matrices = [p for p in self.model.layers.parameters() if p.dim() == 2]
         low = [p.detach().to(self.dtype) for p in matrices]
 
@@ -195,14 +195,16 @@ class Bench:
             for p in low:
                 p.to(torch.float32)
 
-        return self._pair("casts", (forward, backward), 1)
+        both = self._pair("casts", (forward, backward), 1)
+        return both[self.device.type != "cpu" :]
 
     def _update(self) -> list[Task]:
-        from ...training.optim import build_optimizers
+        from ...training.optim import build_optimizers, low_precision
 
+        copies = low_precision(self.device, self.dtype)
+        optimizers = build_optimizers(self.model, optimizer=self.optimizer, lr=1e-3, muon_dtype=self.dtype, **copies)
         for p in self.model.parameters():
-            p.grad = torch.randn_like(p)
-        optimizers = build_optimizers(self.model, optimizer=self.optimizer, lr=1e-3, muon_dtype=self.dtype)
+            p.grad = torch.randn_like(p, dtype=getattr(p, "grad_dtype", p.dtype))
         return [Task(type(each).__name__, "update", each.step, 1) for each in optimizers]
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from rooflight.bench import model_commands
 from rooflight.bench.cli import app
 from rooflight.kernels import reference
 from rooflight.model import ModelConfig, Transformer
@@ -126,6 +127,63 @@ def test_a_bad_argument_is_named(arguments: dict, message: str) -> None:
 def test_generate_draws_no_id_that_the_tokenizer_lacks(run: Path, tokenizer: Tokenizer) -> None:
     text = rooflight("generate", run, "--prompt", "a", "--max-new-tokens", 60)
     assert len(text) > 10  # one token of padding, and decoding all of them would have failed
+
+
+def test_generate_goes_as_far_as_the_context(run: Path) -> None:
+    """64 positions: what they have no room for is said on standard error, and is no failure."""
+    result = CliRunner().invoke(app, ["generate", str(run), "--prompt", "a" * 60, "--top-k", "1"])
+    assert result.exit_code == 0
+    assert result.stderr == "4 new tokens, not 200: the context of 64 has no room for more.\n"
+    short = CliRunner().invoke(
+        app, ["generate", str(run), "--prompt", "a" * 60, "--top-k", "1", "--max-new-tokens", "4"]
+    )
+    assert (short.stdout, short.stderr) == (result.stdout, "")
+
+    result = CliRunner().invoke(app, ["generate", str(run), "--prompt", "b" * 40 + "a" * 32, "--top-k", "1"])
+    assert result.exit_code == 0
+    assert "72 tokens of prompt fill the context of 64; its last 32 count." in result.stderr
+    assert "32 new tokens, not 200" in result.stderr
+    last = rooflight("generate", run, "--prompt", "a" * 32, "--top-k", 1)
+    assert result.stdout == "b" * 40 + last
+
+
+def test_generate_stops_at_a_token_by_its_text(run: Path, tokenizer: Tokenizer) -> None:
+    common = ("generate", run, "--prompt", "the", "--seed", 5, "--max-new-tokens", 40)
+    whole = rooflight(*common)
+    letter = next(c for c in whole[3:] if c.isascii() and c.isalnum())
+    assert rooflight(*common, "--stop", letter) == whole[: whole.index(letter, 3)] + "\n"
+    for name in ("th\u00e9", "", "thy"):
+        with pytest.raises(ValueError, match=r"stop: expected the text of one token \(special: <\|endoftext\|>\)"):
+            rooflight(*common, "--stop", name)
+
+
+def test_generate_reads_its_prompt(run: Path) -> None:
+    arguments = ["generate", str(run), "--top-k", "1", "--max-new-tokens", "5"]
+    expected = rooflight(*arguments, "--prompt", "caf\u00e9\n")
+    assert CliRunner().invoke(app, [*arguments, "--prompt", "-"], input="caf\u00e9\n").stdout == expected
+    for wrong, message in ((["--prompt", ""], "prompt: expected"), (["--seed", str(2**64)], "seed: expected")):
+        with pytest.raises(ValueError, match=message):
+            rooflight(*arguments, *wrong)
+
+
+def test_on_a_terminal_generate_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until its input ends; Ctrl-C ends a sample and not the command."""
+    typed, seen = iter(["one", "", "two", "three", EOFError()]), []
+
+    def read(shown: str) -> str:
+        line = next(typed)
+        if isinstance(line, EOFError):
+            raise line
+        return line
+
+    def answer(text: str) -> None:
+        seen.append(text)
+        if text == "two":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", read)
+    model_commands._ask(answer)
+    assert seen == ["one", "two", "three"]
 
 
 def test_what_is_missing_is_said(run: Path, tmp_path: Path) -> None:

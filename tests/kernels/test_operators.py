@@ -8,7 +8,7 @@ import triton
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
-from rooflight.kernels import cost, cross_entropy, linear_cross_entropy, rope, rope_qkv, swiglu
+from rooflight.kernels import cost, cross_entropy, gelu, linear_cross_entropy, rope, rope_qkv, swiglu
 
 INTERPRETED = triton.knobs.runtime.interpret
 ANGLES = torch.arange(5.0)[:, None] / torch.arange(1.0, 5.0)
@@ -37,6 +37,7 @@ OPS = {
     "rope_qkv": (_rope_qkv, [(2, 5, 40)]),
     "swiglu": (swiglu, [(4, 6), (4, 6)]),
     "swiglu joined": (swiglu, [(4, 12)]),
+    "gelu": (gelu, [(4, 6)]),
     "cross_entropy": (_cross_entropy, [(4, 9)]),
     "linear_cross_entropy": (_linear_cross_entropy, [(4, 6), (9, 6)]),
 }
@@ -45,6 +46,7 @@ COSTS = {
     "rope_qkv": lambda backward: cost.rope_qkv_cost(2, 3, 1, 5, 8, backward=backward),
     "swiglu": lambda backward: cost.swiglu_cost(4, 6, backward=backward),
     "swiglu joined": lambda backward: cost.swiglu_cost(4, 6, backward=backward),
+    "gelu": lambda backward: cost.gelu_cost(4, 6, backward=backward),
     "cross_entropy": lambda backward: cost.cross_entropy_cost(4, 9, backward=backward),
     "linear_cross_entropy": lambda backward: cost.linear_cross_entropy_cost(
         4, 6, 9, backward=backward, keep_gradients=True
@@ -78,6 +80,9 @@ def test_opcheck(device):
     (both,) = draw("swiglu joined", device)
     torch.library.opcheck(ops.swiglu_joined_fwd.default, (both,))
     torch.library.opcheck(ops.swiglu_joined_bwd.default, (both.detach()[:, :6], both.detach()))
+    (x,) = draw("gelu", device)
+    torch.library.opcheck(ops.gelu_fwd.default, (x,))
+    torch.library.opcheck(ops.gelu_bwd.default, (x.detach(), x.detach()))
     gate, up = draw("swiglu", device)
     torch.library.opcheck(ops.swiglu_fwd.default, (gate, up))
     torch.library.opcheck(ops.swiglu_bwd.default, (gate.detach(), gate.detach(), up.detach()))
@@ -116,10 +121,10 @@ def test_compiles_without_a_graph_break(device, name):
 def of_length(name, n):
     """Arguments for n tokens: (tensors that need a gradient, the others)."""
     leaves = {"rope": [(2, 3, n, 8), (2, 1, n, 8)], "rope_qkv": [(2, n, 40)], "swiglu": [(n, 6), (n, 6)],
-              "swiglu joined": [(n, 12)], "cross_entropy": [(n, 9)],
+              "swiglu joined": [(n, 12)], "gelu": [(n, 6)], "cross_entropy": [(n, 9)],
               "linear_cross_entropy": [(n, 6), (9, 6)]}[name]  # fmt: skip
     tables = [torch.rand(n, 4), torch.rand(n, 4)]
-    others = {"rope": tables, "rope_qkv": [*tables, 3, 1], "swiglu": [], "swiglu joined": []}
+    others = {"rope": tables, "rope_qkv": [*tables, 3, 1], "swiglu": [], "swiglu joined": [], "gelu": []}
     others = others.get(name, [torch.arange(n) % 9])
     return [torch.randn(shape) for shape in leaves], others
 
@@ -128,7 +133,7 @@ def of_length(name, n):
 @pytest.mark.parametrize("name", OPS)
 def test_one_compilation_serves_every_length(device, name):
     torch._dynamo.reset()
-    function = {"rope": rope, "rope_qkv": rope_qkv, "swiglu": swiglu, "swiglu joined": swiglu,
+    function = {"rope": rope, "rope_qkv": rope_qkv, "swiglu": swiglu, "swiglu joined": swiglu, "gelu": gelu,
                 "cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_entropy}[name]  # fmt: skip
     counter = CompileCounterWithBackend("aot_eager")
 

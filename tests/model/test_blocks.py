@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rooflight import kernels
 from rooflight.kernels import reference
-from rooflight.model import ModelConfig, Transformer
+from rooflight.model import ModelConfig, Transformer, estimate
 
 BASE = ModelConfig(61, 24, 2, 4, n_kv_head=2, d_model=32, d_ff=24)
 LONG = {"kind": "longrope", "original_context_length": 9, "short_factor": [1.0] * 4, "long_factor": [1, 2, 3, 4]}
@@ -95,6 +95,20 @@ def test_a_configuration_comes_back_from_plain_values() -> None:
     for config in CONFIGS.values():
         assert ModelConfig.from_dict(config.to_dict()) == config
         assert hash(config) == hash(ModelConfig.from_dict(config.to_dict()))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_estimate_counts_its_parameters(name: str) -> None:
+    with torch.device("meta"):
+        model = Transformer(CONFIGS[name], reference)
+    assert estimate(model.config, batch_size=1).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_layer_without_the_window_costs_what_one_without_it_does() -> None:
+    config = replace(BASE, n_layer=4, window=2)
+    mixed, full = replace(config, full_layers=(0, 3)), replace(config, window=None)
+    windowed, between, whole = (estimate(c, batch_size=1).forward_flops for c in (config, mixed, full))
+    assert windowed < between == (windowed + whole) / 2
 
 
 @pytest.mark.parametrize(

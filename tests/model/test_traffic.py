@@ -33,7 +33,7 @@ def test_the_estimate_counts_what_crosses_the_kernels_boundaries(name: str, dtyp
         loss.backward()
     e = {c.name: c for c in estimate(config, batch_size=1, dtype=dtype, ops="cpu").components}
     products = ("QKV", "output projection", "FFN")
-    ffn = {"gelu": ("aten::gelu", "aten::gelu_backward")}.get(
+    ffn = {"gelu": ("rooflight::gelu_fwd", "rooflight::gelu_bwd")}.get(
         config.ffn, ("rooflight::swiglu_joined_fwd", "rooflight::swiglu_joined_bwd")
     )
     for i, traced in enumerate((forward.bytes, backward.bytes)):

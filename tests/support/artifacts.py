@@ -81,6 +81,15 @@ def rope(head_dim: int, dtype: str, interleaved: bool = False, joined: bool = Fa
         rope_turn(q, k, table, table, None, interleaved, False)
 
 
+def gelu(N: int, dtype: str) -> None:
+    import torch
+
+    from rooflight.kernels.gelu import gelu_bwd, gelu_fwd
+
+    x = torch.empty(512, N, dtype=getattr(torch, dtype))
+    gelu_bwd(gelu_fwd(x), x)
+
+
 def swiglu(N: int, dtype: str) -> None:
     import torch
 
@@ -123,6 +132,7 @@ CASES: list[Case] = [
     (rope, {"head_dim": 128, "dtype": "bfloat16", "joined": True}),
     (swiglu, {"N": 11008, "dtype": "bfloat16"}),
     (swiglu, {"N": 11008, "dtype": "float32"}),
+    (gelu, {"N": 6400, "dtype": "bfloat16"}),
     (adamw, {"gradient": "bfloat16", "copy": "bfloat16"}),
     (adamw, {"gradient": "float32"}),
     (adamw, {"gradient": "float32", "size": 4095}),
