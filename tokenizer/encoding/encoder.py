@@ -6,14 +6,23 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
+from contextlib import suppress
 from itertools import chain
 from typing import cast
 
 import numpy as np
-import regex
 
-from ..pretokenize import SEPARATOR, Cutter, Pattern, Specials, find_pretokens, is_gpt2, pretokenize, utf8
+from ..pretokenize import (
+    SEPARATOR,
+    Cutter,
+    Pattern,
+    Specials,
+    compile_pattern,
+    find_pretokens,
+    for_ascii,
+    pretokenize,
+    utf8,
+)
 from ..tokens import TokenBytes
 from .text import TextEncoder
 from .words import WordEncoder
@@ -24,31 +33,13 @@ PIECE = 1 << 22
 STREAM_PIECE = 1 << 14
 # Characters below which a dictionary look-up for each word costs less than starting up the arrays.
 SHORT_TEXT = 3 << 10
-# Words that short texts left behind; past it all are forgotten, so that no text makes the memory grow without bound.
+# Words that short texts left behind: so many at most, so that no text makes the memory grow without bound.
 MAX_WORDS = 1 << 16
 # Longer words than this are rarely met again and are not remembered.
 MAX_WORD_CHARACTERS = 1 << 8
 
 # Stands between texts that are encoded together; no vocabulary has such an id.
 _END = np.iinfo(np.int32).max
-
-
-@cache
-def gpt2_below_u10000() -> re.Pattern:
-    """GPT-2's pattern for Python's own engine, which takes half the time of `regex`, on text below U+10000.
-
-    Python has no \\p{L}; sets of single characters and ranges it looks up in a bitmap, if all are below U+10000.
-    """
-    plane = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)]))
-    sets = []
-    for name in (r"\p{L}", r"\p{N}", r"\s"):
-        found = regex.findall(f"{name}+", plane)
-        sets.append("".join(f"{re.escape(run[0])}-{re.escape(run[-1])}" for run in found))
-    letter, number, space = sets
-    # The alternatives in another order than the pattern's, the frequent first. (A word that starts with an
-    # apostrophe is a contraction before it is anything else; no other two begin alike.)
-    words = rf" ?[{letter}]++|'(?:[sdmt]|ll|ve|re)| ?[^{space}{letter}{number}]++| ?[{number}]++"
-    return re.compile(rf"{words}|[{space}]+(?![^{space}])|[{space}]+")
 
 
 class SpecialIds:
@@ -86,7 +77,8 @@ class Encoder:
     def __init__(self, words: WordEncoder, pattern: Pattern, tokens: TokenBytes) -> None:
         self.pattern = pattern
         self._sizes = tokens.sizes
-        self._is_gpt2 = is_gpt2(pattern)
+        self._ascii = for_ascii(pattern)
+        self._expression = compile_pattern(pattern)[0]
         self._word_encoder = words
         self._words = _Words(words)
         # One int for each id. A list of ints made anew would take five times the memory, and mostly page faults' time.
@@ -177,29 +169,33 @@ class Encoder:
         return ids, spans
 
     def _split(self, text: str) -> list[str]:
-        if self._is_gpt2 and (text.isascii() or len(text.encode("utf-16-le", "surrogatepass")) == 2 * len(text)):
-            return gpt2_below_u10000().findall(text)
+        if self._ascii is not None and text.isascii():
+            return self._ascii.findall(text)
+        if self._ascii is not None:
+            return self._expression.findall(text)
         return [text[start:end] for start, end in find_pretokens(text, self.pattern)]
 
 
 class _Words(dict[str, tuple[int, ...]]):
-    """Words and their ids, filled as words are asked for; at the first one, with all words of one token."""
+    """Words and their ids, filled as words are asked for. Those not asked for in a long time are forgotten."""
 
     def __init__(self, encoder: WordEncoder) -> None:
         super().__init__()
         self._encoder = encoder
-        self._most = 0  # words, past which all but those of one token are forgotten
+        self._old: dict[str, tuple[int, ...]] = {}  # the generation before
+        self._dropped: dict[str, tuple[int, ...]] = {}  # the one before that: freed at once it would take milliseconds
 
     def __missing__(self, word: str) -> tuple[int, ...]:
-        if len(self) >= self._most:
-            # A new word takes microseconds, all these together less than one each.
-            whole = self._encoder.words_of_one_token()
-            self.clear()
-            self.update(whole)
-            self._most = len(whole) + MAX_WORDS
-            return self[word]
-        ids = tuple(self._encoder.encode_word(utf8(word)))
+        if self._dropped:
+            with suppress(KeyError):  # another thread was faster
+                self._dropped.popitem()
+        ids = self._old.get(word)
+        if ids is None:
+            ids = tuple(self._encoder.encode_word(utf8(word)))
         if len(word) <= MAX_WORD_CHARACTERS:
+            if len(self) >= MAX_WORDS // 2:
+                self._dropped, self._old = self._old, dict(self)
+                self.clear()
             self[word] = ids
         return ids
 
