@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...kernels import reference
 from ...model import ModelConfig, Transformer
-from ...training.optim import build_optimizers
+from ...training.optim import build_optimizers, low_precision
 from ..measure.clock import median_seconds
 from ..measure.memory import peak_bytes
 from ..rates.kernel_rates import ops_on
@@ -51,7 +51,8 @@ class Step:
             self.model = Transformer(config, ops_on(device)[1])
             tokens = torch.randint(config.vocab_size, (batch_size, context_length + 1))
         self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        self.optimizers = build_optimizers(self.model, optimizer=optimizer, lr=1e-4, muon_dtype=dtype)
+        copies = {} if compiled else low_precision(device, dtype)
+        self.optimizers = build_optimizers(self.model, optimizer=optimizer, lr=1e-4, muon_dtype=dtype, **copies)
         self.forward = torch.compile(self.model) if compiled else self.model
 
     def issue(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,46 @@ def test_text_on_the_command_line(folder: Path) -> None:
     lines = run("encode", "-t", folder / "tk", "--text", "the 日本", "--offsets").splitlines()
     assert len(lines) == len(ids)
     assert lines[-1].split()[1] == "5-6"
+
+
+def test_several_files_become_a_token_file_each(folder: Path) -> None:
+    (folder / "y.txt").write_text("the cat", encoding="utf-8")
+    run("encode", "-t", folder / "tk", folder / "x.txt", folder / "y.txt", "--out", folder / "tokens", "-q")
+    assert run("decode", "-t", folder / "tk", folder / "tokens" / "x.bin") == TEXT
+    assert run("decode", "-t", folder / "tk", folder / "tokens" / "y.bin") == "the cat"
+    for extra, message in (
+        ((folder / "y.txt",), "y.bin would be written for"),
+        ((folder / "no.txt",), "there is no .*no.txt"),
+        (("--out", folder / "x.txt"), "out: expected a folder for 2 files"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            run("encode", "-t", folder / "tk", folder / "x.txt", folder / "y.txt", *extra)
+    assert not (folder / "x.bin").exists()
+
+
+def test_a_file_without_a_header_gets_the_one_that_encode_writes(folder: Path) -> None:
+    run("encode", "-t", folder / "tk", folder / "x.txt", "-q")
+    header = json.loads((folder / "x.bin.json").read_text())
+    with pytest.raises(ValueError, match="is there already"):
+        run("header", "-t", folder / "tk", folder / "x.bin")
+    (folder / "x.bin.json").unlink()
+    run("header", "-t", folder / "tk", folder / "x.bin")
+    assert json.loads((folder / "x.bin.json").read_text()) == header
+    for content, message in (
+        (b"\x00\x00\x1d\x01", "has ids that"),
+        (b"\0", "of 2 bytes each, got"),
+        (b"", "of 0 bytes"),
+    ):
+        (folder / "z.bin").write_bytes(content)  # 285, one past the last id
+        with pytest.raises(ValueError, match=message):
+            run("header", "-t", folder / "tk", folder / "z.bin")
+    assert not (folder / "z.bin.json").exists()
+
+
+@pytest.mark.parametrize("ids", ["abc", "1 285", "-1", "1.5", "0x10"])
+def test_what_is_no_id_is_named(folder: Path, ids: str) -> None:
+    with pytest.raises(ValueError, match=rf"ids: expected ids of .*, got '{ids.split()[-1]}'"):
+        run("decode", "-t", folder / "tk", f"--ids={ids}")
 
 
 def test_inspect(folder: Path) -> None:
