@@ -3,15 +3,15 @@ dictionary, long ones through the arrays of text.py; the ids are the same."""
 
 from __future__ import annotations
 
-import re
 import threading
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import chain
-from typing import cast
 
 import numpy as np
 
+from ..definition import PLAIN, Options
 from ..pretokenize import (
     SEPARATOR,
     Cutter,
@@ -45,20 +45,19 @@ _END = np.iinfo(np.int32).max
 class SpecialIds:
     """The special tokens that stand for themselves in a text, with their ids."""
 
-    def __init__(self, id_of: Mapping[str, int], pattern: Pattern) -> None:
+    def __init__(self, id_of: Mapping[str, int], pattern: Pattern, options: Options = PLAIN) -> None:
         self.id_of = id_of
-        self.specials = Specials(id_of)
-        self.cutter = Cutter(self.specials, pattern)
+        self.specials = Specials(id_of, {token: flags for token, flags in options.flags.items() if token in id_of})
+        # A piece that begins with a space gets no other one.
+        self.cutter = Cutter(self.specials, pattern, only_at_spaces=options.prefix_space)
         self._id_of_bytes = dict(zip(self.specials.encoded, id_of.values(), strict=True))
-        longest_first = sorted(id_of, key=lambda token: len(token.encode()), reverse=True)
-        self._pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if id_of else None
 
     def split(self, text: str) -> list[str]:
         """The text's parts: ordinary text and special tokens, alternating."""
         # Looking for each token by itself is the faster, and mostly there is none.
         for token in self.id_of:
             if token in text:
-                return cast(re.Pattern, self._pattern).split(text)
+                return self.specials.split(text)
         return [text]
 
     def mask(self, data: bytes) -> tuple[bytes, np.ndarray]:
@@ -74,7 +73,9 @@ class SpecialIds:
 class Encoder:
     """Encodes texts, remembering words."""
 
-    def __init__(self, words: WordEncoder, pattern: Pattern, tokens: TokenBytes) -> None:
+    def __init__(self, words: WordEncoder, pattern: Pattern, tokens: TokenBytes, options: Options = PLAIN) -> None:
+        self._options = options
+        self._prepares = options.nfc or options.prefix_space
         self.pattern = pattern
         self._sizes = tokens.sizes
         self._ascii = for_ascii(pattern)
@@ -91,8 +92,10 @@ class Encoder:
 
     def encode_short(self, text: str, allowed: SpecialIds) -> list[int]:
         parts = allowed.split(text)
+        if self._prepares:
+            parts[::2] = map(self._prepare, parts[::2])
         if len(parts) == 1:
-            return list(chain.from_iterable(map(self._words.__getitem__, self._split(text))))
+            return list(chain.from_iterable(map(self._words.__getitem__, self._split(parts[0]))))
         ids: list[int] = []
         for i, part in enumerate(parts):
             if i % 2:
@@ -136,7 +139,15 @@ class Encoder:
                 together, special_ids, size = [], [], 0
         return np.concatenate(parts) if parts else np.empty(0, np.int32), [count - 1 for count in counts]
 
+    def _prepare(self, text: str) -> str:
+        """What Options say of a text without special tokens."""
+        if self._options.prefix_space and text and text[0] != " ":
+            text = f" {text}"
+        return unicodedata.normalize("NFC", text) if self._options.nfc else text
+
     def _encode_masked(self, data: bytes, special_ids: np.ndarray) -> np.ndarray:
+        if self._prepares:
+            data = SEPARATOR.join(self._prepare(part.decode()).encode() for part in data.split(SEPARATOR))
         if not hasattr(self._local, "text_encoder"):
             self._local.text_encoder = TextEncoder(self._word_encoder, self.pattern)
         return self._local.text_encoder.encode(data, special_ids)
@@ -146,6 +157,8 @@ class Encoder:
         sizes = self._sizes.tolist()
         data = utf8(text)
         masked, special_ids = allowed.mask(data)
+        if self._options.flags or any(self._prepare(part) != part for part in allowed.split(text)[::2]):
+            raise ValueError("offsets: expected a text that the tokenizer encodes as it is, without options")
         special_id = iter(special_ids.tolist())
         ids: list[int] = []
         spans: list[tuple[int, int]] = []  # in bytes

@@ -11,6 +11,7 @@ from .patterns import (
     for_ascii,
     for_oniguruma,
     is_gpt2,
+    is_vectorised,
     resolve,
 )
 from .specials import Specials
@@ -32,6 +33,7 @@ __all__ = [
     "for_ascii",
     "for_oniguruma",
     "is_gpt2",
+    "is_vectorised",
     "pretokenize",
     "read_chunks",
     "repair",
