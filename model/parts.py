@@ -149,10 +149,7 @@ def parts(
     logits, loss = _head(N, d, V, dtype, cast(V * d))
 
     weights = L * (2 * d * (H + K) * D + matrices * d * c.d_ff)
-    casts = [
-        replace(_elementwise(cast(weights), f"cast{b}", weights), calls=sum(hidden_matrices(c).values()))
-        for b in ("", BACKWARD)
-    ]
+    casts = [_elementwise(cast(weights), f"cast{b}", weights) for b in ("", BACKWARD)]
     table = [embedding_cost(N, d, V, FP32, backward=b) for b in (False, True)]
     if low:  # the embedding is looked up in fp32, then takes the dtype of the residual stream
         table = [t + Cost(0, N * d * (4 + itemsize(dtype))) for t in table]

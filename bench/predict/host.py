@@ -6,8 +6,12 @@ no part in it.
 
 from __future__ import annotations
 
+import torch
+from torch import nn
+
+from ...model import Transformer
 from ...model.estimate import Estimate
-from ...model.parts import parts
+from ...model.parts import Work, parts
 
 
 def host_seconds(e: Estimate) -> float | None:
@@ -19,8 +23,14 @@ def host_seconds(e: Estimate) -> float | None:
         checkpointing=e.checkpointing, gpus=e.gpus, optimizer=e.optimizer,
     )  # fmt: skip
     works = [work for row in rows for work in (*row.forward, *row.backward, *row.update)]
+    with torch.device("meta"):
+        matrices = sum(isinstance(module, nn.Linear) for module in Transformer(e.config).layers.modules())
+
+    def calls(work: Work) -> int:
+        return matrices if work.kernel.startswith("cast") else work.calls  # one for all of them in the estimate
+
     # the softmax stands beside the products of the operation that computes it: one call, not two
-    return sum(work.calls * e.ceilings.host.get(f"{work.kernel} {e.dtype}", 0.0) for work in works if work.work)
+    return sum(calls(work) * e.ceilings.host.get(f"{work.kernel} {e.dtype}", 0.0) for work in works if work.work)
 
 
 def eager_seconds(e: Estimate) -> float | None:
