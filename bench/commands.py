@@ -1,4 +1,4 @@
-"""Commands: `rooflight generate`, `estimate`, `demo` and `tokenizer bench`; the `bench` group is in bench_commands.py.
+"""Commands: `rooflight estimate`, `demo` and `tokenizer bench`; others in model_commands.py and bench_commands.py.
 
 Only typer and the standard library are imported here; what a command needs, it imports when it runs.
 """
@@ -33,34 +33,6 @@ def demo(
         text=text, out_dir=out, seconds=seconds, steps=steps, vocab_size=vocab_size, device=device, fresh=fresh
     )
     raise typer.Exit(run_demo(config, Console()))
-
-
-def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A run's checkpoints folder.")],
-    tokenizer: Annotated[Path, typer.Option(help="The tokenizer's folder.")],
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "\n",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this total mass.")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
-    device: Device = "auto",
-) -> None:
-    """Print text sampled from a trained model."""
-    import torch
-
-    from ..model import generate as sample
-    from ..tokenizer import Tokenizer
-    from ..training.checkpoint import load_model
-    from ..training.loop import resolve_device
-
-    place = resolve_device(device)
-    words = Tokenizer.load(tokenizer)
-    tokens = torch.tensor([words.encode(prompt)], device=place)
-    generator = torch.Generator(place).manual_seed(seed)
-    model = load_model(checkpoint, device=place)
-    out = sample(model, tokens, max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-    print(words.decode(out[0].tolist()))
 
 
 def estimate(
@@ -144,7 +116,7 @@ def bench_tokenizer(
     from rich.console import Console
 
     from ..tokenizer.commands import load
-    from ..tokenizer.encode_file import atomic
+    from ..tokenizer.files import atomic
     from ..tokenizer.workers import check_num_workers
     from .cases.tokenizer import compare, results, table
     from .ready import require

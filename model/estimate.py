@@ -29,7 +29,7 @@ from rich.table import Table
 from ..kernels.cost import Cost, itemsize
 from .ceilings import Ceilings
 from .config import ModelConfig
-from .memory import OPS, OPTIMIZERS, Memory, memory, saved_activations
+from .memory import OPS, OPTIMIZERS, Memory, keeps_copies, memory, saved_activations
 from .parts import LEDGERS, PARAMETER_BYTES, Work, parts
 from .quantities import duration, figures, in_unit, quantity
 
@@ -282,8 +282,8 @@ def estimate(
     products and activations; parameters, gradients and moments are fp32.  causal: the ledger of the totals,
     "exact" or "full".  checkpointing: blocks keep their input only.  gpus: devices that parameters, gradients and
     moments are sharded over.  ceilings: measured rates; without them no time is predicted.
-    ops: whose memory it is, "triton" (rooflight.kernels on a GPU), "cpu" (the same on a plain CPU) or "eager" (the
-    oracles).
+    ops: whose memory and casts they are, "triton" (rooflight.kernels on a GPU), "cpu" (the same on a plain CPU) or
+    "eager" (the oracles).
     optimizer: "adamw" for every parameter, or "muon" for the blocks' matrices beside it, on one device.
     Raises ValueError naming the argument.
     """
@@ -299,7 +299,10 @@ def estimate(
         raise ValueError(f"ops: expected one of {', '.join(OPS)}, got {ops!r}")
     _check_optimizer(optimizer, gpus)
     itemsize(dtype)
-    rows = parts(config, batch_size, T, dtype, checkpointing=checkpointing, gpus=gpus, optimizer=optimizer)
+    rows = parts(
+        config, batch_size, T, dtype, checkpointing=checkpointing, gpus=gpus, optimizer=optimizer,
+        copies=keeps_copies(dtype, ops, gpus),
+    )  # fmt: skip
     parameters = sum(row.parameters for row in rows)
     saved = saved_activations(config, batch_size * T, T, dtype, ops)
 

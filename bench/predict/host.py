@@ -6,12 +6,9 @@ no part in it.
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-
-from ...model import Transformer
 from ...model.estimate import Estimate
-from ...model.parts import Work, parts
+from ...model.memory import keeps_copies
+from ...model.parts import parts
 
 
 def host_seconds(e: Estimate) -> float | None:
@@ -21,16 +18,11 @@ def host_seconds(e: Estimate) -> float | None:
     rows = parts(
         e.config, e.batch_size, e.context_length, e.dtype,
         checkpointing=e.checkpointing, gpus=e.gpus, optimizer=e.optimizer,
+        copies=keeps_copies(e.dtype, e.ops, e.gpus),
     )  # fmt: skip
     works = [work for row in rows for work in (*row.forward, *row.backward, *row.update)]
-    with torch.device("meta"):
-        matrices = sum(isinstance(module, nn.Linear) for module in Transformer(e.config).layers.modules())
-
-    def calls(work: Work) -> int:
-        return matrices if work.kernel.startswith("cast") else work.calls  # one for all of them in the estimate
-
     # the softmax stands beside the products of the operation that computes it: one call, not two
-    return sum(calls(work) * e.ceilings.host.get(f"{work.kernel} {e.dtype}", 0.0) for work in works if work.work)
+    return sum(work.calls * e.ceilings.host.get(f"{work.kernel} {e.dtype}", 0.0) for work in works if work.work)
 
 
 def eager_seconds(e: Estimate) -> float | None:

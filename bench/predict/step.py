@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...kernels import reference
 from ...model import ModelConfig, Transformer
-from ...training.optim import build_optimizers
+from ...training.graph import CudaGraphs
+from ...training.optim import build_optimizers, low_precision
 from ..measure.clock import median_seconds
 from ..measure.memory import peak_bytes
 from ..rates.kernel_rates import ops_on
@@ -37,18 +38,13 @@ def graphed(issue: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
     Raises RuntimeError where a part of the step cannot be captured.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            issue()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        loss = issue()
+    graphs = CudaGraphs(torch.device("cuda", torch.cuda.current_device()))
+    for _ in range(3):
+        graphs.run(issue)
+    again, loss = graphs.capture(issue)
 
     def replay() -> Tensor:
-        graph.replay()
+        again()
         return loss
 
     return replay
@@ -73,7 +69,8 @@ class Step:
             self.model = Transformer(config, ops_on(device)[1])
             tokens = torch.randint(config.vocab_size, (batch_size, context_length + 1))
         self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        self.optimizers = build_optimizers(self.model, optimizer=optimizer, lr=1e-4, muon_dtype=dtype)
+        copies = {} if compiled else low_precision(device, dtype)
+        self.optimizers = build_optimizers(self.model, optimizer=optimizer, lr=1e-4, muon_dtype=dtype, **copies)
         self.forward = torch.compile(self.model) if compiled else self.model
 
     def issue(self) -> Tensor:

@@ -111,7 +111,7 @@ def _swiglu(make: Leaves, elements: int, N: int) -> Call:
 
 def _gelu(make: Leaves, elements: int, N: int) -> Call:
     x = make(elements // N, N)
-    return lambda: F.gelu(x, approximate="tanh")
+    return lambda: make.ops.gelu(x)
 
 
 def _add(make: Leaves, elements: int) -> Call:
