@@ -56,7 +56,7 @@ def visible_mask(
     n_query: int,
     n_key: int,
     causal: bool,
-    window: int | tuple[int, int] | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
     """Boolean (T, S): key j is visible to query i, which stands at p = i + S - T (bottom-right alignment)."""
@@ -67,7 +67,10 @@ def visible_mask(
         mask &= key <= position
     if window is not None:
         left, right = window if isinstance(window, Sequence) else (window, 0 if causal else window)
-        mask &= (key >= position - left) & (key <= position + right)
+        if left is not None:
+            mask &= key >= position - left
+        if right is not None:
+            mask &= key <= position + right
     return mask
 
 
@@ -78,7 +81,7 @@ def flash_attention(
     *,
     causal: bool = True,
     scale: float | None = None,
-    window: int | tuple[int, int] | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     return_lse: bool = False,
@@ -127,7 +130,7 @@ def flash_attention_varlen(
     *,
     causal: bool = True,
     scale: float | None = None,
-    window: int | tuple[int, int] | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     return_lse: bool = False,

@@ -133,15 +133,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     oracle. Under the kernels a second derivative and torch.func transforms raise NotImplementedError.
     Raises ValueError on a shape, dtype or device mismatch.
     """
+    check_dtype("gate", gate)
+    check_dtype("up", up)
     if gate.dim() == 0:
         raise ValueError("gate: expected shape (..., N), got ()")
     if up.shape != gate.shape:
         raise ValueError(f"up: expected gate's shape {tuple(gate.shape)}, got {tuple(up.shape)}")
-    check_dtype("gate", gate)
-    check_dtype("up", up)
     check_device(("gate", gate), ("up", up))
     if not runs_triton(gate):
-        return reference.swiglu(gate, up)
+        return reference.swiglu(gate, up).contiguous()
     if torch.compiler.is_compiling():
         return _fwd(gate, up)
     return apply("swiglu", SwiGLUFunction, gate, up)

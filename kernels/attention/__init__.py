@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
 from ..dispatch import apply, runs_triton
-from .checks import Window, check_inputs, check_sequences, reach, score_scale
+from .checks import Window, check_inputs, check_sequences, check_types, reach, score_numbers
 from .launch import FlashAttentionFunction, fwd_op
+from .plain import scaled_dot_product, sdpa_serves
 
 __all__ = ["FlashAttentionFunction", "flash_attention", "flash_attention_varlen"]
 
@@ -68,23 +67,16 @@ def flash_attention(
     Raises ValueError on a shape, dtype or device mismatch, on D or H out of range, and on a scale <= 0, a softcap < 0
     or a window < 0.
     """
+    check_types(q, k, v, sinks, return_lse)
     q, k, v = _autocast(q, k, v)
     check_inputs(q, k, v, sinks, varlen=False)
     left, right = reach(causal, window)
-    scale = score_scale(scale, softcap, q.shape[-1])
-    if runs_triton(q):
-        options = (q.shape[2], k.shape[2], left, right, scale, softcap)
-        out, lse = _attend(q, k, v, sinks, None, None, *options)
-        return (out, lse) if return_lse else out
-    n_query, n_key = q.shape[2], k.shape[2]
-    plain = window is None and softcap == 0 and sinks is None and not return_lse
-    if plain and n_key > 0 and (not causal or n_query == n_key or n_query == 1):
-        is_causal = causal and n_query > 1
-        gqa = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=gqa)
-    return reference.flash_attention(
-        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=return_lse
-    )
+    scale, softcap = score_numbers(scale, softcap, q.shape[-1])
+    plain = left is None and right in (None, 0) and softcap == 0 and sinks is None and not return_lse
+    if plain and not runs_triton(q) and sdpa_serves(q, k, right == 0):
+        return scaled_dot_product(q, k, v, right == 0, scale)
+    out, lse = _attend(q, k, v, sinks, None, None, q.shape[2], k.shape[2], left, right, scale, softcap)
+    return (out, lse) if return_lse else out
 
 
 def flash_attention_varlen(
@@ -112,21 +104,17 @@ def flash_attention_varlen(
     Raises ValueError as flash_attention does, and on cu_seqlens or max_seqlen that do not fit; the values of cu_seqlens
     are checked on the CPU alone, since reading them from a GPU would stall it in every call.
     """
+    check_types(q, k, v, sinks, return_lse)
     q, k, v = _autocast(q, k, v)
     check_inputs(q, k, v, sinks, varlen=True)
-    check_sequences("q", cu_seqlens_q, max_seqlen_q, q.shape[0], q)
-    check_sequences("k", cu_seqlens_k, max_seqlen_k, k.shape[0], q)
+    max_seqlen_q = check_sequences("q", cu_seqlens_q, max_seqlen_q, q)
+    max_seqlen_k = check_sequences("k", cu_seqlens_k, max_seqlen_k, q)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         raise ValueError(
             f"cu_seqlens_k: expected cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}, got {tuple(cu_seqlens_k.shape)}"
         )
     left, right = reach(causal, window)
-    scale = score_scale(scale, softcap, q.shape[-1])
-    if runs_triton(q):
-        options = (max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
-        out, lse = _attend(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *options)
-        return (out, lse) if return_lse else out
-    return reference.flash_attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=return_lse,
-    )  # fmt: skip
+    scale, softcap = score_numbers(scale, softcap, q.shape[-1])
+    options = (max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
+    out, lse = _attend(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *options)
+    return (out, lse) if return_lse else out
