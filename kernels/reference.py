@@ -137,10 +137,10 @@ def flash_attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_attention over packed sequences, one at a time.
 
-    q: (total_q, H, D).  k, v: (total_k, K, D).  cu_seqlens: (sequences + 1,), int32, from 0 to the total.
-    Returns (total_q, H, D), and with return_lse the log-sum-exp (H, total_q).
+    q: (total_q, H, D).  k, v: (total_k, K, D).  cu_seqlens: (sequences + 1,), int32, from 0 to the total or less.
+    Returns (total_q, H, D), and with return_lse the log-sum-exp (H, total_q): 0 and -inf past the last sequence.
     """
-    outs, lses = [q[:0]], [q.new_empty(q.shape[1], 0, dtype=_statistics(q[:0]).dtype)]
+    outs, lses = [], []
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for q0, q1, k0, k1 in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
         qi, ki, vi = (x.transpose(0, 1)[None] for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
@@ -149,6 +149,9 @@ def flash_attention_varlen(
         )
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
+    rest = q[ends_q[-1] :]
+    outs.append(torch.zeros_like(rest))
+    lses.append(torch.full(rest.shape[1::-1], float("-inf"), dtype=_statistics(q[:0]).dtype, device=q.device))
     out, lse = torch.cat(outs), torch.cat(lses, dim=1)
     return (out, lse) if return_lse else out
 
