@@ -67,7 +67,7 @@ def save_checkpoint(
 
     temporary = directory / (_TEMPORARY + final.name)
     temporary.mkdir()
-    safetensors.torch.save_model(model, str(temporary / "model.safetensors"))  # shared tensors are written once
+    safetensors.torch.save_file(model.state_dict(), str(temporary / "model.safetensors"))
     (temporary / "model.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
     state = {
         "step": step,
@@ -120,7 +120,7 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu", ops: Any
     path = find_checkpoint(path)
     config = ModelConfig.from_dict(json.loads((path / "model.json").read_text(encoding="utf-8")))
     model = Transformer(config) if ops is None else Transformer(config, ops=ops)
-    safetensors.torch.load_model(model, path / "model.safetensors")
+    model.load_state_dict(safetensors.torch.load_file(path / "model.safetensors"))
     return model.to(device).eval()
 
 
@@ -143,7 +143,7 @@ def load_checkpoint(
     state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     if len(state["optimizers"]) != len(optimizers):
         raise ValueError(f"{path} holds {len(state['optimizers'])} optimizers, expected {len(optimizers)}")
-    safetensors.torch.load_model(model, path / "model.safetensors")
+    model.load_state_dict(safetensors.torch.load_file(path / "model.safetensors"))
     for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
         # hyperparameters are the configuration's to say, not the checkpoint's
         ours, theirs = optimizer.state_dict()["param_groups"], saved_state["param_groups"]

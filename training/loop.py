@@ -8,7 +8,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -23,11 +23,12 @@ from ..kernels import dispatch, reference
 from ..model import Transformer, estimate
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import TrainConfig
-from .data import TokenFile, batch_generator, check_window, get_batch, open_tokens, validation_batches
+from .data import Batches, TokenFile, batch_generator, check_window, get_batch, open_tokens, validation_batches
 from .files import write_json
-from .optim import build_optimizers, clip_grad_norm
+from .graph import Captured, CudaGraphs, Graphs, TrainStep, autocast, set_rates
+from .optim import build_optimizers, low_precision
 from .progress import Display, RunLog
-from .throughput import PeakMemory, measure_peak_flops, mfu
+from .throughput import PeakMemory, keep_freed_memory, measure_peak_flops, mfu
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818
@@ -93,7 +94,7 @@ def evaluate(
     total = torch.zeros((), dtype=torch.float64, device=device)
     count = 0
     for inputs, targets in validation_batches(data.tokens, batch_size, context_length, device, max_batches=max_batches):
-        with _autocast(device, dtype):
+        with autocast(device, dtype):
             total += model(inputs, targets).double() * targets.numel()
         count += targets.numel()
     return total.item() / count
@@ -117,11 +118,15 @@ class _Run:
             raise ValueError(f"out_dir {config.out_dir} holds a run already: resume it, or choose another")
         self.peak_flops = config.peak_flops or measure_peak_flops(self.device, self.dtype)
 
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.memory = PeakMemory(self.device)
         torch.manual_seed(config.seed)
         with self.device:
             self.model = Transformer(config.model, ops=ops, checkpointing=config.checkpointing)
-        self.parameters = list(self.model.parameters())
+        # compiled code casts weights by itself, and the oracles' optimizer is torch's
+        plain = config.compile or ops is reference
+        copies = {} if plain else low_precision(self.device, self.dtype, config.gradient_accumulation)
         self.optimizers = build_optimizers(
             self.model,
             optimizer=config.optimizer,
@@ -131,13 +136,29 @@ class _Run:
             betas=config.betas,
             weight_decay=config.weight_decay,
             muon_dtype=self.dtype,
+            triton=False if ops is reference else None,
+            **copies,
         )
         self.peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.step, self.totals = 0, _Totals()
         self.checkpoint: Path | None = None
         if found:
             self._resume(found[-1])
-        self.forward = torch.compile(self.model) if config.compile else self.model
+        forward: Callable[..., Tensor] = torch.compile(self.model) if config.compile else self.model
+        graphs = _graphs(config, self.device)
+        self.take_step = TrainStep(
+            forward,
+            self.model.parameters(),
+            self.optimizers,
+            device=self.device,
+            dtype=self.dtype,
+            micro_batches=config.gradient_accumulation,
+            max_norm=config.grad_clip or math.inf,
+            graphs=graphs,
+            say=self.console.print,
+        )
+        # validation says nothing of its own: what cannot be captured there could not be in the step either
+        self.forward = forward if graphs is None else Captured(forward, graphs, warmup=1, failed=lambda error: None)
         work = estimate(config.model, batch_size=config.batch_size, dtype=config.dtype)
         self.step_flops = work.forward_flops + work.backward_flops
         self.step_tokens = config.batch_size * config.model.context_length
@@ -158,6 +179,8 @@ class _Run:
         config, totals = self.config, self.totals
         config.out_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.out_dir / "config.json", config.to_dict())
+        if config.compile:
+            self._compile()
         self.started = time.perf_counter() - totals.elapsed
         means: list[float] = []  # seconds per step, one mean per log interval
         with ExitStack() as stack:
@@ -165,6 +188,14 @@ class _Run:
             stack.callback(log.close)
             signals = stack.enter_context(_StopSignals())
             display = stack.enter_context(Display(self.console))
+            batches = Batches(
+                self.train_data.tokens,
+                config.batch_size,
+                config.model.context_length,
+                self.device,
+                seed=config.seed,
+                step=self.step,
+            )
             progress = self._progress()
             if self.checkpoint:
                 display.say(f"going on from step {self.step}, {self.checkpoint}")
@@ -176,7 +207,8 @@ class _Run:
             ending = progress >= 1
             interval = _Interval(self.device)
             while not ending:
-                interval.add(*self._train_step(progress))
+                self._set_rates(progress)
+                interval.add(*self.take_step(*next(batches)))
                 self.step += 1
                 progress = self._progress()
                 ending = progress >= 1 or signals.received
@@ -199,6 +231,22 @@ class _Run:
         stopped = "interrupted" if progress < 1 else "steps" if self.step >= config.max_steps else "time"
         return self._result(stopped, means)
 
+    def _compile(self) -> None:
+        """A forward and a backward before the clock starts, since max_seconds counts training and not the compiler."""
+        inputs, targets = get_batch(
+            self.train_data.tokens,
+            self.config.batch_size // self.config.gradient_accumulation,
+            self.config.model.context_length,
+            self.device,
+            generator=batch_generator(self.config.seed, self.step),
+        )
+        with autocast(self.device, self.dtype):
+            loss = self.take_step.forward(inputs, targets) / self.config.gradient_accumulation
+        loss.backward()
+        self.model.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def _elapsed(self) -> float:
         return time.perf_counter() - self.started
 
@@ -206,33 +254,10 @@ class _Run:
         by_steps = self.step / self.config.max_steps
         return max(by_steps, self._elapsed() / self.config.max_seconds) if self.config.max_seconds else by_steps
 
-    def _train_step(self, progress: float) -> tuple[Tensor, Tensor]:
-        """One optimizer step; returns loss and gradient norm, still on the device."""
-        config = self.config
+    def _set_rates(self, progress: float) -> None:
         # half a step on, so that neither the first step of a warm-up nor the last of a decay is wasted on a zero rate
-        factor = config.lr_factor(progress + 0.5 / config.max_steps)
-        for optimizer, peaks in zip(self.optimizers, self.peak_lrs, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
-        inputs, targets = get_batch(
-            self.train_data.tokens,
-            config.batch_size,
-            config.model.context_length,
-            self.device,
-            generator=batch_generator(config.seed, self.step),
-        )
-        n = config.gradient_accumulation
-        total = torch.zeros((), device=self.device)
-        for some_inputs, some_targets in zip(inputs.chunk(n), targets.chunk(n), strict=True):
-            with _autocast(self.device, self.dtype):
-                loss = self.forward(some_inputs, some_targets) / n
-            loss.backward()
-            total += loss.detach()
-        norm = clip_grad_norm(self.parameters, config.grad_clip or math.inf)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return total, norm
+        factor = self.config.lr_factor(progress + 0.5 / self.config.max_steps)
+        set_rates(self.optimizers, [[peak * factor for peak in peaks] for peaks in self.peak_lrs])
 
     def _record(self, interval: _Interval) -> dict[str, Any]:
         """What the interval since the last record did; the only place that waits for the device."""
@@ -245,14 +270,14 @@ class _Run:
         self.totals.train_loss = loss
         self.totals.stepping += interval.seconds
         step_seconds = interval.seconds / interval.steps
-        lrs = {type(o).__name__.lower() + "_lr": o.param_groups[0]["lr"] for o in self.optimizers[1:]}
+        lrs = {type(o).__name__.lower() + "_lr": float(o.param_groups[0]["lr"]) for o in self.optimizers[1:]}
         return {
             "step": self.step,
             "tokens": self.step * self.step_tokens,
             "elapsed": self._elapsed(),
             "loss": loss,
             "grad_norm": norm,
-            "lr": self.optimizers[0].param_groups[0]["lr"],
+            "lr": float(self.optimizers[0].param_groups[0]["lr"]),
             **lrs,
             "tokens_per_second": self.step_tokens / step_seconds,
             "mfu": mfu(self.step_flops, step_seconds, self.peak_flops),
@@ -262,7 +287,7 @@ class _Run:
         assert self.val_data is not None
         config = self.config
         loss = evaluate(
-            self.forward,
+            self.model,  # as it is: without gradients, and with the last batch's rows, it would be compiled twice more
             self.val_data,
             batch_size=config.batch_size // config.gradient_accumulation,
             context_length=config.model.context_length,
@@ -364,6 +389,13 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(f"device must be auto or a torch device, got {name!r}: {error}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} needs a CUDA GPU, and torch finds none")
+    try:
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # of another kind, or one GPU too far
+        why = str(error).strip().partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"device must be one that torch has here, got {name!r}: {why}") from None
     return device
 
 
@@ -376,5 +408,6 @@ def _ops(name: str, device: torch.device) -> ModuleType:
     return kernels
 
 
-def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    return torch.autocast(device.type, dtype=dtype) if dtype != torch.float32 else nullcontext()
+def _graphs(config: TrainConfig, device: torch.device) -> Graphs | None:
+    """Where the run's graphs are captured; None where it has none."""
+    return CudaGraphs(device) if config.cuda_graph and device.type == "cuda" else None

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import apply, runs_triton
-from .checks import Window, check_inputs, check_sequences, check_types, reach, score_numbers
+from .. import reference
+from ..dispatch import apply, in_layout_of, runs_triton
+from .checks import Window, check_inputs, check_mask, check_sequences, check_types, reach, score_numbers
 from .launch import FlashAttentionFunction, fwd_op
 from .plain import scaled_dot_product, sdpa_serves
 
@@ -24,10 +26,17 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def _attend(*args: Any) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, by the operator."""
+    width = v.shape[-1]
+    if width != q.shape[-1]:  # zeros add nothing to a score, nor to the output's first features
+        widest = max(width, q.shape[-1])
+        q, k, v = (F.pad(x, (0, widest - x.shape[-1])) for x in (q, k, v))
     if torch.compiler.is_compiling():
-        return fwd_op(*args)[:2]
-    return apply("flash_attention", FlashAttentionFunction, *args)
+        out, lse, _ = fwd_op(q, k, v, *args)
+    else:
+        out, lse = apply("flash_attention", FlashAttentionFunction, q, k, v, *args)
+    return out if width == out.shape[-1] else out[..., :width], lse
 
 
 def flash_attention(
@@ -41,11 +50,13 @@ def flash_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T + mask) v  (Dao 2023; grouped queries: Ainslie et al. 2023).
 
     q: (B, H, T, D).  k, v: (B, K, S, D), H a multiple of K, D up to 512; fp32, fp16 or bf16, one dtype and device, any
-    strides. Returns (B, H, T, D) in q's dtype and memory layout.
+    strides. Returns (B, H, T, D) in q's dtype and memory layout. v's head size may be another: the kernels then run on
+    copies filled up with zeros to the larger of the two, and the result is a view.
 
     Query i stands at key position p = i + S - T.
     causal: key j is visible when j <= p.
@@ -54,6 +65,8 @@ def flash_attention(
     softcap: c > 0 replaces a score s by c tanh(s / c), before the mask.
     sinks: (H,), one differentiable logit per head that joins the softmax's denominator (Xiao et al. 2024).
     return_lse: also return the log-sum-exp (B, H, T), fp32, natural log, sink included, differentiable.
+    mask: bool, broadcasts to (B, H, T, S); a key is visible where it is true and causal and window let it be. No kernel
+    reads one: with it the eager oracle runs, on every device, and the scores are in memory.
 
     A row with no visible key gives output 0, log-sum-exp -inf (the sink's value with sinks) and zero gradients.
     Products accumulate in fp32; fp32 inputs are multiplied in IEEE precision unless
@@ -72,10 +85,28 @@ def flash_attention(
     check_inputs(q, k, v, sinks, varlen=False)
     left, right = reach(causal, window)
     scale, softcap = score_numbers(scale, softcap, q.shape[-1])
+    if mask is not None:
+        return _masked(q, k, v, mask, causal, scale, window, softcap, sinks, return_lse)
     plain = left is None and right in (None, 0) and softcap == 0 and sinks is None and not return_lse
     if plain and not runs_triton(q) and sdpa_serves(q, k, right == 0):
         return scaled_dot_product(q, k, v, right == 0, scale)
     out, lse = _attend(q, k, v, sinks, None, None, q.shape[2], k.shape[2], left, right, scale, softcap)
+    return (out, lse) if return_lse else out
+
+
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, causal: bool, scale: float, window: Window, softcap: float,
+    sinks: Tensor | None, return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """The oracle, on fp32 copies where the inputs are narrower."""
+    check_mask(mask, q, k)
+    wide = (x.float() if x.dtype.itemsize < 4 else x for x in (q, k, v))
+    out, lse = reference.flash_attention(
+        *wide, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=True, mask=mask
+    )
+    out = out.to(q.dtype)
+    if out.shape == q.shape:
+        out = in_layout_of(q, out)
     return (out, lse) if return_lse else out
 
 

@@ -131,6 +131,9 @@ CASES = (
     Case(**DENSE | WITH_LSE, name="scores past fp16, log-sum-exp", build=lambda n: _huge(n, n), plain="operator",
          options=LSE),
     Case(**DENSE, name="scores past fp16", build=lambda n: _huge(n, n), plain="sdpa"),
+    Case(**DENSE | {"layout": ("any",)}, name="values of another width", plain="operator", options={"window": 3},
+         build=lambda n: _dense(n, n) | {"v": _draw(1, 1, n, 12)}),
+    Case(**DENSE, name="mask", build=lambda n: _dense(n, n) | {"mask": _draw(n, n) > 0}, plain="torch"),
     Case(**DENSE, name="no batch", build=lambda n: _dense(n, n, B=0), plain="sdpa"),
     Case(**DENSE, name="no tokens", build=lambda n: _dense(0, 0), plain="operator"),
     Case(**DENSE | WITH_LSE, name="no queries", build=lambda n: _dense(0, n), plain="operator", options=LSE),
@@ -150,8 +153,11 @@ CASES = (
          | {"weight": _draw(8)}, "torch", (5, 8), (None, None)),
     Case("rms_norm", "no rows", lambda n: {"x": _draw(0, 8), "weight": _draw(8)}, "torch"),
     Case("swiglu", "transposed", lambda n: _transposed(n, 3, 8, names=("gate", "up")), "torch", (5, 8)),
+    Case("swiglu", "joined, transposed", lambda n: _transposed(n, 3, 8, names=("gate",)), "torch"),
     Case("swiglu", "no rows", lambda n: {"gate": _draw(0, 8), "up": _draw(0, 8)}, "torch"),
     Case("swiglu", "no columns", lambda n: {"gate": _draw(n, 0), "up": _draw(n, 0)}, "torch"),
+    Case("gelu", "transposed", lambda n: _transposed(n, 3, 8, names=("x",)), "torch", (5, 8)),
+    Case("gelu", "no rows", lambda n: {"x": _draw(0, 8)}, "torch"),
     Case("cross_entropy", "several lengths", _logits, "torch", (5, 8, 1), options={"z_loss": 0.1}),
     Case("cross_entropy", "no rows", lambda n: _logits(0), "torch"),
     Case("cross_entropy", "no rows, none", lambda n: _logits(2, 0), "torch", options={"reduction": "none"}),
@@ -212,11 +218,11 @@ def check(case: Case, device: Any = "cpu", *, compiled: bool = False, backend: s
             judge(op, oracle, inputs, eager=_without_overflow if huge else None, frozen=frozen, **case.options)
         leaves = [x.requires_grad_() for n, x in inputs.items() if _floats(x) and n not in ("cos", "sin")]
         outputs, expected = (_as_tuple(f(**inputs, **case.options)) for f in (op, oracle))
-        gradients = torch.autograd.grad(outputs[0].sum(), leaves)
+        gradients = torch.autograd.grad(sum(o.sum() for o in outputs), leaves)
         assert all(g.isfinite().all() for g in gradients), f"{size}: a gradient is not finite"
         if size == 1:  # nor where there is one key alone
             torch.testing.assert_close(outputs, expected)
-            torch.testing.assert_close(gradients, torch.autograd.grad(expected[0].sum(), leaves))
+            torch.testing.assert_close(gradients, torch.autograd.grad(sum(e.sum() for e in expected), leaves))
         for out, of in zip(outputs, case.layout, strict=True):
             if of != "any" and out.numel():
                 alike = torch.empty_like(inputs[of]) if of else torch.empty(out.shape)
@@ -241,12 +247,12 @@ FLAGS = {
     "flash_attention": ("causal", "return_lse"), "flash_attention_varlen": ("causal", "return_lse"),
     "rope": ("interleaved",), "linear_cross_entropy": ("keep_gradients",),
 }  # fmt: skip
-OPTIONAL = {"scale", "weight", "residual", "sinks", "positions", "keep_gradients"}  # None is a choice
+OPTIONAL = {"scale", "weight", "up", "mask", "residual", "sinks", "positions", "keep_gradients"}  # None is a choice
 TENSORS = {
-    "flash_attention": ("q", "k", "v", "sinks"),
+    "flash_attention": ("q", "k", "v", "sinks", "mask"),
     "flash_attention_varlen": ("q", "k", "v", "sinks", "cu_seqlens_q", "cu_seqlens_k"),
     "rope": ("q", "k", "cos", "sin", "positions"), "rms_norm": ("x", "weight", "residual"), "swiglu": ("gate", "up"),
-    "cross_entropy": ("logits", "target"), "linear_cross_entropy": ("x", "weight", "target"),
+    "gelu": ("x",), "cross_entropy": ("logits", "target"), "linear_cross_entropy": ("x", "weight", "target"),
 }  # fmt: skip
 WINDOWS = (2.0, True, "3", torch.tensor(3), (3, -1), (True, 2), (1.5, 2), (1, 2, 3), -1)
 

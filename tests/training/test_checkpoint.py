@@ -79,7 +79,7 @@ def test_only_the_latest_are_kept(tmp_path):
     assert find_checkpoint(tmp_path).name == "step-123456789"
 
 
-@pytest.mark.parametrize("moment", ["save_model", "save", "fsync", "rename", "rmtree"])
+@pytest.mark.parametrize("moment", ["save_file", "save", "fsync", "rename", "rmtree"])
 def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, moment):
     """Whatever the save was doing when it died, a checkpoint can be loaded, and the next save cleans up."""
     model, optimizers = _trained()
@@ -89,7 +89,7 @@ def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        owner = {"save_model": checkpoint.safetensors.torch, "save": torch, "rmtree": shutil}.get(moment, os)
+        owner = {"save_file": checkpoint.safetensors.torch, "save": torch, "rmtree": shutil}.get(moment, os)
         patch.setattr(owner, moment, crash)
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, model, optimizers, step=2, keep=1)

@@ -36,17 +36,26 @@ def test_train_with_overrides(arguments, tmp_path):
     assert "6 steps" in result.output
 
 
-def test_errors_are_one_line(arguments, tmp_path):
-    for extra, message in (
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
         (["--lr", "-1"], "lr must be positive"),
+        (["--lr", "fast"], "--lr must be a number, got 'fast'"),
+        (["--max-seconds", "long"], "--max-seconds must be a number or none, got 'long'"),
+        (["--betas", "0.9"], "betas must be two numbers"),
         (["--train-data", "absent.bin"], "no token file"),
         (["--preset", "tinny"], "no preset 'tinny'"),
-    ):
-        result = CliRunner().invoke(app, [*arguments, *extra])
-        assert result.exit_code == 1
-        assert result.stderr.startswith("rooflight train: ")
-        assert message in result.stderr
-        assert result.stderr.count("\n") == 1
+        (["--model.n_head", "3"], "d_model: expected a multiple of n_head (3)"),
+        (["--model.n_layer", "none"], "--model.n_layer must be a whole number, got 'none'"),
+        (["--device", "xla"], "device must be one that torch has here, got 'xla'"),
+        (["--device", "meta"], "device must be one that torch has here, got 'meta'"),
+    ],
+)
+def test_errors_name_the_option(arguments, tmp_path, extra, message):
+    """rooflight.bench.cli turns them into one sentence and status 2."""
+    result = CliRunner().invoke(app, [*arguments, *extra])
+    assert isinstance(result.exception, ValueError | FileNotFoundError)
+    assert message in str(result.exception)
     assert not (tmp_path / "run").exists()
 
 

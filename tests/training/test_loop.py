@@ -15,10 +15,11 @@ from rich.console import Console
 
 from rooflight.kernels import dispatch
 from rooflight.model import ModelConfig, estimate
-from rooflight.training import loop
+from rooflight.training import graph, loop
 from rooflight.training.checkpoint import list_checkpoints, load_model
 from rooflight.training.config import TrainConfig
 from rooflight.training.loop import TrainingDiverged, train
+from support.recorder import Recorder
 
 MODEL = ModelConfig(32, 8, 1, 2, d_model=16, d_ff=24)
 
@@ -102,6 +103,24 @@ def test_result_and_log(config, quiet):
     assert last["muon_lr"] / config.muon_lr == pytest.approx(rates[-1])
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_of_graphs_is_the_same_run(config, quiet, tmp_path, accumulation, monkeypatch):
+    """Steps and validation, whose last batch is a shorter one; all but the learning rates' rounding to fp32."""
+    config = dataclasses.replace(config, gradient_accumulation=accumulation, max_steps=10)
+    plain = train(config, console=quiet)
+    recorder = Recorder()
+    monkeypatch.setattr(loop, "_graphs", lambda config, device: recorder)
+    graphed = dataclasses.replace(config, out_dir=tmp_path / "graphed")
+    result = train(graphed, console=quiet)
+    torch.testing.assert_close(_weights(result), _weights(plain), rtol=0, atol=1e-5)
+    assert recorder.captures == accumulation + 1
+    timeless = {"elapsed", "tokens_per_second", "mfu"}
+    for a, b in zip(_log(config), _log(graphed), strict=True):
+        assert {k: v for k, v in a.items() if k not in timeless} == pytest.approx(
+            {k: v for k, v in b.items() if k not in timeless}, rel=1e-5
+        )
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_resume_is_bitwise_the_same_run(config, quiet, tmp_path, optimizer, monkeypatch):
     """40 steps at once, and 40 steps cut off in the 27th: the same weights, bit for bit, and the same log."""
@@ -109,7 +128,7 @@ def test_resume_is_bitwise_the_same_run(config, quiet, tmp_path, optimizer, monk
     whole = train(config, console=quiet)
     cut = dataclasses.replace(config, out_dir=tmp_path / "cut", resume=True)  # resume: from nothing, too
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "clip_grad_norm", _after(26, loop.clip_grad_norm, _crash))
+        patch.setattr(graph, "clip_grad_norm", _after(26, graph.clip_grad_norm, _crash))
         with pytest.raises(RuntimeError, match="power cut"):
             train(cut, console=quiet)
     assert _log(cut)[-1]["step"] == 25  # past the checkpoint: resuming must drop it
@@ -178,13 +197,34 @@ def test_time_ends_a_run_and_its_schedule(config, quiet, monkeypatch):
     assert (again.stopped, again.step) == ("time", result.step)
 
 
+def test_what_the_compiler_takes_is_no_training_time(config, quiet, tmp_path, monkeypatch):
+    """And the call that has it compiled leaves no trace in the run."""
+    config = dataclasses.replace(config, max_steps=3)
+    plain = train(dataclasses.replace(config, out_dir=tmp_path / "plain"), console=quiet)
+    late, perf_counter = [0.0], loop.time.perf_counter
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: perf_counter() + late[0])
+
+    def compiler(model):
+        def forward(*inputs):
+            late[0] = 1000.0  # the first call; validation has the model as it is
+            return model(*inputs)
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    compiled = train(dataclasses.replace(config, compile=True, max_seconds=500.0), console=quiet)
+    assert (compiled.stopped, compiled.step) == ("steps", 3)
+    assert late[0] > compiled.seconds
+    _assert_equal(_weights(compiled), _weights(plain))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_run_resumes(config, quiet, tmp_path, monkeypatch, number):
     whole = train(config, console=quiet)
     cut = dataclasses.replace(config, out_dir=tmp_path / "cut")
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "clip_grad_norm", _after(12, loop.clip_grad_norm, lambda: os.kill(os.getpid(), number)))
+        patch.setattr(graph, "clip_grad_norm", _after(12, graph.clip_grad_norm, lambda: os.kill(os.getpid(), number)))
         result = train(cut, console=quiet)
     assert (result.stopped, result.step) == ("interrupted", 13)  # the step in hand is finished
     assert result.checkpoint.name == "step-00000013"
@@ -200,7 +240,7 @@ def test_a_second_ctrl_c_aborts(config, quiet, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(loop, "clip_grad_norm", _after(3, loop.clip_grad_norm, interrupt_twice))
+    monkeypatch.setattr(graph, "clip_grad_norm", _after(3, graph.clip_grad_norm, interrupt_twice))
     with pytest.raises(KeyboardInterrupt):
         train(config, console=quiet)
     assert list_checkpoints(config.out_dir / "checkpoints") == []
