@@ -35,11 +35,11 @@ class RunLog:
 
 def _records_to(path: Path, step: int) -> list[str]:
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):  # cut off by a crash
+        except (json.JSONDecodeError, KeyError, TypeError):  # cut off by a crash
             break
     return kept
 

@@ -51,10 +51,10 @@ def test_errors_are_one_line(arguments, tmp_path):
 
 
 def test_interrupted_exits_like_a_shell(arguments, monkeypatch):
-    class Interrupted(loop._StopSignals):
+    class Interrupted(loop.StopSignals):
         received = property(lambda self: True, lambda self, value: None)
 
-    monkeypatch.setattr(loop, "_StopSignals", Interrupted)
+    monkeypatch.setattr(loop, "StopSignals", Interrupted)
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 130
     assert "1 steps" in result.output

@@ -84,7 +84,7 @@ def test_missing_toml(tmp_path):
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
         ({"betas": 0.9}, r"betas must be two numbers in \[0, 1\), got 0.9"),
         ({"seed": True}, "seed must be a whole number, got True"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be at least 0 and below 2\\^64, got -1"),
         ({"compile": 1}, "compile must be true or false, got 1"),
         ({"optimizer": "sgd"}, "optimizer must be one of muon, adamw, got 'sgd'"),
         ({"dtype": "float16"}, "dtype float16 would need loss scaling to train; use bfloat16"),

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from rooflight.kernels import dispatch
 from rooflight.model import ModelConfig, estimate
-from rooflight.training import loop
+from rooflight.training import loop, train_step
 from rooflight.training.checkpoint import list_checkpoints, load_model
 from rooflight.training.config import TrainConfig
 from rooflight.training.loop import TrainingDiverged, train
@@ -109,7 +109,7 @@ def test_resume_is_bitwise_the_same_run(config, quiet, tmp_path, optimizer, monk
     whole = train(config, console=quiet)
     cut = dataclasses.replace(config, out_dir=tmp_path / "cut", resume=True)  # resume: from nothing, too
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "clip_grad_norm", _after(26, loop.clip_grad_norm, _crash))
+        patch.setattr(train_step, "clip_grad_norm", _after(26, train_step.clip_grad_norm, _crash))
         with pytest.raises(RuntimeError, match="power cut"):
             train(cut, console=quiet)
     assert _log(cut)[-1]["step"] == 25  # past the checkpoint: resuming must drop it
@@ -184,7 +184,8 @@ def test_a_signal_saves_and_the_run_resumes(config, quiet, tmp_path, monkeypatch
     cut = dataclasses.replace(config, out_dir=tmp_path / "cut")
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "clip_grad_norm", _after(12, loop.clip_grad_norm, lambda: os.kill(os.getpid(), number)))
+        kill = _after(12, train_step.clip_grad_norm, lambda: os.kill(os.getpid(), number))
+        patch.setattr(train_step, "clip_grad_norm", kill)
         result = train(cut, console=quiet)
     assert (result.stopped, result.step) == ("interrupted", 13)  # the step in hand is finished
     assert result.checkpoint.name == "step-00000013"
@@ -200,7 +201,7 @@ def test_a_second_ctrl_c_aborts(config, quiet, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(loop, "clip_grad_norm", _after(3, loop.clip_grad_norm, interrupt_twice))
+    monkeypatch.setattr(train_step, "clip_grad_norm", _after(3, train_step.clip_grad_norm, interrupt_twice))
     with pytest.raises(KeyboardInterrupt):
         train(config, console=quiet)
     assert list_checkpoints(config.out_dir / "checkpoints") == []
@@ -223,7 +224,7 @@ def test_divergence_spoils_no_checkpoint(config, quiet, monkeypatch, what):
     """
     healthy = 30 if what == "loss" else 34
 
-    class Model(loop.Transformer):
+    class Model(train_step.Transformer):
         calls = 0
 
         def forward(self, tokens, targets):
@@ -235,7 +236,7 @@ def test_divergence_spoils_no_checkpoint(config, quiet, monkeypatch, what):
                 return loss * math.inf if what == "loss" else loss + (self.norm.weight[0] * 0).sqrt()
             return loss
 
-    monkeypatch.setattr(loop, "Transformer", Model)
+    monkeypatch.setattr(train_step, "Transformer", Model)
     with pytest.raises(TrainingDiverged, match=r"by step 35, .*; the last checkpoint is .*step-00000020"):
         train(config, console=quiet)
     assert [p.name for p in list_checkpoints(config.out_dir / "checkpoints")] == ["step-00000020"]
