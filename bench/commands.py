@@ -53,11 +53,12 @@ def generate(
 
     from ..model import generate as sample
     from ..tokenizer import Tokenizer
-    from ..training.checkpoint import load_model
+    from ..training.checkpoint import check_tokenizer, load_model
     from ..training.loop import resolve_device
 
     place = resolve_device(device)
     words = Tokenizer.load(tokenizer)
+    check_tokenizer(checkpoint, words.hash, tokenizer)
     tokens = torch.tensor([words.encode(prompt)], device=place)
     generator = torch.Generator(place).manual_seed(seed)
     model = load_model(checkpoint, device=place)

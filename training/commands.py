@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -43,26 +44,31 @@ def train(
     resume: Annotated[
         bool | None, typer.Option("--resume/--no-resume", help="Go on from the latest checkpoint.")
     ] = None,
+    overwrite: Annotated[
+        bool | None,
+        typer.Option("--overwrite", help="Begin anew in a folder that holds something, moved to previous-<n> in it."),
+    ] = None,
 ) -> None:
     """Train a model on token files; options given here override those of the configuration file.
 
-    Ctrl-C saves a checkpoint; --resume goes on from it.
+    Ctrl-C, SIGTERM and SIGHUP save a checkpoint; --resume goes on from it. Exit status: 0 at the end, and after a
+    SIGTERM or SIGHUP; 130 after Ctrl-C; 2 where something given was wrong, 1 where training failed.
     """
     overrides = {k: v for k, v in locals().items() if k not in ("config", "preset") and v is not None}
     # Before torch is imported: OpenMP threads that spin while they wait cost up to 10x on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from .config import TrainConfig
-    from .loop import TrainingDiverged
     from .loop import train as run
+    from .stopping import TrainingFailed
 
     if preset is not None:
         overrides["model"] = {"preset": preset}
     try:
         options = TrainConfig.from_dict(overrides) if config is None else TrainConfig.from_toml(config, **overrides)
         result = run(options)
-    except (ValueError, FileNotFoundError, TrainingDiverged) as error:
+    except (ValueError, OSError, TrainingFailed) as error:
         typer.echo(f"rooflight train: {error}", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(1 if isinstance(error, TrainingFailed) else 2) from None
     loss = ""
     if result.val_loss is not None:
         loss = f"validation loss {result.val_loss:.4f}, {result.val_bits_per_byte:.4f} bits per byte; "
@@ -70,5 +76,5 @@ def train(
         f"{result.step} steps, {result.tokens:,} tokens in {result.seconds:.0f} s ({result.stopped}); {loss}"
         f"{result.tokens_per_second:,.0f} tokens/s, MFU {result.mfu:.1%}; {result.checkpoint}"
     )
-    if result.stopped == "interrupted":
+    if result.signal == signal.SIGINT:
         raise typer.Exit(130)

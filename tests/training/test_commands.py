@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
+import signal
 import subprocess
 import sys
 
@@ -41,24 +44,46 @@ def test_errors_are_one_line(arguments, tmp_path):
         (["--lr", "-1"], "lr must be positive"),
         (["--train-data", "absent.bin"], "no token file"),
         (["--preset", "tinny"], "no preset 'tinny'"),
+        (["--device", "abacus"], "device must be auto or a torch device, got 'abacus'"),
+        (["--device", "mps"], "device 'mps' cannot be used"),
+        (["--batch-size", str(10**12)], r"batch_size 1000000000000 needs .* GB .* fits \(predicted\)"),
+        (["--seed", str(2**64)], "seed must be at least 0 and below"),
+        (["--resume", "--overwrite"], "overwrite must be false where resume is true"),
     ):
         result = CliRunner().invoke(app, [*arguments, *extra])
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert result.stderr.startswith("rooflight train: ")
-        assert message in result.stderr
+        assert re.search(message, result.stderr)
         assert result.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_interrupted_exits_like_a_shell(arguments, monkeypatch):
-    class Interrupted(loop.StopSignals):
-        received = property(lambda self: True, lambda self, value: None)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)])
+def test_signals(arguments, monkeypatch, number, status):
+    class Received(loop.StopSignals):
+        received = property(lambda self: number, lambda self, value: None)
 
-    monkeypatch.setattr(loop, "StopSignals", Interrupted)
+    monkeypatch.setattr(loop, "StopSignals", Received)
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 130
+    assert result.exit_code == status
     assert "1 steps" in result.output
     assert "interrupted" in result.output
+
+
+def test_training_that_fails_exits_with_1(arguments, tmp_path):
+    """A limit on the size of files stands in for a disk that fills up: the first checkpoint is larger than that."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        result = CliRunner().invoke(app, arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert result.exit_code == 1
+    assert re.search(
+        r"rooflight train: could not write .*/step-00000003: .*too large.*; the last checkpoint is none\n$",
+        result.stderr,
+    )
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 def test_importing_the_commands_does_not_import_torch():

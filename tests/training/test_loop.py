@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import math
 import os
+import re
 import signal
 import threading
 
@@ -18,7 +20,8 @@ from rooflight.model import ModelConfig, estimate
 from rooflight.training import loop, train_step
 from rooflight.training.checkpoint import list_checkpoints, load_model
 from rooflight.training.config import TrainConfig
-from rooflight.training.loop import TrainingDiverged, train
+from rooflight.training.loop import train
+from rooflight.training.stopping import STOPPING, StopSignals, TrainingDiverged, TrainingFailed
 
 MODEL = ModelConfig(32, 8, 1, 2, d_model=16, d_ff=24)
 
@@ -178,22 +181,39 @@ def test_time_ends_a_run_and_its_schedule(config, quiet, monkeypatch):
     assert (again.stopped, again.step) == ("time", result.step)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_run_resumes(config, quiet, tmp_path, monkeypatch, number):
-    whole = train(config, console=quiet)
+@pytest.fixture(scope="module")
+def whole_run() -> dict:
+    return {}
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_saves_and_the_run_resumes(config, quiet, tmp_path, monkeypatch, number, whole_run):
+    if not whole_run:  # once for the three
+        whole_run.update(_weights(train(config, console=quiet)))
     cut = dataclasses.replace(config, out_dir=tmp_path / "cut")
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    handlers = [signal.getsignal(n) for n in STOPPING]
     with monkeypatch.context() as patch:
         kill = _after(12, train_step.clip_grad_norm, lambda: os.kill(os.getpid(), number))
         patch.setattr(train_step, "clip_grad_norm", kill)
         result = train(cut, console=quiet)
-    assert (result.stopped, result.step) == ("interrupted", 13)  # the step in hand is finished
+    assert (result.stopped, result.signal, result.step) == ("interrupted", number, 13)  # the step in hand is finished
     assert result.checkpoint.name == "step-00000013"
     assert result.val_loss == result.first_val_loss  # no time is spent on another validation
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert [signal.getsignal(n) for n in STOPPING] == handlers
     resumed = train(dataclasses.replace(cut, resume=True), console=quiet)
     assert resumed.stopped == "steps"
-    _assert_equal(_weights(whole), _weights(resumed))
+    _assert_equal(whole_run, _weights(resumed))
+
+
+def test_an_ignored_hang_up_stays_ignored():
+    """nohup asks for that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_ctrl_c_aborts(config, quiet, monkeypatch):
@@ -302,6 +322,99 @@ def test_refuses_what_does_not_fit_together(config, quiet, write_tokens):
         train(dataclasses.replace(config, val_data=other, resume=True), console=quiet)
     with pytest.raises(ValueError, match="was trained on tokens of another tokenizer"):
         train(dataclasses.replace(config, train_data=other, val_data=None, resume=True), console=quiet)
+
+
+def test_resume_passes_over_a_damaged_checkpoint(config, tmp_path):
+    """And comes to the weights that it would have had without."""
+    whole = train(config, console=Console(file=io.StringIO()))
+    last = config.out_dir / "checkpoints" / "step-00000040"
+    content = bytearray((last / "state.pt").read_bytes())
+    content[len(content) // 2] ^= 4
+    (last / "state.pt").write_bytes(content)
+    (last.parent / "step-00000099").mkdir()
+    said = io.StringIO()
+    weights = load_model(last.with_name("step-00000020")).state_dict()
+    again = train(dataclasses.replace(config, resume=True), console=Console(file=said))
+    assert "warning: checkpoint" in said.getvalue()
+    assert f"{last} is damaged: state.pt has other bytes" in said.getvalue()
+    assert "set aside as damaged-step-00000099" in said.getvalue()
+    assert "going on from step 20" in said.getvalue()
+    assert again.checkpoint == last
+    assert (again.val_loss, again.tokens) == (whole.val_loss, whole.tokens)
+    assert any(not torch.equal(weights[k], v) for k, v in _weights(again).items())
+    assert {p.name for p in last.parent.iterdir()} == {
+        "step-00000020", "step-00000040", "damaged-step-00000040", "damaged-step-00000099",
+    }  # fmt: skip
+
+
+def test_resume_counts_tokens_and_says_what_is_another(config, write_tokens):
+    said = io.StringIO()
+    train(dataclasses.replace(config, max_steps=20), console=Console(file=said))
+    more = dataclasses.replace(config, resume=True, batch_size=4, lr=0.001)
+    result = train(more, console=Console(file=said))
+    assert result.tokens == 20 * 8 * 8 + 20 * 4 * 8
+    assert [r["tokens"] for r in _log(config)][-1] == result.tokens
+    assert "; batch_size 4, was 8; max_steps 40, was 20; lr 0.001, was 0.003" in said.getvalue()
+    ids = np.arange(3400) % 32
+    for change, message in (
+        ({"seed": 1}, "seed must stay 0 as the run began, got 1"),
+        (
+            {"train_data": write_tokens(ids, "shorter.bin")},
+            r"must be the 3,500 tokens that the run began with, .* 3,400",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(dataclasses.replace(more, **change), console=Console(file=said))
+
+
+def test_ranks_of_a_launcher_are_refused(config, quiet, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="one of WORLD_SIZE 4"):
+        train(config, console=quiet)
+    assert not config.out_dir.exists()
+
+
+def test_ids_past_the_vocabulary_end_the_run(config, quiet, write_tokens):
+    data = write_tokens([99] * 1000, "lying.bin")
+    with pytest.raises(ValueError, match=r"lying\.bin: token \d+ is 99, and the model's vocab_size 32"):
+        train(dataclasses.replace(config, train_data=data, val_data=None), console=quiet)
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_its_last_checkpoint(config, quiet, monkeypatch):
+    """The log may be what does not fit, too; the same command with resume goes on."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", _after(1, torch.save, full))
+        with pytest.raises(
+            TrainingFailed, match=r"step-00000040: .*No space left.*; the last checkpoint is .*-00000020"
+        ):
+            train(config, console=quiet)
+    assert [p.name for p in (config.out_dir / "checkpoints").iterdir()] == ["step-00000020"]
+    assert train(dataclasses.replace(config, resume=True), console=quiet).step == 40
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_out_of_memory_says_what_fits(config, monkeypatch, error):
+    def allocate():
+        raise error
+
+    monkeypatch.setattr(train_step, "clip_grad_norm", _after(3, train_step.clip_grad_norm, allocate))
+    monkeypatch.setattr(loop, "device_memory", lambda device: 400_000)
+    monkeypatch.setattr(loop, "check_memory", lambda *_: None)
+    said = io.StringIO()
+    with pytest.raises(
+        TrainingFailed, match=r"out of memory, of 0\.0 GB: batch_size (\d+) fits \(predicted\)"
+    ) as raised:
+        train(dataclasses.replace(config, batch_size=1024), console=Console(file=said, width=200))
+    fits = int(re.search(r"batch_size (\d+)", str(raised.value))[1])
+    n = int(re.search(r"gradient_accumulation (\d+) with batch_size 1024", str(raised.value))[1])
+    assert 1 <= 1024 // n <= fits < 1024
+    held = [estimate(MODEL, batch_size=b, dtype="float32", ops="eager", optimizer="muon") for b in (fits, fits + 1)]
+    assert held[0].memory.peak <= 400_000 < held[1].memory.peak
+    assert "peak memory" in said.getvalue()
 
 
 def test_triton_needs_a_gpu_or_the_interpreter(config, quiet, monkeypatch):
