@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer
 
 from ..tokenizer.commands import app as tokenizer
-from ..training.commands import train
+from ..training.commands import replay, train
 from .bench_commands import bench
 from .commands import bench_tokenizer, demo, estimate, generate
 
@@ -29,7 +29,7 @@ app = typer.Typer(
 tokenizer.command("bench")(bench_tokenizer)  # here, as the tokenizer imports no other room
 app.add_typer(tokenizer, name="tokenizer")
 app.add_typer(bench, name="bench")
-for command in (train, generate, estimate, demo):
+for command in (train, replay, generate, estimate, demo):
     app.command()(command)
 
 

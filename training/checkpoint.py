@@ -292,6 +292,13 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizers: Sequence[Opt
     return state["step"], state["extra"]
 
 
+def load_extra(path: str | Path) -> dict[str, Any]:
+    """The `extra` that a checkpoint was saved with. Raises as load_checkpoint does."""
+    path = find_checkpoint(path)
+    verify_checkpoint(path)
+    return torch.load(path / STATE, map_location="cpu", weights_only=True)["extra"]
+
+
 def load_latest(
     directory: str | Path, model: nn.Module, optimizers: Sequence[Optimizer]
 ) -> tuple[Path, int, dict[str, Any], list[DamagedCheckpoint]]:

@@ -1,4 +1,4 @@
-"""`rooflight train`: the command line of the training loop."""
+"""`rooflight train` and `rooflight replay`: the command lines of the training loop."""
 
 from __future__ import annotations
 
@@ -15,6 +15,27 @@ app = typer.Typer(help="Train a transformer on token files.")
 @app.callback()
 def _group() -> None:
     """Makes `train` a command of this app, which would otherwise be the app itself."""
+
+
+@app.command()
+def replay(
+    dump: Annotated[Path, typer.Argument(help="A dump: a folder under a run's diverged/.")],
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ..., in place of the run's.")] = None,
+) -> None:
+    """Compute a step again whose loss or gradient was not finite, and say where it stops being so.
+
+    Exit status: 0 when it is not finite again, 1 when it is, 2 where DUMP is none.
+    """
+    from .replay import replay as again
+
+    try:
+        result = again(dump, device=device)
+    except (ValueError, OSError) as error:
+        typer.echo(f"rooflight replay: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo("\n".join(result.lines()))
+    if not result.reproduced:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -6,7 +6,6 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +18,10 @@ from torch import Tensor
 from ..model import estimate
 from .checkpoint import list_checkpoints, load_latest, save_checkpoint, set_aside
 from .config import TrainConfig
-from .data import TokenFile, batch_generator, check_window, get_batch, open_tokens, validation_batches
+from .data import TokenFile, batch_generator, check_window, get_batch, open_tokens
 from .files import write_json
-from .progress import Display, RunLog
+from .progress import Display, Sink, check_sinks, open_sinks
+from .replay import find_divergence, is_finite
 from .run_folder import CHECKPOINTS, RunFolder
 from .stopping import (
     StopSignals,
@@ -33,7 +33,7 @@ from .stopping import (
     what_fits,
 )
 from .throughput import PeakMemory, device_memory, measure_peak_flops, mfu
-from .train_step import TrainStep, autocast, choose_ops, resolve_device, whose_memory
+from .train_step import TrainStep, choose_ops, evaluate, resolve_device, whose_memory
 
 _UNTOLD = ("out_dir", "resume", "overwrite")  # changes that a resumed run does not speak of
 
@@ -94,33 +94,6 @@ def _refuse_ranks() -> None:
         )
 
 
-@torch.no_grad()
-def evaluate(
-    model: Callable[[Tensor, Tensor], Tensor],
-    data: TokenFile,
-    *,
-    batch_size: int,
-    context_length: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    max_batches: int | None = None,
-    vocab_size: int | None = None,
-) -> float:
-    """Mean loss in nats per token over the file's non-overlapping windows, or over max_batches batches of them.
-
-    vocab_size: the model's, to hold the ids to. Raises ValueError on one that the model does not have.
-    """
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    count = 0
-    for inputs, targets in validation_batches(
-        data.tokens, batch_size, context_length, device, max_batches=max_batches, vocab_size=vocab_size
-    ):
-        with autocast(device, dtype):
-            total += model(inputs, targets).double() * targets.numel()
-        count += targets.numel()
-    return total.item() / count
-
-
 class _Run:
     def __init__(self, config: TrainConfig, console: Console) -> None:
         self.config, self.console = config, console
@@ -133,11 +106,13 @@ class _Run:
             raise ValueError(
                 f"train_data {config.train_data} and val_data {config.val_data} come from different tokenizers"
             )
+        check_sinks(config)
         if self.device.type == "cpu":
             check_memory(config, self.ops, device_memory(self.device))
         self.directory = config.out_dir / CHECKPOINTS
         self.folder = RunFolder(config.out_dir, resume=config.resume, overwrite=config.overwrite, say=self._say)
         self.checkpoint: Path | None = None
+        self.factors: list[float] = []  # of the learning rate, in each step since the checkpoint
         work = estimate(config.model, batch_size=config.batch_size, dtype=config.dtype)
         self.step_tokens = config.batch_size * config.model.context_length
         self.token_flops = (work.forward_flops + work.backward_flops) / self.step_tokens
@@ -202,15 +177,15 @@ class _Run:
         self.started = time.perf_counter() - totals.elapsed
         means: list[float] = []  # seconds per step, one mean per log interval
         with ExitStack() as stack:
-            log = RunLog(config.out_dir / "log.jsonl", keep_to=self.step if self.checkpoint else None)
-            stack.callback(log.close)
+            sinks = open_sinks(config, keep_to=self.step if self.checkpoint else None)
+            for sink in sinks:
+                stack.callback(sink.close)
             signals = stack.enter_context(StopSignals())
             display = stack.enter_context(Display(self.console))
             progress = self._progress()
             if self.step == 0 and self.val_data is not None:
                 record = {"step": 0, "tokens": 0, **self._validate()}
-                log.write(record)
-                display.update(progress, record)
+                self._tell(sinks, display, progress, record)
 
             ending = progress >= 1
             interval = _Interval(self.device)
@@ -230,14 +205,18 @@ class _Run:
                 means.append(interval.seconds / interval.steps)
                 if validating:
                     record |= self._validate()
-                log.write(record)
-                display.update(progress, record)
+                self._tell(sinks, display, progress, record)
                 if saving:
                     self._save()
                 interval = _Interval(self.device)
         totals.elapsed = self._elapsed()
         stopped = "interrupted" if progress < 1 else "steps" if self.step >= config.max_steps else "time"
         return self._result(stopped, signals.received if progress < 1 else None, means)
+
+    def _tell(self, sinks: list[Sink], display: Display, progress: float, record: dict[str, Any]) -> None:
+        for sink in sinks:
+            sink.write(record)
+        display.update(progress, record)
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self.started
@@ -250,25 +229,27 @@ class _Run:
         """One optimizer step; returns loss and gradient norm, still on the device."""
         # half a step on, so that neither the first step of a warm-up nor the last of a decay is wasted on a zero rate
         factor = self.config.lr_factor(progress + 0.5 / self.config.max_steps)
-        return self.train_step(*self._batch(), factor)
+        self.factors.append(factor)
+        return self.train_step(*self._batch(self.step), factor)
 
-    def _batch(self) -> tuple[Tensor, Tensor]:
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         return get_batch(
             self.train_data.tokens,
             self.config.batch_size,
             self.config.model.context_length,
             self.device,
-            generator=batch_generator(self.config.seed, self.step),
+            generator=batch_generator(self.config.seed, step),
             vocab_size=self.config.model.vocab_size,
         )
 
     def _record(self, interval: _Interval) -> dict[str, Any]:
         """What the interval since the last record did; the only place that waits for the device."""
         loss, norm = interval.close()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not is_finite(loss, norm):
+            text = f"loss {loss}, gradient norm {norm} by step {self.step}, {self._elapsed():.0f} s in"
             raise TrainingDiverged(
-                f"loss {loss}, gradient norm {norm} by step {self.step}, {self._elapsed():.0f} s in: lower the "
-                f"learning rate or lengthen the warm-up; the last checkpoint is {self.checkpoint or 'none'}"
+                f"{text}: lower the learning rate or lengthen the warm-up; {self._find_divergence()}; the last "
+                f"checkpoint is {self.checkpoint or 'none'}"
             )
         self.totals.train_loss = loss
         self.totals.stepping += interval.seconds
@@ -286,6 +267,22 @@ class _Run:
             "tokens_per_second": self.step_tokens / step_seconds,
             "mfu": mfu(self.token_flops * self.step_tokens, step_seconds, self.peak_flops),
         }
+
+    def _find_divergence(self) -> str:
+        """Where the steps since the checkpoint stop being finite when they run again: a clause for the error."""
+        self._say(f"not finite by step {self.step}: running again from {self.checkpoint or 'the start'} to find where")
+        found = find_divergence(
+            self.train_step,
+            self.checkpoint,
+            self.factors,
+            self._batch,
+            out_dir=self.config.out_dir,
+            tokenizer_hash=self.train_data.tokenizer_hash,
+        )
+        if found is None:
+            return "run again, every step was finite, so that the machine may be at fault"
+        step, path = found
+        return f"step {step} is the first, which `rooflight replay {path}` computes again"
 
     def _validate(self) -> dict[str, float]:
         assert self.val_data is not None
@@ -321,6 +318,7 @@ class _Run:
             tokenizer_hash=self.train_data.tokenizer_hash,
             keep=self.config.keep_checkpoints,
         )
+        self.factors.clear()
 
     def _result(self, stopped: str, signal: int | None, means: list[float]) -> TrainResult:
         totals = self.totals

@@ -1,19 +1,47 @@
-"""What a run tells: a JSONL log for programs, a progress bar or plain lines for people."""
+"""What a run tells: a JSONL log, TensorBoard and Weights & Biases by option; a progress bar or lines for people."""
 
 from __future__ import annotations
 
 import json
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from .config import TrainConfig
 from .files import write_text
 
 PLAIN_SECONDS = 5.0  # at least this long between two plain lines
+
+
+class Sink(Protocol):
+    """Takes a run's records, one at a time."""
+
+    def write(self, record: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_sinks(config: TrainConfig) -> None:
+    """Raise ValueError when an option asks for a package that is not there."""
+    for option, wanted in (("tensorboard", config.tensorboard), ("wandb", config.wandb is not None)):
+        # a folder of that name, wandb's own in the working directory say, is found too: without an origin
+        if wanted and ((spec := find_spec(option)) is None or spec.origin is None):
+            raise ValueError(f"{option} needs the package {option}, which is not installed: pip install {option}")
+
+
+def open_sinks(config: TrainConfig, *, keep_to: int | None) -> list[Sink]:
+    """The log, and what the options ask for beside it; keep_to as in RunLog."""
+    sinks: list[Sink] = [RunLog(config.out_dir / "log.jsonl", keep_to=keep_to)]
+    if config.tensorboard:
+        sinks.append(TensorBoard(config.out_dir / "tensorboard", keep_to=keep_to))
+    if config.wandb is not None:
+        sinks.append(WandB(config.wandb, config))
+    return sinks
 
 
 class RunLog:
@@ -42,6 +70,44 @@ def _records_to(path: Path, step: int) -> list[str]:
         except (json.JSONDecodeError, KeyError, TypeError):  # cut off by a crash
             break
     return kept
+
+
+class TensorBoard:
+    """Every number of a record as a scalar of its name. `keep_to` as in RunLog: TensorBoard passes over later ones."""
+
+    def __init__(self, folder: Path, *, keep_to: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # imports tensorboard
+
+        self._writer = SummaryWriter(str(folder), purge_step=None if keep_to is None else keep_to + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, record["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases in `project`, whose id out_dir/wandb.id keeps: a resumed run goes on in it."""
+
+    def __init__(self, project: str, config: TrainConfig) -> None:
+        import wandb
+
+        path = config.out_dir / "wandb.id"
+        known = path.read_text(encoding="utf-8").strip() if path.exists() else None
+        self._run = wandb.init(
+            project=project, dir=str(config.out_dir), id=known, resume="allow", config=config.to_dict()
+        )
+        write_text(path, self._run.id + "\n")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 class Display:

@@ -1,8 +1,9 @@
-"""One step of training: where it runs, the model and optimizers that it updates, gradients, update."""
+"""One step of training: where it runs, the model and optimizers that it updates, gradients, update; validation."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
@@ -13,6 +14,7 @@ from .. import kernels
 from ..kernels import dispatch, reference
 from ..model import Transformer
 from .config import TrainConfig
+from .data import TokenFile, validation_batches
 from .optim import build_optimizers, clip_grad_norm
 
 
@@ -43,6 +45,17 @@ class TrainStep:
         self._peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.forward = torch.compile(self.model) if config.compile else self.model
 
+    def restart(self) -> None:
+        """Model, optimizers and random generators as they began, in place."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        with self.device:
+            fresh = Transformer(config.model, ops=choose_ops(config.kernels, self.device))
+        self.model.load_state_dict(fresh.state_dict())
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            optimizer.state.clear()
+
     def __call__(self, inputs: Tensor, targets: Tensor, factor: float) -> tuple[Tensor, Tensor]:
         """Gradients and update on one batch, (B, T) int64 each, at `factor` times the peak learning rates.
 
@@ -70,6 +83,33 @@ class TrainStep:
                 group["lr"] = peak * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def evaluate(
+    model: Callable[[Tensor, Tensor], Tensor],
+    data: TokenFile,
+    *,
+    batch_size: int,
+    context_length: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    max_batches: int | None = None,
+    vocab_size: int | None = None,
+) -> float:
+    """Mean loss in nats per token over the file's non-overlapping windows, or over max_batches batches of them.
+
+    vocab_size: the model's, to hold the ids to. Raises ValueError on one that the model does not have.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    count = 0
+    for inputs, targets in validation_batches(
+        data.tokens, batch_size, context_length, device, max_batches=max_batches, vocab_size=vocab_size
+    ):
+        with autocast(device, dtype):
+            total += model(inputs, targets).double() * targets.numel()
+        count += targets.numel()
+    return total.item() / count
 
 
 def resolve_device(name: str) -> torch.device:
