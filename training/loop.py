@@ -20,7 +20,7 @@ from .checkpoint import list_checkpoints, load_latest, save_checkpoint, set_asid
 from .config import TrainConfig
 from .data import TokenFile, batch_generator, check_window, get_batch, open_tokens
 from .files import write_json
-from .progress import Display, Sink, check_sinks, open_sinks
+from .progress import Display, Records, check_sinks
 from .replay import find_divergence, is_finite
 from .run_folder import CHECKPOINTS, RunFolder
 from .stopping import (
@@ -177,15 +177,14 @@ class _Run:
         self.started = time.perf_counter() - totals.elapsed
         means: list[float] = []  # seconds per step, one mean per log interval
         with ExitStack() as stack:
-            sinks = open_sinks(config, keep_to=self.step if self.checkpoint else None)
-            for sink in sinks:
-                stack.callback(sink.close)
+            records = stack.enter_context(Records(config, keep_to=self.step if self.checkpoint else None))
             signals = stack.enter_context(StopSignals())
             display = stack.enter_context(Display(self.console))
             progress = self._progress()
             if self.step == 0 and self.val_data is not None:
                 record = {"step": 0, "tokens": 0, **self._validate()}
-                self._tell(sinks, display, progress, record)
+                records.write(record)
+                display.update(progress, record)
 
             ending = progress >= 1
             interval = _Interval(self.device)
@@ -194,7 +193,7 @@ class _Run:
                 self.step += 1
                 totals.tokens += self.step_tokens
                 progress = self._progress()
-                ending = progress >= 1 or signals.received
+                ending = progress >= 1 or signals.received is not None
                 due = progress >= 1 or (self.step % config.eval_every == 0 and not signals.received)
                 validating = due and self.val_data is not None
                 saving = self.step % config.checkpoint_every == 0 or ending
@@ -205,18 +204,14 @@ class _Run:
                 means.append(interval.seconds / interval.steps)
                 if validating:
                     record |= self._validate()
-                self._tell(sinks, display, progress, record)
+                records.write(record)
+                display.update(progress, record)
                 if saving:
                     self._save()
                 interval = _Interval(self.device)
         totals.elapsed = self._elapsed()
         stopped = "interrupted" if progress < 1 else "steps" if self.step >= config.max_steps else "time"
         return self._result(stopped, signals.received if progress < 1 else None, means)
-
-    def _tell(self, sinks: list[Sink], display: Display, progress: float, record: dict[str, Any]) -> None:
-        for sink in sinks:
-            sink.write(record)
-        display.update(progress, record)
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self.started

@@ -7,7 +7,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -18,14 +18,6 @@ from .files import write_text
 PLAIN_SECONDS = 5.0  # at least this long between two plain lines
 
 
-class Sink(Protocol):
-    """Takes a run's records, one at a time."""
-
-    def write(self, record: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 def check_sinks(config: TrainConfig) -> None:
     """Raise ValueError when an option asks for a package that is not there."""
     for option, wanted in (("tensorboard", config.tensorboard), ("wandb", config.wandb is not None)):
@@ -34,14 +26,35 @@ def check_sinks(config: TrainConfig) -> None:
             raise ValueError(f"{option} needs the package {option}, which is not installed: pip install {option}")
 
 
-def open_sinks(config: TrainConfig, *, keep_to: int | None) -> list[Sink]:
-    """The log, and what the options ask for beside it; keep_to as in RunLog."""
-    sinks: list[Sink] = [RunLog(config.out_dir / "log.jsonl", keep_to=keep_to)]
-    if config.tensorboard:
-        sinks.append(TensorBoard(config.out_dir / "tensorboard", keep_to=keep_to))
-    if config.wandb is not None:
-        sinks.append(WandB(config.wandb, config))
-    return sinks
+class Records:
+    """Where a run's records go: log.jsonl, and what the options ask for beside it. A context; keep_to as in RunLog."""
+
+    def __init__(self, config: TrainConfig, *, keep_to: int | None) -> None:
+        self._sinks: list[RunLog | TensorBoard | WandB] = [RunLog(config.out_dir / "log.jsonl", keep_to=keep_to)]
+        try:
+            if config.tensorboard:
+                self._sinks.append(TensorBoard(config.out_dir / "tensorboard", keep_to=keep_to))
+            if config.wandb is not None:
+                self._sinks.append(WandB(config.wandb, config))
+        except BaseException:
+            self._close(failed=True)
+            raise
+
+    def write(self, record: dict[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.write(record)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close(failed=kind is not None)
+
+    def _close(self, *, failed: bool) -> None:
+        for sink in self._sinks:
+            sink.close(failed=failed)
 
 
 class RunLog:
@@ -57,7 +70,7 @@ class RunLog:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         self._file.close()
 
 
@@ -86,7 +99,7 @@ class TensorBoard:
                 self._writer.add_scalar(name, value, record["step"])
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         self._writer.close()
 
 
@@ -98,16 +111,18 @@ class WandB:
 
         path = config.out_dir / "wandb.id"
         known = path.read_text(encoding="utf-8").strip() if path.exists() else None
-        self._run = wandb.init(
-            project=project, dir=str(config.out_dir), id=known, resume="allow", config=config.to_dict()
-        )
+        options = {"project": project, "dir": str(config.out_dir), "config": config.to_dict()}
+        try:
+            self._run = wandb.init(**options, id=known, resume="allow")
+        except Exception as error:  # its own, of keys and networks
+            raise ValueError(f"wandb could not begin a run of project {project!r}: {error}") from error
         write_text(path, self._run.id + "\n")
 
     def write(self, record: dict[str, Any]) -> None:
         self._run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 class Display:

@@ -1,13 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import io
 import json
 import math
-import os
-import re
-import signal
 import threading
 
 import numpy as np
@@ -21,51 +17,9 @@ from rooflight.training import loop, train_step
 from rooflight.training.checkpoint import list_checkpoints, load_model
 from rooflight.training.config import TrainConfig
 from rooflight.training.loop import train
-from rooflight.training.stopping import STOPPING, StopSignals, TrainingDiverged, TrainingFailed
+from support.runs import after, assert_equal, crash, log_of, weights_of
 
 MODEL = ModelConfig(32, 8, 1, 2, d_model=16, d_ff=24)
-
-
-@pytest.fixture
-def config(write_tokens, tmp_path) -> TrainConfig:
-    """A text that a model can learn: each token is followed by its triple, or a random one in ten cases."""
-    rng = np.random.default_rng(0)
-    ids = [1]
-    for noise, jump in zip(rng.random(4000), rng.integers(0, 32, 4000), strict=True):
-        ids.append(int(jump) if noise < 0.1 else 3 * ids[-1] % 32)
-    return TrainConfig(
-        model=MODEL,
-        train_data=write_tokens(ids[:3500], "train.bin"),
-        val_data=write_tokens(ids[3500:], "val.bin"),
-        out_dir=tmp_path / "run",
-        batch_size=8,
-        max_steps=40,
-        eval_every=20,
-        checkpoint_every=20,
-        log_every=5,
-        dtype="float32",
-        device="cpu",
-        kernels="eager",
-        peak_flops=1e9,
-    )
-
-
-@pytest.fixture
-def quiet() -> Console:
-    return Console(file=io.StringIO())
-
-
-def _log(config: TrainConfig) -> list[dict]:
-    return [json.loads(line) for line in (config.out_dir / "log.jsonl").read_text().splitlines()]
-
-
-def _weights(result: loop.TrainResult) -> dict[str, torch.Tensor]:
-    return load_model(result.checkpoint).state_dict()
-
-
-def _assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -81,7 +35,7 @@ def test_learns(config, quiet, optimizer, dtype):
 
 def test_result_and_log(config, quiet):
     result = train(config, console=quiet)
-    records = _log(config)
+    records = log_of(config)
     assert [r["step"] for r in records] == [0, 5, 10, 15, 20, 25, 30, 35, 40]
     assert [r["step"] for r in records if "val_loss" in r] == [0, 20, 40]
     last = records[-1]
@@ -112,37 +66,21 @@ def test_resume_is_bitwise_the_same_run(config, quiet, tmp_path, optimizer, monk
     whole = train(config, console=quiet)
     cut = dataclasses.replace(config, out_dir=tmp_path / "cut", resume=True)  # resume: from nothing, too
     with monkeypatch.context() as patch:
-        patch.setattr(train_step, "clip_grad_norm", _after(26, train_step.clip_grad_norm, _crash))
+        patch.setattr(train_step, "clip_grad_norm", after(26, train_step.clip_grad_norm, crash))
         with pytest.raises(RuntimeError, match="power cut"):
             train(cut, console=quiet)
-    assert _log(cut)[-1]["step"] == 25  # past the checkpoint: resuming must drop it
+    assert log_of(cut)[-1]["step"] == 25  # past the checkpoint: resuming must drop it
     resumed = train(cut, console=quiet)
-    _assert_equal(_weights(whole), _weights(resumed))
+    assert_equal(weights_of(whole), weights_of(resumed))
     for name in ("step", "val_loss", "first_val_loss", "train_loss"):
         assert getattr(whole, name) == getattr(resumed, name)
     timed = ("elapsed", "tokens_per_second", "mfu")
-    logs = [[{k: r[k] for k in r if k not in timed} for r in _log(c)] for c in (config, cut)]
+    logs = [[{k: r[k] for k in r if k not in timed} for r in log_of(c)] for c in (config, cut)]
     assert logs[0] == logs[1]
     states = [torch.load(r.checkpoint / "state.pt", weights_only=True)["optimizers"] for r in (whole, resumed)]
     for a, b in zip(*states, strict=True):
         for key, values in a["state"].items():
             assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(b["state"][key][k])) for k, v in values.items())
-
-
-def _crash():
-    raise RuntimeError("power cut")
-
-
-def _after(calls: int, function, act):
-    """`function`, which calls `act` first in its call number `calls` (from 0)."""
-    count = iter(range(10**9))
-
-    def wrapped(*args):
-        if next(count) == calls:
-            act()
-        return function(*args)
-
-    return wrapped
 
 
 def test_a_finished_run_resumes_to_itself(config, quiet):
@@ -159,7 +97,7 @@ def test_gradient_accumulation_changes_nothing_but_rounding(config, quiet, tmp_p
     one = train(config, console=quiet)
     four = train(dataclasses.replace(config, gradient_accumulation=4, out_dir=tmp_path / "four"), console=quiet)
     assert four.train_loss == pytest.approx(one.train_loss, rel=1e-6)
-    norms = [_log(c)[-1]["grad_norm"] for c in (config, dataclasses.replace(config, out_dir=tmp_path / "four"))]
+    norms = [log_of(c)[-1]["grad_norm"] for c in (config, dataclasses.replace(config, out_dir=tmp_path / "four"))]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
@@ -171,7 +109,7 @@ def test_time_ends_a_run_and_its_schedule(config, quiet, monkeypatch):
     assert result.stopped == "time"
     assert 0 < result.step < 200
     assert result.val_loss is not None
-    rates = [r["lr"] / config.lr for r in _log(config)[1:]]
+    rates = [r["lr"] / config.lr for r in log_of(config)[1:]]
     assert max(rates) == 1.0
     assert rates[-1] < 0.1
     assert list_checkpoints(config.out_dir / "checkpoints")[-1] == result.checkpoint
@@ -179,52 +117,6 @@ def test_time_ends_a_run_and_its_schedule(config, quiet, monkeypatch):
     # seconds count over resumes: nothing is left of 200
     again = train(dataclasses.replace(config, max_steps=10**6, max_seconds=200.0, resume=True), console=quiet)
     assert (again.stopped, again.step) == ("time", result.step)
-
-
-@pytest.fixture(scope="module")
-def whole_run() -> dict:
-    return {}
-
-
-@pytest.mark.parametrize("number", STOPPING)
-def test_a_signal_saves_and_the_run_resumes(config, quiet, tmp_path, monkeypatch, number, whole_run):
-    if not whole_run:  # once for the three
-        whole_run.update(_weights(train(config, console=quiet)))
-    cut = dataclasses.replace(config, out_dir=tmp_path / "cut")
-    handlers = [signal.getsignal(n) for n in STOPPING]
-    with monkeypatch.context() as patch:
-        kill = _after(12, train_step.clip_grad_norm, lambda: os.kill(os.getpid(), number))
-        patch.setattr(train_step, "clip_grad_norm", kill)
-        result = train(cut, console=quiet)
-    assert (result.stopped, result.signal, result.step) == ("interrupted", number, 13)  # the step in hand is finished
-    assert result.checkpoint.name == "step-00000013"
-    assert result.val_loss == result.first_val_loss  # no time is spent on another validation
-    assert [signal.getsignal(n) for n in STOPPING] == handlers
-    resumed = train(dataclasses.replace(cut, resume=True), console=quiet)
-    assert resumed.stopped == "steps"
-    _assert_equal(whole_run, _weights(resumed))
-
-
-def test_an_ignored_hang_up_stays_ignored():
-    """nohup asks for that."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with StopSignals() as signals:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert signals.received is None
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def test_a_second_ctrl_c_aborts(config, quiet, monkeypatch):
-    def interrupt_twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(train_step, "clip_grad_norm", _after(3, train_step.clip_grad_norm, interrupt_twice))
-    with pytest.raises(KeyboardInterrupt):
-        train(config, console=quiet)
-    assert list_checkpoints(config.out_dir / "checkpoints") == []
 
 
 def test_trains_outside_the_main_thread(config, quiet):
@@ -236,38 +128,10 @@ def test_trains_outside_the_main_thread(config, quiet):
     assert results[0].stopped == "steps"
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_divergence_spoils_no_checkpoint(config, quiet, monkeypatch, what):
-    """An error at the record of step 35, and step 20's checkpoint stays.
-
-    The loss is infinite from step 31 on; the gradient from step 35 on, whose own loss is still finite.
-    """
-    healthy = 30 if what == "loss" else 34
-
-    class Model(train_step.Transformer):
-        calls = 0
-
-        def forward(self, tokens, targets):
-            loss = super().forward(tokens, targets)
-            if torch.is_grad_enabled():
-                Model.calls += 1
-            if Model.calls > healthy:
-                # sqrt at 0: a finite loss whose gradient is infinite
-                return loss * math.inf if what == "loss" else loss + (self.norm.weight[0] * 0).sqrt()
-            return loss
-
-    monkeypatch.setattr(train_step, "Transformer", Model)
-    with pytest.raises(TrainingDiverged, match=r"by step 35, .*; the last checkpoint is .*step-00000020"):
-        train(config, console=quiet)
-    assert [p.name for p in list_checkpoints(config.out_dir / "checkpoints")] == ["step-00000020"]
-    assert all(torch.isfinite(w).all() for w in load_model(config.out_dir).state_dict().values())
-    assert all(math.isfinite(r["loss"]) for r in _log(config)[1:])
-
-
 def test_without_validation(config, quiet):
     result = train(dataclasses.replace(config, val_data=None), console=quiet)
     assert (result.val_loss, result.first_val_loss, result.val_bits_per_byte) == (None, None, None)
-    assert not any("val_loss" in r for r in _log(config))
+    assert not any("val_loss" in r for r in log_of(config))
 
 
 def test_plain_progress(config):
@@ -322,99 +186,6 @@ def test_refuses_what_does_not_fit_together(config, quiet, write_tokens):
         train(dataclasses.replace(config, val_data=other, resume=True), console=quiet)
     with pytest.raises(ValueError, match="was trained on tokens of another tokenizer"):
         train(dataclasses.replace(config, train_data=other, val_data=None, resume=True), console=quiet)
-
-
-def test_resume_passes_over_a_damaged_checkpoint(config, tmp_path):
-    """And comes to the weights that it would have had without."""
-    whole = train(config, console=Console(file=io.StringIO()))
-    last = config.out_dir / "checkpoints" / "step-00000040"
-    content = bytearray((last / "state.pt").read_bytes())
-    content[len(content) // 2] ^= 4
-    (last / "state.pt").write_bytes(content)
-    (last.parent / "step-00000099").mkdir()
-    said = io.StringIO()
-    weights = load_model(last.with_name("step-00000020")).state_dict()
-    again = train(dataclasses.replace(config, resume=True), console=Console(file=said))
-    assert "warning: checkpoint" in said.getvalue()
-    assert f"{last} is damaged: state.pt has other bytes" in said.getvalue()
-    assert "set aside as damaged-step-00000099" in said.getvalue()
-    assert "going on from step 20" in said.getvalue()
-    assert again.checkpoint == last
-    assert (again.val_loss, again.tokens) == (whole.val_loss, whole.tokens)
-    assert any(not torch.equal(weights[k], v) for k, v in _weights(again).items())
-    assert {p.name for p in last.parent.iterdir()} == {
-        "step-00000020", "step-00000040", "damaged-step-00000040", "damaged-step-00000099",
-    }  # fmt: skip
-
-
-def test_resume_counts_tokens_and_says_what_is_another(config, write_tokens):
-    said = io.StringIO()
-    train(dataclasses.replace(config, max_steps=20), console=Console(file=said))
-    more = dataclasses.replace(config, resume=True, batch_size=4, lr=0.001)
-    result = train(more, console=Console(file=said))
-    assert result.tokens == 20 * 8 * 8 + 20 * 4 * 8
-    assert [r["tokens"] for r in _log(config)][-1] == result.tokens
-    assert "; batch_size 4, was 8; max_steps 40, was 20; lr 0.001, was 0.003" in said.getvalue()
-    ids = np.arange(3400) % 32
-    for change, message in (
-        ({"seed": 1}, "seed must stay 0 as the run began, got 1"),
-        (
-            {"train_data": write_tokens(ids, "shorter.bin")},
-            r"must be the 3,500 tokens that the run began with, .* 3,400",
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            train(dataclasses.replace(more, **change), console=Console(file=said))
-
-
-def test_ranks_of_a_launcher_are_refused(config, quiet, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match="one of WORLD_SIZE 4"):
-        train(config, console=quiet)
-    assert not config.out_dir.exists()
-
-
-def test_ids_past_the_vocabulary_end_the_run(config, quiet, write_tokens):
-    data = write_tokens([99] * 1000, "lying.bin")
-    with pytest.raises(ValueError, match=r"lying\.bin: token \d+ is 99, and the model's vocab_size 32"):
-        train(dataclasses.replace(config, train_data=data, val_data=None), console=quiet)
-
-
-def test_a_disk_that_fills_up_ends_the_run_with_its_last_checkpoint(config, quiet, monkeypatch):
-    """The log may be what does not fit, too; the same command with resume goes on."""
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", _after(1, torch.save, full))
-        with pytest.raises(
-            TrainingFailed, match=r"step-00000040: .*No space left.*; the last checkpoint is .*-00000020"
-        ):
-            train(config, console=quiet)
-    assert [p.name for p in (config.out_dir / "checkpoints").iterdir()] == ["step-00000020"]
-    assert train(dataclasses.replace(config, resume=True), console=quiet).step == 40
-
-
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
-def test_out_of_memory_says_what_fits(config, monkeypatch, error):
-    def allocate():
-        raise error
-
-    monkeypatch.setattr(train_step, "clip_grad_norm", _after(3, train_step.clip_grad_norm, allocate))
-    monkeypatch.setattr(loop, "device_memory", lambda device: 400_000)
-    monkeypatch.setattr(loop, "check_memory", lambda *_: None)
-    said = io.StringIO()
-    with pytest.raises(
-        TrainingFailed, match=r"out of memory, of 0\.0 GB: batch_size (\d+) fits \(predicted\)"
-    ) as raised:
-        train(dataclasses.replace(config, batch_size=1024), console=Console(file=said, width=200))
-    fits = int(re.search(r"batch_size (\d+)", str(raised.value))[1])
-    n = int(re.search(r"gradient_accumulation (\d+) with batch_size 1024", str(raised.value))[1])
-    assert 1 <= 1024 // n <= fits < 1024
-    held = [estimate(MODEL, batch_size=b, dtype="float32", ops="eager", optimizer="muon") for b in (fits, fits + 1)]
-    assert held[0].memory.peak <= 400_000 < held[1].memory.peak
-    assert "peak memory" in said.getvalue()
 
 
 def test_triton_needs_a_gpu_or_the_interpreter(config, quiet, monkeypatch):

@@ -1,7 +1,7 @@
 """Records beside the log: TensorBoard and Weights & Biases, and what is said where they are not installed.
 
 Neither is a dependency, so that their stand-ins here take the calls that the real ones were seen to take
-(tensorboard 2.20, wandb 0.23).
+(tensorboard 2.21.0, wandb 0.31.0).
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from rooflight.model import ModelConfig
 from rooflight.training.config import TrainConfig
 from rooflight.training.loop import train
+from rooflight.training.stopping import TrainingFailed
 
 
 @pytest.fixture
@@ -97,8 +99,8 @@ def test_wandb_goes_on_in_its_run(config, monkeypatch):
         def log(self, data: dict[str, float], step: int) -> None:
             logged.append((step, data))
 
-        def finish(self) -> None:
-            logged.append((-1, {}))
+        def finish(self, exit_code: int) -> None:
+            logged.append((-1 - exit_code, {}))
 
     _module(monkeypatch, "wandb", init=lambda **options: begun.append(options) or Run())
     config = dataclasses.replace(config, wandb="project")
@@ -111,3 +113,17 @@ def test_wandb_goes_on_in_its_run(config, monkeypatch):
         assert (options["project"], options["dir"], options["resume"]) == ("project", str(config.out_dir), "allow")
         assert TrainConfig.from_dict(options["config"]).lr == config.lr
     assert Path(config.out_dir, "wandb.id").read_text() == "abc\n"
+
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(TrainingFailed):
+        train(dataclasses.replace(config, resume=True, max_steps=6), console=Console(file=io.StringIO()))
+    assert logged[-1][0] == -2  # a run that failed
+
+
+def test_wandb_that_cannot_begin_is_one_sentence(config, monkeypatch):
+    def init(**_):
+        raise RuntimeError("no key")
+
+    _module(monkeypatch, "wandb", init=init)
+    with pytest.raises(ValueError, match="wandb could not begin a run of project 'p': no key"):
+        train(dataclasses.replace(config, wandb="p"), console=Console(file=io.StringIO()))
