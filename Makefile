@@ -20,7 +20,7 @@ $(VENV)/.created:
 	$(if $(UV),$(UV) venv $(VENV),$(PYTHON) -m venv $(VENV))
 	@touch $@
 
-$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.created
+$(VENV)/.installed-%: pyproject.toml setup.py constraints.txt | $(VENV)/.created
 	$(if $(UV),VIRTUAL_ENV=$(VENV) $(UV) pip install,$(BIN)/python -m pip install --progress-bar on) -c constraints.txt -e ".[$*]"
 	@touch $@
 
@@ -44,10 +44,10 @@ format: $(VENV)/.installed-dev  ## rewrite the sources in ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-ROOMS := kernels model tokenizer training bench
-types: $(VENV)/.installed-dev  ## mypy, over the import name that the folders install under
+PARTS := $(addprefix src/rooflight/,__init__.py __main__.py py.typed) kernels model tokenizer training bench
+types: $(VENV)/.installed-dev  ## mypy, over the package as a wheel has it
 	@rm -rf .types && mkdir -p .types/rooflight
-	@for room in $(ROOMS); do ln -s ../../$$room .types/rooflight/$$room; done
+	@for part in $(PARTS); do ln -s ../../$$part .types/rooflight/; done
 	cd .types && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml -p rooflight
 
 bench: $(VENV)/.installed-test  ## benchmarks through pytest-benchmark

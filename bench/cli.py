@@ -6,19 +6,22 @@ a command runs, so that `rooflight --help` and the tokenizer's commands never wa
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import sys
-from importlib.metadata import version as installed_version
 
 # Before torch is imported: busy OpenMP threads that spin-wait cost up to 10x on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
+from .. import __version__
 from ..tokenizer.commands import app as tokenizer
 from ..training.commands import replay, train
 from .bench_commands import bench
-from .commands import bench_tokenizer, demo, estimate, generate
+from .commands import bench_tokenizer, demo, estimate
+from .model_commands import evaluate, export_hf, generate, import_hf, plot
 
 app = typer.Typer(
     help="Triton kernels for training transformer language models, and everything around them.",
@@ -29,31 +32,55 @@ app = typer.Typer(
 tokenizer.command("bench")(bench_tokenizer)  # here, as the tokenizer imports no other room
 app.add_typer(tokenizer, name="tokenizer")
 app.add_typer(bench, name="bench")
-for command in (train, replay, generate, estimate, demo):
+for command in (train, replay, generate, plot, import_hf, export_hf, estimate, demo):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 def _version(show: bool) -> None:
     if show:
-        print(f"rooflight {installed_version('rooflight')}")
+        print(f"rooflight {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    traceback: bool = typer.Option(False, "--traceback", help="On an error, Python's traceback; works anywhere."),
 ) -> None:
     """Options that stand before a command."""
 
 
+# What the machine refuses in the middle of the work: another disk, a smaller batch, not another argument.
+_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM)
+
+
+def _status(error: Exception) -> int:
+    """1 where the work failed, 2 where what it was asked for is wrong."""
+    failed = isinstance(error, RuntimeError | MemoryError) and not isinstance(error, NotImplementedError)
+    return 1 if failed or (isinstance(error, OSError) and error.errno in _FAILED) else 2
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0] or type(error).__name__
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", text):
+        return f"{text}; a smaller batch_size, or more gradient_accumulation, takes less memory"
+    if isinstance(error, ValueError | OSError | ImportError) or type(error).__module__.startswith("rooflight."):
+        return text
+    return f"{type(error).__name__}: {text} (--traceback shows where)"
+
+
 def main() -> None:
-    """Run the command line; bad input ends in one sentence and status 2, not in a traceback."""
+    """Run the command line; an error ends in one sentence and a status (_status), not in a traceback."""
+    arguments = sys.argv[1:]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    shown = "--traceback" in arguments[:end]
     try:
-        app()
-    except (ValueError, OSError) as error:
-        if "--traceback" in sys.argv:
+        app([argument for argument in arguments[:end] if argument != "--traceback"] + arguments[end:])
+    except Exception as error:
+        if shown:
             raise
-        print(f"rooflight: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(f"rooflight: {_sentence(error)}", file=sys.stderr)
+        sys.exit(_status(error))
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,12 +9,7 @@ parts=" ${*:2} "
 [[ $parts == "  " ]] && parts=" tests ceilings validate kernels "
 cd "$(dirname "$0")/.."
 
-# The folders under their import name, as an installation would place them.
-site=$(mktemp -d)
-trap 'rm -rf "$site"' EXIT
-mkdir "$site/rooflight"
-for room in kernels model tokenizer training bench; do ln -s "$PWD/$room" "$site/rooflight/$room"; done
-export PYTHONPATH="$site" PYTHONUNBUFFERED=1 COLUMNS=150
+export PYTHONPATH="$PWD/src" PYTHONUNBUFFERED=1 COLUMNS=150
 
 status=0
 deadline=$((SECONDS + ${TOTAL_SECONDS:-530}))

@@ -7,25 +7,36 @@ TRITON_INTERPRET=1, and the eager oracle of `reference` on plain CPU tensors.
 from . import cost, reference
 from .attention import FlashAttentionFunction, flash_attention, flash_attention_varlen
 from .cross_entropy import CrossEntropyFunction, cross_entropy
+from .gelu import GELUFunction, gelu
 from .linear_cross_entropy import LinearCrossEntropyFunction, linear_cross_entropy
 from .rms_norm import RMSNormFunction, rms_norm
-from .rope import RoPEFunction, rope
-from .swiglu import SwiGLUFunction, swiglu
+from .rope import RoPEFunction, RoPEQKVFunction, rope, rope_qkv
+from .rope_tables import RopeScaling, rope_tables
+from .swiglu import SwiGLUFunction, SwiGLUJoinedFunction, swiglu
+from .tiled import TiledAttentionFunction
 
 __all__ = [
     "CrossEntropyFunction",
     "FlashAttentionFunction",
+    "GELUFunction",
     "LinearCrossEntropyFunction",
     "RMSNormFunction",
     "RoPEFunction",
+    "RoPEQKVFunction",
+    "RopeScaling",
     "SwiGLUFunction",
+    "SwiGLUJoinedFunction",
+    "TiledAttentionFunction",
     "cost",
     "cross_entropy",
     "flash_attention",
     "flash_attention_varlen",
+    "gelu",
     "linear_cross_entropy",
     "reference",
     "rms_norm",
     "rope",
+    "rope_qkv",
+    "rope_tables",
     "swiglu",
 ]

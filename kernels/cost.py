@@ -238,6 +238,17 @@ def rope_cost(B: int, H: int, K: int, T: int, D: int, dtype: DType = "bfloat16",
     return Cost(3 * elements, 2 * elements * itemsize(dtype) + T * D * STATISTIC, 0, unfused)
 
 
+def rope_qkv_cost(B: int, H: int, K: int, T: int, D: int, dtype: DType = "bfloat16", *, backward: bool = False) -> Cost:
+    """The rotation of q and k, and the copy of v, out of one product's rows or back into them.
+
+    Unfused, the backward joins the three gradients head by head and then lays them out by token.
+    """
+    turned, row = rope_cost(B, H, K, T, D, dtype, backward=backward), B * T * D * itemsize(dtype)
+    copied = 2 * K * row
+    unfused = turned.unfused_bytes + (4 * (H + 2 * K) * row if backward else copied)
+    return Cost(turned.flops, turned.bytes + copied, 0, unfused)
+
+
 def swiglu_cost(M: int, N: int, dtype: DType = "bfloat16", *, backward: bool = False) -> Cost:
     """silu(gate) * up over M rows of N; backward reads gate, up, dy and writes two gradients."""
     elements = M * N
@@ -300,15 +311,21 @@ def embedding_cost(M: int, N: int, V: int, dtype: DType = "bfloat16", *, backwar
     return Cost(0, 2 * rows + M * INDEX)
 
 
-def adamw_cost(parameters: int, dtype: DType = "float32", *, state_dtype: DType = "float32") -> Cost:
+def adamw_cost(
+    parameters: int, dtype: DType = "float32", *, state_dtype: DType = "float32", gradient_dtype: DType | None = None,
+    copy_dtype: DType | None = None,
+) -> Cost:  # fmt: skip
     """One step of AdamW: reads parameter, gradient and two moments, writes parameter and moments; ~15 FLOPs each.
 
+    gradient_dtype: where it is not the parameter's.  copy_dtype: of a copy of the parameter that is written too.
     Unfused, eight operators: the decay of the weights, the first moment, two for the second, its root, quotient and
-    epsilon, and the step; together they pass 6 times over parameter or gradient and 14 times over moments.
+    epsilon, and the step; together they pass 6 times over parameter or gradient and 14 times over moments. A gradient
+    of another dtype is cast first, a copy last.
     """
     size, state = itemsize(dtype), itemsize(state_dtype)
-    unfused = parameters * (6 * size + 14 * state)
-    return Cost(15 * parameters, parameters * (3 * size + 4 * state), 0, unfused)
+    gradient, copy = itemsize(gradient_dtype or dtype), itemsize(copy_dtype) if copy_dtype else 0
+    unfused = 6 * size + 14 * state + (gradient + size) * (gradient != size) + (size + copy) * (copy > 0)
+    return Cost(15 * parameters, parameters * (2 * size + gradient + 4 * state + copy), 0, parameters * unfused)
 
 
 def muon_cost(

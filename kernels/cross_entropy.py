@@ -108,10 +108,10 @@ def row_losses(
     if not runs_triton(x):
         wide = x.reshape(-1, x.shape[-1]).to(statistics(x.dtype)[0])
         wide = softcap * torch.tanh(wide / softcap) if softcap > 0 else wide
-        loss = reference.cross_entropy(
-            wide, target.reshape(-1), ignore_index=ignore_index, z_loss=z_loss, reduction="none"
-        )
-        return loss, torch.logsumexp(wide, -1)
+        kept = (target := target.reshape(-1)) != ignore_index
+        lse = torch.logsumexp(wide, -1)
+        picked = wide.gather(-1, target.masked_fill(~kept, 0)[:, None]).squeeze(-1)
+        return (lse - picked + z_loss * lse.square()).masked_fill_(~kept, 0), lse
     loss, lse = _cross_entropy_fwd_fake(x, target, ignore_index, z_loss)
     M, V = loss.numel(), x.shape[-1]
     if M > 0:
@@ -136,11 +136,14 @@ def row_gradients(
         wide = x.reshape(-1, V).to(lse.dtype)
         wide = softcap * torch.tanh(wide / softcap) if softcap > 0 else wide
         kept = target.reshape(-1, 1) != ignore_index
-        dx = torch.exp(wide - lse[:, None]) * (1 + 2 * z_loss * lse)[:, None]
+        dx = (wide - lse[:, None]).exp_()
+        if z_loss:
+            dx *= (1 + 2 * z_loss * lse)[:, None]
         dx.scatter_add_(1, target.reshape(-1, 1).masked_fill(~kept, 0), torch.full_like(lse, -1.0)[:, None])
         if softcap > 0:
             dx *= 1 - (wide / softcap).square()
-        out[:, :V] = (dx * dloss.reshape(-1, 1)).masked_fill_(~kept, 0)
+        dx *= dloss.reshape(-1, 1)
+        out[:, :V] = dx if kept.all() else dx.masked_fill_(~kept, 0)
         out[:, V:] = 0
         return out
     M = out.shape[0]

@@ -82,11 +82,13 @@ def flash_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T + mask) v, with the score matrix in memory (Vaswani et al. 2017, eq. 1).
 
-    q: (B, H, T, D).  k, v: (B, K, S, D), H a multiple of K.  Returns (B, H, T, D), and with return_lse the natural
-    log-sum-exp (B, H, T) in fp32 (fp64 for fp64), sinks included.
+    q: (B, H, T, D).  k: (B, K, S, D).  v: (B, K, S, D_v).  H a multiple of K.  mask: bool, broadcasts to (B, H, T, S).
+    Returns (B, H, T, D_v), and with return_lse the natural log-sum-exp (B, H, T) in fp32 (fp64 for fp64), sinks
+    included.
     """
     n_query, n_key = q.shape[2], k.shape[2]
     group = q.shape[1] // k.shape[1]
@@ -94,7 +96,8 @@ def flash_attention(
     scores = _statistics(q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    mask = visible_mask(n_query, n_key, causal, window, q.device)
+    visible = visible_mask(n_query, n_key, causal, window, q.device)
+    mask = visible if mask is None else visible & mask
     # A row with no visible key must give 0 and zero gradients, not NaN: keep every -inf out of the arithmetic.
     floor = torch.finfo(scores.dtype).min
     top = (
@@ -137,7 +140,7 @@ def flash_attention_varlen(
     q: (total_q, H, D).  k, v: (total_k, K, D).  cu_seqlens: (sequences + 1,), int32, from 0 to the total.
     Returns (total_q, H, D), and with return_lse the log-sum-exp (H, total_q).
     """
-    outs, lses = [q[:0]], [q.new_empty(q.shape[1], 0, dtype=_statistics(q[:0]).dtype)]
+    outs, lses = [q.new_empty(0, q.shape[1], v.shape[-1])], [q.new_empty(q.shape[1], 0, dtype=_statistics(q[:0]).dtype)]
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for q0, q1, k0, k1 in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
         qi, ki, vi = (x.transpose(0, 1)[None] for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
@@ -183,9 +186,28 @@ def rope(
     return rotate(q), rotate(k)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up  (Shazeer 2020, eq. 5).  gate, up: (..., F), any shape alike.  Returns gate's dtype."""
+def rope_qkv(
+    qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int, *, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """rope of the q and k in qkv (B, T, (H + 2 K) D), and a copy of its v: (B, H, T, D), twice (B, K, T, D)."""
+    heads = qkv.unflatten(-1, (n_head + 2 * n_kv_head, -1)).transpose(1, 2)
+    q, k, v = heads.split((n_head, n_kv_head, n_kv_head), 1)
+    return *rope(q, k, cos, sin, positions=positions), v.clone()
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """silu(gate) * up  (Shazeer 2020, eq. 5).  gate, up: (..., F), any shape alike.  Returns gate's dtype.
+
+    Without up, gate holds both: (..., 2 F), gate first.
+    """
+    if up is None:
+        gate, up = gate.chunk(2, -1)
     return (F.silu(_statistics(gate)) * _statistics(up)).to(gate.dtype)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2  (Hendrycks & Gimpel 2016, §2), torch's own."""
+    return F.gelu(x, approximate="tanh")
 
 
 def cross_entropy(

@@ -1,7 +1,9 @@
 """Rotary position embedding: each pair of features (a, b) turns by its position's angle, (a c - b s, b c + a s).
 
 Su et al. 2021, "RoFormer", eq. 34. The backward is the rotation by the opposite angle: the same operator, inverted.
-One launch serves q and k; a program keeps its tile of cos and sin while it turns a group of heads.
+One launch serves q and k; a program keeps its tile of cos and sin while it turns a group of heads. Where one product
+made q, k and v, `rope_qkv` turns q and k out of its rows and copies v beside them, so that the rows need not be kept;
+its backward writes the rows' gradient whole.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from .dispatch import apply, call, check_device, check_dtype, define_op, runs_tr
 from .launching import launch
 from .rows import statistics
 
-__all__ = ["RoPEFunction", "rope"]
+__all__ = ["RoPEFunction", "RoPEQKVFunction", "rope", "rope_qkv"]
 
 # Pairs of features in a tile, 8 a thread over 4 warps, and heads that one program turns.
 TILE = 1024
@@ -29,8 +31,12 @@ HEADS = 4
 def _turn_heads(
     x_ptr, strides, out_ptr, out_strides, first, n_head, batch, t, n_token, c, s, HALF, D,
     HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr, INTERLEAVED: tl.constexpr,
+    TURNS: tl.constexpr = True,
 ):  # fmt: skip
-    """Turn heads first .. first + HEADS - 1 of x (B, n_head, T, D) at tokens t by c and s (BLOCK_T, BLOCK_HALF)."""
+    """Turn heads first .. first + HEADS - 1 of x (B, n_head, T, D) at tokens t by c and s (BLOCK_T, BLOCK_HALF).
+
+    TURNS: False copies them.
+    """
     i = tl.arange(0, BLOCK_HALF)
     live = (t < n_token)[:, None]
     if INTERLEAVED:
@@ -48,8 +54,9 @@ def _turn_heads(
         mask = live & (i < HALF)[None, :]
         a = tl.load(source + a_feature.to(tl.int64)[None, :] * strides[3], mask=mask, other=0.0).to(c.dtype)
         b = tl.load(source + b_feature.to(tl.int64)[None, :] * strides[3], mask=mask, other=0.0).to(c.dtype)
-        tl.store(a_out, (a * c - b * s).to(out_ptr.dtype.element_ty), mask=mask)
-        tl.store(b_out, (b * c + a * s).to(out_ptr.dtype.element_ty), mask=mask)
+        a_turned, b_turned = (a * c - b * s, b * c + a * s) if TURNS else (a, b)
+        tl.store(a_out, a_turned.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(b_out, b_turned.to(out_ptr.dtype.element_ty), mask=mask)
         if BLOCK_REST > 1:
             mask = live & (rest < D)[None, :]
             x = tl.load(source + rest.to(tl.int64)[None, :] * strides[3], mask=mask, other=0.0)
@@ -59,13 +66,15 @@ def _turn_heads(
 @triton.jit(do_not_specialize=["n_token"])
 def _rope_kernel(
     q_ptr, q_strides, q_out_ptr, q_out_strides, H, k_ptr, k_strides, k_out_ptr, k_out_strides, K,
+    v_ptr, v_strides, v_out_ptr, v_out_strides,
     cos_ptr, sin_ptr, stride_cp, stride_sp,
     positions_ptr, stride_pb, stride_pt, n_token, HALF, D,
     BLOCK_T: tl.constexpr, HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_REST: tl.constexpr,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     q_groups = tl.cdiv(H, HEADS)
-    groups = q_groups + tl.cdiv(K, HEADS)
+    k_groups = tl.cdiv(K, HEADS)
+    groups = q_groups + k_groups * (1 if v_ptr is None else 2)
     group = tl.program_id(0) % groups
     tile = tl.program_id(0) // groups
     tiles = tl.cdiv(n_token, BLOCK_T)
@@ -87,21 +96,26 @@ def _rope_kernel(
             q_ptr, q_strides, q_out_ptr, q_out_strides, group * HEADS, H, batch, t, n_token, c, s, HALF, D,
             HEADS, BLOCK_HALF, BLOCK_REST, INTERLEAVED,
         )  # fmt: skip
-    else:
+    elif group < q_groups + k_groups:
         _turn_heads(
             k_ptr, k_strides, k_out_ptr, k_out_strides, (group - q_groups) * HEADS, K, batch, t, n_token, c, s, HALF, D,
             HEADS, BLOCK_HALF, BLOCK_REST, INTERLEAVED,
         )  # fmt: skip
+    elif v_ptr is not None:
+        _turn_heads(
+            v_ptr, v_strides, v_out_ptr, v_out_strides, (group - q_groups - k_groups) * HEADS, K, batch, t, n_token,
+            c, s, HALF, D, HEADS, BLOCK_HALF, BLOCK_REST, INTERLEAVED, False,
+        )  # fmt: skip
 
 
-def rope_turn(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
-) -> tuple[Tensor, Tensor]:
-    """q and k turned by their angles, or back by them."""
-    q_out, k_out = _rope_turn_fake(q, k, cos, sin, positions, interleaved, inverse)
+def _launch(
+    q: Tensor, q_out: Tensor, k: Tensor, k_out: Tensor, v: Tensor | None, v_out: Tensor | None,
+    cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool,
+) -> None:  # fmt: skip
+    """Turn q and k, (B, heads, T, D) in any strides, and copy v, each into its output."""
     (B, H, T, D), K, half = q.shape, k.shape[1], cos.shape[-1]
     if B * T == 0 or D == 0:
-        return q_out, k_out
+        return
     cos = cos if cos.stride(1) == 1 else cos.contiguous()
     sin = sin if sin.stride(1) == 1 else sin.contiguous()
     stride_pb = positions.stride(0) if positions is not None and positions.dim() == 2 else 0
@@ -109,14 +123,24 @@ def rope_turn(
     block_half = max(triton.next_power_of_2(half), 8)
     block_rest = triton.next_power_of_2(D - 2 * half + 1)  # 1 where every feature turns
     block_t = max(1, TILE // block_half)
-    grid = (B * triton.cdiv(T, block_t) * (triton.cdiv(H, HEADS) + triton.cdiv(K, HEADS)),)
+    groups = triton.cdiv(H, HEADS) + triton.cdiv(K, HEADS) * (1 if v is None else 2)
+    v_strides, v_out_strides = (None, None) if v is None or v_out is None else (v.stride(), v_out.stride())
     launch(
-        _rope_kernel, grid,
+        _rope_kernel, (B * triton.cdiv(T, block_t) * groups,),
         q, q.stride(), q_out, q_out.stride(), H, k, k.stride(), k_out, k_out.stride(), K,
+        v, v_strides, v_out, v_out_strides,
         cos, sin, cos.stride(0), sin.stride(0), positions, stride_pb, stride_pt, T, half, D,
         BLOCK_T=block_t, HEADS=HEADS, BLOCK_HALF=block_half, BLOCK_REST=block_rest,
         INTERLEAVED=interleaved, INVERSE=inverse, DTYPE=statistics(q.dtype)[1],
     )  # fmt: skip
+
+
+def rope_turn(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """q and k turned by their angles, or back by them."""
+    q_out, k_out = _rope_turn_fake(q, k, cos, sin, positions, interleaved, inverse)
+    _launch(q, q_out, k, k_out, None, None, cos, sin, positions, interleaved, inverse)
     return q_out, k_out
 
 
@@ -156,6 +180,67 @@ class RoPEFunction(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
+# ---------------------------------------------------------------- q, k and v of one product
+
+
+def _heads(rows: Tensor, H: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, H, T, D), k and v (B, K, T, D), views of rows (B, T, (H + 2 K) D)."""
+    q, k, v = rows.unflatten(-1, (H + 2 * K, -1)).transpose(1, 2).split((H, K, K), 1)
+    return q, k, v
+
+
+def rope_join(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
+) -> Tensor:
+    """q and k turned, or turned back, and v as it is, side by side: (B, T, (H + 2 K) D)."""
+    rows = _rope_join_fake(q, k, v, cos, sin, positions, inverse)
+    q_out, k_out, v_out = _heads(rows, q.shape[1], k.shape[1])
+    _launch(q, q_out, k, k_out, v, v_out, cos, sin, positions, False, inverse)
+    return rows
+
+
+def _rope_join_fake(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool
+) -> Tensor:
+    B, H, T, D = q.shape
+    return q.new_empty(B, T, (H + 2 * k.shape[1]) * D)
+
+
+def _join_flops(q: Any, k: Any, *args: Any, **kwargs: Any) -> int:
+    B, H, T, D = q
+    return cost.rope_qkv_cost(B, H, k[1], T, D).flops
+
+
+def _save_join(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, _, cos, sin, positions, ctx.inverse = inputs
+    ctx.heads = q.shape[1], k.shape[1]
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _backward_join(ctx: Any, drows: Tensor) -> tuple[Tensor | None, ...]:
+    turned = _join(*_heads(drows, *ctx.heads), *ctx.saved_tensors, not ctx.inverse)
+    return *_heads(turned, *ctx.heads), None, None, None, None
+
+
+_join = define_op(rope_join, _rope_join_fake, _join_flops, setup_context=_save_join, backward=_backward_join)
+
+
+class RoPEQKVFunction(torch.autograd.Function):
+    """apply(qkv, cos, sin, n_head, n_kv_head, positions): rope_qkv without its checks, always in Triton."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, H: int, K: int, positions: Tensor | None) -> Any:
+        ctx.save_for_backward(cos, sin, positions)
+        return _heads(call(_join, *_heads(qkv, H, K), cos, sin, positions, False), H, K)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        return call(_join, dq, dk, dv, *ctx.saved_tensors, True), None, None, None, None, None
+
+
+# ---------------------------------------------------------------- public
+
+
 def rope(
     q: Tensor,
     k: Tensor,
@@ -181,6 +266,27 @@ def rope(
     if torch.compiler.is_compiling():
         return _turn(q, k, cos, sin, positions, interleaved, False)
     return apply("rope", RoPEFunction, q, k, cos, sin, positions, interleaved, False)
+
+
+def rope_qkv(
+    qkv: Tensor, cos: Tensor, sin: Tensor, n_head: int, n_kv_head: int, *, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of one product's rows, q and k turned as `rope` turns them.
+
+    qkv: (B, T, (H + 2 K) D): q's heads, k's, v's.  cos, sin, positions: as in rope.
+    Returns q (B, H, T, D), k and v (B, K, T, D), tensors of their own: nothing keeps qkv. Its gradient is written in
+    the pass that turns q's and k's back.
+    Raises ValueError on a shape, dtype or device mismatch.
+    """
+    if qkv.dim() != 3 or n_head < 1 or n_kv_head < 1 or qkv.shape[-1] % (n_head + 2 * n_kv_head):
+        raise ValueError(f"qkv: expected shape (B, T, ({n_head} + 2 * {n_kv_head}) D), got {tuple(qkv.shape)}")
+    q, k, v = _heads(qkv, n_head, n_kv_head)
+    _check(q, k, cos, sin, positions)
+    if not runs_triton(qkv):
+        return reference.rope_qkv(qkv, cos, sin, n_head, n_kv_head, positions=positions)
+    if torch.compiler.is_compiling():
+        return _heads(_join(q, k, v, cos, sin, positions, False), n_head, n_kv_head)
+    return apply("rope_qkv", RoPEQKVFunction, qkv, cos, sin, n_head, n_kv_head, positions)
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:

@@ -1,7 +1,8 @@
 """SwiGLU's elementwise half: y = silu(gate) up, silu(g) = g s, s = 1 / (1 + exp(-g)).
 
 Shazeer 2020, "GLU Variants Improve Transformer", eq. 5. dup = dy silu(gate),  dgate = dy up s (1 + gate (1 - s)).
-Nothing but the inputs is saved: the backward is one pass that recomputes s.
+Nothing but the inputs is saved: the backward is one pass that recomputes s. Where one product made gate and up, it
+writes the gradient of that product's rows whole.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .dispatch import apply, call, check_device, check_dtype, define_op, runs_tr
 from .launching import launch
 from .rows import row_layout, statistics, tile_offsets
 
-__all__ = ["SwiGLUFunction", "swiglu"]
+__all__ = ["SwiGLUFunction", "SwiGLUJoinedFunction", "swiglu"]
 
 # Elements of a tile: 16 a thread over 4 warps, two 16-byte loads of a 2-byte type.
 TILE = 2048
@@ -47,7 +48,7 @@ def _swiglu_fwd_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _swiglu_bwd_kernel(
-    dy_ptr, dy_layout, gate_ptr, gate_layout, up_ptr, up_layout, dgate_ptr, dup_ptr, M, N,
+    dy_ptr, dy_layout, gate_ptr, gate_layout, up_ptr, up_layout, dgate_ptr, dup_ptr, M, N, stride_dm,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     row, cols, mask = _tile(M, N, ROWS, BLOCK_N)
@@ -56,33 +57,56 @@ def _swiglu_bwd_kernel(
     up = tl.load(up_ptr + tile_offsets(row, up_layout, cols), mask=mask, other=0.0).to(DTYPE)
     s = 1.0 / (1.0 + tl.exp(-gate))
     dgate = dy * up * s * (1.0 + gate * (1.0 - s))
-    at = row.to(tl.int64)[:, None] * N + cols[None, :]
+    at = row.to(tl.int64)[:, None] * stride_dm + cols[None, :]
     tl.store(dgate_ptr + at, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
     tl.store(dup_ptr + at, (dy * gate * s).to(dup_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], dtype: torch.dtype) -> None:
-    N = outputs[0].shape[-1]
-    if outputs[0].numel() == 0:
+def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], *strides: int) -> None:
+    """strides: where the kernel takes one, the rows' of its outputs."""
+    M, N = outputs[0].shape[:-1].numel(), outputs[0].shape[-1]
+    if M * N == 0:
         return
-    M = outputs[0].numel() // N
     columns = min(triton.next_power_of_2(N), TILE)
     rows = TILE // columns
     grid = (triton.cdiv(M, rows) * triton.cdiv(N, columns),)
     pairs = [part for x in inputs for part in row_layout(x)]
-    launch(kernel, grid, *pairs, *outputs, M, N, ROWS=rows, BLOCK_N=columns, DTYPE=statistics(dtype)[1])
+    DTYPE = statistics(outputs[0].dtype)[1]
+    launch(kernel, grid, *pairs, *outputs, M, N, *strides, ROWS=rows, BLOCK_N=columns, DTYPE=DTYPE)
 
 
 def swiglu_fwd(gate: Tensor, up: Tensor) -> Tensor:
     y = _swiglu_fwd_fake(gate, up)
-    _launch(_swiglu_fwd_kernel, (gate, up), (y,), gate.dtype)
+    _launch(_swiglu_fwd_kernel, (gate, up), (y,))
     return y
 
 
 def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup = _swiglu_bwd_fake(dy, gate, up)
-    _launch(_swiglu_bwd_kernel, (dy, gate, up), (dgate, dup), gate.dtype)
+    _launch(_swiglu_bwd_kernel, (dy, gate, up), (dgate, dup), gate.shape[-1])
     return dgate, dup
+
+
+def swiglu_joined_fwd(gate_up: Tensor) -> Tensor:
+    """Of gate and up side by side, (..., 2 N)."""
+    y = _swiglu_joined_fwd_fake(gate_up)
+    _launch(_swiglu_fwd_kernel, gate_up.chunk(2, -1), (y,))
+    return y
+
+
+def swiglu_joined_bwd(dy: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient of both side by side, (..., 2 N)."""
+    out = _swiglu_joined_bwd_fake(dy, gate_up)
+    _launch(_swiglu_bwd_kernel, (dy, *gate_up.chunk(2, -1)), out.chunk(2, -1), out.shape[-1])
+    return out
+
+
+def _swiglu_joined_fwd_fake(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+
+
+def _swiglu_joined_bwd_fake(dy: Tensor, gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape)
 
 
 def _swiglu_fwd_fake(gate: Tensor, up: Tensor) -> Tensor:
@@ -101,6 +125,18 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
     return call(_bwd, dy, *ctx.saved_tensors)
 
 
+def _save_joined(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_joined(ctx: Any, dy: Tensor) -> Tensor:
+    return call(_joined_bwd, dy, *ctx.saved_tensors)
+
+
+def _joined_flops(gate_up: Any, *args: Any, **kwargs: Any) -> int:
+    return cost.swiglu_cost(1, torch.Size(gate_up).numel() // 2).flops
+
+
 def _fwd_flops(gate: Any, up: Any, *args: Any, **kwargs: Any) -> int:
     return cost.swiglu_cost(1, torch.Size(gate).numel()).flops
 
@@ -111,6 +147,12 @@ def _bwd_flops(dy: Any, *args: Any, **kwargs: Any) -> int:
 
 _bwd = define_op(swiglu_bwd, _swiglu_bwd_fake, _bwd_flops)
 _fwd = define_op(swiglu_fwd, _swiglu_fwd_fake, _fwd_flops, setup_context=_save, backward=_backward)
+
+
+_joined_bwd = define_op(swiglu_joined_bwd, _swiglu_joined_bwd_fake, _bwd_flops)
+_joined_fwd = define_op(
+    swiglu_joined_fwd, _swiglu_joined_fwd_fake, _joined_flops, setup_context=_save_joined, backward=_backward_joined
+)
 
 
 class SwiGLUFunction(torch.autograd.Function):
@@ -124,20 +166,41 @@ class SwiGLUFunction(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+class SwiGLUJoinedFunction(torch.autograd.Function):
+    """apply(gate_up): swiglu of one tensor that holds both, without its checks, always in Triton."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        return call(_joined_fwd, gate_up)
+
+    backward = staticmethod(_backward_joined)
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """silu(gate) * up  (Shazeer 2020, eq. 5).
 
     gate, up: (..., N) alike, fp32, fp16 or bf16, any strides: the two halves of one projection need no copy.
-    Returns gate's shape and dtype, contiguous; the arithmetic is fp32. Under autocast nothing is cast.
+    up: None where gate holds both, (..., 2 N), gate first; its gradient is then written whole, where that of two halves
+    would be joined in a pass of its own.
+    Returns (..., N), gate's dtype, contiguous; the arithmetic is fp32. Under autocast nothing is cast.
     Runs Triton on CUDA tensors and, under TRITON_INTERPRET=1, on CPU tensors (fp64 too); on plain CPU tensors the eager
     oracle. Under the kernels a second derivative and torch.func transforms raise NotImplementedError.
     Raises ValueError on a shape, dtype or device mismatch.
     """
     if gate.dim() == 0:
         raise ValueError("gate: expected shape (..., N), got ()")
+    check_dtype("gate", gate)
+    if up is None:
+        if gate.shape[-1] % 2:
+            raise ValueError(f"gate: expected shape (..., 2 N) without up, got {tuple(gate.shape)}")
+        if not runs_triton(gate):
+            return reference.swiglu(gate)
+        if torch.compiler.is_compiling():
+            return _joined_fwd(gate)
+        return apply("swiglu", SwiGLUJoinedFunction, gate)
     if up.shape != gate.shape:
         raise ValueError(f"up: expected gate's shape {tuple(gate.shape)}, got {tuple(up.shape)}")
-    check_dtype("gate", gate)
     check_dtype("up", up)
     check_device(("gate", gate), ("up", up))
     if not runs_triton(gate):

@@ -3,7 +3,7 @@
 from .ceilings import Ceilings
 from .config import PRESETS, ModelConfig, preset
 from .estimate import Estimate, estimate
-from .generate import generate
+from .generate import generate, stream
 from .hf import load_hf, save_hf
 from .transformer import Transformer
 
@@ -18,4 +18,5 @@ __all__ = [
     "load_hf",
     "preset",
     "save_hf",
+    "stream",
 ]

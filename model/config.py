@@ -8,22 +8,48 @@ from dataclasses import KW_ONLY, asdict, dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
-FFN_KINDS = ("swiglu", "gelu")
+from ..kernels.rope_tables import RopeScaling
+
+FFN_KINDS = ("swiglu", "gelu", "geglu")
+NORM_PLACEMENTS = ("pre", "post", "both")
 # A SwiGLU FFN has three matrices: 8/3 d_model gives it the parameters of a 4 d_model FFN with two (Shazeer 2020, §3).
 D_FF_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a decoder-only transformer: RMSNorm before each sublayer, RoPE, no biases.
+    """Shape of a decoder-only transformer: RMSNorm around each sublayer, RoPE, grouped-query attention.
 
+    vocab_size  tokens; at least as many as the tokenizer has
+    context_length  tokens that a sequence may have
+    n_layer     blocks
+    n_head      query heads
     n_kv_head   key-value heads, a divisor of n_head (grouped-query attention); None: n_head
-    d_ff        FFN width; None: 4 d_model (gelu) or 8/3 d_model rounded up to a multiple of 64 (swiglu)
-    head_dim    None: d_model / n_head
-    ffn         "swiglu", down(silu(gate x) * up x), or "gelu", down(gelu(up x)): three matrices or two
-    qk_norm     RMSNorm over head_dim on queries and keys, before RoPE
+    d_model     width of the residual stream
+    d_ff        FFN width; None: 4 d_model (gelu) or 8/3 d_model rounded up to a multiple of 64 (swiglu, geglu)
+    head_dim    width of a head, even; None: d_model / n_head
+    ffn         "swiglu", down(silu(gate x) * up x); "geglu", with gelu for silu; "gelu", down(gelu(up x)), of two
+                matrices. gelu is its tanh approximation
+    rope_theta  base of RoPE's wavelengths
+    norm_eps    what RMSNorm adds to the mean square
+    tie_embeddings  the embedding is the output's matrix too
+    qk_norm     RMSNorm over head_dim on queries and keys, before RoPE; "all": over all heads at once
     window      a query sees itself and this many keys before it; None: all of them
     softcap     c > 0 replaces an attention score s by c tanh(s / c)
+
+    What other families have, and none of it by default:
+    qkv_bias, output_bias, ffn_bias     biases of q, k and v; of the output projection; of the FFN's matrices
+    norm_placement      "pre": x + f(norm(x)), "post": x + norm(f(x)), "both": x + norm(f(norm(x)))
+    norm_offset         norms multiply by weight + norm_offset
+    full_layers         layers, from 0, that the window does not bound
+    nope_layers         layers whose queries and keys are not rotated
+    rope_scaling        kernels.RopeScaling, or a table of its fields; "dynamic" is for sequences of context_length
+    rope_local_theta    rope_theta of the layers with a window, which are then not scaled
+    rope_dim            features of a head that rotate, the first ones; None: all
+    rope_interleaved    pairs (2i, 2i + 1) rotate, in place of (i, i + rope_dim / 2)
+    attention_scale     of the scores; None: 1 / sqrt(head_dim)
+    embedding_scale, residual_scale, logit_scale    factors of the embedding, of what a sublayer adds, of the logits
+    logit_softcap       c > 0 replaces a logit z by c tanh(z / c), after its scale
 
     None is resolved at construction, so every field reads as a number. Raises ValueError naming the argument.
     """
@@ -41,9 +67,25 @@ class ModelConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     window: int | None = None
     softcap: float = 0.0
+    qkv_bias: bool = False
+    output_bias: bool = False
+    ffn_bias: bool = False
+    norm_placement: str = "pre"
+    norm_offset: float = 0.0
+    full_layers: tuple[int, ...] = ()
+    nope_layers: tuple[int, ...] = ()
+    rope_scaling: RopeScaling | None = None
+    rope_local_theta: float | None = None
+    rope_dim: int = None  # type: ignore[assignment]
+    rope_interleaved: bool = False
+    attention_scale: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
 
     def __post_init__(self) -> None:
         _check_size("n_head", self.n_head)
@@ -61,26 +103,51 @@ class ModelConfig:
             self._resolve("n_kv_head", self.n_head)
         if self.d_ff is None:
             swiglu = -(-8 * self.d_model // (3 * D_FF_MULTIPLE)) * D_FF_MULTIPLE
-            self._resolve("d_ff", swiglu if self.ffn == "swiglu" else 4 * self.d_model)
+            self._resolve("d_ff", 4 * self.d_model if self.ffn == "gelu" else swiglu)
         for name in ("vocab_size", "context_length", "n_layer", "n_kv_head", "d_ff", "head_dim"):
             _check_size(name, getattr(self, name))
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head: expected a divisor of n_head ({self.n_head}), got {self.n_kv_head}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim: expected an even size (RoPE rotates pairs), got {self.head_dim}")
-        for name in ("tie_embeddings", "qk_norm"):
+        if self.rope_dim is None:
+            self._resolve("rope_dim", self.head_dim)
+        _check_size("rope_dim", self.rope_dim)
+        if self.rope_dim % 2 or self.rope_dim > self.head_dim:
+            raise ValueError(f"rope_dim: expected an even size up to head_dim {self.head_dim}, got {self.rope_dim}")
+        for name in ("tie_embeddings", "qkv_bias", "output_bias", "ffn_bias", "rope_interleaved"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected true or false, got {getattr(self, name)!r}")
-        for name, least in (("rope_theta", "> 0"), ("norm_eps", "> 0"), ("softcap", ">= 0")):
+        if not isinstance(self.qk_norm, bool) and self.qk_norm != "all":
+            raise ValueError(f"qk_norm: expected true or false, got {self.qk_norm!r} (or 'all')")
+        if self.norm_placement not in NORM_PLACEMENTS:
+            raise ValueError(
+                f"norm_placement: expected one of {', '.join(NORM_PLACEMENTS)}, got {self.norm_placement!r}"
+            )
+        for name, least in (
+            ("rope_theta", "> 0"), ("norm_eps", "> 0"), ("softcap", ">= 0"), ("logit_softcap", ">= 0"),
+            ("embedding_scale", "> 0"), ("residual_scale", "> 0"), ("logit_scale", "> 0"), ("norm_offset", ">= 0"),
+            ("attention_scale", "> 0"), ("rope_local_theta", "> 0"),
+        ):  # fmt: skip
             value = getattr(self, name)
+            if value is None and name in ("attention_scale", "rope_local_theta"):
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"{name}: expected a number, got {value!r}")
             if not (0 < value < float("inf") or (value == 0 and least == ">= 0")):
                 raise ValueError(f"{name}: expected a finite number {least}, got {value!r}")
         if self.window is not None and (type(self.window) is not int or self.window < 0):
             raise ValueError(f"window: expected a number of keys >= 0 or None, got {self.window!r}")
+        for name in ("full_layers", "nope_layers"):
+            self._resolve(name, _layers(name, getattr(self, name), self.n_layer))
+        if self.rope_scaling is not None:
+            self._resolve("rope_scaling", RopeScaling.of(self.rope_scaling))
 
-    def _resolve(self, name: str, value: int) -> None:
+    def layer_window(self, layer: int) -> int | None:
+        """The window of one layer."""
+        return None if layer in self.full_layers else self.window
+
+    def _resolve(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,6 +170,12 @@ class ModelConfig:
 def _check_size(name: str, value: object) -> None:
     if type(value) is not int or value < 1:
         raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
+
+
+def _layers(name: str, value: object, n_layer: int) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple) or not all(type(i) is int and 0 <= i < n_layer for i in value):
+        raise ValueError(f"{name}: expected a list of layers from 0 to {n_layer - 1}, got {value!r}")
+    return tuple(sorted(set(value)))
 
 
 def _suggestion(name: str, known: Mapping[str, object]) -> str:
@@ -149,7 +222,7 @@ def hidden_matrices(c: ModelConfig) -> dict[tuple[int, int], int]:
     """The blocks' matrices, which Muon takes where it is the optimizer: {(shorter side, longer side): how many}."""
     q, kv = (c.n_head * c.head_dim, c.d_model), (c.n_kv_head * c.head_dim, c.d_model)
     found: dict[tuple[int, int], int] = {}
-    for shape in [q, kv, kv, q] + [(c.d_ff, c.d_model)] * (3 if c.ffn == "swiglu" else 2):
+    for shape in [q, kv, kv, q] + [(c.d_ff, c.d_model)] * (2 if c.ffn == "gelu" else 3):
         short, long = sorted(shape)
         found[short, long] = found.get((short, long), 0) + c.n_layer
     return found

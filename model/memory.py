@@ -30,7 +30,10 @@ OPTIMIZERS = ("adamw", "muon")
 class Memory:
     """Bytes on one device. Parameters, gradients and moments (AdamW's two, Muon's one) are fp32, sharded.
 
-    casts        the weights in the products' dtype: autocast's copies, or of sharded ones what is gathered at a time
+    Where the optimizer keeps copies of the blocks' matrices (`keeps_copies`), AdamW's have gradients in their dtype.
+
+    casts        the weights in the products' dtype: the optimizer's copies, autocast's, or of sharded ones what is
+                 gathered at a time
     activations  what the forward pass keeps for the backward pass
     peak         the most that is held at once
     peak_at      when: in the backward pass of the component of that name, or in the "AdamW" or "Muon" step
@@ -62,10 +65,18 @@ class Stage:
     forward: int = 0
 
 
+def keeps_copies(dtype: str, ops: str, gpus: int) -> bool:
+    """Whether the blocks' matrices are kept in the products' dtype too: a single GPU's optimizer writes both."""
+    return ops == "triton" and itemsize(dtype) < FP32 and gpus == 1
+
+
 def stages(
-    c: ModelConfig, n_token: int, context_length: int, dtype: str, ops: str
+    c: ModelConfig, n_token: int, context_length: int, dtype: str, ops: str, grown: int = 0
 ) -> tuple[Stage, list[Stage], list[Stage]]:
-    """(embedding, one block's stages, what follows the last block); each tensor stands with the stage that reads it."""
+    """(embedding, one block's stages, what follows the last block); each tensor stands with the stage that reads it.
+
+    grown: what a parameter of a block takes more once its gradient is there.
+    """
     s, N, d, F, V = itemsize(dtype), n_token, c.d_model, c.d_ff, c.vocab_size
     eager = ops != "triton"
     materialised = ops == "eager" or (ops == "cpu" and (c.window is not None or c.softcap > 0))  # the score matrices
@@ -94,8 +105,7 @@ def stages(
     ffn = N * F * (activation + s)
     # the activation's backward: the gradients of its output and its inputs, when its output is freed
     gradients = 3 * FP32 if eager and swiglu else (3 if swiglu else 2) * s
-    # by then the second matrix has its gradient, and its cast is gone
-    ffn_working = stream + N * F * (gradients - s) + d * F * (FP32 - s * (s < FP32))
+    ffn_working = stream + N * F * (gradients - s) + d * F * grown  # by then the second matrix has its gradient
     rope = context_length * c.head_dim * FP32 if eager else 0  # the tables' rows
     qk_norm = norm(rows, c.head_dim) + norm(N * c.n_kv_head, c.head_dim) if c.qk_norm else 0
 
@@ -105,7 +115,7 @@ def stages(
     block = [
         Stage("norms", norm(N, d) + qk_norm, norm_working),
         Stage("QKV", stream, 2 * stream + q + 2 * kv, d * (e + c.n_kv_head * c.head_dim)),
-        Stage("RoPE", rope, 2 * (q + kv)),
+        Stage("RoPE", rope, 2 * (q + 2 * kv)),
         Stage("scores and weighted sum", attention, attention_working),
         Stage("output projection", 0, stream + q, d * c.n_head * c.head_dim),
         Stage("norms", norm(N, d), norm_working),
@@ -171,29 +181,33 @@ def memory(
 ) -> Memory:
     """The memory of one training step of a model with that many parameters; see Memory."""
     n_token, size = batch_size * context_length, itemsize(dtype)
-    embedding, block, last = stages(config, n_token, context_length, dtype, ops)
+    copies = keeps_copies(dtype, ops, gpus)
+    gradient = size if copies and optimizer == "adamw" else FP32  # bytes, of a parameter of the blocks' matrices
+    cast = size if size < FP32 and gpus == 1 and not copies else 0  # of one weight, until its gradient is there
+    embedding, block, last = stages(config, n_token, context_length, dtype, ops, gradient - cast)
     stream = n_token * config.d_model * size
     state = -(-parameters * FP32 // gpus)
     block_saved, block_weights = sum(stage.saved for stage in block), sum(stage.weights for stage in block)
     activations = sum(stage.saved for stage in last) + config.n_layer * (stream if checkpointing else block_saved)
     # a norm that keeps the block's own input keeps no second copy of it
     shared = stream if ops == "triton" or size == FP32 else 0
-    cast = size if size < FP32 and gpus == 1 else 0  # of one weight, until its gradient is there
-    casts = cast * config.n_layer * block_weights  # the loss casts its weight by itself
+    hidden = config.n_layer * block_weights  # the loss casts its weight by itself
+    kept, casts = size * hidden if copies else 0, cast * hidden
+    gradients = state - hidden * (FP32 - gradient)
     gathered = 0 if gpus == 1 else size * (2 * block_weights + last[-1].weights)  # this block's weights and the next's
 
     peak, peak_at = 0, ""
     matrices = hidden_matrices(config) if optimizer == "muon" else {}
     turned = sum(short * long * n for (short, long), n in matrices.items()) * FP32  # bytes of what Muon updates
     moments = 2 * state - turned
-    held = state + moments + activations + gathered
+    held = state + moments + activations + gathered + kept
     # with checkpointing the casts of the blocks go when the forward pass ends
     held += 0 if checkpointing else casts
 
-    def backward(stage: Stage, cast: int) -> None:
+    def backward(stage: Stage, cast: int, gradient: int) -> None:
         nonlocal held
         see(held + stage.working, stage.name)
-        held += stage.weights * FP32 // gpus - stage.weights * cast - stage.saved
+        held += stage.weights * gradient // gpus - stage.weights * cast - stage.saved
 
     def see(bytes_held: int, name: str) -> None:
         nonlocal peak, peak_at
@@ -203,16 +217,17 @@ def memory(
     # in the forward pass, and in it alone when checkpointing, the casts of the blocks are there too
     see(held - last[-1].saved + last[-1].forward + (casts if checkpointing else 0), last[-1].name)
     for stage in reversed(last):
-        backward(stage, 0)
+        backward(stage, 0, FP32)
     for _ in range(config.n_layer):
         if checkpointing:  # the block runs once more
             held += block_saved - shared + block_weights * cast
         for stage in reversed(block):
-            backward(stage, cast)
+            backward(stage, cast, gradient)
         if checkpointing:
             held += shared - stream
     see(held + embedding.working, embedding.name)
-    see(2 * state + moments, "AdamW")  # in place
+    update = state + gradients + moments + kept
+    see(update, "AdamW")  # in place
     for (
         short,
         long,
@@ -220,5 +235,5 @@ def memory(
         # every update, then one shape's: stacked, normalised, and in the products
         stack, square = n * short * long, n * short * short
         normalised = stack * (FP32 + size * (size < FP32))
-        see(2 * state + moments + turned + stack * FP32 + max(normalised, 2 * (stack + square) * size), "Muon")
-    return Memory(state, state, moments, casts or gathered, activations, peak, peak_at)
+        see(update + turned + stack * FP32 + max(normalised, 2 * (stack + square) * size), "Muon")
+    return Memory(state, gradients, moments, kept or casts or gathered, activations, peak, peak_at)

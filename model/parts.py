@@ -22,6 +22,7 @@ from ..kernels.cost import (
     muon_cost,
     rms_norm_cost,
     rope_cost,
+    rope_qkv_cost,
     swiglu_cost,
     tiled_pairs,
 )
@@ -41,6 +42,7 @@ class Work:
     """A kernel's work: what it costs, and its matrix products in each ledger (0 when it has none).
 
     kernel, sizes: which measured rate is its own.  work: what that rate counts, FLOPs or elements.
+    calls: how often the host issues it.
     """
 
     cost: Cost
@@ -50,9 +52,10 @@ class Work:
     full: int = 0
     exact: int = 0
     executed: int = 0
+    calls: int = 1
 
     def __mul__(self, times: int) -> Work:
-        amounts = {name: times * getattr(self, name) for name in ("work", *LEDGERS)}
+        amounts = {name: times * getattr(self, name) for name in ("work", "calls", *LEDGERS)}
         return replace(self, cost=self.cost * times, **amounts)
 
     def flops(self, ledger: str) -> int:
@@ -100,10 +103,18 @@ class Part:
     update: tuple[Work, ...] = ()
 
 
+def _join(a: Part, b: Part) -> Part:
+    return Part(a.name, a.parameters + b.parameters, (*a.forward, *b.forward), (*a.backward, *b.backward))
+
+
 def parts(
-    c: ModelConfig, B: int, T: int, dtype: str, *, checkpointing: bool, gpus: int, optimizer: str = "adamw"
-) -> list[Part]:
-    """The step's components in the model's order, for B sequences of T tokens on each of `gpus` devices."""
+    c: ModelConfig, B: int, T: int, dtype: str, *, checkpointing: bool, gpus: int, optimizer: str = "adamw",
+    copies: bool = False,
+) -> list[Part]:  # fmt: skip
+    """The step's components in the model's order, for B sequences of T tokens on each of `gpus` devices.
+
+    copies: the optimizer keeps copies of the blocks' matrices, which then are not cast.
+    """
     N, L, d, H, K, D, V = B * T, c.n_layer, c.d_model, c.n_head, c.n_kv_head, c.head_dim, c.vocab_size
     low = dtype != FP32
 
@@ -127,19 +138,32 @@ def parts(
         cost = partial(rms_norm_cost, rows, size, dtype, residual=residual)
         return both(cost, "rms_norm" + " residual" * residual, rows, size)
 
-    def add(times: int) -> Work:
-        return _elementwise(Cost(N * d, 3 * N * d * itemsize(dtype)), "add", N * d) * times
-
-    norms = [norm(N, d), norm(N, d, residual=True)]
+    # of the gradients of a tensor that was read twice: the first norm's input, with checkpointing each block's
+    add = _elementwise(Cost(N * d, 3 * N * d * itemsize(dtype)), "add", N * d)
+    # Every norm but the first is given the two terms of its sum; nothing comes back of the last one's sum itself. With
+    # checkpointing a block makes its last sum by itself.
+    plain, summing = norm(N, d), norm(N, d, residual=True)
+    if checkpointing:
+        in_blocks = layers("norms", 2 * d, plain, summing)
+        norms = replace(in_blocks, forward=(*in_blocks.forward, plain[0]), backward=(*in_blocks.backward, plain[1]))
+    else:
+        backward = (summing[1] * (2 * L - 1), plain[1] * 2)
+        norms = Part("norms", 2 * d * L, (summing[0] * (2 * L), plain[0]), backward)
     if c.qk_norm:
-        norms += [norm(N * H, D), norm(N * K, D)]
-    block_norms = layers("norms", 2 * d + 2 * D * c.qk_norm, *norms)
-    last_norm = norm(N, d)
+        of_heads = layers("norms", 2 * D, norm(N * H, D), norm(N * K, D))
+        norms = _join(norms, of_heads)
+    norms = replace(norms, parameters=norms.parameters + d)
     matrices = 3 if c.ffn == "swiglu" else 2
     ffn_cost = partial(swiglu_cost if c.ffn == "swiglu" else gelu_cost, N, c.d_ff, dtype)
     activation = both(ffn_cost, c.ffn, N, c.d_ff)
-    rotation = both(partial(rope_cost, B, H, K, T, D, dtype), "rope", N * (H + K), D)
-    sums = 1 + 2 + (matrices - 2)  # where a tensor was read by several, their gradients are added
+    columns = (H + 2 * K) * D
+    products = layers("QKV", d * columns, gemm(columns, d))
+    if c.qk_norm:  # the gradients of q, k and v, joined: two thirds of a sum's traffic
+        rotation = both(partial(rope_cost, B, H, K, T, D, dtype), "rope", N * (H + K), D)
+        joined = _elementwise(Cost(0, 2 * N * columns * itemsize(dtype)), "add", 2 * N * columns // 3)
+        products = replace(products, backward=(*products.backward, joined * L))
+    else:
+        rotation = both(partial(rope_qkv_cost, B, H, K, T, D, dtype), "rope", N * (H + 2 * K), D)
 
     def cast(weights: int) -> Cost:
         return Cost(0, weights * (4 + itemsize(dtype)) * low)
@@ -147,35 +171,42 @@ def parts(
     logits, loss = _head(N, d, V, dtype, cast(V * d))
 
     weights = L * (2 * d * (H + K) * D + matrices * d * c.d_ff)
-    casts = [_elementwise(cast(weights), f"cast{b}", weights) for b in ("", BACKWARD)]
+    casts = [
+        replace(_elementwise(cast(weights), f"cast{b}", weights), calls=sum(hidden_matrices(c).values()))
+        for b in ("", BACKWARD)
+    ]
+    cast_passes: Passes = (casts[0],), (casts[1],)
+    if copies:  # the products take the copies; their gradients stay as they are, but for Muon's
+        cast_passes = (), (casts[1],) if optimizer == "muon" else ()
     table = [embedding_cost(N, d, V, FP32, backward=b) for b in (False, True)]
     if low:  # the embedding is looked up in fp32, then takes the dtype of the residual stream
         table = [t + Cost(0, N * d * (4 + itemsize(dtype))) for t in table]
     embedding = [_elementwise(table[0], "embedding", N * d), _elementwise(table[1], "embedding backward", (N + V) * d)]
     parts = [
         Part("embedding", V * d, (embedding[0],), (embedding[1],)),
-        replace(
-            block_norms,
-            parameters=block_norms.parameters + d,
-            forward=(*block_norms.forward, last_norm[0]),
-            backward=(*block_norms.backward, last_norm[1]),
-        ),
-        layers("QKV", d * (H + 2 * K) * D, gemm(H * D, d), gemm(K * D, d), gemm(K * D, d)),
+        norms,
+        products,
         layers("RoPE", 0, rotation),
         layers("scores and weighted sum", 0, _attention(c, B, T, dtype)),
         layers("output projection", d * H * D, gemm(d, H * D)),
-        layers("FFN", matrices * d * c.d_ff, *[gemm(c.d_ff, d)] * (matrices - 1), activation, gemm(d, c.d_ff), once=1),
-        layers("residual sums", 0, (add(1), add(sums)), once=1),
+        layers("FFN", matrices * d * c.d_ff, gemm((matrices - 1) * c.d_ff, d), activation, gemm(d, c.d_ff), once=1),
+        layers("residual sums", 0, (add, add), once=1) if checkpointing else Part("residual sums", backward=(add,)),
         Part("logits", 0 if c.tie_embeddings else V * d, *logits),
         Part("loss", 0, *loss),
-        *([Part("casts", 0, (casts[0],), (casts[1],))] if low else []),
+        *([Part("casts", 0, *cast_passes)] if any(cast_passes) and low else []),
     ]
     parameters = sum(part.parameters for part in parts)
     matrices_of = hidden_matrices(c) if optimizer == "muon" else {}
     owned = -(-(parameters - sum(short * long * n for (short, long), n in matrices_of.items())) // gpus)
-    parts.append(Part("AdamW", update=(_elementwise(adamw_cost(owned), "adamw", owned),)))
+    updates = [_adamw(owned)]
+    if copies and not matrices_of:  # gradient and copy in the products' dtype, of the tables and vectors in fp32
+        updates = [_adamw(weights, dtype, dtype), _adamw(owned - weights)]
+    parts.append(Part("AdamW", update=tuple(updates)))
     if matrices_of:
-        parts.append(Part("Muon", update=tuple(_muon(*shape, dtype) * n for shape, n in matrices_of.items())))
+        turned = [_muon(*shape, dtype) * n for shape, n in matrices_of.items()]
+        if copies:
+            turned.append(_elementwise(cast(weights), "cast", weights))
+        parts.append(Part("Muon", update=tuple(turned)))
     return parts
 
 
@@ -205,6 +236,10 @@ def _head(N: int, d: int, V: int, dtype: str, cast: Cost) -> tuple[Passes, Passe
     elements = (N + V) * d
     scale = Work(Cost(0, moved[1], 0, apart[1]), "scale", (elements,), elements, 2 * product, 2 * product)
     return ((forward, gradients), (scale,)), ((*loss,), ())
+
+
+def _adamw(parameters: int, gradient: str = FP32, copy: str | None = None) -> Work:
+    return _elementwise(adamw_cost(parameters, gradient_dtype=gradient, copy_dtype=copy), "adamw", parameters)
 
 
 def _muon(short: int, long: int, dtype: str) -> Work:

@@ -1,12 +1,16 @@
-"""A decoder-only transformer: RMSNorm before each sublayer, RoPE, grouped-query attention, no biases.
+"""A decoder-only transformer: RMSNorm before each sublayer, RoPE, grouped-query attention.
 
     B batch    T tokens    S keys (T, or more with a cache)    V vocab_size    L n_layer
     d d_model  H n_head    K n_kv_head    D head_dim           F d_ff
 
     tokens (B, T) ── embedding ──► x (B, T, d)
-    L times:  x = x + o_proj(attention(rope(q, k), v))     q (B, H, T, D), k and v (B, K, S, D), from norm(x)
-              x = x + down_proj(silu(gate) * up)           gate and up (B, T, F), from norm(x)
+    L times:  x = x + o_proj(attention(rope(q, k), v))     q (B, H, T, D), k and v (B, K, S, D): one product of norm(x)
+              x = x + down_proj(silu(gate) * up)           gate and up (B, T, F): one product of norm(x)
     norm(x) ── lm_head ──► logits (B, T, V), or with targets ── linear_cross_entropy ──► mean loss, fp32
+
+The sums are not made by kernels of their own: the norm that reads x is given its two terms. That is the plain model;
+what a configuration may change of it (norms after the sublayers, biases, scales, layers of two kinds) is ModelConfig's
+to say, and blocks.py's to do.
 
 The operations come from a namespace, `ops`: rooflight.kernels, or rooflight.kernels.reference for the oracle model.
 
@@ -16,10 +20,8 @@ norm statistics, attention's softmax and the loss are computed in fp32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,130 +30,27 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import kernels
 from ..kernels.linear_cross_entropy import pad_rows
+from ..kernels.rope_tables import RopeScaling, rope_tables
+from .blocks import Block, Cache, Positions, Tables
 from .config import ModelConfig
+from .layers import Embedding, Linear, RMSNorm
 
-OPS = ("rms_norm", "rope", "flash_attention", "flash_attention_varlen", "swiglu", "linear_cross_entropy")
-
-# A tied table is both: as the embedding its scale is free (a norm follows), as the output matrix N(0, 1) would start
-# the loss near sqrt(d_model) instead of ln(vocab_size). GPT-2 and Llama both start theirs at 0.02.
-TIED_STD = 0.02
-
-
-class Cache(Protocol):
-    """Keys and values of the tokens already seen (generate.KVCache)."""
-
-    length: int
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+OPS = (
+    "rms_norm",
+    "rope",
+    "rope_qkv",
+    "flash_attention",
+    "flash_attention_varlen",
+    "gelu",
+    "swiglu",
+    "linear_cross_entropy",
+)
 
 
-def _truncated_normal(weight: Tensor, std: float) -> None:
-    nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
-
-
-class Linear(nn.Linear):
-    """No bias; N(0, 2 / (d_in + d_out)) truncated at three standard deviations (CS336, §3.4.1)."""
-
-    def __init__(self, d_in: int, d_out: int) -> None:
-        super().__init__(d_in, d_out, bias=False)
-
-    def reset_parameters(self) -> None:
-        _truncated_normal(self.weight, math.sqrt(2 / (self.in_features + self.out_features)))
-
-
-class Embedding(nn.Embedding):
-    """N(0, 1) truncated at three standard deviations (CS336, §3.4.1), or TIED_STD when it is the output matrix too."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.std = TIED_STD if config.tie_embeddings else 1.0
-        super().__init__(config.vocab_size, config.d_model)
-
-    def reset_parameters(self) -> None:
-        _truncated_normal(self.weight, self.std)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float, ops: SimpleNamespace) -> None:
-        super().__init__()
-        self.eps, self.ops = eps, ops
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        return self.ops.rms_norm(x, self.weight, self.eps, residual=residual)
-
-
-class Positions:
-    """Where the tokens of one forward pass stand: RoPE's tables and rows, document bounds, and the cache."""
-
-    def __init__(
-        self, cos: Tensor, sin: Tensor, rows: Tensor | None, cu_seqlens: Tensor | None, cache: Cache | None
-    ) -> None:
-        self.cos, self.sin = cos, sin  # (context_length, D / 2), fp32
-        self.rows = rows  # (T,), or None: 0 .. T-1
-        self.cu_seqlens = cu_seqlens  # (documents + 1,), int32, or None
-        self.cache = cache
-
-
-class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, ops: SimpleNamespace) -> None:
-        super().__init__()
-        d, H, K, D = config.d_model, config.n_head, config.n_kv_head, config.head_dim
-        self.layer, self.head_dim, self.ops = layer, D, ops
-        self.context_length = config.context_length
-        self.mask = {"causal": True, "window": config.window, "softcap": config.softcap}
-        self.q_proj, self.k_proj, self.v_proj = Linear(d, H * D), Linear(d, K * D), Linear(d, K * D)
-        self.o_proj = Linear(H * D, d)
-        self.q_norm = RMSNorm(D, config.norm_eps, ops) if config.qk_norm else None
-        self.k_norm = RMSNorm(D, config.norm_eps, ops) if config.qk_norm else None
-
-    def forward(self, x: Tensor, at: Positions) -> Tensor:
-        # (B, T, heads * D) -> (B, heads, T, D), views
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-        q, k = self.ops.rope(q, k, at.cos, at.sin, positions=at.rows)
-        if at.cu_seqlens is not None:
-            q, k, v = (y[0].transpose(0, 1) for y in (q, k, v))  # (T, heads, D)
-            longest = min(x.shape[1], self.context_length)
-            bounds = (at.cu_seqlens, at.cu_seqlens, longest, longest)
-            return self.o_proj(self.ops.flash_attention_varlen(q, k, v, *bounds, **self.mask).flatten(1)[None])
-        if at.cache is not None:
-            k, v = at.cache.update(self.layer, k, v)
-        y = self.ops.flash_attention(q, k, v, **self.mask)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, config: ModelConfig, ops: SimpleNamespace) -> None:
-        super().__init__()
-        d, F_ = config.d_model, config.d_ff
-        self.ops = ops
-        self.gate_proj = Linear(d, F_) if config.ffn == "swiglu" else None
-        self.up_proj = Linear(d, F_)
-        self.down_proj = Linear(F_, d)
-
-    def forward(self, x: Tensor) -> Tensor:
-        up = self.up_proj(x)
-        h = F.gelu(up, approximate="tanh") if self.gate_proj is None else self.ops.swiglu(self.gate_proj(x), up)
-        return self.down_proj(h)
-
-
-class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, ops: SimpleNamespace) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps, ops)
-        self.attention = Attention(config, layer, ops)
-        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps, ops)
-        self.ffn = FeedForward(config, ops)
-
-    def forward(self, x: Tensor, at: Positions) -> Tensor:
-        h = self.attention(self.attention_norm(x), at)
-        h, x = self.ffn_norm(h, residual=x)  # x + h and its norm in one pass over memory
-        return x + self.ffn(h)
+def _whole(block: Block, x: Tensor, at: Positions) -> Tensor:
+    """The block from stream to stream: what checkpointing keeps of it is then one tensor, not two."""
+    x, h = block(x, None, at)
+    return x + h
 
 
 class Transformer(nn.Module):
@@ -161,7 +60,7 @@ class Transformer(nn.Module):
     checkpointing: keep only each block's input, and run the block once more in the backward pass (Chen et al. 2016).
     """
 
-    cos: Tensor  # (context_length, D / 2), fp32
+    cos: Tensor  # (context_length, rope_dim / 2), fp32
     sin: Tensor
 
     def __init__(self, config: ModelConfig, ops: ModuleType = kernels, *, checkpointing: bool = False) -> None:
@@ -171,17 +70,41 @@ class Transformer(nn.Module):
         self.ops = SimpleNamespace(**{name: getattr(ops, name) for name in OPS})
         self.embedding = Embedding(config)
         self.layers = nn.ModuleList(Block(config, layer, self.ops) for layer in range(config.n_layer))
-        self.norm = RMSNorm(config.d_model, config.norm_eps, self.ops)
+        self.norm = RMSNorm(config.d_model, config, self.ops)
         self.lm_head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
         self._set_rope_tables(self.embedding.weight.device)
 
     def _set_rope_tables(self, device: torch.device) -> None:
+        """cos and sin; beside them, where the model has two kinds of table, those of the layers with a window (local)
+        and those of sequences that need no stretching (short)."""
         c = self.config
-        position = torch.arange(c.context_length, dtype=torch.float64, device=device)
-        feature = torch.arange(0, c.head_dim, 2, dtype=torch.float64, device=device)
-        angle = torch.outer(position, c.rope_theta ** (-feature / c.head_dim))  # (context_length, D / 2)
-        self.register_buffer("cos", angle.cos().float(), persistent=False)
-        self.register_buffer("sin", angle.sin().float(), persistent=False)
+
+        def register(kind: str, theta: float, scaling: RopeScaling | None, length: int) -> None:
+            tables = rope_tables(
+                c.context_length, c.rope_dim, theta=theta, scaling=scaling, length=length, device=device
+            )
+            for name, table in zip(("cos", "sin"), tables, strict=True):
+                self.register_buffer(name + kind, table, persistent=False)
+
+        register("", c.rope_theta, c.rope_scaling, c.context_length)
+        if c.rope_local_theta is not None:
+            register("_local", c.rope_local_theta, None, c.context_length)
+        if c.rope_scaling is not None and c.rope_scaling.kind == "longrope":
+            register("_short", c.rope_theta, c.rope_scaling, 1)
+
+    def _rope_tables(self, longest: int | Tensor) -> tuple[Tables, Tables]:
+        """The tables of the layers without a window and of those with one; longest: positions up to which to look."""
+        buffers = dict(self.named_buffers(recurse=False))
+        tables = self.cos, self.sin
+        if "cos_short" in buffers and self.config.rope_scaling is not None:
+            short = buffers["cos_short"], buffers["sin_short"]
+            stretched = longest > (self.config.rope_scaling.original_context_length or 0)
+            if isinstance(stretched, Tensor):  # known to the device alone
+                tables = torch.where(stretched, tables[0], short[0]), torch.where(stretched, tables[1], short[1])
+            elif not stretched:
+                tables = short
+        local = (buffers["cos_local"], buffers["sin_local"]) if "cos_local" in buffers else tables
+        return tables, local
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
         """A cast of the model (.bfloat16(), .to_empty()) must neither round nor lose the rotation tables."""
@@ -222,10 +145,15 @@ class Transformer(nn.Module):
         if targets.shape != tokens.shape:
             raise ValueError(f"targets: expected the shape of tokens {tuple(tokens.shape)}, got {tuple(targets.shape)}")
         # the weight stays fp32: the op casts it, keeps no copy, and sums its gradient in fp32
-        return self.ops.linear_cross_entropy(x.flatten(0, 1), self.output_weight, targets.flatten())
+        softcap = self.config.logit_softcap
+        return self.ops.linear_cross_entropy(x.flatten(0, 1), self.output_weight, targets.flatten(), softcap=softcap)
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., d) hidden states to (..., V), in x's dtype; rows lie further apart than V where the weight is cast."""
+        z, cap = self._uncapped(x), self.config.logit_softcap
+        return cap * torch.tanh(z / cap) if cap > 0 else z
+
+    def _uncapped(self, x: Tensor) -> Tensor:
         weight = self.output_weight
         if weight.dtype == x.dtype:
             # A copy only to align an odd V would move it twice more, where a step of generation reads it once.
@@ -235,7 +163,7 @@ class Transformer(nn.Module):
         return F.linear(x, pad_rows(weight, x.dtype))[..., : weight.shape[0]]
 
     def hidden_states(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """What lm_head is applied to, (B, T, d), after the last norm; arguments as in forward."""
+        """What lm_head is applied to, (B, T, d), after the last norm, times logit_scale; arguments as in forward."""
         if tokens.dim() != 2:
             raise ValueError(f"tokens: expected shape (batch, tokens), got {tuple(tokens.shape)}")
         if cu_seqlens is not None and cache is not None:
@@ -244,27 +172,33 @@ class Transformer(nn.Module):
         if cu_seqlens is not None:
             tokens = tokens.reshape(1, -1)
             rows: Tensor | None = self._rows_in_documents(tokens.shape[1], cu_seqlens)
+            longest: int | Tensor = cu_seqlens.diff().max()
         else:
             start = 0 if cache is None else cache.length
             end = start + tokens.shape[1]
             if end > limit:
                 raise ValueError(f"tokens: expected at most context_length = {limit} positions, got {end}")
-            rows = torch.arange(start, end, device=tokens.device) if start else None
-        at = Positions(self.cos, self.sin, rows, cu_seqlens, cache)
+            rows, longest = torch.arange(start, end, device=tokens.device) if start else None, end
+        at = Positions(*self._rope_tables(longest), rows, cu_seqlens, cache)
 
         x = self.embedding(tokens)
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
         device = x.device.type
         # torch 2.11 cannot compile is_autocast_available: of the devices used here meta alone has no autocast
         if device != "meta" and torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
+        h = None
         for block in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, at, use_reentrant=False)
+                # nothing in a block is random, and a capture cannot read a generator's state
+                x = checkpoint(_whole, block, x, at, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, at)
+                x, h = block(x, h, at)
         if cache is not None:
             cache.length += tokens.shape[1]
-        return self.norm(x).view(*shape, -1)
+        x = self.norm.of_sum(x, h)[0].view(*shape, -1)
+        return x if self.config.logit_scale == 1 else x * self.config.logit_scale
 
     def _rows_in_documents(self, n_token: int, cu_seqlens: Tensor) -> Tensor:
         """Each token's position in its own document, (n_token,), without waiting for the device."""

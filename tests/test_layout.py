@@ -54,7 +54,7 @@ def names_imported(source: str, path: Path) -> list[list[str]]:
 def rooms_imported(source: str, path: Path) -> set[str]:
     """Rooms that a module under ROOT names in an import; tests and their support too."""
     names = names_imported(source, path)
-    rooms = {name[1] for name in names if name[0] == "rooflight" and len(name) > 1}
+    rooms = {name[1] for name in names if name[0] == "rooflight" and name[1:] not in ([], ["__version__"])}
     return rooms | {name[0] for name in names if name[0] in ("tests", "support", "conftest")}
 
 
@@ -99,10 +99,50 @@ def test_the_arrow_reader_sees_every_form(source, found):
     assert rooms_imported(source, ROOT / "kernels" / "x.py") == found
 
 
+def modules_imported(path: Path) -> set[Path]:
+    """The project's files that a module of it imports, in functions and for its types too."""
+    found = set()
+    for _, *parts in (name for name in names_imported(path.read_text(), path) if name[0] == "rooflight"):
+        # A name of a package is a file of its own, or else stands in the package.
+        for file in ROOT.joinpath(*parts), ROOT.joinpath(*parts[:-1]):
+            module = next((m for m in (file.with_suffix(".py"), file / "__init__.py") if m.is_file()), None)
+            if module:
+                found.add(module)
+                break
+    return found
+
+
+def circle(graph: dict[Path, set[Path]]) -> list[Path]:
+    """A way through the graph that comes back to where it began; empty where there is none."""
+    done: set[Path] = set()
+
+    def search(way: list[Path]) -> list[Path]:
+        for module in sorted(graph[way[-1]] - done):
+            if module in way:
+                return [*way[way.index(module) :], module]
+            if found := search([*way, module]):
+                return found
+        done.add(way[-1])
+        return []
+
+    return next((found for module in sorted(graph) if module not in done and (found := search([module]))), [])
+
+
+def test_no_modules_import_each_other():
+    graph = {path: modules_imported(path) for path in python_files(*MAY_IMPORT)}
+    assert not circle(graph), " -> ".join(str(path.relative_to(ROOT)) for path in circle(graph))
+
+
+def test_a_circle_is_found():
+    a, b, c = Path("a"), Path("b"), Path("c")
+    assert circle({a: {b}, b: {c}, c: {b}}) == [b, c, b]
+    assert not circle({a: {b, c}, b: {c}, c: set()})
+
+
 def test_no_file_is_longer_than_the_limit():
     long = {
         str(path.relative_to(ROOT)): lines
-        for path in [*python_files(*MAY_IMPORT, "tests"), ROOT / "conftest.py"]
+        for path in [*python_files(*MAY_IMPORT, "src", "tests"), *ROOT.glob("*.py")]
         if (lines := len(path.read_text().splitlines())) > LIMIT
     }
     assert not long

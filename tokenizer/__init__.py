@@ -1,8 +1,8 @@
 """Byte-level BPE: training, encoding, decoding and file formats. Imports nothing else of this package."""
 
-from .bpe import Tokenizer
 from .decode import IncrementalDecoder
-from .pretokenize import GPT2_PATTERN
-from .train import train_bpe, train_bpe_from_iterator
+from .pretokenize import GPT2_PATTERN, PATTERNS
+from .tokenizer import Tokenizer
+from .training import train_bpe, train_bpe_from_iterator
 
-__all__ = ["GPT2_PATTERN", "IncrementalDecoder", "Tokenizer", "train_bpe", "train_bpe_from_iterator"]
+__all__ = ["GPT2_PATTERN", "PATTERNS", "IncrementalDecoder", "Tokenizer", "train_bpe", "train_bpe_from_iterator"]

@@ -1,4 +1,4 @@
-"""`rooflight tokenizer train|encode|decode|inspect`: the tokenizer's command line."""
+"""`rooflight tokenizer train|encode|decode|header|inspect`: the tokenizer's command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from .bpe import Tokenizer
+    from .tokenizer import Tokenizer
 
 app = typer.Typer(help="Train, apply and look into byte-level BPE tokenizers.", no_args_is_help=True)
 
@@ -31,18 +31,24 @@ def train(
     special_token: Annotated[list[str], typer.Option(help="Bounds documents; may be given several times.")] = [  # noqa: B006
         END_OF_TEXT
     ],
-    pattern: Annotated[str | None, typer.Option(help="Regular expression of the pre-tokens; default, GPT-2's.")] = None,
+    pattern: Annotated[str, typer.Option(help="gpt2, cl100k, o200k, llama3, ... or a regular expression.")] = "gpt2",
     max_words: Annotated[int | None, typer.Option(help="Merge only so many of the most frequent words.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the tokenizer that OUT holds.")] = False,
     num_workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
     """Train a tokenizer on text files."""
     import time
 
-    from . import GPT2_PATTERN, Tokenizer, train_bpe
+    from . import Tokenizer, train_bpe
+    from .files import refuse_same_file
+    from .formats.directory import FILES
 
+    for name in FILES:
+        refuse_same_file("out", out / name, *text)
+        if (out / name).exists() and not overwrite:
+            raise ValueError(f"out: {out} holds {name} already, expected another folder or --overwrite")
     start = time.perf_counter()
-    pattern = pattern or GPT2_PATTERN
     vocab, merges = train_bpe(
         text,
         vocab_size,
@@ -63,14 +69,17 @@ def train(
 @app.command()
 def encode(
     tokenizer: TokenizerPath,
-    file: Annotated[Path | None, typer.Argument(help="Text file, UTF-8.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Token file to write; default, FILE with the suffix .bin.")] = None,
+    files: Annotated[list[Path] | None, typer.Argument(help="Text files, UTF-8.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Token file to write, of several files their folder; default, FILE with the suffix .bin."),
+    ] = None,
     text: Annotated[str | None, typer.Option(help="Encode this text instead and print its ids.")] = None,
     offsets: Annotated[bool, typer.Option("--offsets", help="With --text, each id's characters too.")] = False,
     num_workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
-    """Encode a text file into a token file (.bin and .bin.json), or --text to the screen."""
+    """Encode text files into a token file each (.bin and .bin.json), or --text to the screen."""
     import time
 
     loaded = load(tokenizer)
@@ -81,13 +90,66 @@ def encode(
         else:
             print(*loaded.encode(text))
         return
-    if file is None:
+    if not files:
         raise ValueError("file: got neither a file nor --text, expected one of them")
-    out = out or file.with_suffix(".bin")
-    began = time.perf_counter()
-    n = loaded.encode_file(file, out, num_workers=num_workers, progress=not quiet)
-    seconds, size = time.perf_counter() - began, file.stat().st_size
-    print(f"{out}: {n:,} tokens of {size / max(n, 1):.3f} bytes, {size / 1e6 / seconds:.1f} MB/s")
+    outs = [out] if out is not None and len(files) == 1 else _beside(files, out)
+    for file, written in zip(files, outs, strict=True):
+        began = time.perf_counter()
+        n = loaded.encode_file(file, written, num_workers=num_workers, progress=not quiet)
+        seconds, size = time.perf_counter() - began, file.stat().st_size
+        print(f"{written}: {n:,} tokens of {size / max(n, 1):.3f} bytes, {size / 1e6 / seconds:.1f} MB/s")
+
+
+def _beside(files: list[Path], folder: Path | None) -> list[Path]:
+    """A token file for each text, in the folder or beside it. All are checked before one is written."""
+    if folder is not None:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"out: expected a folder for {len(files)} files, got {folder}")
+        folder.mkdir(parents=True, exist_ok=True)
+    outs = [(file.parent if folder is None else folder) / f"{file.stem}.bin" for file in files]
+    for n, (file, out) in enumerate(zip(files, outs, strict=True)):
+        if not file.exists():
+            raise FileNotFoundError(f"file: there is no {file}")
+        if out in outs[:n]:
+            raise ValueError(f"out: {out} would be written for {files[outs.index(out)]} and for {file}")
+    return outs
+
+
+@app.command()
+def header(
+    tokenizer: TokenizerPath,
+    files: Annotated[list[Path], typer.Argument(help="Token files without a .bin.json: the ids, little-endian.")],
+) -> None:
+    """Write the header that a token file of another program lacks (nanoGPT's train.bin): made by this tokenizer.
+
+    The ids are read as uint16, with more than 65,536 tokens as uint32, and each must be one of the tokenizer's.
+    """
+    import numpy as np
+
+    from .files import FORMAT, VERSION, header_path, token_dtype, write_json
+
+    loaded = load(tokenizer)
+    dtype = token_dtype(loaded.vocab_size)
+    lengths = np.zeros(1 << 16 if dtype.itemsize == 2 else max(loaded.vocab) + 1, np.int64)
+    known = np.zeros(len(lengths), bool)
+    for i, token in loaded.vocab.items():
+        lengths[i], known[i] = len(token), True
+    for file in files:
+        if header_path(file).exists():
+            raise ValueError(f"file: {header_path(file)} is there already, expected a token file without a header")
+        if not (size := file.stat().st_size) or size % dtype.itemsize:
+            raise ValueError(f"file: expected ids of {dtype.itemsize} bytes each, got {file} of {size} bytes")
+        ids = np.memmap(file, dtype, mode="r")
+        n_bytes = 0
+        for start in range(0, len(ids), 1 << 20):
+            block = ids[start : start + (1 << 20)]
+            if block.max() >= len(known) or not known[block].all():
+                raise ValueError(f"file: {file} has ids that {tokenizer} has not, expected a file of this tokenizer")
+            n_bytes += int(lengths[block].sum())
+        content = {"format": FORMAT, "version": VERSION, "dtype": dtype.name, "vocab_size": loaded.vocab_size}
+        content |= {"tokenizer_hash": loaded.hash, "n_tokens": len(ids), "n_bytes": n_bytes}
+        write_json(header_path(file), content)
+        print(f"{header_path(file)}: {len(ids):,} tokens of {n_bytes / len(ids):.3f} bytes")
 
 
 @app.command()
@@ -100,14 +162,18 @@ def decode(
     """Decode a token file, or --ids, to text. The bytes are written as they are, valid UTF-8 or not."""
     import sys
 
-    from .encode_file import atomic, read_token_file
+    from .files import atomic, header_path, read_token_file, refuse_same_file
 
     loaded = load(tokenizer)
     if ids is not None:
+        if wrong := [i for i in ids.replace(",", " ").split() if not (i.isdecimal() and int(i) in loaded.vocab)]:
+            raise ValueError(f"ids: expected ids of {tokenizer}, as '1 2 3', got {wrong[0]!r}")
         print(loaded.decode([int(i) for i in ids.replace(",", " ").split()]))
         return
     if file is None:
         raise ValueError("file: got neither a file nor --ids, expected one of them")
+    if out is not None:
+        refuse_same_file("out", out, file, header_path(file))
     tokens, header = read_token_file(file)
     if header["tokenizer_hash"] != loaded.hash:
         raise ValueError(
@@ -138,7 +204,7 @@ def inspect(
     rows = [
         ("vocabulary", f"{loaded.vocab_size:,} tokens, {len(loaded.merges):,} merges"),
         ("special tokens", specials or "none"),
-        ("pattern", loaded.pattern),
+        *(("pattern", part) for part in ([loaded.pattern] if isinstance(loaded.pattern, str) else loaded.pattern)),
         ("hash", loaded.hash),
         *(("longest tokens", f"{len(token)} bytes  {token!r}") for token in _longest(loaded)[:longest]),
     ]

@@ -1,99 +1,18 @@
-"""Token ids back to bytes and text."""
+"""Ids that come one at a time back to text."""
 
 from __future__ import annotations
 
 import codecs
-from array import array
-from collections.abc import Iterable, Mapping
-from itertools import repeat
-from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .bpe import Tokenizer
 
-# Ids decoded at a time, so that the arrays stay in the second-level cache.
-_BLOCK = 1 << 15
-# Ids below which joining Python objects costs less than starting up the arrays.
-_SHORT = 800
+class DecodesBytes(Protocol):
+    """Of a tokenizer, what a decoder needs."""
 
-
-def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """arange(starts[0], starts[0] + counts[0]), arange(starts[1], ...), ... in one array."""
-    source = np.repeat(starts - (np.cumsum(counts) - counts), counts)
-    source += np.arange(len(source))
-    return source
-
-
-class TokenBytes:
-    """The bytes of every token, for look-ups of whole arrays.
-
-    sizes: (vocab_size,) int64, each token's bytes; 0 where the vocabulary has no such id.
-    """
-
-    def __init__(self, vocab: Mapping[int, bytes]) -> None:
-        tokens = list(map(vocab.get, range(max(vocab) + 1), repeat(b"")))
-        self._has_gaps = len(vocab) < len(tokens)
-        self.sizes = np.fromiter(map(len, tokens), np.int64, len(tokens))
-        self._offsets = np.cumsum(self.sizes) - self.sizes
-        # Eight bytes from every offset of the tokens' bytes, and those at which each token starts.
-        data = b"".join(tokens) + bytes(8)
-        self._loads = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))
-        self._heads = self._loads[self._offsets]
-        # None, which cannot be joined, where there is no token.
-        self._tokens: list[Any] = [token or None for token in tokens]
-
-    def edges(self) -> tuple[np.ndarray, np.ndarray]:
-        """Each token's first and last byte (uint8); anything where the vocabulary has no such id."""
-        return self._heads.astype(np.uint8), self._loads.take(self._offsets + self.sizes - 1).astype(np.uint8)
-
-    def join(self, ids: Iterable[int]) -> bytes:
-        """The tokens' bytes, one after another. Raises ValueError on an id that is not in the vocabulary."""
-        if not isinstance(ids, np.ndarray):
-            ids = ids if isinstance(ids, list) else list(ids)
-            try:
-                # Of an array's types one that takes a list fastest, and that refuses negative numbers.
-                numbers = array("Q", ids)
-                if len(ids) < _SHORT:
-                    # A third less than map() takes; of one id itemgetter() makes no tuple.
-                    return b"".join(itemgetter(*ids)(self._tokens) if len(ids) > 1 else [self._tokens[i] for i in ids])
-                ids = np.frombuffer(numbers, np.int64)
-            except (TypeError, OverflowError, IndexError):
-                raise self._not_in_vocabulary(ids) from None
-        elif ids.dtype.kind not in "iu" and len(ids):
-            raise ValueError(f"ids: got {ids.dtype}, expected integers")
-        elif ids.dtype.kind == "i" and len(ids) and ids.min() < 0:
-            raise self._not_in_vocabulary(ids)
-        return b"".join([self._join(ids[i : i + _BLOCK]) for i in range(0, len(ids), _BLOCK)])
-
-    def _join(self, ids: np.ndarray) -> memoryview:
-        try:
-            sizes = self.sizes.take(ids)
-        except (IndexError, TypeError):  # numpy does not take by uint64
-            raise self._not_in_vocabulary(ids) from None
-        if self._has_gaps and not sizes.all():
-            raise self._not_in_vocabulary(ids)
-        ends = sizes.cumsum()
-        starts = ends - sizes
-        joined = bytearray(int(ends[-1]) + 8)
-        # Eight bytes are written at a time, whatever a token has of them. What is too much, seven bytes at most, lies
-        # in the first eight of tokens that follow; these are written last, and in the tokens' order.
-        writes = np.ndarray(len(joined) - 7, "<u8", joined, strides=(1,))
-        n = 8
-        longer = (sizes > n).nonzero()[0]
-        while len(longer):
-            writes[starts.take(longer) + n] = self._loads[self._offsets.take(ids.take(longer)) + n]
-            n += 8
-            longer = longer[sizes.take(longer) > n]
-        writes[starts] = self._heads.take(ids)
-        return memoryview(joined)[:-8]
-
-    def _not_in_vocabulary(self, ids: Iterable[int]) -> ValueError:
-        known = set(self.sizes.nonzero()[0].tolist())
-        i = next(i for i in ids if not isinstance(i, (int, np.integer)) or i not in known)
-        return ValueError(f"ids: {i} is not in the vocabulary, expected 0 <= id < {len(self.sizes)}")
+    def decode_bytes(self, ids: Iterable[int]) -> bytes: ...
 
 
 class IncrementalDecoder:
@@ -102,7 +21,7 @@ class IncrementalDecoder:
     "".join(decoder.push(i) for i in ids) + decoder.finish() == tokenizer.decode(ids)
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: DecodesBytes) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 

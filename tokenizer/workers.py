@@ -7,9 +7,10 @@
 make() builds one worker in every process; it and the tasks, results and exceptions are pickled. This process works too,
 so num_workers=1 starts nothing and small jobs end before a started process is ready.
 
-Processes are fresh interpreters that talk through their standard input and output, not multiprocessing's: fork copies
-locks that other threads hold, spawn runs the user's script again unless it is guarded, and neither is allowed inside
-the daemonic processes of a DataLoader. A process whose standard input ends, because its parent is gone, ends too.
+Processes are fresh interpreters that talk through pipes of their own, not multiprocessing's: fork copies locks that
+other threads hold, spawn runs the user's script again unless it is guarded, and neither is allowed inside the daemonic
+processes of a DataLoader. Nor through standard input and output, which belong to whatever runs at an interpreter's
+start. A process whose pipe ends, because its parent is gone, ends too.
 """
 
 from __future__ import annotations
@@ -23,15 +24,24 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, Protocol
 
 import numpy as np
 
+# -P: nothing is imported from the current folder just because it is the current one.
 _BOOT = (
-    "import sys, pickle; sys.path[:] = pickle.load(sys.stdin.buffer); "
-    f"from {__name__} import _serve; _serve(sys.stdin.buffer, sys.stdout.buffer)"
+    "-P",
+    "-c",
+    "import sys, pickle; tasks, results = (open(int(fd), mode) for fd, mode in zip(sys.argv[1:], ('rb', 'wb'))); "
+    f"sys.path[:] = pickle.load(tasks); from {__name__} import _serve; _serve(tasks, results)",
 )
 _FINISH = object()
+# Seconds of waiting for a result, after which the processes are looked at.
+_PATIENCE = 1.0
+
+
+class WorkerError(ChildProcessError, RuntimeError):
+    """A process died. An OSError too, as all errors are that a command line answers in one sentence."""
 
 
 class Worker(Protocol):
@@ -49,15 +59,15 @@ def check_num_workers(num_workers: int | None) -> int:
     """`num_workers`, or the default for None. Raises ValueError when it is no positive integer."""
     if num_workers is None:
         return default_num_workers()
-    if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 1:
+    if not isinstance(num_workers, int | np.integer) or isinstance(num_workers, bool) or num_workers < 1:
         raise ValueError(f"num_workers: got {num_workers!r}, expected a positive integer or None")
-    return num_workers
+    return int(num_workers)
 
 
 class Crew:
     """num_workers processes, this one among them. Leaving the `with` block ends them all, whatever happened.
 
-    An exception in a worker is raised here; a process that dies is a RuntimeError that says how.
+    An exception in a worker is raised here; a process that dies is a WorkerError that says how.
     """
 
     def __init__(self, make: Callable[[], Any], num_workers: int) -> None:
@@ -143,7 +153,12 @@ class Crew:
 
     def _next(self) -> tuple[int, Any]:
         """The next result there is, or will be."""
-        index, result = self._results.get()
+        while True:
+            with suppress(queue.Empty):
+                index, result = self._results.get(timeout=_PATIENCE)
+                break
+            for process in self._processes:
+                process.wake()
         if isinstance(result, BaseException):
             raise result
         return index, result
@@ -153,18 +168,29 @@ class _Process:
     """A fresh interpreter, and the thread that passes it tasks and takes its results."""
 
     def __init__(self, make: Callable[[], Worker], tasks: queue.SimpleQueue, results: queue.SimpleQueue) -> None:
-        # A session of its own, so that Ctrl-C reaches this process alone, which then ends the others. One thread for
-        # numpy's linear algebra, which is not used.
-        self._popen = subprocess.Popen(
-            [sys.executable, "-c", _BOOT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-        )
+        # Both pipes' other ends are the process's alone, so that each side sees when the other is gone.
+        read_tasks, write_tasks = os.pipe()
+        read_results, write_results = os.pipe()
+        self._input, self._output = os.fdopen(write_tasks, "wb"), os.fdopen(read_results, "rb")
+        try:
+            # A session of its own, so that Ctrl-C reaches this process alone, which then ends the others. One thread
+            # for numpy's linear algebra, which is not used. What is printed goes to standard error.
+            self._popen = subprocess.Popen(
+                [sys.executable, *_BOOT, str(read_tasks), str(write_results)],
+                stdin=subprocess.DEVNULL,
+                stdout=2 if sys.__stderr__ else subprocess.DEVNULL,
+                pass_fds=(read_tasks, write_results),
+                start_new_session=True,
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+            )
+        except BaseException:
+            self._input.close()
+            self._output.close()
+            raise
+        finally:
+            os.close(read_tasks)
+            os.close(write_results)
         self.pid = self._popen.pid
-        self._input = cast(IO[bytes], self._popen.stdin)
-        self._output = cast(IO[bytes], self._popen.stdout)
         self._make, self._tasks, self._results = make, tasks, results
         self.has_run = False
         self._ending = False
@@ -174,7 +200,8 @@ class _Process:
     def _feed(self) -> None:
         index = -1
         try:
-            self._send(sys.path)
+            # The current folder, as an interactive interpreter has it first, last.
+            self._send([*filter(None, sys.path), *([os.getcwd()] if "" in sys.path else [])])
             self._send(self._make)
             pickle.load(self._output)  # ready: until then tasks are left to others
             while True:
@@ -190,7 +217,7 @@ class _Process:
                 self._results.put((index, result))
         except (EOFError, OSError, pickle.UnpicklingError):
             if not self._ending:
-                self._results.put((index, RuntimeError(f"worker process {self.pid} {self._fate()}")))
+                self._results.put((index, WorkerError(f"worker process {self.pid} {self._fate()}")))
         except BaseException as error:
             self._results.put((index, error))
 
@@ -205,6 +232,12 @@ class _Process:
             return "stopped answering"
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
 
+    def wake(self) -> None:
+        """Lets the process go on if somebody stopped it (SIGSTOP): nobody else would."""
+        with suppress(ChildProcessError):  # ended, and waited for
+            if os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG):
+                self._popen.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         self._ending = True
         self._popen.kill()
@@ -218,25 +251,24 @@ class _Process:
                 pipe.close()
 
 
-def _serve(stdin: Any, stdout: Any) -> None:
-    """The other end of _Process: runs in the fresh interpreter until its input ends."""
-    sys.stdout = sys.stderr  # so that a stray print cannot enter the stream of results
+def _serve(tasks: IO[bytes], results: IO[bytes]) -> None:
+    """The other end of _Process: runs in the fresh interpreter until its tasks end."""
     _keep_freed_memory()
     try:
-        make = pickle.load(stdin)
+        make = pickle.load(tasks)
         worker = None
-        stdout.write(pickle.dumps("ready"))
-        stdout.flush()
+        results.write(pickle.dumps("ready"))
+        results.flush()
         while True:
-            message = pickle.load(stdin)
+            message = pickle.load(tasks)
             try:
                 worker = worker or make()
                 result = worker.finish() if message is None else worker.run(*message)
                 answer = pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
             except Exception as error:
                 answer = _pickled(error)
-            stdout.write(answer)
-            stdout.flush()
+            results.write(answer)
+            results.flush()
             if message is None:
                 return
     except (EOFError, BrokenPipeError):
@@ -258,4 +290,4 @@ def _pickled(error: Exception) -> bytes:
         pickle.loads(answer)
         return answer
     except Exception:
-        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+        return pickle.dumps(WorkerError(f"{type(error).__name__}: {error}"))

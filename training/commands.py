@@ -1,15 +1,26 @@
-"""`rooflight train` and `rooflight replay`: the command lines of the training loop."""
+"""`rooflight train` and `rooflight replay`: the training loop's command lines.
+
+Every key of the configuration is a flag of `train` (options.py).
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from .options import overrides, signature
+
 app = typer.Typer(help="Train a transformer on token files.")
+
+_CONFIG = Annotated[
+    Path | None, typer.Option(help="TOML file of training options; its \\[model] table may name a preset.")
+]
+_PRESET = Annotated[str | None, typer.Option(help="Model preset, in place of the file's model.")]
 
 
 @app.callback()
@@ -24,72 +35,36 @@ def replay(
 ) -> None:
     """Compute a step again whose loss or gradient was not finite, and say where it stops being so.
 
-    Exit status: 0 when it is not finite again, 1 when it is, 2 where DUMP is none.
+    Exit status: 0 when it is not finite again, 1 when it is.
     """
     from .replay import replay as again
 
-    try:
-        result = again(dump, device=device)
-    except (ValueError, OSError) as error:
-        typer.echo(f"rooflight replay: {error}", err=True)
-        raise typer.Exit(2) from None
+    result = again(dump, device=device)
     typer.echo("\n".join(result.lines()))
     if not result.reproduced:
         raise typer.Exit(1)
 
 
-@app.command()
-def train(
-    config: Annotated[
-        Path | None, typer.Option(help="TOML file of training options; its \\[model] table may name a preset.")
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help="Model preset, in place of the file's model.")] = None,
-    train_data: Annotated[Path | None, typer.Option(help="Token file to train on.")] = None,
-    val_data: Annotated[Path | None, typer.Option(help="Token file to validate on.")] = None,
-    out_dir: Annotated[Path | None, typer.Option(help="Folder for log and checkpoints.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per step.")] = None,
-    gradient_accumulation: Annotated[int | None, typer.Option(help="Micro-batches per step.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="End after so many steps.")] = None,
-    max_seconds: Annotated[float | None, typer.Option(help="End after so many seconds of training.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="muon or adamw.")] = None,
-    lr: Annotated[float | None, typer.Option(help="AdamW's peak learning rate.")] = None,
-    muon_lr: Annotated[float | None, typer.Option(help="Muon's peak learning rate.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="trapezoid, cosine or constant.")] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between validations.")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
-    compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="torch.compile the model.")] = None,
-    kernels: Annotated[str | None, typer.Option(help="auto, triton or eager.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of initialisation and batches.")] = None,
-    resume: Annotated[
-        bool | None, typer.Option("--resume/--no-resume", help="Go on from the latest checkpoint.")
-    ] = None,
-    overwrite: Annotated[
-        bool | None,
-        typer.Option("--overwrite", help="Begin anew in a folder that holds something, moved to previous-<n> in it."),
-    ] = None,
-) -> None:
+def train(config: Path | None = None, preset: str | None = None, **flags: Any) -> None:
     """Train a model on token files; options given here override those of the configuration file.
 
-    Ctrl-C, SIGTERM and SIGHUP save a checkpoint; --resume goes on from it. Exit status: 0 at the end, and after a
-    SIGTERM or SIGHUP; 130 after Ctrl-C; 2 where something given was wrong, 1 where training failed.
+    Ctrl-C, SIGTERM and SIGHUP save a checkpoint; --resume goes on from it. `none` leaves an option empty, as in
+    --grad-clip none. Exit status: 0 at the end, and after SIGTERM or SIGHUP; 130 after Ctrl-C; 2 where something given
+    was wrong, 1 where training failed.
     """
-    overrides = {k: v for k, v in locals().items() if k not in ("config", "preset") and v is not None}
     # Before torch is imported: OpenMP threads that spin while they wait cost up to 10x on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from .config import TrainConfig
+    from .config import TrainConfig, read_toml
     from .loop import train as run
-    from .stopping import TrainingFailed
 
+    given, shape = overrides(flags)
+    values = {} if config is None else read_toml(config)
     if preset is not None:
-        overrides["model"] = {"preset": preset}
-    try:
-        options = TrainConfig.from_dict(overrides) if config is None else TrainConfig.from_toml(config, **overrides)
-        result = run(options)
-    except (ValueError, OSError, TrainingFailed) as error:
-        typer.echo(f"rooflight train: {error}", err=True)
-        raise typer.Exit(1 if isinstance(error, TrainingFailed) else 2) from None
+        values["model"] = {"preset": preset}
+    if shape:
+        model = values.get("model", {})
+        values["model"] = {**model, **shape} if isinstance(model, dict) else model  # from_dict refuses that
+    result = run(TrainConfig.from_dict(values | given))
     loss = ""
     if result.val_loss is not None:
         loss = f"validation loss {result.val_loss:.4f}, {result.val_bits_per_byte:.4f} bits per byte; "
@@ -99,3 +74,12 @@ def train(
     )
     if result.signal == signal.SIGINT:
         raise typer.Exit(130)
+
+
+_first = [
+    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    for name, annotation in (("config", _CONFIG), ("preset", _PRESET))
+]
+train.__signature__ = signature(*_first)  # type: ignore[attr-defined]
+train.__annotations__ = {name: p.annotation for name, p in train.__signature__.parameters.items()}  # type: ignore[attr-defined]
+app.command()(train)

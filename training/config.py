@@ -28,6 +28,7 @@ MAY_CHANGE = frozenset((
     "lr", "muon_lr", "muon_momentum", "betas", "weight_decay", "schedule", "warmup", "decay", "min_lr_ratio",
     "grad_clip", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard",
     "wandb", "dtype", "device", "compile", "checkpointing", "kernels", "peak_flops", "resume", "overwrite",
+    "cuda_graph",
 ))  # fmt: skip
 _TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}
 _TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
@@ -38,27 +39,32 @@ class TrainConfig:
     """Everything that decides a training run.
 
     Data and model
-        train_data, val_data    token files (see training/data.py); val_data None: no validation
-        out_dir                 receives config.json, log.jsonl and checkpoints/
+        train_data              token file to train on: x.bin beside x.bin.json, as `tokenizer encode` writes them
+        val_data                token file to validate on; None: no validation
+        out_dir                 folder that receives config.json, log.jsonl and checkpoints/
         batch_size              sequences of model.context_length per optimizer step
         gradient_accumulation   micro-batches that a step's batch is split into; divides batch_size
     Length: the run ends with whichever comes first, and its schedule with it
         max_steps               optimizer steps
-        max_seconds             training time, evaluation and checkpoints included, summed over resumes
+        max_seconds             seconds of training, evaluation and checkpoints included, compilation not, summed over
+                                resumes
     Optimization
         optimizer               "muon" (hidden matrices; AdamW for the rest) or "adamw" (for all)
-        lr                      AdamW's peak rate
-        muon_lr, muon_momentum  Muon's
-        betas, weight_decay     AdamW's betas; decoupled decay of matrices and embeddings (norms and biases have none)
+        lr                      AdamW's peak learning rate, per step
+        muon_lr                 Muon's peak learning rate, per step
+        muon_momentum           Muon's momentum, in [0, 1)
+        betas                   AdamW's two decay rates of its moments, each in [0, 1)
+        weight_decay            decoupled decay of matrices and embeddings, times the learning rate; norms have none
         schedule                "trapezoid", "cosine" or "constant", of progress in [0, 1]
-        warmup, decay           fractions of the run: linear warm-up; the trapezoid's linear decay
+        warmup                  fraction of the run that the learning rate rises over, linearly
+        decay                   fraction of the run that the trapezoid falls over at its end, linearly
         min_lr_ratio            the last learning rate over the peak
         grad_clip               largest global 2-norm of the gradients; None: no clipping
     Observation
         eval_every              steps between validations, besides one before the first step and one after the last
         eval_batches            batches per validation, spread over the file; None: the whole file
         checkpoint_every        steps between checkpoints; there is always one after the last step
-        keep_checkpoints        how many of the latest to keep
+        keep_checkpoints        checkpoints to keep, the latest
         log_every               steps between log records; the only steps that wait for the device
         tensorboard             the records to TensorBoard too, in out_dir/tensorboard; needs the package tensorboard
         wandb                   a project of Weights & Biases that gets the records too; needs the package wandb
@@ -66,6 +72,7 @@ class TrainConfig:
         dtype                   "float32", or "bfloat16" by torch.autocast (parameters and their updates stay float32)
         device                  "auto" (CUDA when there is one), or a torch device
         compile                 torch.compile the model
+        cuda_graph              on a GPU, replay a captured step: the host then costs no time
         checkpointing           recompute each block's activations in the backward pass instead of keeping them
         kernels                 "triton", "eager" (the oracle), or "auto": Triton on CUDA, else the fastest eager path
         peak_flops              FLOP/s that MFU is held against; None: measured by a short GEMM
@@ -110,6 +117,7 @@ class TrainConfig:
     dtype: str = "bfloat16"
     device: str = "auto"
     compile: bool = False
+    cuda_graph: bool = True
     checkpointing: bool = False
     kernels: str = "auto"
     peak_flops: float | None = None
@@ -198,7 +206,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """A TrainConfig from plain values; `model` is a table of its fields, where `preset` names one
-        of PRESETS to start from.
+        of PRESETS to start from. "none" is None where that has a meaning.
 
         Raises ValueError on an unknown or missing name, or a value out of range.
         """
@@ -209,6 +217,9 @@ class TrainConfig:
             near = get_close_matches(unknown[0], known, n=1, cutoff=0.5)
             hint = f"; did you mean {near[0]!r}?" if near else f"; expected some of {', '.join(known)}"
             raise ValueError(f"unknown training options: {', '.join(unknown)}{hint}")
+        for option in dataclasses.fields(cls):  # TOML and a command line have no null
+            if values.get(option.name) == "none" and "None" in str(option.type):
+                values[option.name] = None
         if isinstance(values.get("model"), dict):
             values["model"] = model_config(values["model"])
         missing = [
@@ -225,14 +236,18 @@ class TrainConfig:
         Paths are relative to the working directory.
         Raises FileNotFoundError, or ValueError on TOML that cannot be read or values that from_dict refuses.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no training configuration at {path}")
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not TOML: {error}") from None
-        return cls.from_dict(values | {k: v for k, v in overrides.items() if v is not None})
+        return cls.from_dict(read_toml(path) | {k: v for k, v in overrides.items() if v is not None})
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The plain values of a TOML file. Raises FileNotFoundError, or ValueError on TOML that cannot be read."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no training configuration at {path}")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
 
 
 def model_config(values: dict[str, Any]) -> ModelConfig:
@@ -240,7 +255,7 @@ def model_config(values: dict[str, Any]) -> ModelConfig:
 
     Raises ValueError on an unknown preset or field, or a value out of range.
     """
-    fields = {k: v for k, v in values.items() if k != "preset"}
+    fields = {k: None if v == "none" else v for k, v in values.items() if k != "preset"}
     if "preset" not in values:
         return ModelConfig.from_dict(fields)
     return ModelConfig.from_dict(preset(values["preset"]).to_dict() | fields)

@@ -142,6 +142,53 @@ def batch_generator(seed: int, step: int) -> np.random.Generator:
     return np.random.default_rng((seed, step))
 
 
+class Batches:
+    """The batches of a run from `step` on, (inputs, targets) each, as get_batch draws them; an endless iterator.
+
+    On a GPU the next batch is copied from pinned memory on a stream of its own while this one is trained on.
+    """
+
+    def __init__(
+        self,
+        tokens: npt.NDArray,
+        batch_size: int,
+        context_length: int,
+        device: torch.device,
+        *,
+        seed: int,
+        step: int = 0,
+        vocab_size: int | None = None,
+    ) -> None:
+        self.tokens, self.shape, self.device = tokens, (batch_size, context_length), device
+        self.seed, self.step, self.vocab_size = seed, step, vocab_size
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: tuple[Tensor, Tensor] | None = None
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        if self.stream is None:
+            return self._draw()
+        if self._ahead is None:
+            self._ahead = self._copied(self.stream)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.stream)
+        for x in (batch := self._ahead):
+            x.record_stream(current)  # its memory is the copying stream's: not to be reused before the step has read it
+        self._ahead = self._copied(self.stream)
+        return batch
+
+    def _copied(self, stream: torch.cuda.Stream) -> tuple[Tensor, Tensor]:
+        with torch.cuda.stream(stream):
+            return self._draw()
+
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        generator = batch_generator(self.seed, self.step)
+        self.step += 1
+        return get_batch(self.tokens, *self.shape, self.device, generator=generator, vocab_size=self.vocab_size)
+
+
 def validation_batches(
     tokens: npt.NDArray,
     batch_size: int,

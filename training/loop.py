@@ -18,8 +18,10 @@ from torch import Tensor
 from ..model import estimate
 from .checkpoint import list_checkpoints, load_latest, save_checkpoint, set_aside
 from .config import TrainConfig
-from .data import TokenFile, batch_generator, check_window, get_batch, open_tokens
+from .data import Batches, TokenFile, batch_generator, check_window, get_batch, open_tokens
 from .files import write_json
+from .graph import autocast
+from .learner import Learner, choose_ops, evaluate, resolve_device, whose_memory
 from .progress import Display, Records, check_sinks
 from .replay import find_divergence, is_finite
 from .run_folder import CHECKPOINTS, RunFolder
@@ -32,8 +34,7 @@ from .stopping import (
     predicted_step,
     what_fits,
 )
-from .throughput import PeakMemory, device_memory, measure_peak_flops, mfu
-from .train_step import TrainStep, choose_ops, evaluate, resolve_device, whose_memory
+from .throughput import PeakMemory, device_memory, keep_freed_memory, measure_peak_flops, mfu
 
 _UNTOLD = ("out_dir", "resume", "overwrite")  # changes that a resumed run does not speak of
 
@@ -146,16 +147,20 @@ class _Run:
         """Model and optimizers as they start, or as the latest whole checkpoint has them."""
         config = self.config
         self.peak_flops = config.peak_flops or measure_peak_flops(self.device, self.dtype)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.memory = PeakMemory(self.device)
-        self.train_step = TrainStep(config, self.device)
+        self.learner = Learner(config, self.device, say=self._say)
         self.step, self.totals = 0, _Totals()
         if list_checkpoints(self.directory):
             self._resume()
 
     def _resume(self) -> None:
         config = self.config
-        model, optimizers = self.train_step.model, self.train_step.optimizers
+        model, optimizers = self.learner.model, self.learner.optimizers
         path, self.step, extra, damaged = load_latest(self.directory, model, optimizers)
+        if "config" not in extra:
+            raise ValueError(f"{path} was not saved by a run, and cannot be gone on from")
         if extra["tokenizer_hash"] != self.train_data.tokenizer_hash:
             raise ValueError(f"{path} was trained on tokens of another tokenizer than {config.train_data}")
         if extra["n_tokens"] != self.train_data.n_tokens:
@@ -174,12 +179,23 @@ class _Run:
     def _loop(self) -> TrainResult:
         config, totals = self.config, self.totals
         write_json(config.out_dir / "config.json", config.to_dict())
+        if config.compile:
+            self._compile()
         self.started = time.perf_counter() - totals.elapsed
         means: list[float] = []  # seconds per step, one mean per log interval
         with ExitStack() as stack:
             records = stack.enter_context(Records(config, keep_to=self.step if self.checkpoint else None))
             signals = stack.enter_context(StopSignals())
             display = stack.enter_context(Display(self.console))
+            batches = Batches(
+                self.train_data.tokens,
+                config.batch_size,
+                config.model.context_length,
+                self.device,
+                seed=config.seed,
+                step=self.step,
+                vocab_size=config.model.vocab_size,
+            )
             progress = self._progress()
             if self.step == 0 and self.val_data is not None:
                 record = {"step": 0, "tokens": 0, **self._validate()}
@@ -189,7 +205,8 @@ class _Run:
             ending = progress >= 1
             interval = _Interval(self.device)
             while not ending:
-                interval.add(*self._train_step(progress))
+                self._set_rates(progress)
+                interval.add(*self.learner.take_step(*next(batches)))
                 self.step += 1
                 totals.tokens += self.step_tokens
                 progress = self._progress()
@@ -213,6 +230,17 @@ class _Run:
         stopped = "interrupted" if progress < 1 else "steps" if self.step >= config.max_steps else "time"
         return self._result(stopped, signals.received if progress < 1 else None, means)
 
+    def _compile(self) -> None:
+        """A forward and a backward before the clock starts, since max_seconds counts training and not the compiler."""
+        n = self.config.gradient_accumulation
+        inputs, targets = (x.chunk(n)[0] for x in self._batch(self.step))
+        with autocast(self.device, self.dtype):
+            loss = self.learner.forward(inputs, targets) / n
+        loss.backward()
+        self.learner.model.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def _elapsed(self) -> float:
         return time.perf_counter() - self.started
 
@@ -220,12 +248,11 @@ class _Run:
         by_steps = self.step / self.config.max_steps
         return max(by_steps, self._elapsed() / self.config.max_seconds) if self.config.max_seconds else by_steps
 
-    def _train_step(self, progress: float) -> tuple[Tensor, Tensor]:
-        """One optimizer step; returns loss and gradient norm, still on the device."""
+    def _set_rates(self, progress: float) -> None:
         # half a step on, so that neither the first step of a warm-up nor the last of a decay is wasted on a zero rate
         factor = self.config.lr_factor(progress + 0.5 / self.config.max_steps)
         self.factors.append(factor)
-        return self.train_step(*self._batch(self.step), factor)
+        self.learner.set_rates(factor)
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor]:
         return get_batch(
@@ -249,15 +276,15 @@ class _Run:
         self.totals.train_loss = loss
         self.totals.stepping += interval.seconds
         step_seconds = interval.seconds / interval.steps
-        first, *others = self.train_step.optimizers
-        lrs = {type(o).__name__.lower() + "_lr": o.param_groups[0]["lr"] for o in others}
+        first, *others = self.learner.optimizers
+        lrs = {type(o).__name__.lower() + "_lr": float(o.param_groups[0]["lr"]) for o in others}
         return {
             "step": self.step,
             "tokens": self.totals.tokens,
             "elapsed": self._elapsed(),
             "loss": loss,
             "grad_norm": norm,
-            "lr": first.param_groups[0]["lr"],
+            "lr": float(first.param_groups[0]["lr"]),
             **lrs,
             "tokens_per_second": self.step_tokens / step_seconds,
             "mfu": mfu(self.token_flops * self.step_tokens, step_seconds, self.peak_flops),
@@ -266,14 +293,17 @@ class _Run:
     def _find_divergence(self) -> str:
         """Where the steps since the checkpoint stop being finite when they run again: a clause for the error."""
         self._say(f"not finite by step {self.step}: running again from {self.checkpoint or 'the start'} to find where")
-        found = find_divergence(
-            self.train_step,
-            self.checkpoint,
-            self.factors,
-            self._batch,
-            out_dir=self.config.out_dir,
-            tokenizer_hash=self.train_data.tokenizer_hash,
-        )
+        try:
+            found = find_divergence(
+                self.learner,
+                self.checkpoint,
+                self.factors,
+                self._batch,
+                out_dir=self.config.out_dir,
+                tokenizer_hash=self.train_data.tokenizer_hash,
+            )
+        except Exception as error:  # the divergence is what the run ends of
+            return f"the step could not be found ({error})"
         if found is None:
             return "run again, every step was finite, so that the machine may be at fault"
         step, path = found
@@ -283,7 +313,7 @@ class _Run:
         assert self.val_data is not None
         config = self.config
         loss = evaluate(
-            self.train_step.forward,
+            self.learner.model,  # as it is: without gradients, and of a last batch's rows, it would compile twice more
             self.val_data,
             batch_size=config.batch_size // config.gradient_accumulation,
             context_length=config.model.context_length,
@@ -301,8 +331,8 @@ class _Run:
         self.totals.elapsed = self._elapsed()
         self.checkpoint = save_checkpoint(
             self.directory,
-            self.train_step.model,
-            self.train_step.optimizers,
+            self.learner.model,
+            self.learner.optimizers,
             step=self.step,
             extra={
                 "totals": asdict(self.totals),

@@ -5,20 +5,13 @@ AdamW (Loshchilov & Hutter 2019, algorithm 2), with g the gradient, t the step, 
     m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
     w <- (1 - lr wd) w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), for the hidden matrices only:
-
-    m <- mu m + (1 - mu) g        u = (1 - mu) g + mu m  (Nesterov)
-    w <- (1 - lr wd) w - lr sqrt(max(1, rows / columns)) O(u)
-
-where O(u), the orthogonal factor U V^T of u = U S V^T, is approximated by five Newton-Schulz steps. Embeddings, the
-output head and the norms stay with AdamW.
+Muon (muon.py) takes the hidden matrices; embeddings, the output head and the norms stay with AdamW.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,57 +19,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-# Jordan et al. 2024: the slope at zero as steep as it goes, for singular values that land in about [0.7, 1.2].
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NEWTON_SCHULZ_STEPS = 5
+from ..kernels.adamw import AdamWTables, adamw_update
+from ..model.layers import JoinedLinear, Linear, WeightCopy
+from .muon import Muon, orthogonalize
+from .optimizer import GroupedOptimizer, check, check_parameter
+
+__all__ = [
+    "AdamW",
+    "Muon",
+    "build_optimizers",
+    "clip_grad_norm",
+    "low_precision",
+    "orthogonalize",
+    "split_parameters",
+]
 
 OPTIMIZERS = ("muon", "adamw")
 
 
-def _check(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Raise ValueError unless low <= value < high."""
-    if not low <= value < high:
-        expected = f"at least {low}" if high == math.inf else f"in [{low}, {high})"
-        raise ValueError(f"{name} must be {expected}, got {value}")
-
-
-def _check_parameter(parameter: Tensor) -> None:
-    if parameter.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"parameters must be float32 or float64, got {parameter.dtype}: keep them in float32 and use torch.autocast"
-        )
-
-
-def _with_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    params = [p for p in group["params"] if p.grad is not None]
-    return params, [p.grad for p in params]
-
-
-class _GroupedOptimizer(Optimizer):
-    """What AdamW and Muon share: a step is one `_update` of each group's parameters that have gradients."""
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; returns the closure's loss, or None."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params, grads = _with_gradients(group)
-            if params:
-                self._update(group, params, grads)
-        return loss
-
-    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        raise NotImplementedError
-
-
-class AdamW(_GroupedOptimizer):
+class AdamW(GroupedOptimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2).
 
     params: tensors or parameter groups, float32 or float64 (mixed precision is torch.autocast's work).
-    A group is updated by one fused kernel, torch's own: 28 bytes moved a parameter, no temporaries, no synchronisation.
+    triton: update by this project's kernel: fp32 parameters on a GPU by default, and only they can. It moves 28 bytes a
+    parameter, gradients of two bytes and `copies` included, without temporaries or synchronisation; torch's own fused
+    kernel does otherwise.
     Raises ValueError on a value out of range or a parameter of another dtype.
     """
 
@@ -87,18 +54,37 @@ class AdamW(_GroupedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        *,
+        copies: Mapping[int, WeightCopy] | None = None,
+        triton: bool | None = None,
     ) -> None:
         # "fused" tells torch, when it loads a state, to put the step beside its parameter
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, copies)
+        self.triton = triton
+        self.tables = AdamWTables()
+        self.factor: Tensor | None = None  # of the gradients in the next step (clip_grad_norm)
+        self._rates: dict[torch.device, tuple[float, Tensor]] = {}
         for group in self.param_groups:
-            _check("lr", group["lr"], 0.0)
-            _check("betas[0]", group["betas"][0], 0.0, 1.0)
-            _check("betas[1]", group["betas"][1], 0.0, 1.0)
-            _check("eps", group["eps"], 0.0)
-            _check("weight_decay", group["weight_decay"], 0.0)
+            check("lr", group["lr"], 0.0)
+            check("betas[0]", group["betas"][0], 0.0, 1.0)
+            check("betas[1]", group["betas"][1], 0.0, 1.0)
+            check("eps", group["eps"], 0.0)
+            check("weight_decay", group["weight_decay"], 0.0)
             for parameter in group["params"]:
-                _check_parameter(parameter)
+                check_parameter(parameter)
+
+    @property
+    def runs_triton(self) -> bool:
+        if self.triton is not None:
+            return self.triton
+        return all(p.is_cuda and p.dtype == torch.float32 for group in self.param_groups for p in group["params"])
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient; returns the closure's loss, or None."""
+        loss = super().step(closure)
+        self.factor = None
+        return loss
 
     def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         for p in params:
@@ -109,85 +95,30 @@ class AdamW(_GroupedOptimizer):
                 state["exp_avg_sq"] = torch.zeros_like(p)
         means, squares, steps = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
         beta1, beta2 = group["betas"]
+        if self.runs_triton:
+            torch._foreach_add_(steps, 1)
+            kept = [self.copies.get(id(p)) for p in params]
+            copies = [None if copy is None else copy.of(p) for copy, p in zip(kept, params, strict=True)]
+            adamw_update(
+                params, grads, means, squares, steps, copies, self.tables, lr=self._rate(group["lr"], params[0].device),
+                beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"], factor=self.factor,
+            )  # fmt: skip
+            torch.autograd.graph.increment_version([*params, *(c for c in copies if c is not None)])
+            self._written(params)
+            return
         adamw(
             params, grads, means, squares, [], steps, fused=True, amsgrad=False, maximize=False, beta1=beta1,
             beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
         )  # fmt: skip
 
-
-def orthogonalize(matrices: Tensor, *, steps: int = NEWTON_SCHULZ_STEPS, dtype: torch.dtype | None = None) -> Tensor:
-    """U V^T of each matrix U S V^T, approximately: its singular values are driven into about [0.7, 1.2].
-
-    matrices: (..., rows, columns), worked on as one batch.  dtype: that of the arithmetic (default: the input's;
-    bfloat16 suffices, Jordan et al. 2024).  Each step is X <- a X + b (X X^T) X + c (X X^T)^2 X, after X <- X / |X|_F.
-    Returns matrices' shape in `dtype`.
-    """
-    a, b, c = NEWTON_SCHULZ
-    x = matrices.flatten(0, -3) if matrices.ndim > 2 else matrices[None]
-    tall = x.shape[-2] > x.shape[-1]
-    if tall:  # the products are cheaper on the short side
-        x = x.mT
-    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)).to(dtype or x.dtype)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).reshape(matrices.shape)
-
-
-class Muon(_GroupedOptimizer):
-    """Momentum orthogonalized by Newton-Schulz, for matrices (Jordan et al. 2024).
-
-    params: 2-D tensors or groups of them.  dtype: that of the Newton-Schulz products.
-    The update is scaled by sqrt(max(1, rows / columns)), as in Jordan's code, so lr means the same for every shape.
-    Matrices of one shape, or its transpose, are orthogonalized as one batch: a transformer needs three or four batches
-    a step, however deep it is.
-    Raises ValueError on a value out of range, or a parameter that is not a float32 or float64 matrix.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 0.02,
-        momentum: float = 0.95,
-        weight_decay: float = 0.0,
-        *,
-        nesterov: bool = True,
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
-        self.dtype = dtype
-        for group in self.param_groups:
-            _check("lr", group["lr"], 0.0)
-            _check("momentum", group["momentum"], 0.0, 1.0)
-            _check("weight_decay", group["weight_decay"], 0.0)
-            for parameter in group["params"]:
-                _check_parameter(parameter)
-                if parameter.ndim != 2:
-                    raise ValueError(f"Muon's parameters must be matrices, got shape {tuple(parameter.shape)}")
-
-    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        lr, momentum = group["lr"], group["momentum"]
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        means = [self.state[p]["momentum"] for p in params]
-        torch._foreach_lerp_(means, grads, 1 - momentum)
-        updates = torch._foreach_lerp(grads, means, momentum) if group["nesterov"] else means
-
-        batches: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for i, p in enumerate(params):
-            batches[tuple(sorted(p.shape))].append(i)
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        for batch in batches.values():
-            self._turn([params[i] for i in batch], [updates[i] for i in batch], lr)
-
-    def _turn(self, params: list[Tensor], updates: list[Tensor], lr: float) -> None:
-        """Move matrices of one shape, or its transpose, along their orthogonalized updates."""
-        tall = [p.shape[0] > p.shape[1] for p in params]
-        wide = torch.stack([u.mT if t else u for u, t in zip(updates, tall, strict=True)])
-        for p, t, update in zip(params, tall, orthogonalize(wide, dtype=self.dtype), strict=True):
-            rows, columns = p.shape
-            p.add_(update.mT if t else update, alpha=-lr * math.sqrt(max(1.0, rows / columns)))
+    def _rate(self, lr: float | Tensor, device: torch.device) -> Tensor:
+        """The learning rate on the device; in a captured graph a number stays what it was."""
+        if isinstance(lr, Tensor):
+            return lr
+        known = self._rates.get(device)
+        if known is None or known[0] != lr:
+            self._rates[device] = known = (lr, torch.full((), lr, device=device))
+        return known[1]
 
 
 def build_optimizers(
@@ -200,9 +131,15 @@ def build_optimizers(
     betas: tuple[float, float] = (0.9, 0.95),
     weight_decay: float = 0.1,
     muon_dtype: torch.dtype = torch.bfloat16,
+    copy_dtype: torch.dtype | None = None,
+    low_gradients: bool = False,
+    triton: bool | None = None,
 ) -> list[Optimizer]:
     """The optimizers of a transformer: [AdamW] for everything, or [AdamW, Muon] with Muon for the hidden matrices.
 
+    copy_dtype: keep a copy of the blocks' matrices in autocast's dtype, for their products (model.layers.Linear).
+    low_gradients: and let AdamW's of them keep gradients in that dtype, as the products give them. Not where several
+    backward passes add up to a step. Only Triton's AdamW takes such gradients.  triton: as in AdamW.
     Every parameter belongs to one group of one optimizer. Vectors (norms, biases) take no weight decay.
     Raises ValueError on an unknown optimizer or a value out of range.
     """
@@ -210,11 +147,41 @@ def build_optimizers(
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     hidden, tables, vectors = split_parameters(model)
     decayed = tables if optimizer == "muon" else [*tables, *hidden]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers: list[Optimizer] = [AdamW([g for g in groups if g["params"]], lr=lr, betas=betas)]
+    joined = {id(m.weight): m.rows for m in model.modules() if isinstance(m, JoinedLinear)}
+
+    def group(params: list[nn.Parameter], decay: float) -> dict[str, Any]:
+        return {"params": params, "weight_decay": decay, "rows": [joined.get(id(p), ()) for p in params]}
+
+    copies = {} if copy_dtype is None else _keep_copies(model, copy_dtype)
+    if low_gradients and optimizer == "adamw":
+        for p in hidden:
+            if id(p) in copies and hasattr(p, "grad_dtype"):  # from torch 2.10 on; else gradients are fp32
+                p.grad = None  # of the dtype that it had till now
+                p.grad_dtype = copy_dtype
+    groups = [group(decayed, weight_decay), group(vectors, 0.0)]
+    optimizers: list[Optimizer] = [
+        AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, copies=copies, triton=triton)
+    ]
     if optimizer == "muon" and hidden:
-        optimizers.append(Muon(hidden, lr=muon_lr, momentum=muon_momentum, weight_decay=weight_decay, dtype=muon_dtype))
+        muon = [group(hidden, weight_decay)]
+        optimizers.append(Muon(muon, lr=muon_lr, momentum=muon_momentum, dtype=muon_dtype, copies=copies))
     return optimizers
+
+
+def low_precision(device: torch.device, dtype: torch.dtype, micro_batches: int = 1) -> dict[str, Any]:
+    """build_optimizers' options for training by autocast to dtype on that device: copies and low gradients on a GPU."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return {}
+    return {"copy_dtype": dtype, "low_gradients": micro_batches == 1}
+
+
+def _keep_copies(model: nn.Module, dtype: torch.dtype) -> dict[int, WeightCopy]:
+    """Give the linear layers whose products autocast casts for a copy of their weight; by the weight's id."""
+    layers = [m for name, m in model.named_modules() if isinstance(m, Linear) and name != "lm_head"]
+    copies = {}
+    for layer in layers:
+        layer.copy = copies[id(layer.weight)] = WeightCopy(layer.weight, dtype)
+    return copies
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
@@ -232,19 +199,38 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
     return split
 
 
-def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, optimizers: Iterable[Optimizer] = ()) -> Tensor:
     """Scale the gradients in place so that their joint 2-norm is at most max_norm; returns the norm before, fp32
     scalar.
 
     Every gradient is multiplied by min(1, max_norm / (norm + 1e-6)), without waiting for the device. A norm that is not
     finite comes back as it is, with the gradients spoilt: the caller decides.
+    optimizers: of these, Triton's AdamW multiplies its gradients itself in its next step; they stay as they are.
     Raises ValueError unless max_norm > 0.
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm must be positive, got {max_norm}")
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads:
+    itself = [o for o in optimizers if isinstance(o, AdamW) and o.runs_triton]
+    theirs = {id(p) for o in itself for group in o.param_groups for p in group["params"]}
+    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    scaled: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for p in parameters:
+        if p.grad is not None:
+            by_dtype[p.grad.dtype].append(p.grad)
+            if id(p) not in theirs:
+                scaled[p.grad.dtype].append(p.grad)
+    if not by_dtype:
         return torch.zeros(())
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    norms = [n for grads in by_dtype.values() for n in torch._foreach_norm(grads, 2, _accumulated(grads[0].dtype))]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for o in itself:
+        o.factor = factor
+    for grads in scaled.values():
+        torch._foreach_mul_(grads, factor)
     return norm
+
+
+def _accumulated(dtype: torch.dtype) -> torch.dtype:
+    """What a sum of squares of this dtype is added up in."""
+    return torch.float32 if dtype.itemsize < 4 else dtype

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from .checkpoint import find_checkpoint, load_checkpoint, load_extra, save_checkpoint
 from .config import TrainConfig
 from .files import remove_folder
-from .train_step import TrainStep, autocast, resolve_device
+from .graph import autocast
+from .learner import Learner, resolve_device
 
 DUMPS = "diverged"
 
@@ -61,7 +62,7 @@ def is_finite(loss: float, norm: float) -> bool:
 
 
 def find_divergence(
-    step: TrainStep,
+    learner: Learner,
     checkpoint: Path | None,
     factors: Sequence[float],
     batch: Callable[[int], tuple[Tensor, Tensor]],
@@ -76,14 +77,14 @@ def find_divergence(
     A run looks at its losses when it logs: between records nothing waits for the device, so that by the time the loss
     is seen the parameters are spoilt. Steps are the same when they run again, as they are when a run resumes.
     """
-    step.restart()
-    done = load_checkpoint(checkpoint, step.model, step.optimizers)[0] if checkpoint else 0
+    learner.restart()
+    done = load_checkpoint(checkpoint, learner.model, learner.optimizers)[0] if checkpoint else 0
     for factor in factors:
         inputs, targets = batch(done)
-        loss, norm = (x.item() for x in step.gradients(inputs, targets))
+        loss, norm = (x.item() for x in learner.take_step.gradients(inputs, targets))
         if not is_finite(loss, norm):
             extra = {
-                "config": step.config.to_dict(),
+                "config": learner.config.to_dict(),
                 "inputs": inputs.to("cpu", torch.int32),
                 "targets": targets.to("cpu", torch.int32),
                 "loss": loss,
@@ -93,9 +94,10 @@ def find_divergence(
             if (earlier := directory / f"step-{done:08d}").exists():
                 remove_folder(earlier)
             return done + 1, save_checkpoint(
-                directory, step.model, step.optimizers, step=done, extra=extra, tokenizer_hash=tokenizer_hash
+                directory, learner.model, learner.optimizers, step=done, extra=extra, tokenizer_hash=tokenizer_hash
             )
-        step.update(factor)
+        learner.set_rates(factor)
+        learner.take_step.update()
         done += 1
     return None
 
@@ -111,23 +113,23 @@ def replay(path: str | Path, *, device: str | None = None) -> Replay:
     if not {"config", "inputs", "targets", "loss", "grad_norm"} <= extra.keys():
         raise ValueError(f"{path} is a checkpoint, and no dump of a step that was not finite")
     config = TrainConfig.from_dict(extra["config"])
-    config = dataclasses.replace(config, device=device or config.device)
+    config = dataclasses.replace(config, device=device or config.device, cuda_graph=False)
     where = resolve_device(config.device)
-    step = TrainStep(config, where)
-    count, _ = load_checkpoint(path, step.model, step.optimizers)
+    learner = Learner(config, where)
+    count, _ = load_checkpoint(path, learner.model, learner.optimizers)
     inputs, targets = (extra[name].long().to(where) for name in ("inputs", "targets"))
-    loss, norm = step.gradients(inputs, targets)
+    loss, norm = learner.take_step.gradients(inputs, targets)
     gradients = tuple(
-        name for name, p in step.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
+        name for name, p in learner.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
     )
     n = config.gradient_accumulation
     pairs = zip(inputs.chunk(n), targets.chunk(n), strict=True)
-    first = next(filter(None, (_first_module(step, *pair) for pair in pairs)), None)
+    first = next(filter(None, (_first_module(learner, *pair) for pair in pairs)), None)
     return Replay(count, loss.item(), norm.item(), extra["loss"], extra["grad_norm"], first, gradients)
 
 
 @torch.no_grad()
-def _first_module(step: TrainStep, inputs: Tensor, targets: Tensor) -> str | None:
+def _first_module(learner: Learner, inputs: Tensor, targets: Tensor) -> str | None:
     """The name of the first module whose output is not finite, "loss" when only that is not; not compiled."""
     found: list[str] = []
 
@@ -139,10 +141,10 @@ def _first_module(step: TrainStep, inputs: Tensor, targets: Tensor) -> str | Non
 
         return hook
 
-    handles = [module.register_forward_hook(look(name or "loss")) for name, module in step.model.named_modules()]
+    handles = [module.register_forward_hook(look(name or "loss")) for name, module in learner.model.named_modules()]
     try:
-        with autocast(step.device, step.dtype):
-            step.model(inputs, targets)
+        with autocast(learner.device, learner.dtype):
+            learner.model(inputs, targets)
     finally:
         for handle in handles:
             handle.remove()

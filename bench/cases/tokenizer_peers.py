@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...tokenizer import GPT2_PATTERN, Tokenizer, train_bpe
-from ...tokenizer.encode_file import read_token_file
+from ...tokenizer.files import read_token_file
 
 END_OF_TEXT = "<|endoftext|>"
 SHORT, N_SHORT = 200, 2_000  # characters, and texts of so many: what people send to a model

@@ -123,7 +123,7 @@ def standing_in() -> Iterator[StandIn]:
             "compile_module_from_src": lambda **_: module, "library_dirs": list,
         }.items():  # fmt: skip
             stack.enter_context(mock.patch.object(nvidia, name, value, create=True))
-        for room in ("attention", "cross_entropy", "rms_norm", "rope", "swiglu"):
+        for room in ("attention", "cross_entropy", "gelu", "rms_norm", "rope", "swiglu"):
             # the module: the package's name of most is the function in it
             module_of = sys.modules[f"{dispatch.__package__}.{room}"]
             stack.enter_context(mock.patch.object(module_of, "runs_triton", _always))

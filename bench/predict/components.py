@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from typing import Any, cast
 
@@ -78,29 +79,32 @@ class Bench:
 
         yield [
             *self._layers("norms", d, self._norms),
-            *self._once("norms", lambda make: self._norm(self.model.norm, make(B, T, d))),
+            *self._once("norms", self._first_norm),
         ]
-        yield self._layers("QKV", d, lambda make: self._products(make(B, T, d), [H * D, K * D, K * D], make))
+        yield self._layers("QKV", d, lambda make: self._products(make(B, T, d), (H + 2 * K) * D, make))
 
         def heads(make: Leaves, count: int) -> Tensor:
             return make(B, T, count, D).transpose(1, 2)
 
         def rotation(make: Leaves) -> Call:
+            if not c.qk_norm:
+                qkv = make(B, T, (H + 2 * K) * D)
+                return lambda: ops.rope_qkv(qkv, cos, sin, H, K)
             q, k = heads(make, H), heads(make, K)
             return lambda: ops.rope(q, k, cos, sin)
 
-        yield self._layers("RoPE", (H + K) * D, rotation)
+        yield self._layers("RoPE", (H + 2 * K) * D, rotation)
 
         def attention(make: Leaves) -> Call:
             q, k, v = heads(make, H), heads(make, K), heads(make, K)
             return lambda: ops.flash_attention(q, k, v, causal=True, **mask)
 
         yield self._layers("scores and weighted sum", (H + 2 * K) * D, attention)
-        yield self._layers("output projection", H * D, lambda make: self._products(make(B, T, H * D), [d], make))
+        yield self._layers("output projection", H * D, lambda make: self._products(make(B, T, H * D), d, make))
         yield self._layers("FFN", d + c.d_ff, self._ffn)
         yield self._sums()
         yield self._once("logits", self._loss)
-        if self.dtype != torch.float32:
+        if self.dtype != torch.float32 and (self.device.type == "cpu" or self.optimizer == "muon"):
             yield self._casts()
         yield self._update()
 
@@ -131,17 +135,19 @@ class Bench:
     def _tokens(self) -> Tensor:
         return torch.randint(self.config.vocab_size, (self.B, self.T), device=self.device)
 
-    def _norm(self, norm: Any, *x: Tensor) -> Call:
-        return lambda: norm(*x)
+    def _first_norm(self, make: Leaves) -> Call:
+        x, norm = make(self.B, self.T, self.config.d_model), cast(Any, self.model.layers[0]).attention_norm
+        make.made.append(norm.weight)
+        return lambda: norm(x)
 
     def _norms(self, make: Leaves) -> Call:
         c, block = self.config, cast(Any, self.model.layers[0])
         x, h = make(self.B, self.T, c.d_model), make(self.B, self.T, c.d_model)
-        calls = [self._norm(block.attention_norm, x), self._norm(block.ffn_norm, h, x)]
+        calls: list[Call] = [partial(norm.of_sum, x, h) for norm in (block.attention_norm, block.ffn_norm)]
         make.made += [block.attention_norm.weight, block.ffn_norm.weight]
         if c.qk_norm:
             q, k = (make(self.B, self.T, heads, c.head_dim) for heads in (c.n_head, c.n_kv_head))
-            calls += [self._norm(block.attention.q_norm, q), self._norm(block.attention.k_norm, k)]
+            calls += [partial(block.attention.q_norm, q), partial(block.attention.k_norm, k)]
             make.made += [block.attention.q_norm.weight, block.attention.k_norm.weight]
         return lambda: tuple(y for call in calls for y in _as_tuple(call()))
 
@@ -149,30 +155,26 @@ class Bench:
         """A weight that keeps what it multiplies at unit size, as a model's does: exponentials then stay in range."""
         return make(rows, columns, dtype=dtype, scale=columns**-0.5)
 
-    def _products(self, x: Tensor, widths: list[int], make: Leaves) -> Call:
-        """x times a matrix for each width; the weights are already in the dtype (the casts are a row of their own)."""
-        weights = [self._matrix(make, width, x.shape[-1]) for width in widths]
-        return lambda: tuple(F.linear(x, weight) for weight in weights)
+    def _products(self, x: Tensor, width: int, make: Leaves) -> Call:
+        """x times a matrix of `width` rows; it is already in the dtype (the casts are a row of their own)."""
+        weight = self._matrix(make, width, x.shape[-1])
+        return lambda: F.linear(x, weight)
 
     def _ffn(self, make: Leaves) -> Call:
         c, ops = self.config, self.model.ops
-        x = make(self.B, self.T, c.d_model)
-        up, down = self._matrix(make, c.d_ff, c.d_model), self._matrix(make, c.d_model, c.d_ff)
+        x, down = make(self.B, self.T, c.d_model), self._matrix(make, c.d_model, c.d_ff)
+        up = self._matrix(make, c.d_ff * (1 + (c.ffn == "swiglu")), c.d_model)
         if c.ffn == "gelu":
-            return lambda: F.linear(F.gelu(F.linear(x, up), approximate="tanh"), down)
-        gate = self._matrix(make, c.d_ff, c.d_model)
-        return lambda: F.linear(ops.swiglu(F.linear(x, gate), F.linear(x, up)), down)
+            return lambda: F.linear(ops.gelu(F.linear(x, up)), down)
+        return lambda: F.linear(ops.swiglu(F.linear(x, up)), down)
 
     def _sums(self) -> list[Task]:
-        """x + FFN forward; backward, the gradients of a tensor that several have read."""
+        """The gradients of the first norm's input, which two have read; every other sum is a norm's own."""
         shape = self.B, self.T, self.config.d_model
         make = Leaves(self.dtype, self.device)
         copies = max(2, min(2 * self.config.n_layer, COLD_BYTES[self.device.type] // (self.N * shape[-1] * 2)))
         pairs = [(make(*shape).detach(), make(*shape).detach()) for _ in range(copies)]
-        call = _in_turn([_sum(*pair) for pair in pairs])
-        L = self.config.n_layer
-        backward = L * (1 + 2 + (self.config.ffn == "swiglu"))
-        return [Task("residual sums", "forward", call, L), Task("residual sums", "backward", call, backward)]
+        return [Task("residual sums", "backward", _in_turn([_sum(*pair) for pair in pairs]), 1)]
 
     def _loss(self, make: Leaves) -> Call:
         c = self.config
@@ -181,7 +183,7 @@ class Bench:
         return lambda: self.model.ops.linear_cross_entropy(x, weight, target)
 
     def _casts(self) -> list[Task]:
-        """What autocast casts: the blocks' matrices, and their gradients back."""
+        """What autocast casts: the blocks' matrices, and their gradients back; on a GPU Muon's gradients alone."""
         matrices = [p for p in self.model.layers.parameters() if p.dim() == 2]
         low = [p.detach().to(self.dtype) for p in matrices]
 
@@ -193,14 +195,16 @@ class Bench:
             for p in low:
                 p.to(torch.float32)
 
-        return self._pair("casts", (forward, backward), 1)
+        both = self._pair("casts", (forward, backward), 1)
+        return both[self.device.type != "cpu" :]
 
     def _update(self) -> list[Task]:
-        from ...training.optim import build_optimizers
+        from ...training.optim import build_optimizers, low_precision
 
+        copies = low_precision(self.device, self.dtype)
+        optimizers = build_optimizers(self.model, optimizer=self.optimizer, lr=1e-3, muon_dtype=self.dtype, **copies)
         for p in self.model.parameters():
-            p.grad = torch.randn_like(p)
-        optimizers = build_optimizers(self.model, optimizer=self.optimizer, lr=1e-3, muon_dtype=self.dtype)
+            p.grad = torch.randn_like(p, dtype=getattr(p, "grad_dtype", p.dtype))
         return [Task(type(each).__name__, "update", each.step, 1) for each in optimizers]
 
 

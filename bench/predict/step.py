@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...kernels import reference
 from ...model import ModelConfig, Transformer
-from ...training.optim import build_optimizers
+from ...training.optim import build_optimizers, low_precision
 from ..measure.clock import median_seconds
 from ..measure.memory import peak_bytes
 from ..rates.kernel_rates import ops_on
@@ -30,6 +30,28 @@ def take_step(
         optimizer.step()
         optimizer.zero_grad()
     return loss.detach()
+
+
+def graphed(issue: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The replay of a step's CUDA graph, after three steps on the stream of the capture.
+
+    Raises RuntimeError where a part of the step cannot be captured.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            issue()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        loss = issue()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return loss
+
+    return replay
 
 
 class Step:
@@ -51,25 +73,30 @@ class Step:
             self.model = Transformer(config, ops_on(device)[1])
             tokens = torch.randint(config.vocab_size, (batch_size, context_length + 1))
         self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        self.optimizers = build_optimizers(self.model, optimizer=optimizer, lr=1e-4, muon_dtype=dtype)
+        copies = {} if compiled else low_precision(device, dtype)
+        self.optimizers = build_optimizers(self.model, optimizer=optimizer, lr=1e-4, muon_dtype=dtype, **copies)
         self.forward = torch.compile(self.model) if compiled else self.model
 
-    def issue(self) -> None:
-        """Forward, backward and update, as far as the host's part goes."""
-        take_step(self.forward, self.inputs, self.targets, self.optimizers, self.dtype)
+    def issue(self) -> Tensor:
+        """Forward, backward and update, as far as the host's part goes; the loss."""
+        return take_step(self.forward, self.inputs, self.targets, self.optimizers, self.dtype)
 
     def __call__(self) -> None:
         self.issue()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def seconds(self, budget: float) -> tuple[float, float | None]:
-        """(a step's median, the median until the host has issued it) in about `budget` seconds; no host on a CPU."""
+    def seconds(self, budget: float, *, graph: bool = False) -> tuple[float, float | None]:
+        """(a step's median, the median until the host has issued it) in about `budget` seconds; no host on a CPU.
+
+        graph: of the step as one CUDA graph; RuntimeError where it cannot be captured.
+        """
         issued: list[float] = []
+        issue = graphed(self.issue) if graph else self.issue
 
         def step() -> None:
             start = time.perf_counter()
-            self.issue()
+            issue()
             issued.append(time.perf_counter() - start)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)

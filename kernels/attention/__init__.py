@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..dispatch import apply, runs_triton
-from .checks import Window, check_inputs, check_sequences, reach, score_scale
+from .checks import Window, check_inputs, check_mask, check_sequences, reach, score_scale
 from .launch import FlashAttentionFunction, fwd_op
 
 __all__ = ["FlashAttentionFunction", "flash_attention", "flash_attention_varlen"]
@@ -31,6 +31,12 @@ def _attend(*args: Any) -> tuple[Tensor, Tensor]:
     return apply("flash_attention", FlashAttentionFunction, *args)
 
 
+def _of_one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v filled up to one head size: zeros add nothing to a score, nor to the output's first features."""
+    width = max(x.shape[-1] for x in tensors)
+    return tuple(F.pad(x, (0, width - x.shape[-1])) for x in tensors)
+
+
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -42,11 +48,13 @@ def flash_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T + mask) v  (Dao 2023; grouped queries: Ainslie et al. 2023).
 
     q: (B, H, T, D).  k, v: (B, K, S, D), H a multiple of K, D up to 512; fp32, fp16 or bf16, one dtype and device, any
-    strides. Returns (B, H, T, D) in q's dtype and memory layout.
+    strides. Returns (B, H, T, D) in q's dtype and memory layout. v's head size may be another: the kernels then run on
+    copies filled up with zeros to the larger of the two, and the result is a view.
 
     Query i stands at key position p = i + S - T.
     causal: key j is visible when j <= p.
@@ -55,6 +63,8 @@ def flash_attention(
     softcap: c > 0 replaces a score s by c tanh(s / c), before the mask.
     sinks: (H,), one differentiable logit per head that joins the softmax's denominator (Xiao et al. 2024).
     return_lse: also return the log-sum-exp (B, H, T), fp32, natural log, sink included, differentiable.
+    mask: bool, broadcasts to (B, H, T, S); a key is visible where it is true and causal and window let it be. No kernel
+    reads one: with it the eager oracle runs, on every device, and the scores are in memory.
 
     A row with no visible key gives output 0, log-sum-exp -inf (the sink's value with sinks) and zero gradients.
     Products accumulate in fp32; fp32 inputs are multiplied in IEEE precision unless
@@ -72,19 +82,30 @@ def flash_attention(
     check_inputs(q, k, v, sinks, varlen=False)
     left, right = reach(causal, window)
     scale = score_scale(scale, softcap, q.shape[-1])
-    if runs_triton(q):
+    dtype = q.dtype
+    if mask is not None:
+        check_mask(mask, q, k)
+        q, k, v = (x.float() if dtype.itemsize < 4 else x for x in (q, k, v))
+    elif runs_triton(q):
+        if v.shape[-1] != q.shape[-1]:
+            out, lse = flash_attention(
+                *_of_one_width(q, k, v), causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
+                return_lse=True,
+            )  # fmt: skip
+            return (out[..., : v.shape[-1]], lse) if return_lse else out[..., : v.shape[-1]]
         options = (q.shape[2], k.shape[2], left, right, scale, softcap)
         out, lse = _attend(q, k, v, sinks, None, None, *options)
         return (out, lse) if return_lse else out
     n_query, n_key = q.shape[2], k.shape[2]
-    plain = window is None and softcap == 0 and sinks is None and not return_lse
+    plain = window is None and softcap == 0 and sinks is None and mask is None and not return_lse
     if plain and n_key > 0 and (not causal or n_query == n_key or n_query == 1):
         is_causal = causal and n_query > 1
         gqa = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=gqa)
-    return reference.flash_attention(
-        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=return_lse
+    out, lse = reference.flash_attention(
+        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=True, mask=mask
     )
+    return (out.to(dtype), lse) if return_lse else out.to(dtype)
 
 
 def flash_attention_varlen(
@@ -123,6 +144,12 @@ def flash_attention_varlen(
     left, right = reach(causal, window)
     scale = score_scale(scale, softcap, q.shape[-1])
     if runs_triton(q):
+        if v.shape[-1] != q.shape[-1]:
+            out, lse = flash_attention_varlen(
+                *_of_one_width(q, k, v), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=True,
+            )  # fmt: skip
+            return (out[..., : v.shape[-1]], lse) if return_lse else out[..., : v.shape[-1]]
         options = (max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
         out, lse = _attend(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *options)
         return (out, lse) if return_lse else out

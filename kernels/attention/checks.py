@@ -26,15 +26,16 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *, varle
     axes_q, axes_kv = ("total_q, H, D", "total_k, K, D") if varlen else ("B, H, T, D", "B, K, S, D")
     _check_rank("q", q, axes_q)
     _check_rank("k", k, axes_kv)
-    if v.shape != k.shape:
+    if v.shape[:-1] != k.shape[:-1]:
         raise ValueError(f"v: expected k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
     if not varlen and k.shape[0] != q.shape[0]:
         raise ValueError(f"k: expected batch size {q.shape[0]}, as q, got shape {tuple(k.shape)}")
     n_head, n_kv_head, head_dim = q.shape[1], k.shape[1], q.shape[-1]
     if k.shape[-1] != head_dim:
         raise ValueError(f"k: expected head size {head_dim}, as q, got shape {tuple(k.shape)}")
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"q: expected a head size of 1 to {MAX_HEAD_DIM}, got shape {tuple(q.shape)}")
+    for name, tensor in (("q", q), ("v", v)):
+        if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}: expected a head size of 1 to {MAX_HEAD_DIM}, got shape {tuple(tensor.shape)}")
     if n_kv_head == 0 or n_head == 0 or n_head % n_kv_head != 0:
         raise ValueError(f"k: expected a number of heads that divides q's {n_head}, got shape {tuple(k.shape)}")
     check_dtype("q", q)
@@ -46,6 +47,16 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *, varle
             raise ValueError(f"sinks: expected shape ({n_head},), one per query head, got {tuple(sinks.shape)}")
         check_dtype("sinks", sinks)
     check_device(("q", q), ("k", k), ("v", v), ("sinks", sinks))
+
+
+def check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
+    """A mask of flash_attention: bool, and it broadcasts to (B, H, T, S)."""
+    full = (*q.shape[:3], k.shape[2])
+    sizes = mask.shape[::-1]
+    fits = len(sizes) <= 4 and all(size in (1, whole) for size, whole in zip(sizes, full[::-1], strict=False))
+    if mask.dtype != torch.bool or not fits:
+        raise ValueError(f"mask: expected bool that broadcasts to {full}, got {mask.dtype}{tuple(mask.shape)}")
+    check_device(("q", q), ("mask", mask))
 
 
 def check_sequences(name: str, cu_seqlens: Tensor, max_seqlen: int, total: int, q: Tensor) -> None:

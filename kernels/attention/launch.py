@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..cost import flash_attention_cost, flash_attention_varlen_cost
-from ..dispatch import call, define_op
+from ..dispatch import call, define_op, runs_triton
+from ..tiled import tiled_attention, tiled_attention_backward
 from . import paths
 from .portable import launch as portable
 from .portable.launch import Problem
@@ -212,15 +213,59 @@ class FlashAttentionFunction(torch.autograd.Function):
 
     Returns (out, lse): flash_attention without its checks, always in Triton. cu_seqlens None is a dense batch; left and
     right are how far a query sees from its own position, None without end.
+
+    apply(q, k, v, is_causal=False) returns out alone, with q of shape (B, H, T, D) or (B, T, D), and saves a
+    log-sum-exp of shape (B, H, T) or (B, T). On plain CPU tensors it runs rooflight.kernels.tiled's loops.
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        if len(inputs) <= 4:
+            return _short_forward(ctx, *inputs)
         output = call(fwd_op, *inputs)
         _save(ctx, inputs, output)
         return output[:2]
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        return _short_backward(ctx, *gradients) if len(gradients) == 1 else _backward(ctx, *gradients)
+
+
+def _short_forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+    q4, k4, v4 = (x[:, None] if x.dim() == 3 else x for x in (q, k, v))  # (B, heads, T, D)
+    scale = q.shape[-1] ** -0.5
+    if runs_triton(q):
+        ctx.options = (q4.shape[2], k4.shape[2], None, 0 if is_causal else None, scale, 0.0)
+        out, lse, unround = call(fwd_op, q4, k4, v4, None, None, None, *ctx.options)
+    else:
+        ctx.options = (is_causal, scale)
+        out, lse = tiled_attention(*_grouped(q4, k4, v4), *ctx.options)
+        out, lse, unround = out.flatten(1, 2), lse.flatten(1, 2), None
+    if q.dim() == 3:
+        out, lse = out[:, 0], lse[:, 0]
+    ctx.save_for_backward(q, k, v, out, lse, unround)
+    return out
+
+
+def _short_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    *saved, unround = ctx.saved_tensors
+    shape = saved[0].shape
+    if len(shape) == 3:
+        dout, *saved = (x[:, None] for x in (dout, *saved))
+    q, k, v, out, lse = saved
+    if unround is not None:
+        gradients = call(bwd_op, dout, None, q, k, v, out, lse, unround, None, None, None, *ctx.options)[:3]
+    else:
+        H, K = q.shape[1], k.shape[1]
+        dout, out, lse = (x.unflatten(1, (K, H // K)) for x in (dout, out, lse))
+        q, k, v = _grouped(q, k, v)
+        gradients = (x.flatten(1, 2) for x in tiled_attention_backward(dout, q, k, v, out, lse, *ctx.options))
+    return *(x[:, 0] if len(shape) == 3 else x for x in gradients), None
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, K, H / K, T, D), k and v (B, K, 1, S, D): heads that share keys side by side."""
+    return q.unflatten(1, (k.shape[1], -1)), k[:, :, None], v[:, :, None]
 
 
 @register_flop_formula(fwd_op.overloadpacket, get_raw=True)

@@ -1,15 +1,28 @@
 """The command line: light to start, one sentence on bad input."""
 
+import errno
+import io
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
 
+from rooflight.bench import cli
+from rooflight.training.loop import TrainingDiverged
+
 
 def rooflight(*arguments: str) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from rooflight.bench.cli import main; sys.exit(main())"
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    """The command as its entry point runs it, in this process: torch is imported already."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["rooflight", *arguments])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = stop.code or 0
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
 def test_help_lists_every_command_and_imports_no_torch():
@@ -37,6 +50,19 @@ def test_version():
     assert rooflight("--version").stdout.startswith("rooflight 0.")
 
 
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """The command line in this process: (status, standard error), or whatever it lets through."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["rooflight", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code, capsys.readouterr().err
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -48,12 +74,53 @@ def test_version():
         (("generate", "{tmp}/no-run", "--tokenizer", "{tmp}/no-tokenizer"), "no-tokenizer"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments, sentence, tmp_path):
-    result = rooflight(*(argument.format(tmp=tmp_path) for argument in arguments))
-    assert result.returncode == 2
-    assert sentence in result.stderr
-    assert "Traceback" not in result.stderr
-    assert result.stderr.count("\n") == 1
+def test_bad_input_is_one_sentence(main, arguments, sentence, tmp_path):
+    code, shown = main(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert code == 2
+    assert sentence in shown
+    assert "Traceback" not in shown
+    assert shown.count("\n") == 1
+
+
+def test_traceback_shows_one_wherever_it_stands(main):
+    for arguments in (("--traceback", "estimate", "gpt2-xxl"), ("estimate", "gpt2-xxl", "--traceback")):
+        with pytest.raises(ValueError, match="did you mean"):
+            main(*arguments)
+    code, shown = main("estimate", "--", "--traceback")
+    assert code == 2
+    assert shown.startswith("rooflight: preset: no preset '--traceback'")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "state.pt"), 1, "No space left on device: 'state.pt'\n"),
+        (PermissionError(errno.EACCES, "Permission denied", "runs"), 2, "Permission denied: 'runs'\n"),
+        (
+            TrainingDiverged("loss nan, gradient norm nan by step 3"),
+            1,
+            "rooflight: loss nan, gradient norm nan by step",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), 1, "Tried; a smaller batch_size, or more grad"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            1,
+            "a smaller batch_size",
+        ),
+        (ModuleNotFoundError("No module named 'matplotlib'"), 2, "rooflight: No module named 'matplotlib'\n"),
+        (KeyError("weight"), 2, "rooflight: KeyError: 'weight' (--traceback shows where)\n"),
+    ],
+)
+def test_what_fails_ends_in_a_sentence_and_a_status(main, monkeypatch, error, status, sentence):
+    def fail(*arguments, **keywords):
+        raise error
+
+    monkeypatch.setattr("rooflight.model.estimate", fail)
+    code, shown = main("estimate", "tiny")
+    assert code == status
+    assert sentence in shown
+    assert shown.startswith("rooflight: ")
+    assert shown.count("\n") == 1
 
 
 def test_estimate_prints_the_published_figures():

@@ -14,7 +14,7 @@ DEFAULT = [
     (rms_norm, {"N": 4096, "dtype": "bfloat16", "residual": True}),
     (rms_norm, {"N": 8192, "dtype": "float32", "residual": True}),
     (rms_norm, {"N": 16384, "dtype": "bfloat16", "residual": True}),
-    (rope, {"head_dim": 128, "dtype": "bfloat16"}),
+    (rope, {"head_dim": 128, "dtype": "bfloat16", "joined": True}),
     (swiglu, {"N": 11008, "dtype": "bfloat16"}),
 ]
 

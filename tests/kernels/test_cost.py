@@ -95,6 +95,12 @@ class TestUnfusedBytesAreWhatEagerOperatorsMove:
             q,
             k,
         )
+        qkv = torch.ones(B, T, (H + 2 * K) * D, dtype=dtype)
+        self._hold(
+            lambda backward: cost.rope_qkv_cost(B, H, K, T, D, dtype, backward=backward),
+            lambda: reference.rope_qkv(qkv, table, table, H, K),
+            qkv,
+        )
 
     @pytest.mark.parametrize("K", [16, 4])
     def test_attention(self, dtype: torch.dtype, K: int) -> None:
@@ -190,6 +196,9 @@ class TestBytesAreTheInputsAndTheOutputs:
         q, k = torch.ones(B, H, T, D, dtype=dtype), torch.ones(B, K, T, D, dtype=dtype)
         cos = torch.ones(T, D // 2)
         assert cost.rope_cost(B, H, K, T, D, dtype).bytes == _weigh(q, k, cos, cos, *reference.rope(q, k, cos, cos))
+        for backward in (False, True):
+            moved = cost.rope_qkv_cost(B, H, K, T, D, dtype, backward=backward).bytes
+            assert moved == _weigh(q, k, k, cos, cos, q, k, k)
 
     def test_swiglu_gelu_and_matmul(self, dtype: torch.dtype) -> None:
         M, N, K = 6, 10, 4
@@ -300,6 +309,7 @@ def test_costs_add_and_scale() -> None:
 
 def test_adamw_moves_28_bytes_for_a_parameter() -> None:
     assert cost.adamw_cost(10).bytes == 280
+    assert cost.adamw_cost(10, gradient_dtype="bfloat16", copy_dtype="bfloat16").bytes == 10 * (4 * 6 + 2 * 2)
     assert cost.adamw_cost(10, "bfloat16").bytes == 3 * 20 + 4 * 40
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rooflight.kernels import reference, rope
+from rooflight.kernels import reference, rope, rope_qkv
 from rooflight.kernels.rope import HEADS
 from support.tolerance import judge
 
@@ -103,6 +103,42 @@ def test_turning_back_gives_the_input(device):
         torch.testing.assert_close(back, x.detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "T", "D", "half"),
+    [
+        ((1, 1), 1, 2, 1),  # the smallest
+        ((HEADS + 2, 3), 7, 40, 20),  # groups of heads in part, grouped queries, no power of two
+        ((2, 1), 70, 10, 3),  # tokens beyond a tile's, a part of the features turns
+        ((2, 1), 0, 8, 4),  # nothing
+    ],
+    ids=str,
+)
+def test_rows_of_one_product(device, dtype, heads, T, D, half):
+    cos, sin = tables(70, half, device)
+    qkv = draw(2, T, (heads[0] + 2 * heads[1]) * D, dtype=dtype, device=device)
+    positions = torch.arange(T).flip(0).to(device)
+
+    def turn(op):
+        return lambda qkv: op(qkv, cos, sin, *heads, positions=positions)
+
+    def grad(out, generator):  # as attention's backward hands them over: heads first, or tokens first
+        return torch.randn(out.shape, generator=generator).to(out)
+
+    judge(turn(rope_qkv), turn(reference.rope_qkv), {"qkv": qkv})
+    judge(turn(rope_qkv), turn(reference.rope_qkv), {"qkv": torch.cat([qkv, qkv], -1)[..., ::2]}, grad=grad)
+    q, k, v = turn(rope_qkv)(qkv)
+    ours = qkv.unflatten(-1, (-1, D)).transpose(1, 2)
+    expected = rope(ours[:, : heads[0]], ours[:, heads[0] : sum(heads)], cos, sin, positions=positions)
+    assert all(map(torch.equal, (q, k, v), (*expected, ours[:, sum(heads) :])))
+
+
+def test_what_is_copied_may_be_anything(device):
+    """v passes unchanged where a product with cos and sin would make NaN of it."""
+    qkv = torch.full((1, 2, 3 * 4), float("inf"), device=device)
+    assert rope_qkv(qkv, *tables(2, 2, device), 1, 1)[2].isinf().all()
+
+
 Q, K, C = torch.ones(2, 4, 3, 8), torch.ones(2, 2, 3, 8), torch.ones(3, 4)
 
 
@@ -124,3 +160,9 @@ Q, K, C = torch.ones(2, 4, 3, 8), torch.ones(2, 2, 3, 8), torch.ones(3, 4)
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         rope(**({"q": Q, "k": K, "cos": C, "sin": C} | arguments))
+
+
+@pytest.mark.parametrize("heads", [(2, 1), (0, 1)])
+def test_rows_that_are_no_heads_are_refused(heads):
+    with pytest.raises(ValueError, match=r"qkv: expected shape \(B, T, \(. \+ 2 \* 1\) D\), got \(1, 3, 7\)"):
+        rope_qkv(torch.ones(1, 3, 7), C, C, *heads)

@@ -30,6 +30,15 @@ def test_halves_of_one_projection_are_not_copied(device, monkeypatch):
     assert torch.equal(swiglu(gate, up), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2,), (3, 5, 14), (70, 200), (2, 2 * TILE + 6), (0, 8), (3, 0)], ids=str)
+def test_one_tensor_of_both(device, dtype, shape):
+    both = draw(*shape, dtype=dtype, device=device)
+    judge(swiglu, reference.swiglu, {"gate": both})
+    assert torch.equal(swiglu(both), swiglu(*both.chunk(2, -1)))
+    judge(swiglu, reference.swiglu, {"gate": torch.cat([both, both], -1)[..., ::2]})
+
+
 def test_strided_and_expanded(device):
     gate = draw(5, 3, 4, 16, device=device, dtype=torch.float16).permute(2, 1, 3, 0)
     up = draw(16, 1, device=device, dtype=torch.float16).expand(4, 3, 16, 5)
@@ -55,6 +64,7 @@ def test_extreme_gates_give_no_nan(device):
     [
         (torch.ones(()), torch.ones(()), r"gate: expected shape \(\.\.\., N\), got \(\)"),
         (torch.ones(3, 4), torch.ones(4), r"up: expected gate's shape \(3, 4\), got \(4,\)"),
+        (torch.ones(2, 3), None, r"gate: expected shape \(\.\.\., 2 N\) without up, got \(2, 3\)"),
         (torch.ones(3).int(), torch.ones(3), "gate: expected dtype .* got int32"),
         (torch.ones(3), torch.ones(3).bool(), "up: expected dtype .* got bool"),
         (torch.ones(3), torch.ones(3, device="meta"), "up: expected device cpu, as gate, got meta"),

@@ -36,7 +36,7 @@ def test_what_is_left_out_is_resolved() -> None:
         ({"n_kv_head": 0}, "n_kv_head: expected a whole number >= 1, got 0"),
         ({"d_ff": 0}, "d_ff: expected a whole number >= 1, got 0"),
         ({"head_dim": 15}, "head_dim: expected an even size"),
-        ({"ffn": "relu"}, "ffn: expected one of swiglu, gelu, got 'relu'"),
+        ({"ffn": "relu"}, "ffn: expected one of swiglu, gelu, geglu, got 'relu'"),
         ({"rope_theta": 0}, "rope_theta: expected a finite number > 0, got 0"),
         ({"norm_eps": float("nan")}, "norm_eps: expected a finite number > 0, got nan"),
         ({"norm_eps": "small"}, "norm_eps: expected a number, got 'small'"),

@@ -12,7 +12,7 @@ from torch import Tensor
 from rooflight import kernels
 from rooflight.kernels import reference
 from rooflight.model import ModelConfig, Transformer, generate
-from rooflight.model.generate import KVCache, sampling_probabilities
+from rooflight.model.generate import KVCache, sampling_probabilities, stream
 
 CONFIG = ModelConfig(61, 40, 2, 4, n_kv_head=2, d_model=32, d_ff=48)
 CONFIGS = {
@@ -89,6 +89,39 @@ def test_autocast_caches_in_its_dtype() -> None:
     assert KVCache(model, 2, 8).keys.shape == (2, 2, 2, 8, 8)  # L, B, K, not H: grouped heads share
 
 
+def test_a_stream_yields_each_token_when_it_is_drawn() -> None:
+    model, tokens = _model(), _tokens(2, 5)
+    calls = []
+    model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    drawn = stream(model, tokens, 6, temperature=0)
+    assert not calls
+    first = next(drawn)
+    assert len(calls) == 1
+    assert torch.is_grad_enabled()
+    assert torch.equal(torch.cat((tokens, first, *drawn), 1), generate(model, tokens, 6, temperature=0))
+    with pytest.raises(ValueError, match=r"^top_k"):
+        stream(model, tokens, 6, top_k=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {}, {"temperature": 50.0, "top_k": 60}, {"top_p": 0.9}], ids=str
+)
+def test_a_token_that_is_not_allowed_is_never_drawn(options: dict) -> None:
+    """A vocabulary padded past the tokenizer's, or with a hole in it."""
+    model = _model()
+    with torch.no_grad():  # the forbidden ones are the likeliest
+        model.output_weight[40:] *= 20
+        model.output_weight[7] *= 20
+    allowed = torch.arange(61) < 40
+    allowed[7] = False
+    drawn = generate(model, _tokens(8, 3), 30, allowed=allowed, generator=torch.Generator().manual_seed(0), **options)[
+        :, 3:
+    ]
+    assert bool(allowed[drawn].all())
+    free = generate(model, _tokens(8, 3), 30, generator=torch.Generator().manual_seed(0), **options)[:, 3:]
+    assert not bool(allowed[free].all())
+
+
 class TestStopToken:
     def test_a_row_that_has_drawn_it_repeats_it_and_the_last_one_ends(self) -> None:
         model, tokens = _model(), _tokens(6, 3)
@@ -119,6 +152,14 @@ class TestSamplingProbabilities:
     def test_temperature_0_takes_the_greatest(self) -> None:
         assert sampling_probabilities(self.logits, temperature=0).tolist() == [1, 0, 0, 0, 0]
         assert sampling_probabilities(torch.tensor([0.0, 3.0, 3.0]), temperature=0).tolist() == [0, 1, 0]
+
+    @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-37, 1e-38, 1e-40, 1e-45, 5e-324])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_a_small_temperature_is_greedy(self, temperature: float, dtype: torch.dtype) -> None:
+        logits = torch.tensor([[-3.0, 88.0, 1e4], [float("-inf"), -7.0, -8.0]], dtype=dtype)
+        for options in ({}, {"top_k": 2}, {"top_p": 0.5}):
+            p = sampling_probabilities(logits, temperature=temperature, **options)
+            assert p.tolist() == [[0, 0, 1], [0, 1, 0]]
 
     @pytest.mark.parametrize(
         ("k", "kept"), [(1, [0]), (2, [0, 1, 3]), (3, [0, 1, 3]), (4, [0, 1, 2, 3]), (99, range(5))]
@@ -178,6 +219,11 @@ class TestShapesAndBadInput:
             ({"top_p": 0.0}, r"top_p: expected a number in \(0, 1\] or None, got 0.0"),
             ({"top_p": 1.5}, r"top_p: expected a number in \(0, 1\] or None, got 1.5"),
             ({"stop_token": 61}, "stop_token: expected a token id below 61 or None, got 61"),
+            (
+                {"allowed": torch.ones(60, dtype=torch.bool)},
+                r"allowed: expected bool, shape \(61,\), .* got torch.bool",
+            ),
+            ({"allowed": torch.zeros(61, dtype=torch.bool)}, r"allowed: expected bool, shape \(61,\), true for one"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )

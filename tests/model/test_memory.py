@@ -40,7 +40,7 @@ def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tupl
     """The oracles, and what rooflight.kernels does on a plain CPU (here the interpreter would run instead)."""
     if request.param == "eager":
         return "eager", reference
-    for module in ("attention", "rms_norm", "rope", "swiglu", "cross_entropy"):
+    for module in ("attention", "rms_norm", "rope", "gelu", "swiglu", "cross_entropy"):
         # by import: in the package the functions' names hide the modules'
         monkeypatch.setattr(import_module(f"rooflight.kernels.{module}"), "runs_triton", lambda tensor: False)
     return "cpu", kernels

@@ -55,14 +55,39 @@ def rms_norm(N: int, dtype: str, residual: bool = False, heads: bool = False, ro
     rms_norm_bwd(y, stream if residual else None, stream if residual else x, weight, rstd, 0.0, True)
 
 
-def rope(head_dim: int, dtype: str, interleaved: bool = False) -> None:
+def adamw(gradient: str, copy: str | None = None, size: int = 4096) -> None:
     import torch
 
-    from rooflight.kernels.rope import rope_turn
+    from rooflight.kernels.adamw import AdamWTables, adamw_update
+
+    w, step = torch.empty(size), torch.empty(())
+    g, c = w.to(getattr(torch, gradient)), None if copy is None else w.to(getattr(torch, copy))
+    adamw_update(
+        [w], [g], [w], [w], [step], [c], AdamWTables(),
+        lr=step, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1,
+    )  # fmt: skip
+
+
+def rope(head_dim: int, dtype: str, interleaved: bool = False, joined: bool = False) -> None:
+    import torch
+
+    from rooflight.kernels.rope import rope_join, rope_turn
 
     q, k = (torch.empty(2, 512, heads, head_dim, dtype=getattr(torch, dtype)).transpose(1, 2) for heads in (32, 8))
     table = torch.empty(512, head_dim // 2)
-    rope_turn(q, k, table, table, None, interleaved, False)
+    if joined:
+        rope_join(q, k, k, table, table, None, False)
+    else:
+        rope_turn(q, k, table, table, None, interleaved, False)
+
+
+def gelu(N: int, dtype: str) -> None:
+    import torch
+
+    from rooflight.kernels.gelu import gelu_bwd, gelu_fwd
+
+    x = torch.empty(512, N, dtype=getattr(torch, dtype))
+    gelu_bwd(gelu_fwd(x), x)
 
 
 def swiglu(N: int, dtype: str) -> None:
@@ -103,8 +128,14 @@ CASES: list[Case] = [
     (rope, {"head_dim": 64, "dtype": "bfloat16"}),
     (rope, {"head_dim": 128, "dtype": "bfloat16"}),
     (rope, {"head_dim": 128, "dtype": "bfloat16", "interleaved": True}),
+    (rope, {"head_dim": 64, "dtype": "bfloat16", "joined": True}),
+    (rope, {"head_dim": 128, "dtype": "bfloat16", "joined": True}),
     (swiglu, {"N": 11008, "dtype": "bfloat16"}),
     (swiglu, {"N": 11008, "dtype": "float32"}),
+    (gelu, {"N": 6400, "dtype": "bfloat16"}),
+    (adamw, {"gradient": "bfloat16", "copy": "bfloat16"}),
+    (adamw, {"gradient": "float32"}),
+    (adamw, {"gradient": "float32", "size": 4095}),
     (cross_entropy, {"V": 128256, "dtype": "bfloat16"}),
     (cross_entropy, {"V": 50257, "dtype": "float32", "softcap": 30.0}),
 ]

@@ -3,7 +3,7 @@
 1. A dot that adds in fp32 rounds once, so that no result depends on the order in which this processor's BLAS adds: by
    that alone the same fp32 scores differ threefold in their error from one processor to another.
 2. Every active lane of a load, store or atomic must lie inside the extent of the tensor its pointer was derived from;
-   a pointer with no known origin must lie inside one of the launch's tensors.
+   a pointer with no known origin must lie inside one of the launch's tensors, or of those that its table lists.
 3. A masked-off lane loaded without `other` is NaN (a large number for integers): its value is undefined on a GPU.
 4. Memory from torch.empty and its kin is filled with NaN (`poisoned_empty`), so an element never written shows.
 
@@ -56,6 +56,7 @@ def extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 _EXTENT = "rooflight.extent"
 _launched: list[tuple[int, int]] = []  # extents of the running launch's tensors
+_listed: list[tuple[int, int]] = []  # and of those whose addresses stand in a table that it is given
 
 
 def _check_lanes(ptrs: Any, mask: Any) -> None:
@@ -63,7 +64,7 @@ def _check_lanes(ptrs: Any, mask: Any) -> None:
     active = addresses[np.broadcast_to(np.asarray(getattr(mask, "data", mask)).astype(bool), addresses.shape)]
     known = ptrs.attr.get(_EXTENT)
     inside = np.zeros(active.shape, bool)
-    for start, end in [known] if known else _launched:
+    for start, end in [known] if known else _launched + _listed:
         inside |= (active >= np.uint64(start)) & (active < np.uint64(end))
     if not inside.all():
         stray = int(active[~inside][0])
@@ -177,6 +178,28 @@ def _patch_launch(interp: Any) -> None:
     interp.GridExecutor._restore_args_dev = lambda self, *args: None
 
 
+def _patch_tables() -> None:
+    """AdamW's tensors are known by their addresses alone: tell the bounds' check of them."""
+    from rooflight.kernels import adamw
+
+    original = adamw.launch
+
+    def launch(kernel: Any, grid: Any, table: torch.Tensor, *args: Any, **constants: Any) -> None:
+        sizes = dict.fromkeys(("weight", "mean", "square"), 4)
+        sizes |= {name: constants[kind].primitive_bitwidth // 8
+                  for name, kind in (("gradient", "GRADIENT"), ("copy", "COPY")) if constants[kind]}  # fmt: skip
+        for values in table.view(-1, len(adamw.FIELDS)).tolist():
+            row = dict(zip(adamw.FIELDS, values, strict=True))
+            _listed.extend((row[name], row[name] + size * row["size"]) for name, size in sizes.items())
+            _listed.append((row["step"], row["step"] + 4))
+        try:
+            original(kernel, grid, table, *args, **constants)
+        finally:
+            _listed.clear()
+
+    adamw.launch = launch
+
+
 @functools.cache
 def install() -> None:
     """Patch the interpreter of this process, once."""
@@ -188,6 +211,7 @@ def install() -> None:
     _patch_dot(interp, tl)
     _patch_bounds(interp, tl)
     _patch_launch(interp)
+    _patch_tables()
 
 
 # ---------------------------------------------------------------- poison

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,46 @@ def test_text_on_the_command_line(folder: Path) -> None:
     assert lines[-1].split()[1] == "5-6"
 
 
+def test_several_files_become_a_token_file_each(folder: Path) -> None:
+    (folder / "y.txt").write_text("the cat", encoding="utf-8")
+    run("encode", "-t", folder / "tk", folder / "x.txt", folder / "y.txt", "--out", folder / "tokens", "-q")
+    assert run("decode", "-t", folder / "tk", folder / "tokens" / "x.bin") == TEXT
+    assert run("decode", "-t", folder / "tk", folder / "tokens" / "y.bin") == "the cat"
+    for extra, message in (
+        ((folder / "y.txt",), "y.bin would be written for"),
+        ((folder / "no.txt",), "there is no .*no.txt"),
+        (("--out", folder / "x.txt"), "out: expected a folder for 2 files"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            run("encode", "-t", folder / "tk", folder / "x.txt", folder / "y.txt", *extra)
+    assert not (folder / "x.bin").exists()
+
+
+def test_a_file_without_a_header_gets_the_one_that_encode_writes(folder: Path) -> None:
+    run("encode", "-t", folder / "tk", folder / "x.txt", "-q")
+    header = json.loads((folder / "x.bin.json").read_text())
+    with pytest.raises(ValueError, match="is there already"):
+        run("header", "-t", folder / "tk", folder / "x.bin")
+    (folder / "x.bin.json").unlink()
+    run("header", "-t", folder / "tk", folder / "x.bin")
+    assert json.loads((folder / "x.bin.json").read_text()) == header
+    for content, message in (
+        (b"\x00\x00\x1d\x01", "has ids that"),
+        (b"\0", "of 2 bytes each, got"),
+        (b"", "of 0 bytes"),
+    ):
+        (folder / "z.bin").write_bytes(content)  # 285, one past the last id
+        with pytest.raises(ValueError, match=message):
+            run("header", "-t", folder / "tk", folder / "z.bin")
+    assert not (folder / "z.bin.json").exists()
+
+
+@pytest.mark.parametrize("ids", ["abc", "1 285", "-1", "1.5", "0x10"])
+def test_what_is_no_id_is_named(folder: Path, ids: str) -> None:
+    with pytest.raises(ValueError, match=rf"ids: expected ids of .*, got '{ids.split()[-1]}'"):
+        run("decode", "-t", folder / "tk", f"--ids={ids}")
+
+
 def test_inspect(folder: Path) -> None:
     printed = run("inspect", "-t", folder / "tk", folder / "x.txt", "--text", "the cat 日本")
     tokenizer = Tokenizer.load(folder / "tk")
@@ -82,3 +123,26 @@ def test_token_files_of_another_tokenizer_are_refused(folder: Path) -> None:
 def test_the_commands_do_without_torch() -> None:
     code = "import sys, rooflight.tokenizer.commands; assert 'torch' not in sys.modules and 'rich' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_no_command_writes_over_its_input(folder: Path) -> None:
+    run("encode", "-t", folder / "tk", folder / "x.txt", "-q")
+    (folder / "link").symlink_to(folder / "x.bin")
+    (folder / "y.bin").write_text(TEXT, encoding="utf-8")
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    for arguments in (
+        ("encode", folder / "x.txt", "--out", folder / "x.txt", "-q"),
+        ("encode", folder / "y.bin", "-q"),  # whose default output is itself
+        ("decode", folder / "x.bin", "--out", folder / "x.bin"),
+        ("decode", folder / "x.bin", "--out", folder / "link"),
+        ("decode", folder / "x.bin", "--out", folder / "x.bin.json"),
+    ):
+        with pytest.raises(ValueError, match="is the input"):
+            run(arguments[0], "-t", folder / "tk", *arguments[1:])
+    with pytest.raises(ValueError, match="is the input"):
+        run("train", folder / "tk" / "merges.txt", "--out", folder / "tk", "--overwrite", "-q")
+    with pytest.raises(ValueError, match="expected another folder or --overwrite"):
+        run("train", folder / "x.txt", "--out", folder / "tk", "-q")
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    run("train", folder / "x.txt", "--out", folder / "tk", "--overwrite", "--vocab-size", 280, "-q")
+    assert Tokenizer.load(folder / "tk").vocab_size == 280

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from rooflight.tokenizer import Tokenizer, encode_file
-from rooflight.tokenizer.encode_file import read_token_file
+from rooflight.tokenizer.files import read_token_file
 from support import bpe_reference
 
 END = "<|endoftext|>"
@@ -176,3 +176,42 @@ def test_token_files_that_do_not_fit_their_header_are_refused(
     header.unlink()
     with pytest.raises(FileNotFoundError):
         read_token_file(out)
+
+
+@pytest.mark.parametrize("link", [None, "symlink_to", "hardlink_to"])
+def test_the_input_is_no_output(tokenizer: Tokenizer, text_file: Path, link: str | None) -> None:
+    before = text_file.read_bytes()
+    other = text_file.with_name("y.txt")
+    if link:
+        getattr(other, link)(text_file)
+    else:
+        other = text_file.parent / "." / text_file.name
+    for path, out in (text_file, other), (other, text_file):
+        with pytest.raises(ValueError, match=r"out_path: .* is the input"):
+            tokenizer.encode_file(path, out)
+    header = text_file.rename(text_file.with_name("x.bin.json"))
+    with pytest.raises(ValueError, match=r"out_path: .* is the input"):  # which the header would replace
+        tokenizer.encode_file(header, text_file.with_name("x.bin"))
+    assert header.read_bytes() == before
+
+
+def test_writers_of_one_file_do_not_disturb_each_other(tokenizer: Tokenizer, text_file: Path) -> None:
+    """The last to finish has its token file and its header there; here they differ in length."""
+    other = text_file.with_name("other.txt")
+    other.write_bytes(text_file.read_bytes()[: 1 << 12])
+    out = text_file.with_name("x.bin")
+
+    def write(path: Path) -> None:
+        for _ in range(10):
+            tokenizer.encode_file(path, out, num_workers=1)
+            done.append(path)
+
+    done: list[Path] = []
+    threads = [threading.Thread(target=write, args=(path,)) for path in (text_file, other, text_file, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 40
+    read_token_file(out)
+    assert sorted(p.name for p in out.parent.iterdir()) == ["other.txt", "x.bin", "x.bin.json", "x.txt"]

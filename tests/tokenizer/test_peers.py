@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
 
 from rooflight.tokenizer import GPT2_PATTERN, Tokenizer, train_bpe
-from rooflight.tokenizer.formats import merges_of_ranks
+from rooflight.tokenizer.formats.tiktoken import merges_of_ranks
 from support import bpe_reference
 
 END, PAD = "<|endoftext|>", "<pad>"

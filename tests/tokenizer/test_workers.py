@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from functools import partial
 
+import numpy as np
 import pytest
 
 from rooflight.tokenizer.workers import Crew, check_num_workers
@@ -153,9 +154,47 @@ def test_inside_a_daemonic_process(tmp_path, method):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_stopped_process_is_woken(helper):
+    def tasks():
+        for i in range(100):
+            if i == 50:
+                os.kill(crew.pids[0], signal.SIGSTOP)
+            yield "sleep", 0.01
+
+    with Crew(helper, 2) as crew:
+        assert len(list(crew.map(tasks()))) == 100
+        assert crew.finish().total == 100
+
+
+def test_the_current_folder_and_prints_at_the_start_do_no_harm(helper, tmp_path):
+    for name in ("code", "start", "current"):
+        (tmp_path / name).mkdir()
+    script = tmp_path / "code" / "script.py"
+    script.write_text(
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from crew_helper import Helper; from rooflight.tokenizer.workers import Crew\n"
+        "with Crew(Helper, 2) as crew:\n"
+        "    print(len({pid for _, pid in crew.map([('sleep', 0.05)] * 60)}))\n"
+    )
+    (tmp_path / "start" / "sitecustomize.py").write_text("print('printed', flush=True)\n")
+    (tmp_path / "current" / "pickle.py").write_text("raise SystemExit('the current folder comes first')\n")
+    path = os.pathsep.join([str(tmp_path / "start"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, script, tmp_path],
+        cwd=tmp_path / "current",
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == "printed\n2\n", done.stderr  # the worker's goes to standard error
+    assert done.stderr == "printed\n"
+
+
 def test_num_workers():
     assert check_num_workers(None) >= 1
-    assert check_num_workers(3) == 3
+    assert check_num_workers(3) == check_num_workers(np.int64(3)) == 3
     for bad in (0, -1, 1.5, True, "2"):
         with pytest.raises(ValueError, match=r"num_workers: got .*, expected a positive integer or None"):
             check_num_workers(bad)

@@ -13,10 +13,11 @@ from rich.console import Console
 
 from rooflight.kernels import dispatch
 from rooflight.model import ModelConfig, estimate
-from rooflight.training import loop, train_step
+from rooflight.training import graph, learner, loop
 from rooflight.training.checkpoint import list_checkpoints, load_model
 from rooflight.training.config import TrainConfig
 from rooflight.training.loop import train
+from support.recorder import Recorder
 from support.runs import after, assert_equal, crash, log_of, weights_of
 
 MODEL = ModelConfig(32, 8, 1, 2, d_model=16, d_ff=24)
@@ -59,6 +60,24 @@ def test_result_and_log(config, quiet):
     assert last["muon_lr"] / config.muon_lr == pytest.approx(rates[-1])
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_of_graphs_is_the_same_run(config, quiet, tmp_path, accumulation, monkeypatch):
+    """Steps and validation, whose last batch is a shorter one; all but the learning rates' rounding to fp32."""
+    config = dataclasses.replace(config, gradient_accumulation=accumulation, max_steps=10)
+    plain = train(config, console=quiet)
+    recorder = Recorder()
+    monkeypatch.setattr(learner, "graphs_for", lambda config, device: recorder)
+    graphed = dataclasses.replace(config, out_dir=tmp_path / "graphed")
+    result = train(graphed, console=quiet)
+    torch.testing.assert_close(weights_of(result), weights_of(plain), rtol=0, atol=1e-5)
+    assert recorder.captures == accumulation + 1
+    timeless = {"elapsed", "tokens_per_second", "mfu"}
+    for a, b in zip(log_of(config), log_of(graphed), strict=True):
+        assert {k: v for k, v in a.items() if k not in timeless} == pytest.approx(
+            {k: v for k, v in b.items() if k not in timeless}, rel=1e-5
+        )
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_resume_is_bitwise_the_same_run(config, quiet, tmp_path, optimizer, monkeypatch):
     """40 steps at once, and 40 steps cut off in the 27th: the same weights, bit for bit, and the same log."""
@@ -66,7 +85,7 @@ def test_resume_is_bitwise_the_same_run(config, quiet, tmp_path, optimizer, monk
     whole = train(config, console=quiet)
     cut = dataclasses.replace(config, out_dir=tmp_path / "cut", resume=True)  # resume: from nothing, too
     with monkeypatch.context() as patch:
-        patch.setattr(train_step, "clip_grad_norm", after(26, train_step.clip_grad_norm, crash))
+        patch.setattr(graph, "clip_grad_norm", after(26, graph.clip_grad_norm, crash))
         with pytest.raises(RuntimeError, match="power cut"):
             train(cut, console=quiet)
     assert log_of(cut)[-1]["step"] == 25  # past the checkpoint: resuming must drop it
@@ -117,6 +136,27 @@ def test_time_ends_a_run_and_its_schedule(config, quiet, monkeypatch):
     # seconds count over resumes: nothing is left of 200
     again = train(dataclasses.replace(config, max_steps=10**6, max_seconds=200.0, resume=True), console=quiet)
     assert (again.stopped, again.step) == ("time", result.step)
+
+
+def test_what_the_compiler_takes_is_no_training_time(config, quiet, tmp_path, monkeypatch):
+    """And the call that has it compiled leaves no trace in the run."""
+    config = dataclasses.replace(config, max_steps=3)
+    plain = train(dataclasses.replace(config, out_dir=tmp_path / "plain"), console=quiet)
+    late, perf_counter = [0.0], loop.time.perf_counter
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: perf_counter() + late[0])
+
+    def compiler(model):
+        def forward(*inputs):
+            late[0] = 1000.0  # the first call; validation has the model as it is
+            return model(*inputs)
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    compiled = train(dataclasses.replace(config, compile=True, max_seconds=500.0), console=quiet)
+    assert (compiled.stopped, compiled.step) == ("steps", 3)
+    assert late[0] > compiled.seconds
+    assert_equal(weights_of(compiled), weights_of(plain))
 
 
 def test_trains_outside_the_main_thread(config, quiet):

@@ -7,7 +7,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from rooflight.kernels import reference
 from rooflight.kernels.cost import muon_cost
+from rooflight.model import ModelConfig, Transformer
+from rooflight.model.layers import JoinedLinear, Linear
 from rooflight.training.optim import AdamW, Muon, build_optimizers, clip_grad_norm, orthogonalize, split_parameters
 
 
@@ -34,11 +37,11 @@ def _run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, skip: i
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 @pytest.mark.parametrize("skip", [None, 2])  # a parameter that sits out counts fewer steps than its group
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_adamw_is_torchs_step_for_step(weight_decay, skip, dtype):
+@pytest.mark.parametrize(("dtype", "triton"), [(torch.float32, False), (torch.float32, True), (torch.float64, False)])
+def test_adamw_is_torchs_step_for_step(weight_decay, skip, dtype, triton):
     ours, theirs = _problem(dtype=dtype), _problem(dtype=dtype)
     arguments = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": weight_decay}
-    got = _run(ours, AdamW(ours.parameters(), **arguments), 12, skip)
+    got = _run(ours, AdamW(ours.parameters(), **arguments, triton=triton), 12, skip)
     expected = _run(theirs, torch.optim.AdamW(theirs.parameters(), **arguments, foreach=False), 12, skip)
     # values of order 1; a step moves them by lr = 1e-2, so one lost digit in a moment would show
     tolerance = 1e-6 if dtype == torch.float32 else 1e-14
@@ -132,12 +135,12 @@ def test_orthogonalize_batches_like_single_matrices_and_survives_zero():
     assert orthogonalize(matrices, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_state_dict_round_trip(optimizer):
+@pytest.mark.parametrize(("optimizer", "triton"), [("adamw", False), ("adamw", True), ("muon", False)])
+def test_state_dict_round_trip(optimizer, triton):
     """Three steps, through a state dict, three more: bitwise the same as six."""
     whole, first = _problem(), _problem()
-    whole_optimizers = build_optimizers(whole, optimizer=optimizer)
-    first_optimizers = build_optimizers(first, optimizer=optimizer)
+    whole_optimizers = build_optimizers(whole, optimizer=optimizer, triton=triton)
+    first_optimizers = build_optimizers(first, optimizer=optimizer, triton=triton)
     for step in range(6):
         for model, optimizers in ((whole, whole_optimizers), (first, first_optimizers)):
             for i, p in enumerate(model.parameters()):
@@ -146,11 +149,128 @@ def test_state_dict_round_trip(optimizer):
                 o.step()
         if step == 2:
             states = copy.deepcopy([o.state_dict() for o in first_optimizers])
-            first_optimizers = build_optimizers(first, optimizer=optimizer)
+            first_optimizers = build_optimizers(first, optimizer=optimizer, triton=triton)
             for o, state in zip(first_optimizers, states, strict=True):
                 o.load_state_dict(state)
     for a, b in zip(whole.parameters(), first.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+LOW = torch.bfloat16
+CONFIG = ModelConfig(61, 16, 2, 4, n_kv_head=2, d_model=32, d_ff=48)
+
+
+def _train(optimizer: str, steps: int, accumulate: int = 1, resume_at: int | None = None, **options) -> dict:
+    """A tiny transformer in bf16 for some steps; its weights. resume_at: the step before which all but states go."""
+    model, optimizers = None, []
+    for step in range(steps):
+        if model is None or step == resume_at:
+            torch.manual_seed(0)
+            saved = model and (model.state_dict(), [o.state_dict() for o in optimizers])
+            model = Transformer(CONFIG, reference)
+            optimizers = build_optimizers(model, optimizer=optimizer, lr=0.01, **options)
+            if saved:
+                model.load_state_dict(saved[0])
+                for o, state in zip(optimizers, saved[1], strict=True):
+                    o.load_state_dict(state)
+        for i in range(accumulate):
+            tokens = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(10 * step + i))
+            with torch.autocast("cpu", LOW):
+                loss = model(tokens, tokens)
+            loss.backward()
+        clip_grad_norm(model.parameters(), 0.1, optimizers)
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
+    for layer in model.modules():
+        if getattr(layer, "copy", None) is not None:
+            written = layer.copy.tensor.clone()
+            assert torch.equal(written, layer.weight.to(LOW))
+            assert torch.equal(layer.copy.of(layer.weight), written)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("optimizer", "accumulate"), [("adamw", 1), ("adamw", 2), ("muon", 1)])
+def test_copies_and_low_gradients_change_nothing_but_the_last_digits(optimizer, accumulate):
+    """Forward, backward and gradients are the same bits; the norm that clips adds gradients up by their dtypes."""
+    plain = _train(optimizer, 3, accumulate, triton=True)
+    low = _train(optimizer, 3, accumulate, triton=True, copy_dtype=LOW, low_gradients=accumulate == 1)
+    for name, weight in low.items():
+        torch.testing.assert_close(weight, plain[name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_run_with_copies_resumes_exactly():
+    options = {"triton": True, "copy_dtype": LOW, "low_gradients": True}
+    whole, resumed = _train("adamw", 3, **options), _train("adamw", 3, resume_at=2, **options)
+    assert all(torch.equal(whole[name], weight) for name, weight in resumed.items())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_learning_rate_may_be_a_tensor(optimizer):
+    plain, ours = (_problem() for _ in range(2))
+    results = []
+    for model, tensor in ((plain, False), (ours, True)):
+        optimizers = build_optimizers(model, optimizer=optimizer, triton=True)
+        groups = [group for o in optimizers for group in o.param_groups]
+        rates = [torch.tensor(g["lr"]) for g in groups]
+        if tensor:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
+        for lr in (0.1, 0.02):
+            for group, rate in zip(groups, rates, strict=True):
+                rate.fill_(lr)  # as the schedule does, on the device
+                group["lr"] = rate if tensor else lr
+            for o in optimizers:
+                results += _run(model, o, 1)
+    half = len(results) // 2
+    for a, b in zip(results[:half], results[half:], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+    state = optimizers[0].state_dict()  # plain numbers, and loading one writes into the tensor
+    assert state["param_groups"][0]["lr"] == pytest.approx(0.02)
+    state["param_groups"][0]["lr"] = 0.5
+    optimizers[0].load_state_dict(state)
+    assert optimizers[0].param_groups[0]["lr"] is rates[0]
+    assert rates[0].item() == 0.5
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_matrices_joined_in_a_parameter_step_as_they_would_apart(optimizer):
+    """Bit for bit, three steps; then each goes on from the other's state dict, as from a checkpoint of either model."""
+    torch.manual_seed(0)
+    sizes = {"q": 24, "k": 8, "v": 8}  # taller and wider than their 16 columns
+    joined = nn.ModuleList([JoinedLinear(16, **sizes), Linear(16, 24), nn.LayerNorm(16)])
+    apart = nn.ModuleList([*(Linear(16, rows) for rows in sizes.values()), Linear(16, 24), nn.LayerNorm(16)])
+
+    def weights(model):  # in the order of both models' parameters
+        return [part for p in model.parameters() for part in (p.split((24, 8, 8)) if len(p) == 40 else [p])]
+
+    with torch.no_grad():
+        for a, b in zip(weights(apart), weights(joined), strict=True):
+            a.copy_(b)
+    models = joined, apart
+
+    def steps(optimizers, first):
+        for step in range(first, first + 3):
+            for model, some in zip(models, optimizers, strict=True):
+                generator = torch.Generator().manual_seed(step)
+                for p in model.parameters():
+                    p.grad = torch.randn(p.shape, generator=generator)
+                for o in some:
+                    o.step()
+            assert all(torch.equal(a, b) for a, b in zip(*map(weights, models), strict=True))
+
+    first = [build_optimizers(model, optimizer=optimizer) for model in models]
+    steps(first, 0)
+    then = [build_optimizers(model, optimizer=optimizer) for model in models]
+    for new, old in zip(then, reversed(first), strict=True):
+        for n, o in zip(new, old, strict=True):
+            n.load_state_dict(copy.deepcopy(o.state_dict()))
+    steps(then, 3)
+
+    with pytest.raises(ValueError, match=r"state_dict must hold groups of .*, got \[1\]"):
+        then[0][0].load_state_dict({"state": {}, "param_groups": [{"params": [0]}]})
+    with pytest.raises(ValueError, match=r"rows must add up to those of \(40, 16\), got \(24, 8\)"):
+        AdamW([{"params": [joined[0].weight], "rows": [(24, 8)]}])
 
 
 def test_parameters_are_split_by_role():
@@ -206,6 +326,23 @@ def test_clipping_is_torchs(max_norm):
     torch.testing.assert_close(norm, expected)
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_clipping_inside_the_optimizer_is_clipping_before_it():
+    models, results = (_problem(), _problem()), []
+    for model, inside in zip(models, (False, True), strict=True):
+        optimizer = AdamW(model.parameters(), lr=0.01, triton=True)
+        for step in range(2):
+            for i, p in enumerate(model.parameters()):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            before = [p.grad.clone() for p in model.parameters()]
+            clip_grad_norm(model.parameters(), 1.0, [optimizer] if inside else [])
+            assert inside == all(torch.equal(p.grad, b) for p, b in zip(model.parameters(), before, strict=True))
+            optimizer.step()
+            assert optimizer.factor is None
+        results.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 def test_clipping_edges():

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from rooflight.model import estimate
-from rooflight.training import loop, train_step
+from rooflight.training import graph, learner, loop
 from rooflight.training.checkpoint import list_checkpoints, load_model
 from rooflight.training.loop import train
 from rooflight.training.stopping import STOPPING, StopSignals, TrainingDiverged, TrainingFailed
@@ -34,8 +34,8 @@ def test_a_signal_saves_and_the_run_resumes(config, quiet, tmp_path, monkeypatch
     cut = dataclasses.replace(config, out_dir=tmp_path / "cut")
     handlers = [signal.getsignal(n) for n in STOPPING]
     with monkeypatch.context() as patch:
-        kill = after(12, train_step.clip_grad_norm, lambda: os.kill(os.getpid(), number))
-        patch.setattr(train_step, "clip_grad_norm", kill)
+        kill = after(12, graph.clip_grad_norm, lambda: os.kill(os.getpid(), number))
+        patch.setattr(graph, "clip_grad_norm", kill)
         result = train(cut, console=quiet)
     assert (result.stopped, result.signal, result.step) == ("interrupted", number, 13)  # the step in hand is finished
     assert result.checkpoint.name == "step-00000013"
@@ -62,7 +62,7 @@ def test_a_second_ctrl_c_aborts(config, quiet, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(train_step, "clip_grad_norm", after(3, train_step.clip_grad_norm, interrupt_twice))
+    monkeypatch.setattr(graph, "clip_grad_norm", after(3, graph.clip_grad_norm, interrupt_twice))
     with pytest.raises(KeyboardInterrupt):
         train(config, console=quiet)
     assert list_checkpoints(config.out_dir / "checkpoints") == []
@@ -76,7 +76,7 @@ def test_divergence_spoils_no_checkpoint(config, quiet, monkeypatch, what):
     """
     healthy = 30 if what == "loss" else 34
 
-    class Model(train_step.Transformer):
+    class Model(learner.Transformer):
         calls = 0
 
         def forward(self, tokens, targets):
@@ -88,7 +88,7 @@ def test_divergence_spoils_no_checkpoint(config, quiet, monkeypatch, what):
                 return loss * math.inf if what == "loss" else loss + (self.norm.weight[0] * 0).sqrt()
             return loss
 
-    monkeypatch.setattr(train_step, "Transformer", Model)
+    monkeypatch.setattr(learner, "Transformer", Model)
     with pytest.raises(TrainingDiverged, match=r"by step 35, .*; the last checkpoint is .*step-00000020"):
         train(config, console=quiet)
     assert [p.name for p in list_checkpoints(config.out_dir / "checkpoints")] == ["step-00000020"]
@@ -130,7 +130,7 @@ def test_out_of_memory_says_what_fits(config, monkeypatch, error):
     def allocate():
         raise error
 
-    monkeypatch.setattr(train_step, "clip_grad_norm", after(3, train_step.clip_grad_norm, allocate))
+    monkeypatch.setattr(graph, "clip_grad_norm", after(3, graph.clip_grad_norm, allocate))
     monkeypatch.setattr(loop, "device_memory", lambda device: 400_000)
     monkeypatch.setattr(loop, "check_memory", lambda *_: None)
     said = io.StringIO()

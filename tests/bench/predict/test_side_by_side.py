@@ -9,14 +9,14 @@ from typer.testing import CliRunner
 
 from rooflight.bench.cases.plain_model import PlainTransformer
 from rooflight.bench.cli import app
-from rooflight.bench.predict.side_by_side import WAYS, measure_steps
+from rooflight.bench.predict.side_by_side import DEFAULT, WAYS, measure_steps
 from rooflight.kernels import reference
 from rooflight.model import ModelConfig, Transformer, estimate
 
 CONFIG = ModelConfig(vocab_size=130, context_length=16, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64)
 
 
-@pytest.mark.parametrize("changes", [{}, {"ffn": "gelu", "tie_embeddings": True, "n_kv_head": 4}])
+@pytest.mark.parametrize("changes", [{}, {"ffn": "gelu", "tie_embeddings": True, "n_kv_head": 4}, {"qk_norm": True}])
 def test_the_peer_is_the_same_model(changes):
     config = dataclasses.replace(CONFIG, **changes)
     ours, plain = Transformer(config, ops=reference), PlainTransformer(config)
@@ -24,9 +24,9 @@ def test_the_peer_is_the_same_model(changes):
     tokens = torch.randint(130, (3, 16))
     losses = [model(tokens, tokens.roll(-1, 1)) for model in (ours, plain)]
     torch.testing.assert_close(*losses)
-    gradients = [torch.autograd.grad(loss, model.layers[0].attention.k_proj.weight)[0]
-                 for loss, model in zip(losses, (ours, plain), strict=True)]  # fmt: skip
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+    joined, apart = ours.layers[0].attention.qkv_proj, plain.layers[0].attention.k_proj
+    (qkv,), (k,) = torch.autograd.grad(losses[0], joined.weight), torch.autograd.grad(losses[1], apart.weight)
+    torch.testing.assert_close(qkv.split(joined.rows)[1], k, rtol=1e-4, atol=1e-6)
 
 
 def test_what_the_peer_cannot_be_is_named():
@@ -37,7 +37,7 @@ def test_what_the_peer_cannot_be_is_named():
 
 
 def test_rows_hold_together():
-    ways = [way for way in WAYS if way != "plain, compiled"]  # compiling takes longer than all the rest
+    ways = [way for way in WAYS if "compiled" not in way]  # compiling takes longer than all the rest
     steps = list(
         measure_steps(CONFIG, 2, 16, torch.float32, torch.device("cpu"), ways=ways, seconds=0.01, peak_flops=1e9)
     )
@@ -51,6 +51,27 @@ def test_rows_hold_together():
         assert step.mfu < step.mfu_full
         assert step.last_loss < step.first_loss
         assert step.peak_bytes is None
+
+
+def test_a_cpu_and_a_gpu_take_the_peer_eager_and_compiled_and_ours_without_a_host():
+    assert DEFAULT["cpu"] == ("ours, eager", "ours, compiled", "plain, eager", "plain, compiled")
+    assert DEFAULT["cuda"] == ("ours, eager", "ours, graphed", "plain, eager", "plain, compiled")
+
+
+def test_ways_that_are_compiled_run_in_what_the_compiler_gives(monkeypatch: pytest.MonkeyPatch):
+    """Its front end alone: the rest of the compiler takes half a minute."""
+    compiled = []
+
+    def compiler(model, *_, **__):
+        compiled.append(type(model).__name__)
+        return lambda *inputs: model(*inputs)
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(torch.nn.Module, "compile", compiler)
+    ways = ["ours, compiled", "plain, compiled"]
+    steps = list(measure_steps(CONFIG, 2, 16, torch.float32, torch.device("cpu"), ways=ways, seconds=0.01))
+    assert [(step.name, step.ours) for step in steps] == [(ways[0], True), (ways[1], False)]
+    assert compiled == ["Transformer", "_Block", "_Block"]
 
 
 def test_the_command_writes_what_the_report_reads(tmp_path):

@@ -1,0 +1,136 @@
+"""What defines a tokenizer: all that decides which ids a text gets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .pretokenize import Pattern, Specials, resolve
+
+
+class Definition(NamedTuple):
+    """vocab: id to bytes, special tokens among them, in the order of the ids.
+    pairs: (n, 3) int32, left, right and merged id of every merge, the first one merged first.
+    special_tokens: text to id.  pattern, ignore_merges: see Tokenizer.
+    """
+
+    vocab: dict[int, bytes]
+    pairs: np.ndarray
+    special_tokens: dict[str, int]
+    pattern: Pattern
+    ignore_merges: bool = False
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self.vocab) + 1
+
+    @property
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        left, right, _ = (map(self.vocab.__getitem__, column.tolist()) for column in self.pairs.T)
+        return list(zip(left, right, strict=True))
+
+    @property
+    def hash(self) -> str:
+        """sha256 (hex) of pattern, ids and tokens, merges, special tokens and ignore_merges, as JSON."""
+        written = {i: f'"{token.hex()}"' for i, token in self.vocab.items()}
+        left, right, _ = (map(written.__getitem__, column.tolist()) for column in self.pairs.T)
+        vocab = ", ".join([f"[{i}, {token}]" for i, token in written.items()])
+        merges = ", ".join([f"[{a}, {b}]" for a, b in zip(left, right, strict=True)])
+        rest = json.dumps(sorted(self.special_tokens.items())), json.dumps(self.ignore_merges)
+        content = f"[{json.dumps(self.pattern)}, [{vocab}], [{merges}], {', '.join(rest)}]"
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def byte_ids(self) -> list[int]:
+        special_ids = set(self.special_tokens.values())
+        ids = {token: i for i, token in self.vocab.items() if len(token) == 1 and i not in special_ids}
+        # (A special token may be the only one of its byte.)
+        ids = {token: i for i, token in self.vocab.items() if len(token) == 1} | ids
+        return [ids[bytes([byte])] for byte in range(256)]
+
+    @property
+    def ordinary(self) -> dict[bytes, int]:
+        """The tokens that are not special, with their ids."""
+        special_ids = set(self.special_tokens.values())
+        return {token: i for i, token in self.vocab.items() if i not in special_ids}
+
+
+def define(
+    vocab: Mapping[int, bytes],
+    merges: Iterable[tuple[bytes, bytes]] | np.ndarray,
+    special_tokens: Sequence[str] | Mapping[str, int],
+    pattern: Pattern,
+    ignore_merges: bool,
+) -> Definition:
+    """A definition, all of it checked. merges: tokens, or as Definition.pairs has them. Raises ValueError."""
+    pattern = resolve(pattern)
+    vocab = dict(vocab)
+    specials = _special_ids(special_tokens, vocab)
+    vocab = dict(sorted(vocab.items()))
+    special_ids = set(specials.values())
+    id_of = _check_vocab(vocab, special_ids)
+    _check_holes(vocab, special_ids)
+    pairs = merges if isinstance(merges, np.ndarray) else _pairs(list(merges), id_of)
+    keys = np.sort(pairs[:, 0].astype(np.int64) << 32 | pairs[:, 1])
+    if (keys[1:] == keys[:-1]).any():
+        raise ValueError("merges: a pair is listed more than once")
+    return Definition(vocab, pairs, specials, pattern, ignore_merges)
+
+
+def _special_ids(special_tokens: Sequence[str] | Mapping[str, int], vocab: dict[int, bytes]) -> dict[str, int]:
+    """The special tokens with their ids; adds those to `vocab` that it lacks."""
+    specials = Specials(special_tokens)
+    known = {token: i for i, token in reversed(vocab.items()) if type(token) is bytes} if specials.tokens else {}
+    ids = {}
+    for text, token in zip(specials.tokens, specials.encoded, strict=True):
+        if isinstance(special_tokens, Mapping):
+            i = special_tokens[text]
+            if vocab.get(i, token) != token:
+                raise ValueError(f"special_tokens: {text!r} has the id {i}, which is that of {vocab[i]!r}")
+        else:
+            i = known[token] if token in known else max(vocab, default=-1) + 1
+        ids[text] = i
+        vocab[i] = token
+    return ids
+
+
+def _check_vocab(vocab: Mapping[int, bytes], special_ids: set[int]) -> dict[bytes, int]:
+    """The id of each token, of an ordinary one where a special one has the same bytes."""
+    types = {*map(type, vocab)}, {*map(type, vocab.values())}
+    if types != ({int}, {bytes}) or min(vocab) < 0 or not all(vocab.values()):
+        for i, token in vocab.items():
+            if type(i) is not int or i < 0 or type(token) is not bytes or not token:
+                raise ValueError(f"vocab: {i!r}: {token!r}, expected an id >= 0 and non-empty bytes")
+    id_of = dict(zip(vocab.values(), vocab, strict=True))
+    if len(id_of) < len(vocab):
+        ordinary = {i: token for i, token in vocab.items() if i not in special_ids}
+        id_of |= {token: i for i, token in ordinary.items()}
+        if twice := [(i, token) for i, token in ordinary.items() if id_of[token] != i]:
+            i, token = twice[0]
+            raise ValueError(f"vocab: ids {i} and {id_of[token]} are both {token!r}")
+    for byte in range(256):
+        if bytes([byte]) not in id_of:
+            raise ValueError(f"vocab: the single byte {bytes([byte])!r} is missing, expected all 256")
+    return id_of
+
+
+def _check_holes(vocab: Mapping[int, bytes], special_ids: set[int]) -> None:
+    # tiktoken's own encodings leave gaps among the special tokens at the top; those are harmless.
+    largest = max(vocab.keys() - special_ids)
+    for expected, i in zip(range(largest), vocab, strict=False):
+        if i != expected:
+            raise ValueError(f"vocab: id {expected} is missing, expected no holes below the largest id")
+
+
+def _pairs(merges: Sequence[tuple[bytes, bytes]], id_of: Mapping[bytes, int]) -> np.ndarray:
+    try:
+        pairs = [(id_of[left], id_of[right], id_of[left + right]) for left, right in merges]
+    except KeyError as error:
+        token = error.args[0]
+        rank, merge = next((i, pair) for i, pair in enumerate(merges) if token in (*pair, pair[0] + pair[1]))
+        raise ValueError(f"merges: {token!r} of merge {rank}, {merge!r}, is not in the vocabulary") from None
+    return np.array(pairs, np.int32).reshape(-1, 3)

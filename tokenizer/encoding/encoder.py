@@ -1,0 +1,227 @@
+"""Whole texts to token ids: special tokens, then pre-tokens, then words. Short texts go word by word through a
+dictionary, long ones through the arrays of text.py; the ids are the same."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from itertools import chain
+from typing import cast
+
+import numpy as np
+import regex
+
+from ..pretokenize import SEPARATOR, Cutter, Pattern, Specials, find_pretokens, is_gpt2, pretokenize, utf8
+from ..tokens import TokenBytes
+from .text import TextEncoder
+from .words import WordEncoder
+
+# Bytes of text whose new words are encoded together.
+PIECE = 1 << 22
+# The same of a stream, which is to take less than a megabyte with all its arrays.
+STREAM_PIECE = 1 << 14
+# Characters below which a dictionary look-up for each word costs less than starting up the arrays.
+SHORT_TEXT = 3 << 10
+# Words that short texts left behind; past it all are forgotten, so that no text makes the memory grow without bound.
+MAX_WORDS = 1 << 16
+# Longer words than this are rarely met again and are not remembered.
+MAX_WORD_CHARACTERS = 1 << 8
+
+# Stands between texts that are encoded together; no vocabulary has such an id.
+_END = np.iinfo(np.int32).max
+
+
+@cache
+def gpt2_below_u10000() -> re.Pattern:
+    """GPT-2's pattern for Python's own engine, which takes half the time of `regex`, on text below U+10000.
+
+    Python has no \\p{L}; sets of single characters and ranges it looks up in a bitmap, if all are below U+10000.
+    """
+    plane = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)]))
+    sets = []
+    for name in (r"\p{L}", r"\p{N}", r"\s"):
+        found = regex.findall(f"{name}+", plane)
+        sets.append("".join(f"{re.escape(run[0])}-{re.escape(run[-1])}" for run in found))
+    letter, number, space = sets
+    # The alternatives in another order than the pattern's, the frequent first. (A word that starts with an
+    # apostrophe is a contraction before it is anything else; no other two begin alike.)
+    words = rf" ?[{letter}]++|'(?:[sdmt]|ll|ve|re)| ?[^{space}{letter}{number}]++| ?[{number}]++"
+    return re.compile(rf"{words}|[{space}]+(?![^{space}])|[{space}]+")
+
+
+class SpecialIds:
+    """The special tokens that stand for themselves in a text, with their ids."""
+
+    def __init__(self, id_of: Mapping[str, int], pattern: Pattern) -> None:
+        self.id_of = id_of
+        self.specials = Specials(id_of)
+        self.cutter = Cutter(self.specials, pattern)
+        self._id_of_bytes = dict(zip(self.specials.encoded, id_of.values(), strict=True))
+        longest_first = sorted(id_of, key=lambda token: len(token.encode()), reverse=True)
+        self._pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if id_of else None
+
+    def split(self, text: str) -> list[str]:
+        """The text's parts: ordinary text and special tokens, alternating."""
+        # Looking for each token by itself is the faster, and mostly there is none.
+        for token in self.id_of:
+            if token in text:
+                return cast(re.Pattern, self._pattern).split(text)
+        return [text]
+
+    def mask(self, data: bytes) -> tuple[bytes, np.ndarray]:
+        """The text with a SEPARATOR for each special token, and the special tokens' ids."""
+        masked = self.specials.mask(data)
+        if masked is data or SEPARATOR not in masked:
+            return data, np.empty(0, np.int32)
+        if len(self._id_of_bytes) == 1:
+            return masked, np.full(masked.count(SEPARATOR), next(iter(self.id_of.values())), np.int32)
+        return masked, np.array([self._id_of_bytes[token] for token in self.specials.findall(data)], np.int32)
+
+
+class Encoder:
+    """Encodes texts, remembering words."""
+
+    def __init__(self, words: WordEncoder, pattern: Pattern, tokens: TokenBytes) -> None:
+        self.pattern = pattern
+        self._sizes = tokens.sizes
+        self._is_gpt2 = is_gpt2(pattern)
+        self._word_encoder = words
+        self._words = _Words(words)
+        # One int for each id. A list of ints made anew would take five times the memory, and mostly page faults' time.
+        self._ints = np.array(range(len(tokens.sizes)), object)
+        # One for each thread: its tables are written to by every call. No lock, which a fork might copy while held.
+        self._local = threading.local()
+        self._local.text_encoder = TextEncoder(words, pattern)
+        # What is made at the first use is made now, so that a stream takes next to no memory (see STREAM_PIECE).
+        self._encode_masked("é".encode(), np.empty(0, np.int32))
+
+    def encode_short(self, text: str, allowed: SpecialIds) -> list[int]:
+        parts = allowed.split(text)
+        if len(parts) == 1:
+            return list(chain.from_iterable(map(self._words.__getitem__, self._split(text))))
+        ids: list[int] = []
+        for i, part in enumerate(parts):
+            if i % 2:
+                ids.append(allowed.id_of[part])
+            else:
+                ids.extend(chain.from_iterable(map(self._words.__getitem__, self._split(part))))
+        return ids
+
+    def encode_long(self, pieces: Iterable[bytes], allowed: SpecialIds) -> np.ndarray:
+        """Ids (int32) of UTF-8 text, in pieces as cut_stream makes them."""
+        parts = [self._encode_masked(*allowed.mask(piece)) for piece in pieces]
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+    def encode_to_list(self, pieces: Iterable[bytes], allowed: SpecialIds) -> list[int]:
+        """encode_long as a list."""
+        ids: list[int] = []
+        for piece in pieces:
+            ids += self.to_list(self._encode_masked(*allowed.mask(piece)))
+        return ids
+
+    def to_list(self, ids: np.ndarray) -> list[int]:
+        """ids.tolist(), but equal ids are one int."""
+        return self._ints.take(ids).tolist()
+
+    def encode_many(self, texts: list[bytes], allowed: SpecialIds) -> tuple[np.ndarray, list[int]]:
+        """Ids (int32) of all texts, and how many each has: texts are encoded together, with separators between."""
+        parts, counts = [], []
+        together: list[bytes] = []
+        special_ids: list[np.ndarray] = []
+        size = 0
+        for i, text in enumerate(texts):
+            masked, ids = allowed.mask(text)
+            together.append(masked)
+            special_ids += [ids, np.array([_END], np.int32)]
+            size += len(masked)
+            if size >= PIECE or i == len(texts) - 1:
+                encoded = self._encode_masked(SEPARATOR.join(together) + SEPARATOR, np.concatenate(special_ids))
+                ends = np.flatnonzero(encoded == _END)
+                counts += np.diff(ends, prepend=-1).tolist()
+                parts.append(np.delete(encoded, ends))
+                together, special_ids, size = [], [], 0
+        return np.concatenate(parts) if parts else np.empty(0, np.int32), [count - 1 for count in counts]
+
+    def _encode_masked(self, data: bytes, special_ids: np.ndarray) -> np.ndarray:
+        if not hasattr(self._local, "text_encoder"):
+            self._local.text_encoder = TextEncoder(self._word_encoder, self.pattern)
+        return self._local.text_encoder.encode(data, special_ids)
+
+    def encode_with_offsets(self, text: str, allowed: SpecialIds) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and the (start, end) of each one's characters in `text`."""
+        sizes = self._sizes.tolist()
+        data = utf8(text)
+        masked, special_ids = allowed.mask(data)
+        special_id = iter(special_ids.tolist())
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []  # in bytes
+        longer = 0  # by so much are the special tokens so far longer than their separators
+        padded, starts, lengths = pretokenize(masked, self.pattern)
+        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+            word = padded[start : start + length]
+            tokens = (next(special_id),) if word == SEPARATOR else self._words[word.decode()]
+            start += longer
+            for token in tokens:
+                ids.append(token)
+                spans.append((start, start + sizes[token]))
+                start = spans[-1][1]
+            if word == SEPARATOR:
+                longer += sizes[tokens[0]] - 1
+        if not text.isascii():
+            # The character that each byte belongs to: as many have started as there are bytes that continue none.
+            lead = (np.frombuffer(data, np.uint8) & 0xC0) != 0x80
+            character = (np.cumsum(lead) - 1).tolist()
+            spans = [(character[start], character[end - 1] + 1) for start, end in spans]
+        return ids, spans
+
+    def _split(self, text: str) -> list[str]:
+        if self._is_gpt2 and (text.isascii() or len(text.encode("utf-16-le", "surrogatepass")) == 2 * len(text)):
+            return gpt2_below_u10000().findall(text)
+        return [text[start:end] for start, end in find_pretokens(text, self.pattern)]
+
+
+class _Words(dict[str, tuple[int, ...]]):
+    """Words and their ids, filled as words are asked for; at the first one, with all words of one token."""
+
+    def __init__(self, encoder: WordEncoder) -> None:
+        super().__init__()
+        self._encoder = encoder
+        self._most = 0  # words, past which all but those of one token are forgotten
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        if len(self) >= self._most:
+            # A new word takes microseconds, all these together less than one each.
+            whole = self._encoder.words_of_one_token()
+            self.clear()
+            self.update(whole)
+            self._most = len(whole) + MAX_WORDS
+            return self[word]
+        ids = tuple(self._encoder.encode_word(utf8(word)))
+        if len(word) <= MAX_WORD_CHARACTERS:
+            self[word] = ids
+        return ids
+
+
+def cut_stream(blocks: Iterable[bytes], cutter: Cutter, size: int = PIECE) -> Iterator[bytes]:
+    """b"".join(blocks) in pieces that encode apart as they do together, of `size` bytes or little more if they can."""
+    held: list[bytes] = []
+    n, wanted = 0, size
+    for block in blocks:
+        held.append(block)
+        n += len(block)
+        if n <= wanted:
+            continue
+        data = b"".join(held)
+        start = 0
+        while (cut := cutter.find(data, start + size)) >= 0:
+            yield data[start:cut]
+            start = cut
+        data = data[start:]
+        held, n = [data], len(data)
+        # Text without a place to cut is not searched again for every block.
+        wanted = max(size, 2 * n)
+    data = b"".join(held)
+    if data:
+        yield data

@@ -1,0 +1,256 @@
+"""Whole texts to token ids by array operations: no Python object per word.
+
+Every different word has a number. A word of at most 63 bytes is one, two, four or eight 64-bit integers, and these are
+the key of an open hash table of numbers; longer words, and few, are numbered by a dictionary. All words of a text are
+numbered first; then those not met before are encoded together; then the numbers are replaced by ids. A number's value
+is an id, for a word of one token, or negative and says where the word's ids are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import repeat
+
+import numpy as np
+
+from ..pretokenize import PADDING, SEPARATOR, Cutter, Pattern, Specials, pretokenize
+from ..tokens import ranges
+from .words import MULTIPLIER, WordEncoder
+
+# Words that each table remembers, and ids of words; past either all are forgotten, so that no text makes the memory
+# grow without bound.
+MAX_WORDS = 1 << 17
+MAX_IDS = 1 << 22
+# Longer words than this are rarely met again and are not remembered.
+MAX_WORD_BYTES = 1 << 10
+# Bytes of text cut into words at a time, and words looked up at a time, so that the arrays stay in the cache.
+_PIECE = 1 << 18
+_BLOCK = 1 << 16
+
+# Words longer than others, of which there are less than so many, are looked up in the dictionary instead of a table.
+_FEW = 1 << 6
+# 64-bit integers of a word, of which the last one's top byte is its length: up to 7, 15, 31 and 63 bytes.
+_WIDTHS = (1, 2, 4, 8)
+# Slots of a table: at most three quarters are used, by MAX_WORDS and one block.
+_TABLE_BITS = 18
+_MASKS = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
+
+
+class TextEncoder:
+    """Encodes texts and remembers their words."""
+
+    def __init__(self, words: WordEncoder, pattern: Pattern) -> None:
+        self._words = words
+        self._pattern = pattern
+        self._cutter = Cutter(Specials(()), pattern)
+        self._forget()
+
+    def _forget(self) -> None:
+        # One allocation, which gets huge pages where there are any: thousands of first touches become a few. Memory
+        # that is never touched costs nothing.
+        rows = sum(_WIDTHS)
+        memory = np.zeros((rows + (len(_WIDTHS) + 1) // 2, 1 << _TABLE_BITS), np.uint64)
+        numbers = memory[rows:].view(np.int32).reshape(-1, 1 << _TABLE_BITS)
+        keys = np.split(memory[:rows], np.cumsum(_WIDTHS)[:-1])
+        self._tables = [_WordTable(*columns) for columns in zip(keys, numbers, strict=True)]
+        self._long: dict[bytes, int] = {}
+        # Word 0 is the separator, whose one id is -1.
+        self._n_words = 0
+        self._values, self._ids = _Growing(1 << 18), _Growing(1 << 20)
+        self._new: list[tuple[np.ndarray, np.ndarray]] = []  # starts and lengths of words without a value
+        self._number(SEPARATOR + PADDING, np.zeros(1, np.int64), np.ones(1, np.int64))
+        self._new.clear()
+        self._remember(np.array([-1], np.int32), np.array([1]))
+
+    def encode(self, data: bytes, special_ids: np.ndarray) -> np.ndarray:
+        """Ids (int32) of UTF-8 text with separators, whose ids are `special_ids`."""
+        padded = data + PADDING
+        numbers: list[np.ndarray] = []
+        ids: list[np.ndarray] = []
+        for start, piece in self._pieces(data):
+            _, starts, lengths = pretokenize(piece, self._pattern)
+            starts += start
+            for i in range(0, len(starts), _BLOCK):
+                if self._is_full():
+                    ids += self._resolve(padded, numbers)
+                    numbers.clear()
+                    self._forget()
+                numbers.append(self._number(padded, starts[i : i + _BLOCK], lengths[i : i + _BLOCK]))
+        ids += self._resolve(padded, numbers)
+        joined = np.concatenate(ids) if ids else np.empty(0, np.int32)
+        if len(special_ids):
+            joined[joined < 0] = special_ids
+        return joined
+
+    def _is_full(self) -> bool:
+        most = max(len(self._long), *[table.n for table in self._tables])
+        return most > MAX_WORDS or len(self._ids) > MAX_IDS
+
+    def _pieces(self, data: bytes) -> Iterator[tuple[int, bytes]]:
+        start = 0
+        while (cut := self._cutter.find(data, start + _PIECE)) >= 0:
+            yield start, data[start:cut]
+            start = cut
+        yield start, data[start:]
+
+    def _number(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The numbers of the words; those met first are added to self._new, in the order of their numbers."""
+        # load(i): the eight bytes from offset i on. The padding of `data` keeps the loads of the last word inside it.
+        origin, end = int(starts[0]), int(starts[-1] + lengths[-1])
+        loads = np.ndarray(end - origin + len(PADDING) - 7, "<u8", data, origin, (1,))
+        load = loads.copy().take if end - origin < 16 * len(starts) else loads.__getitem__
+        numbers = np.empty(len(starts), np.int32)
+        left = np.arange(len(starts))
+        for table in self._tables:
+            fits = lengths < 8 * table.width
+            chosen, others = fits.nonzero()[0], (~fits).nonzero()[0]
+            if len(chosen):
+                start, length = starts.take(chosen), lengths.take(chosen)
+                at = start - origin
+                keys = [load(at + 8 * i if i else at) for i in range(table.width)]
+                # The first half of the integers are full, by the choice of the widths.
+                for i in range(table.width // 2, table.width):
+                    keys[i] &= _MASKS.take(length - 8 * i if i else length, mode="clip")
+                keys[-1] |= length.view(np.uint64) << np.uint64(56)
+                numbers[left.take(chosen)], new = table.number(keys, self._n_words)
+                if len(new):
+                    self._n_words += len(new)
+                    self._new.append((start.take(new), length.take(new)))
+            left, starts, lengths = left.take(others), starts.take(others), lengths.take(others)
+            if len(left) < _FEW:
+                break
+        if len(left):
+            numbers[left] = self._number_long(data, starts, lengths)
+        return numbers
+
+    def _number_long(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> list[int]:
+        spans = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
+        words = [data[i:j] for i, j in spans]
+        numbers = list(map(self._long.get, words, repeat(-1)))
+        new = []
+        for i in [i for i, number in enumerate(numbers) if number < 0]:
+            number = self._long.get(words[i], -1)
+            if number < 0:  # met first here, and not a moment ago
+                number = self._n_words
+                self._n_words += 1
+                new.append(i)
+                if len(words[i]) <= MAX_WORD_BYTES:
+                    self._long[words[i]] = number
+            numbers[i] = number
+        if new:
+            self._new.append((starts[new], lengths[new]))
+        return numbers
+
+    def _resolve(self, data: bytes, numbers: list[np.ndarray]) -> list[np.ndarray]:
+        """Ids of the numbers, after all new words were encoded."""
+        if self._new:
+            starts = np.concatenate([start for start, _ in self._new])
+            lengths = np.concatenate([length for _, length in self._new])
+            self._new.clear()
+            self._remember(*self._words.encode_words(data, starts, lengths))
+        return [self._expand(self._values.array.take(block)) for block in numbers]
+
+    def _expand(self, values: np.ndarray) -> np.ndarray:
+        several = (values < 0).nonzero()[0]
+        if not len(several):
+            return values
+        at = ~values.take(several)
+        n = self._ids.array.take(at)
+        counts = np.ones(len(values), np.int64)
+        counts[several] = n
+        ids = np.repeat(values, counts)
+        ids[ids < 0] = self._ids.array.take(ranges(at + 1, n))
+        return ids
+
+    def _remember(self, ids: np.ndarray, counts: np.ndarray) -> None:
+        """Values for the next words, which have counts[0], counts[1], ... of `ids`: one id, or where ids are stored."""
+        offsets = np.cumsum(counts) - counts
+        # Stored are each word's count and then its ids.
+        at = offsets + np.arange(len(counts))
+        stored = np.empty(len(ids) + len(counts), np.int32)
+        is_id = np.ones(len(stored), bool)
+        is_id[at] = False
+        stored[at] = counts
+        stored[is_id] = ids
+        several = ~(at + len(self._ids))
+        self._values.extend(np.where((counts == 1) & (ids.take(offsets) >= 0), ids.take(offsets), several))
+        self._ids.extend(stored)
+
+
+class _WordTable:
+    """An open hash table from words of at most 8 * width - 1 bytes to numbers.
+
+    A word is `width` uint64, its bytes in order and zeros after them, with its length in the last one's top byte.
+    """
+
+    def __init__(self, keys: np.ndarray, numbers: np.ndarray) -> None:
+        self.width = len(keys)
+        self.n = 0
+        self._keys = keys  # (width, slots), zero
+        self._numbers = numbers  # (slots,)
+
+    def number(self, keys: list[np.ndarray], n: int) -> tuple[np.ndarray, np.ndarray]:
+        """The number (int32) of each word, and the indices of those that the table lacked: numbered n, n + 1, ..."""
+        slots = (_mix(keys) >> np.uint64(64 - _TABLE_BITS)).view(np.int64)
+        numbers = self._numbers.take(slots)
+        going = (~self._equal(slots, keys)).nonzero()[0]
+        if not len(going):
+            return numbers, going
+        new = [going[:0]]
+        while len(going):
+            at = slots.take(going)
+            keys_left = [key.take(going) for key in keys]
+            free = (self._keys[-1].take(at) == 0).nonzero()[0]
+            if len(free):
+                # Of several words for one free slot the last gets it; the slot's number says for now which that is.
+                claimed, claims = at.take(free), going.take(free)
+                self._numbers[claimed] = claims
+                won = self._numbers.take(claimed) == claims
+                claimed, claims = claimed[won], claims[won]
+                for column, key in zip(self._keys, keys, strict=True):
+                    column[claimed] = key.take(claims)
+                self._numbers[claimed] = n + np.arange(len(claims))
+                n += len(claims)
+                new.append(claims)
+            equal = self._equal(at, keys_left)
+            numbers[going[equal]] = self._numbers.take(at[equal])
+            going, at = going[~equal], at[~equal]
+            slots[going] = at + 1 & (1 << _TABLE_BITS) - 1
+        found = np.concatenate(new)
+        self.n += len(found)
+        return numbers, found
+
+    def _equal(self, slots: np.ndarray, keys: list[np.ndarray]) -> np.ndarray:
+        equal = self._keys[0].take(slots) == keys[0]
+        for mine, key in zip(self._keys[1:], keys[1:], strict=True):
+            equal &= mine.take(slots) == key
+        return equal
+
+
+class _Growing:
+    """An int32 array that is added to at its end."""
+
+    def __init__(self, capacity: int) -> None:
+        self.array: np.ndarray = np.empty(capacity, np.int32)
+        self._n = 0
+
+    def __len__(self) -> int:
+        return self._n
+
+    def extend(self, more: np.ndarray) -> None:
+        end = self._n + len(more)
+        if end > len(self.array):
+            grown = np.empty(2 * end, np.int32)
+            grown[: self._n] = self.array[: self._n]
+            self.array = grown
+        self.array[self._n : end] = more
+        self._n = end
+
+
+def _mix(keys: list[np.ndarray]) -> np.ndarray:
+    mixed = keys[0] * MULTIPLIER
+    for key in keys[1:]:
+        mixed ^= mixed >> np.uint64(32)
+        mixed += key
+        mixed *= MULTIPLIER
+    return mixed

@@ -1,0 +1,288 @@
+"""Merges applied to words, the bytes of single pre-tokens: bytes in, token ids out.
+
+Of all adjacent pairs that the merges list names, the one listed first is merged; where it occurs more than once, the
+leftmost occurrence; one merge at a time until no pair is listed. That is the order of `tokenizers`, and of `tiktoken`
+on every vocabulary that `Tokenizer.export_tiktoken` accepts.
+
+`encode_word` takes one word. `encode_words` takes thousands at once, one column of a matrix each, and does one merge in
+every column per step; words too long for a column are cut into windows (long.py).
+"""
+
+from __future__ import annotations
+
+import heapq
+from contextlib import suppress
+from itertools import chain, pairwise
+
+import numpy as np
+
+from ..definition import Definition
+from ..tokens import TokenBytes, ranges
+from .long import LongEncoder
+
+# Above this length the scan for the lowest rank (quadratic) costs more than a heap.
+_HEAP_FROM = 64
+# Bytes of words that are worked on together: all arrays of a matrix then stay in the second-level cache or near it.
+_CELLS = 1 << 16
+# Words that are fewer bytes in all than so many times the longest are encoded one by one: starting up the arrays costs
+# as much for one word as for hundreds.
+_FEW = 32
+# Fibonacci hashing: 2^64 / golden ratio.
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+
+_EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
+_ROW_BITS = 8
+# Bytes of the longest word that is a column.
+LONGEST = (1 << _ROW_BITS) - 1
+
+
+class WordEncoder:
+    """Encodes words; remembers none. tokens: the bytes of every id."""
+
+    def __init__(self, definition: Definition, tokens: TokenBytes) -> None:
+        self._byte_ids = definition.byte_ids
+        pairs = definition.pairs.astype(np.int64)
+        self._rank = dict(zip((pairs[:, 0] << 32 | pairs[:, 1]).tolist(), range(len(pairs)), strict=True))
+        self._merged = pairs[:, 2].tolist()
+        self._none = len(pairs)  # a rank above every other: the pair is in no merge
+        self._table = _PairTable(self._byte_ids, pairs, tokens)
+        # Words that are one token whatever the merges make of them.
+        self._whole = definition.ordinary if definition.ignore_merges else {}
+        self._tokens = tokens
+        self._long = LongEncoder(self.merge_words, tokens, LONGEST)
+
+    def encode_word(self, word: bytes) -> list[int]:
+        """Token ids of one word. Takes O(n log n) however long the word is."""
+        return [self._whole[word]] if word in self._whole else self.merge_word(word)
+
+    def words_of_one_token(self) -> dict[str, tuple[int]]:
+        """The tokens whose text, if they are text, is encoded as that one token: all but a few of a vocabulary."""
+        short = (np.minimum(self._tokens.sizes, LONGEST + 1) % (LONGEST + 1)).nonzero()[0]
+        lengths = self._tokens.sizes.take(short)
+        data = self._tokens.join(short)
+        ids, counts = self.encode_words(data, np.cumsum(lengths) - lengths, lengths)
+        words = {}
+        # (The id is another than the token's own where a special token has the same bytes.)
+        for token, i in zip(short[counts == 1].tolist(), ids[np.repeat(counts == 1, counts)].tolist(), strict=True):
+            with suppress(UnicodeDecodeError):
+                words[self._tokens.join([token]).decode()] = (i,)
+        return words
+
+    def encode_words(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of many words.
+
+        data: bytes.  starts, lengths: (n,) int64, where in `data` the words are.
+        Returns ids (total,) int32, the words' ids one after another, and counts (n,) int64, how many each word has.
+        """
+        rest = np.arange(len(lengths))
+        parts = []
+        if self._whole:
+            spans = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
+            known = np.array([self._whole.get(data[i:j], -1) for i, j in spans], np.int32)
+            parts.append((rest[known >= 0], known[known >= 0], np.ones(np.count_nonzero(known >= 0), np.int64)))
+            rest = rest[known < 0]
+        is_long = lengths[rest] > LONGEST
+        for chosen, encode in (rest[~is_long], self.merge_words), (rest[is_long], self._long.encode):
+            if len(chosen):
+                parts.append((chosen, *encode(data, starts[chosen], lengths[chosen])))
+        return _in_order(parts)
+
+    def merge_words(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """encode_words by the merges alone; words that are too long for a column one by one."""
+        # Words of one length beside one another, so that no matrix is higher than it must be.
+        order = np.argsort(np.minimum(lengths, LONGEST + 1).astype(np.uint16), kind="stable")
+        starts, lengths = starts[order], lengths[order]
+        n_short = int(np.searchsorted(lengths, LONGEST, side="right"))
+        parts = []
+        i = 0
+        while i < n_short:
+            j = int(np.searchsorted(lengths[:n_short], 3 * lengths[i] // 2 + 2, side="right"))
+            j = min(j, i + _CELLS // int(lengths[j - 1]))
+            parts.append((order[i:j], *self._merge_group(data, starts[i:j], lengths[i:j])))
+            i = j
+        if n_short < len(lengths):
+            parts.append((order[n_short:], *self._one_by_one(data, starts[n_short:], lengths[n_short:])))
+        return _in_order(parts)
+
+    def _merge_group(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        height = int(lengths[-1])
+        if lengths.sum() < _FEW * height:
+            return self._one_by_one(data, starts, lengths)
+        # What is past a word's end is ignored, so that it may be anything past the end of the data.
+        text = np.frombuffer(data, np.uint8).take(starts + np.arange(height)[:, None], mode="clip")
+        return self._table.merge(text, lengths)
+
+    def _one_by_one(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        spans = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
+        encoded = [self.merge_word(data[i:j]) for i, j in spans]
+        return np.array(list(chain.from_iterable(encoded)), np.int32), np.array([len(ids) for ids in encoded])
+
+    def merge_word(self, word: bytes) -> list[int]:
+        """encode_word by the merges alone."""
+        ids = [self._byte_ids[byte] for byte in word]
+        if len(ids) >= _HEAP_FROM:
+            return self._merge_with_heap(ids)
+        rank_of, none = self._rank.get, self._none
+        ranks = [*[rank_of(left << 32 | right, none) for left, right in pairwise(ids)], none]
+        while (rank := min(ranks)) < none:
+            i = ranks.index(rank)
+            del ids[i + 1], ranks[i]
+            new = ids[i] = self._merged[rank]
+            if i:
+                ranks[i - 1] = rank_of(ids[i - 1] << 32 | new, none)
+            if i + 1 < len(ids):
+                ranks[i] = rank_of(new << 32 | ids[i + 1], none)
+        return ids
+
+    def _merge_with_heap(self, ids: list[int]) -> list[int]:
+        n = len(ids)
+        following = list(range(1, n + 1))
+        preceding = list(range(-1, n - 1))
+        rank_of = self._rank.get
+        # (rank, position) of a pair; an entry is stale when the pair that stands there now has another rank.
+        heap = [(rank, i) for i in range(n - 1) if (rank := rank_of(ids[i] << 32 | ids[i + 1])) is not None]
+        heapq.heapify(heap)
+        while heap:
+            rank, i = heapq.heappop(heap)
+            j = following[i]
+            if ids[i] < 0 or j == n or rank_of(ids[i] << 32 | ids[j]) != rank:
+                continue
+            ids[i], ids[j] = self._merged[rank], -1
+            after = following[i] = following[j]
+            if after < n:
+                preceding[after] = i
+                if (new := rank_of(ids[i] << 32 | ids[after])) is not None:
+                    heapq.heappush(heap, (new, i))
+            before = preceding[i]
+            if before >= 0 and (new := rank_of(ids[before] << 32 | ids[i])) is not None:
+                heapq.heappush(heap, (new, before))
+        return [token for token in ids if token >= 0]
+
+
+def _in_order(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and counts of words 0, 1, ...; each part has some words' numbers, their ids and counts."""
+    if not parts:
+        return np.empty(0, np.int32), np.empty(0, np.int64)
+    number, ids, sizes = (np.concatenate(column) for column in zip(*parts, strict=True))
+    counts, offsets = np.empty(len(number), np.int64), np.empty(len(number), np.int64)
+    counts[number] = sizes
+    offsets[number] = np.cumsum(sizes) - sizes
+    return ids.take(ranges(offsets, counts)), counts
+
+
+class _PairTable:
+    """Ranks of pairs, looked up for whole arrays: an open hash table whose 64-bit entries hold pair and rank."""
+
+    def __init__(self, byte_ids: list[int], pairs: np.ndarray, tokens: TokenBytes) -> None:
+        n = len(pairs)
+        # The id after the largest stands for "no token"; no pair has it.
+        self._no_token = int(max(*byte_ids, pairs.max(initial=0))) + 1
+        self._id_bits = np.uint64(self._no_token.bit_length())
+        self._rank_bits = np.uint64(n.bit_length())
+        if 2 * self._id_bits + self._rank_bits > 64:
+            raise ValueError(f"vocab: {n} merges of ids up to {self._no_token - 1} are more than can be encoded")
+        self._none = np.int32(n)
+        self._none_u64 = np.uint64(n)
+        self._merged = pairs[:, 2].astype(np.int32)
+        self._byte_ids = np.array(byte_ids, np.int32)
+        self._fill(pairs[:, :2].astype(np.uint64))
+        left = np.repeat(self._byte_ids, 256)
+        self._rank_of_bytes = self.ranks(left, np.tile(self._byte_ids, 256)) << _ROW_BITS
+        # The lowest rank of all merges across a boundary between two bytes: those whose left token ends in the one and
+        # whose right token starts with the other. (Of several values for one place the last stays.)
+        first, last = tokens.edges()
+        self._lowest_across = np.full(1 << 16, n, np.int32)
+        across = last.take(pairs[::-1, 0]).astype(np.int64) << 8 | first.take(pairs[::-1, 1])
+        self._lowest_across[across] = np.arange(n - 1, -1, -1)
+        self._lowest_across <<= _ROW_BITS
+
+    def _fill(self, pairs: np.ndarray) -> None:
+        # A sixteenth full at most, so that an absent pair, as most are, almost always meets an empty slot.
+        bits = max(8, (16 * len(pairs)).bit_length())
+        self._slot_shift = np.uint64(64 - bits)
+        self._slot_mask = (1 << bits) - 1
+        self._entries = np.full(1 << bits, _EMPTY)
+        keys = pairs[:, 0] << self._id_bits | pairs[:, 1]
+        entries = keys << self._rank_bits | np.arange(len(pairs), dtype=np.uint64)
+        slots = (keys * MULTIPLIER >> self._slot_shift).astype(np.int64)
+        while len(entries):
+            free = self._entries[slots] == _EMPTY
+            self._entries[slots[free]] = entries[free]  # of several for one slot, the last stays
+            left = self._entries[slots] != entries
+            entries, slots = entries[left], slots[left] + 1 & self._slot_mask
+
+    def ranks(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Ranks (int32) of the pairs; the number of merges where there is none."""
+        keys = left.astype(np.uint64)
+        keys <<= self._id_bits
+        keys |= right.astype(np.uint64)
+        slots = (keys * MULTIPLIER >> self._slot_shift).view(np.int64)
+        keys <<= self._rank_bits
+        entries = self._entries.take(slots)
+        # Of an entry of the pair nothing but the rank is left; of any other entry a number above all ranks.
+        ranks = np.minimum(entries ^ keys, self._none_u64).astype(np.int32)
+        going = ((ranks == self._none) & (entries != _EMPTY)).nonzero()[0]
+        while len(going):
+            at = slots[going] = slots.take(going) + 1 & self._slot_mask
+            entries = self._entries.take(at)
+            found = np.minimum(entries ^ keys.take(going), self._none_u64).astype(np.int32)
+            ranks[going] = found
+            going = going[(found == self._none) & (entries != _EMPTY)]
+        return ranks
+
+    def merge(self, text: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and counts, as encode_words, of the words in text (width, n) uint8, a word a column.
+
+        Arrays are (width + 1, n) and indexed flat. tokens: the id of the token that starts at each byte, -1 inside a
+        token. following, preceding: the index of the neighbouring token. keys: rank << 8 | row of the token's pair with
+        the following one, so that a column's minimum is the leftmost pair of the lowest rank. The last row is "no
+        token", the neighbour of the first and of the last token, in no pair: the ends need no case of their own.
+
+        The first step does all merges at once that are certain: whatever becomes of the tokens beside such a pair, no
+        merge with them has a rank as low, so that the pair is merged before either could be. That is half of all.
+        """
+        width, n = text.shape
+        rows = np.arange(width + 1)[:, None]
+        last = lengths - 1
+        tokens = np.full((width + 1, n), self._no_token, np.int32)
+        tokens[:width] = self._byte_ids.take(text)
+        tokens[:width][rows[:width] > last] = -1
+        keys = np.empty((width + 1, n), np.int32)
+        pairs = text[:-1].astype(np.int64) << 8 | text[1:]
+        keys[: width - 1] = self._rank_of_bytes.take(pairs)
+        outside = rows >= last
+        keys[outside] = self._none << _ROW_BITS
+        across = self._lowest_across.take(pairs)
+        across[outside[: width - 1]] = self._none << _ROW_BITS
+        certain = keys[:width] < self._none << _ROW_BITS
+        certain[1:] &= keys[1:width] < across
+        certain[: width - 2] &= keys[: width - 2] < across[1:]
+        at = np.flatnonzero(certain)
+        keys |= rows.astype(np.int32)
+        index = np.arange((width + 1) * n).reshape(width + 1, n)
+        following = np.where(rows < last, index + n, index[width]).reshape(-1)
+        preceding = np.where(rows > 0, index - n, index[width]).reshape(-1)
+
+        flat_tokens, flat_keys = tokens.reshape(-1), keys.reshape(-1)
+        while True:
+            new = self._merged.take(flat_keys.take(at) >> _ROW_BITS)
+            absorbed = following.take(at)
+            after = following.take(absorbed)
+            flat_tokens[absorbed] = -1
+            flat_tokens[at] = new
+            following[at] = after
+            preceding[after] = at
+            before = preceding.take(at)  # after that, since what was there may itself have been absorbed just now
+            flat_keys[absorbed] |= self._none << _ROW_BITS  # no less than "none", whatever rank was there
+            changed = np.concatenate([before, at])
+            left = np.concatenate([flat_tokens.take(before), new])
+            right = np.concatenate([new, flat_tokens.take(after)])
+            row = flat_keys.take(changed) & (1 << _ROW_BITS) - 1
+            flat_keys[changed] = self.ranks(left, right) << _ROW_BITS | row
+            lowest = keys.min(axis=0)
+            columns = np.flatnonzero(lowest < self._none << _ROW_BITS)
+            if not len(columns):
+                break
+            at = (lowest.take(columns) & (1 << _ROW_BITS) - 1) * np.int64(n) + columns
+        kept = tokens[:width].T >= 0
+        return tokens[:width].T[kept], np.count_nonzero(kept, axis=1)

@@ -1,0 +1,37 @@
+"""Text to pre-tokens: special tokens, patterns, safe cuts."""
+
+from .chunks import Cutter, document_chunks, file_ranges, read_chunks, stream_chunks
+from .cut import pretokenize
+from .patterns import (
+    GPT2_PATTERN,
+    PATTERNS,
+    Pattern,
+    find_pretokens,
+    for_oniguruma,
+    is_gpt2,
+    resolve,
+)
+from .specials import Specials
+from .text import PADDING, SEPARATOR, Pretokens, repair, utf8
+
+__all__ = [
+    "GPT2_PATTERN",
+    "PADDING",
+    "PATTERNS",
+    "SEPARATOR",
+    "Cutter",
+    "Pattern",
+    "Pretokens",
+    "Specials",
+    "document_chunks",
+    "file_ranges",
+    "find_pretokens",
+    "for_oniguruma",
+    "is_gpt2",
+    "pretokenize",
+    "read_chunks",
+    "repair",
+    "resolve",
+    "stream_chunks",
+    "utf8",
+]

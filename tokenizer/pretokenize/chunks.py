@@ -1,0 +1,159 @@
+"""Cutting files and documents into chunks that can be pre-tokenised apart, so that memory and parallelism are free.
+
+    Cutter(specials, pattern).find(data, at)            the first safe cut
+    file_ranges(path, cutter, size) -> [(start, stop)]  a file in pieces for several processes
+    read_chunks(path, start, stop, cutter, size)        a piece in chunks: valid UTF-8, special tokens as separators
+    stream_chunks(path, cutter, size)                   a pipe in such chunks
+    document_chunks(documents, cutter, size)            the same from an iterable of str
+
+A cut is safe when the pre-tokens of the two sides, put end to end, are those of the whole. With the GPT-2 pattern that
+holds between an ASCII letter or digit and an ASCII character that is neither: no pre-token crosses such a place, and
+the pattern looks ahead only inside white space. With its descendants it holds where that character is a space or line
+end. With any other pattern nothing is known, so cuts fall only where a special token starts. Either way no special
+token may lie across the cut, and both sides decode alike, since a byte that starts a character ends every invalid
+sequence before it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Generator, Iterable, Iterator
+from itertools import pairwise
+from typing import IO
+
+from ..inputs import open_text
+from .patterns import GPT2_PATTERN, Pattern, compile_pattern, is_gpt2, is_vectorised
+from .specials import Specials
+from .text import SEPARATOR, repair, utf8
+
+# Chunks that stay in the second-level cache with their class and boundary arrays.
+CHUNK_SIZE = 1 << 18
+RANGE_SIZE = 1 << 22
+_WINDOW = 1 << 16
+
+_WORD_END = re.compile(rb"(?<=[0-9A-Za-z])[^0-9A-Za-z\x80-\xff]")
+_WORD_BEFORE_SPACE = re.compile(rb"(?<=[0-9A-Za-z])[ \n]")
+
+
+class Cutter:
+    """Finds safe cuts for one set of special tokens and one pattern."""
+
+    def __init__(self, specials: Specials, pattern: Pattern = GPT2_PATTERN) -> None:
+        compile_pattern(pattern)
+        self.specials = specials
+        self.pattern = pattern
+        self.inside_documents = is_vectorised(pattern)
+        self._word_end = _WORD_END if is_gpt2(pattern) else _WORD_BEFORE_SPACE
+        # Bytes needed on both sides of a cut to tell that it is safe.
+        self.margin = max(1, specials.max_length)
+
+    def find(self, data: bytes, at: int, *, ends: bool = False) -> int:
+        """The first safe cut of `data` at or after `at`, or -1 when `data` shows none.
+
+        data: starts at a safe cut, or at least `margin` bytes before `at`.
+        ends: whether the text ends with `data`, so that nothing can lie across the end.
+        """
+        limit = len(data) if ends else len(data) - self.margin
+        for cut in self._candidates(data, at):
+            if cut > limit:
+                break
+            near = data[max(0, cut - self.margin) : cut + self.margin]
+            middle = min(cut, self.margin)
+            if not any(start < middle < stop for start, stop in self.specials.spans(near)):
+                return cut
+        return -1
+
+    def _candidates(self, data: bytes, at: int) -> Iterator[int]:
+        if self.inside_documents:
+            return (match.start() for match in self._word_end.finditer(data, at))
+        return self.specials.starts(data, at)
+
+    def mask(self, data: bytes) -> bytes:
+        """`data` as valid UTF-8 with a SEPARATOR for each special token: what pretokenize takes."""
+        return self.specials.mask(repair(data))
+
+
+def file_ranges(path: str | os.PathLike[str], cutter: Cutter, size: int = RANGE_SIZE) -> list[tuple[int, int]]:
+    """The file as consecutive (start, stop) in bytes, each about `size` long, with safe cuts between.
+
+    Raises FileNotFoundError when there is no such file, ValueError when it is no text.
+    """
+    size = max(size, cutter.margin)
+    cuts = [0]
+    with open_text(path) as file:
+        n_bytes = os.fstat(file.fileno()).st_size
+        at = size
+        while at < n_bytes:
+            file.seek(at - cutter.margin)
+            window = file.read(cutter.margin + _WINDOW)
+            cut = cutter.find(window, cutter.margin)
+            if cut >= 0:
+                cuts.append(at - cutter.margin + cut)
+                at = cuts[-1] + size
+            else:
+                at += max(1, len(window) - 2 * cutter.margin)
+    cuts.append(n_bytes)
+    return [(start, stop) for start, stop in pairwise(cuts) if start < stop]
+
+
+def read_chunks(
+    path: str | os.PathLike[str], start: int, stop: int, cutter: Cutter, size: int = CHUNK_SIZE
+) -> Iterator[bytes]:
+    """Bytes start to stop of the file, safe cuts both, as chunks of at least `size` bytes, ready for pretokenize.
+
+    Raises OSError when the file is shorter than `stop` by now.
+    """
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        left = yield from _chunks(file, stop - start, cutter, size)
+        if left:
+            raise OSError(f"{os.fspath(path)!r} ends {left} bytes before its size of a moment ago")
+
+
+def stream_chunks(path: str | os.PathLike[str], cutter: Cutter, size: int = CHUNK_SIZE) -> Iterator[bytes]:
+    """read_chunks of a pipe or device, to its end. Raises ValueError when it is no text."""
+    with open_text(path) as file:
+        yield from _chunks(file, 1 << 62, cutter, size)
+
+
+def _chunks(file: IO[bytes], left: int, cutter: Cutter, size: int) -> Generator[bytes, None, int]:
+    """Chunks of the next `left` bytes, fewer where the file ends. Returns how many bytes were missing."""
+    pending = b""
+    while left:
+        # As much as is pending already: a stretch without cuts costs time linear in its length.
+        block = file.read(min(left, max(size, len(pending)) + cutter.margin))
+        if not block:
+            break
+        left -= len(block)
+        searched = max(size, len(pending) - cutter.margin)
+        pending += block
+        done = 0
+        while left and (cut := cutter.find(pending, searched)) >= 0:
+            yield cutter.mask(pending[done:cut])
+            done, searched = cut, cut + size
+        pending = pending[done:]
+    if pending:
+        yield cutter.mask(pending)
+    return left
+
+
+def document_chunks(documents: Iterable[str], cutter: Cutter, size: int = CHUNK_SIZE) -> Iterator[bytes]:
+    """The documents, each a str, packed into chunks of about `size` bytes with a SEPARATOR between documents."""
+    pack: list[bytes] = []
+    packed = 0
+    for document in documents:
+        if not isinstance(document, str):
+            raise ValueError(f"documents: got {type(document).__name__}, expected str")
+        data = utf8(document)
+        done = 0
+        while len(data) > done + size and (cut := cutter.find(data, done + size, ends=True)) >= 0:
+            yield cutter.specials.mask(data[done:cut])
+            done = cut
+        pack.append(cutter.specials.mask(data[done:]))
+        packed += len(data) - done
+        if packed >= size:
+            yield SEPARATOR.join(pack)
+            pack, packed = [], 0
+    if pack:
+        yield SEPARATOR.join(pack)
