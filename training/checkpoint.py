@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..model import ModelConfig, Transformer
+from ..model.typed import typed
 from .files import new_folder, remove_folder
 
 FORMAT, VERSION = "rooflight-checkpoint", 1
@@ -47,6 +48,7 @@ class DamagedCheckpoint(ValueError):  # noqa: N818
         self.path = path
 
 
+@typed
 def list_checkpoints(directory: str | Path) -> list[Path]:
     """What has a checkpoint's name under `directory`, whole or not, oldest first; none when it does not exist."""
     directory = Path(directory)
@@ -56,6 +58,7 @@ def list_checkpoints(directory: str | Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+@typed
 def save_checkpoint(
     directory: str | Path,
     model: nn.Module,
@@ -221,6 +224,7 @@ def find_checkpoint(path: str | Path) -> Path:
     return found[-1]
 
 
+@typed
 def check_tokenizer(path: str | Path, tokenizer_hash: str, name: str | Path) -> None:
     """Raise ValueError unless the tokenizer `name` of that hash made what the checkpoint (or the run's latest) learned.
 
@@ -235,6 +239,7 @@ def check_tokenizer(path: str | Path, tokenizer_hash: str, name: str | Path) -> 
         )
 
 
+@typed
 def load_model(path: str | Path, *, device: str | torch.device = "cpu", ops: Any = None) -> Transformer:
     """The model of a checkpoint, or of a run's latest checkpoint, in evaluation mode.
 
@@ -257,10 +262,18 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu", ops: Any
     return model.to(device).eval()
 
 
+def read_model_config(path: str | Path) -> ModelConfig:
+    """The configuration of a checkpoint's model, or of a run's latest's. Raises as load_model does."""
+    path = find_checkpoint(path)
+    verify_checkpoint(path)
+    return _model_config(path)
+
+
 def _model_config(path: Path) -> ModelConfig:
     return ModelConfig.from_dict(json.loads((path / MODEL).read_text(encoding="utf-8")))
 
 
+@typed
 def load_checkpoint(path: str | Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[int, dict[str, Any]]:
     """Restore model, optimizers' states and torch's random generators in place; returns (step, extra).
 
@@ -292,6 +305,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizers: Sequence[Opt
     return state["step"], state["extra"]
 
 
+@typed
 def load_extra(path: str | Path) -> dict[str, Any]:
     """The `extra` that a checkpoint was saved with. Raises as load_checkpoint does."""
     path = find_checkpoint(path)
@@ -299,6 +313,7 @@ def load_extra(path: str | Path) -> dict[str, Any]:
     return torch.load(path / STATE, map_location="cpu", weights_only=True)["extra"]
 
 
+@typed
 def load_latest(
     directory: str | Path, model: nn.Module, optimizers: Sequence[Optimizer]
 ) -> tuple[Path, int, dict[str, Any], list[DamagedCheckpoint]]:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..model import ModelConfig, preset
+from ..model.typed import typed
 from .optim import OPTIMIZERS
+from .pretrained import read_config
 from .schedule import lr_factor
 
 DTYPES = ("float32", "bfloat16")
@@ -28,7 +30,7 @@ MAY_CHANGE = frozenset((
     "lr", "muon_lr", "muon_momentum", "betas", "weight_decay", "schedule", "warmup", "decay", "min_lr_ratio",
     "grad_clip", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard",
     "wandb", "dtype", "device", "compile", "checkpointing", "kernels", "peak_flops", "resume", "overwrite",
-    "cuda_graph",
+    "cuda_graph", "init_from",
 ))  # fmt: skip
 _TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}
 _TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
@@ -79,6 +81,8 @@ class TrainConfig:
         seed                    of initialisation and batches, below 2^64
         resume                  go on from out_dir's latest whole checkpoint, if there is one
         overwrite               begin anew in an out_dir that holds something, which moves to out_dir/previous-<n>
+        init_from               begin with the weights of this checkpoint, run or Hugging Face folder; its model too,
+                                where `model` says nothing, or but some of its fields (another context_length, say)
     A resumed run has the model, optimizer and seed, and train_data the tokens, that it began with; MAY_CHANGE lists
     what may be another, and the run says what is.
     Raises ValueError on a value out of range.
@@ -124,11 +128,12 @@ class TrainConfig:
     seed: int = 0
     resume: bool = False
     overwrite: bool = False
+    init_from: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("train_data", "val_data", "out_dir"):  # strings are welcome; TOML has nothing else
-            value = getattr(self, name)
-            self._require(name, isinstance(value, str | Path) or (name == "val_data" and value is None), "a path")
+        for name in ("train_data", "val_data", "out_dir", "init_from"):  # strings are welcome; TOML has nothing else
+            value, optional = getattr(self, name), name in ("val_data", "init_from")
+            self._require(name, isinstance(value, str | Path) or (optional and value is None), "a path")
             if value is not None:
                 object.__setattr__(self, name, Path(value))
         if not isinstance(self.betas, list | tuple) or not all(isinstance(b, int | float) for b in self.betas):
@@ -210,6 +215,8 @@ class TrainConfig:
 
         Raises ValueError on an unknown or missing name, or a value out of range.
         """
+        if not isinstance(values, dict):
+            raise ValueError(f"values: expected a table of the options, got {values!r}")
         values = dict(values)
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(known))
@@ -220,6 +227,9 @@ class TrainConfig:
         for option in dataclasses.fields(cls):  # TOML and a command line have no null
             if values.get(option.name) == "none" and "None" in str(option.type):
                 values[option.name] = None
+        table = values.get("model") or {}
+        if values.get("init_from") is not None and isinstance(table, dict) and "preset" not in table:
+            values["model"] = read_config(values["init_from"]).to_dict() | table
         if isinstance(values.get("model"), dict):
             values["model"] = model_config(values["model"])
         missing = [
@@ -239,6 +249,7 @@ class TrainConfig:
         return cls.from_dict(read_toml(path) | {k: v for k, v in overrides.items() if v is not None})
 
 
+@typed
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The plain values of a TOML file. Raises FileNotFoundError, or ValueError on TOML that cannot be read."""
     path = Path(path)

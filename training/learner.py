@@ -14,19 +14,23 @@ from ..kernels import dispatch, reference
 from ..model import Transformer
 from .config import TrainConfig
 from .data import TokenFile, validation_batches
-from .graph import CudaGraphs, Graphs, TrainStep, autocast, set_rates
+from .graph import Captured, CudaGraphs, Graphs, TrainStep, autocast, set_rates
 from .optim import build_optimizers, low_precision
+from .pretrained import copy_weights
 
 
 class Learner:
     """A model and optimizers as `config` has them begin, and their step.
 
-    Building seeds torch's generators with config.seed.  say: told in a sentence why the step cannot be captured.
+    Building seeds torch's generators with config.seed.  fresh: begin with init_from's weights, if any; a run
+    that resumes has others anyway.  say: told in a sentence why the step cannot be captured.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device, *, say: Callable[[str], object] = print) -> None:
+    def __init__(
+        self, config: TrainConfig, device: torch.device, *, fresh: bool = True, say: Callable[[str], object] = print
+    ) -> None:
         self.config, self.device, self.dtype = config, device, getattr(torch, config.dtype)
-        self.ops = choose_ops(config.kernels, device)
+        self.ops, self.fresh = choose_ops(config.kernels, device), fresh
         self.model = self._begun()
         # compiled code casts weights by itself, and the oracles' optimizer is torch's
         plain = config.compile or self.ops is reference
@@ -45,6 +49,7 @@ class Learner:
         )
         self._peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.forward: Callable[..., Tensor] = torch.compile(self.model) if config.compile else self.model
+        graphs = graphs_for(config, device)
         self.take_step = TrainStep(
             self.forward,
             self.model.parameters(),
@@ -53,14 +58,22 @@ class Learner:
             dtype=self.dtype,
             micro_batches=config.gradient_accumulation,
             max_norm=config.grad_clip or math.inf,
-            graphs=graphs_for(config, device),
+            graphs=graphs,
             say=say,
         )
+        # Not compiled: without gradients, and with the last batch's rows, it would be twice more. In a graph it says
+        # nothing of its own: what cannot be captured there could not be in the step either.
+        self.validated: Callable[..., Tensor] = self.model
+        if graphs is not None:
+            self.validated = Captured(self.model, graphs, warmup=1, failed=lambda error: None)
 
     def _begun(self) -> Transformer:
         torch.manual_seed(self.config.seed)
         with self.device:
-            return Transformer(self.config.model, ops=self.ops, checkpointing=self.config.checkpointing)
+            model = Transformer(self.config.model, ops=self.ops, checkpointing=self.config.checkpointing)
+        if self.config.init_from is not None and self.fresh:
+            copy_weights(self.config.init_from, model)
+        return model
 
     def set_rates(self, factor: float) -> None:
         """Every learning rate to `factor` times its peak."""
@@ -69,6 +82,7 @@ class Learner:
     def restart(self) -> None:
         """Model, optimizers and random generators as they began, in place; the step is captured no more."""
         self.take_step.forget_graphs()
+        self.validated = self.model
         self.model.load_state_dict(self._begun().state_dict())
         for optimizer in self.optimizers:
             optimizer.state.clear()

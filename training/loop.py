@@ -150,9 +150,10 @@ class _Run:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.memory = PeakMemory(self.device)
-        self.learner = Learner(config, self.device, say=self._say)
+        found = list_checkpoints(self.directory)
+        self.learner = Learner(config, self.device, fresh=not found, say=self._say)
         self.step, self.totals = 0, _Totals()
-        if list_checkpoints(self.directory):
+        if found:
             self._resume()
 
     def _resume(self) -> None:
@@ -313,7 +314,7 @@ class _Run:
         assert self.val_data is not None
         config = self.config
         loss = evaluate(
-            self.learner.model,  # as it is: without gradients, and of a last batch's rows, it would compile twice more
+            self.learner.validated,
             self.val_data,
             batch_size=config.batch_size // config.gradient_accumulation,
             context_length=config.model.context_length,

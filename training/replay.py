@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.typed import typed
 from .checkpoint import find_checkpoint, load_checkpoint, load_extra, save_checkpoint
 from .config import TrainConfig
 from .files import remove_folder
@@ -102,6 +103,7 @@ def find_divergence(
     return None
 
 
+@typed
 def replay(path: str | Path, *, device: str | None = None) -> Replay:
     """Compute a dumped step's loss and gradient again.
 
@@ -113,7 +115,7 @@ def replay(path: str | Path, *, device: str | None = None) -> Replay:
     if not {"config", "inputs", "targets", "loss", "grad_norm"} <= extra.keys():
         raise ValueError(f"{path} is a checkpoint, and no dump of a step that was not finite")
     config = TrainConfig.from_dict(extra["config"])
-    config = dataclasses.replace(config, device=device or config.device, cuda_graph=False)
+    config = dataclasses.replace(config, device=device or config.device, cuda_graph=False, init_from=None)
     where = resolve_device(config.device)
     learner = Learner(config, where)
     count, _ = load_checkpoint(path, learner.model, learner.optimizers)

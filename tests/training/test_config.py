@@ -117,7 +117,7 @@ def test_what_a_resumed_run_may_change():
         "weight_decay": 0.5, "schedule": "cosine", "warmup": 0.5, "decay": 0.25, "min_lr_ratio": 0.1, "grad_clip": None,
         "eval_every": 1, "eval_batches": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "log_every": 1,
         "tensorboard": True, "wandb": "p", "dtype": "float32", "device": "cpu", "compile": True, "checkpointing": True,
-        "kernels": "eager", "peak_flops": 1.0, "resume": True, "overwrite": True, "cuda_graph": False,
+        "kernels": "eager", "peak_flops": 1.0, "resume": True, "overwrite": True, "cuda_graph": False, "init_from": "m",
     }  # fmt: skip
     assert others.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
     refused = set()
