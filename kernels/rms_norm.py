@@ -384,7 +384,7 @@ def rms_norm(
     check_device(("x", x), ("weight", weight), ("residual", residual))
     if not runs_triton(x):
         result = reference.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)
-        return result.contiguous() if residual is None else (result[0].contiguous(), result[1].contiguous())
+        return result.contiguous() if isinstance(result, Tensor) else (result[0].contiguous(), result[1].contiguous())
     if torch.compiler.is_compiling():
         y, stream, _ = _fwd(x, weight, eps, residual, weight_offset)
         return y if residual is None else (y, stream)

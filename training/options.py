@@ -132,7 +132,8 @@ def signature(*first: inspect.Parameter) -> inspect.Signature:
     """`first`, then a parameter for every option, None where it is not given: what typer makes flags of."""
     parameters = []
     for option in options():
-        flag, kind = option.flag, str
+        flag = option.flag
+        kind: Any = str
         if option.type == "bool":
             flag, kind = f"{flag}/--no-{flag.removeprefix('--')}", bool
         elif "list" in option.type:

@@ -58,7 +58,7 @@ def problems(kind: str, D: int) -> Iterator[Problem]:
             lengths = [draws.choice((0, 1, 7, 64, 128, draws.randint(1, 300))) for _ in range(draws.randint(1, 3))]
             lengths.insert(draws.randint(0, len(lengths)), T)
             keys = [draws.choice((x, x + draws.randint(0, 200), 0, max(1, x // 2))) for x in lengths]
-            keys = keys if n % 3 == 0 and sum(keys) else lengths
+            keys = keys if n % 3 == 0 and any(keys) else lengths
         else:
             lengths, keys = [T], [T if n % 3 else max(1, T + draws.choice((-T // 2, -70, -1, 1, 200)))]
         left = draws.choice((0, 1, 63, 100, 128, 200, 300)) if kind == "window" else None
@@ -73,6 +73,7 @@ def inputs(problem: Problem, device: torch.device) -> tuple[Results, tuple[Any, 
     import torch
 
     T, S, H, K, D = problem[:5]
+    shapes: list[tuple[int, ...]]
     if problem.kind == "packed":
         shapes = [(sum(T), H, D), (sum(S), K, D), (sum(S), K, D), (sum(T), H, D)]
         ends = tuple(torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32, device=device) for x in (T, S))
@@ -111,7 +112,7 @@ def oracle(problem: Problem, tensors: Results, ends: tuple[Any, ...], dtype: tor
     window = None if problem.left is None else (problem.left, 0)
     options: dict[str, Any] = {"causal": problem.kind != "full", "window": window, "return_lse": True}
     if ends:
-        found = reference.flash_attention_varlen(q, k, v, *ends, max(problem.T), max(problem.S), **options)
+        found = reference.flash_attention_varlen(q, k, v, ends[0], ends[1], max(problem.T), max(problem.S), **options)
     else:
         found = reference.flash_attention(q, k, v, **options)
     out, lse = found

@@ -115,6 +115,7 @@ def clear(p: Problem, queries: tuple[Tensor, Tensor | None, float], keys: tuple[
     """
     x, rows, value = queries
     k, v = (None, None) if keys is None else keys
+    assert p.ends_q is not None
     if x.numel() == 0 and (k is None or k.numel() == 0):
         return
     plan = _plan(
