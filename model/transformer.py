@@ -96,17 +96,17 @@ class Transformer(nn.Module):
 
     def _rope_tables(self, longest: int | Tensor) -> tuple[Tables, Tables]:
         """The tables of the layers without a window and of those with one; longest: positions up to which to look."""
-        buffers = dict(self.named_buffers(recurse=False))
-        tables = self.cos, self.sin
-        if "cos_short" in buffers and self.config.rope_scaling is not None:
-            short = buffers["cos_short"], buffers["sin_short"]
-            stretched = longest > (self.config.rope_scaling.original_context_length or 0)
+        tables, scaling = (self.cos, self.sin), self.config.rope_scaling
+        if scaling is not None and scaling.kind == "longrope":
+            short = self.get_buffer("cos_short"), self.get_buffer("sin_short")
+            stretched = longest > (scaling.original_context_length or 0)
             if isinstance(stretched, Tensor):  # known to the device alone
                 tables = torch.where(stretched, tables[0], short[0]), torch.where(stretched, tables[1], short[1])
             elif not stretched:
                 tables = short
-        local = (buffers["cos_local"], buffers["sin_local"]) if "cos_local" in buffers else tables
-        return tables, local
+        if self.config.rope_local_theta is None:
+            return tables, tables
+        return tables, (self.get_buffer("cos_local"), self.get_buffer("sin_local"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
         """A cast of the model (.bfloat16(), .to_empty()) must neither round nor lose the rotation tables."""
