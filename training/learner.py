@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import kernels
 from ..kernels import dispatch, reference
 from ..model import Transformer
+from ..model.typed import typed
 from .config import TrainConfig
 from .data import TokenFile, validation_batches
 from .graph import Captured, CudaGraphs, Graphs, TrainStep, autocast, set_rates
@@ -115,6 +116,7 @@ def evaluate(
     return total.item() / count
 
 
+@typed
 def resolve_device(name: str) -> torch.device:
     """The device of that name, "auto" being CUDA when there is one. Raises ValueError on one that is not there."""
     if name == "auto":

@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ..model import estimate
+from ..model.typed import typed
 from .checkpoint import list_checkpoints, load_latest, save_checkpoint, set_aside
 from .config import TrainConfig
 from .data import Batches, TokenFile, batch_generator, check_window, get_batch, open_tokens
@@ -72,6 +73,7 @@ class _Totals:
     first_val_loss: float | None = None
 
 
+@typed
 def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult:
     """Train a model as `config` says; see TrainConfig for every option. Writes out_dir/config.json, log.jsonl,
     checkpoints/.

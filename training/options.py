@@ -133,17 +133,17 @@ def signature(*first: inspect.Parameter) -> inspect.Signature:
     parameters = []
     for option in options():
         flag = option.flag
-        kind: Any = str
+        kind: Any = str | None
         if option.type == "bool":
-            flag, kind = f"{flag}/--no-{flag.removeprefix('--')}", bool
+            flag, kind = f"{flag}/--no-{flag.removeprefix('--')}", bool | None
         elif "list" in option.type:
-            kind = list[str]
+            kind = list[str] | None
         text = f"{option.help}  (default: {option.shown_default})".replace("[", "\\[")
-        name = None if kind is bool else f"<{option.type.partition(' |')[0].partition('[')[0].lower()}>"
+        name = None if option.type == "bool" else f"<{option.type.removesuffix(' | None').partition('[')[0].lower()}>"
         shown = typer.Option(flag, help=text, metavar=name, rich_help_panel=option.group, show_default=False)
         parameters.append(
             inspect.Parameter(
-                option.parameter, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, shown]
+                option.parameter, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, shown]
             )
         )
     return inspect.Signature([*first, *parameters])

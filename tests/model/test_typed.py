@@ -15,6 +15,8 @@ from rooflight.model.typed import _matches, typed
 from rooflight.training.checkpoint import load_model, save_checkpoint
 from rooflight.training.config import TrainConfig
 from rooflight.training.data import get_batch, open_tokens
+from rooflight.training.learner import resolve_device
+from rooflight.training.loop import train
 from rooflight.training.optim import build_optimizers
 from rooflight.training.schedule import lr_factor
 
@@ -53,6 +55,8 @@ def model() -> Transformer:
         (lambda m: preset(["tiny"]), "preset"),
         (lambda m: ModelConfig.from_dict(None), "fields"),
         (lambda m: negative_log_likelihood(m, [1, 2, 3]), "tokens"),
+        (lambda m: train({}), "config"),
+        (lambda m: resolve_device(None), "name"),
         (lambda m: TrainConfig.from_dict([]), "values"),
         (lambda m: TrainConfig.from_toml(b"x"), "path"),
         (lambda m: open_tokens(None), "path"),
