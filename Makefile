@@ -44,7 +44,7 @@ format: $(VENV)/.installed-dev  ## rewrite the sources in ruff's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-PARTS := $(addprefix src/rooflight/,__init__.py __main__.py py.typed) kernels model tokenizer training bench
+PARTS := $(addprefix src/rooflight/,__init__.py __main__.py py.typed) kernels model tokenizer training bench integrations
 types: $(VENV)/.installed-dev  ## mypy, over the package as a wheel has it
 	@rm -rf .types && mkdir -p .types/rooflight
 	@for part in $(PARTS); do ln -s ../../$$part .types/rooflight/; done

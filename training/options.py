@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -63,10 +64,16 @@ class Option:
                 return int(text)
             if kinds[0] == "float":
                 return float(text)
-            if kinds[0].startswith("tuple[float"):
-                return [float(part) for part in re.split(r"[\s,]+", text.strip("[]() "))]
+            if kinds[0].startswith("tuple["):
+                number = int if kinds[0].startswith("tuple[int") else float
+                return [number(part) for part in re.split(r"[\s,]+", text.strip("[]() ")) if part]
+            if kinds[0] == "RopeScaling":
+                return json.loads(text)
+            if kinds[0] == "bool" and text in ("true", "false"):
+                return text == "true"
         except ValueError:
-            expected = {"int": "a whole number", "float": "a number"}.get(kinds[0], "numbers, as 0.9,0.95")
+            words = {"int": "a whole number", "float": "a number", "RopeScaling": "a JSON object"}
+            expected = words.get(kinds[0], "numbers, as " + ("0,3" if "int" in kinds[0] else "0.9,0.95"))
             none = " or none" if "None" in kinds else ""
             raise ValueError(f"{self.flag} must be {expected}{none}, got {text!r}") from None
         return text
