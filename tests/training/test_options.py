@@ -94,7 +94,8 @@ def test_flags_go_over_the_file(config_of, tmp_path):
     config = config_of(
         "--config", str(path), "--grad-clip", "0.5", "--betas", "0.8,0.99", "--model.n_layer", "2",
         "--model.window", "none", "--model.tie_embeddings", "--max-seconds", "9", "--seed", "7",
-        "--model.qk_norm", "true", "--model.nope_layers", "1,0", "--model.rope_scaling", '{"kind": "linear", "factor": 2.0}',
+        "--model.qk_norm", "true", "--model.nope_layers", "1,0",
+        "--model.rope_scaling", '{"kind": "linear", "factor": 2.0}',
     )  # fmt: skip
     assert (config.model.qk_norm, config.model.nope_layers) == (True, (0, 1))
     assert config.model.rope_scaling == RopeScaling("linear", factor=2.0)
