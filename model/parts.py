@@ -178,10 +178,8 @@ def parts(
     logits, loss = _head(N, d, V, dtype, cast(V * d))
 
     weights = L * (2 * d * (H + K) * D + matrices * d * c.d_ff)
-    casts = [
-        replace(_elementwise(cast(weights), f"cast{b}", weights), calls=sum(hidden_matrices(c).values()))
-        for b in ("", BACKWARD)
-    ]
+    # of each block four: q, k and v; output; gate and up; down
+    casts = [replace(_elementwise(cast(weights), f"cast{b}", weights), calls=4 * L) for b in ("", BACKWARD)]
     cast_passes: Passes = (casts[0],), (casts[1],)
     if copies:  # the products take the copies; their gradients stay as they are, but for Muon's
         cast_passes = (), (casts[1],) if optimizer == "muon" else ()

@@ -34,6 +34,7 @@ from ..kernels.rope_tables import RopeScaling, rope_tables
 from .blocks import Block, Cache, Positions, Tables
 from .config import ModelConfig
 from .layers import Embedding, Linear, RMSNorm
+from .typed import check_ids, typed
 
 OPS = (
     "rms_norm",
@@ -63,6 +64,7 @@ class Transformer(nn.Module):
     cos: Tensor  # (context_length, rope_dim / 2), fp32
     sin: Tensor
 
+    @typed
     def __init__(self, config: ModelConfig, ops: ModuleType = kernels, *, checkpointing: bool = False) -> None:
         super().__init__()
         self.config, self.checkpointing = config, checkpointing
@@ -142,6 +144,7 @@ class Transformer(nn.Module):
         x = self.hidden_states(tokens, cu_seqlens=cu_seqlens, cache=cache)
         if targets is None:
             return self.logits(x)
+        check_ids("targets", targets)
         if targets.shape != tokens.shape:
             raise ValueError(f"targets: expected the shape of tokens {tuple(tokens.shape)}, got {tuple(targets.shape)}")
         # the weight stays fp32: the op casts it, keeps no copy, and sums its gradient in fp32
@@ -164,6 +167,7 @@ class Transformer(nn.Module):
 
     def hidden_states(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """What lm_head is applied to, (B, T, d), after the last norm, times logit_scale; arguments as in forward."""
+        check_ids("tokens", tokens)
         if tokens.dim() != 2:
             raise ValueError(f"tokens: expected shape (batch, tokens), got {tuple(tokens.shape)}")
         if cu_seqlens is not None and cache is not None:
@@ -202,6 +206,7 @@ class Transformer(nn.Module):
 
     def _rows_in_documents(self, n_token: int, cu_seqlens: Tensor) -> Tensor:
         """Each token's position in its own document, (n_token,), without waiting for the device."""
+        check_ids("cu_seqlens", cu_seqlens)
         if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
             raise ValueError(f"cu_seqlens: expected (documents + 1,), int32, got {cu_seqlens.dtype}{cu_seqlens.shape}")
         limit = self.config.context_length

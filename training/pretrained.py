@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -13,9 +12,11 @@ from .. import kernels
 from ..kernels import reference
 from ..model import ModelConfig, Transformer, load_hf
 from ..model.hf import is_hf, read_hf_config
-from .checkpoint import find_checkpoint, load_model
+from ..model.typed import typed
+from .checkpoint import load_model, read_model_config
 
 
+@typed
 def open_model(path: str | Path, *, device: str | torch.device = "cpu", ops: ModuleType = kernels) -> Transformer:
     """The model of a Hugging Face folder, a checkpoint, or a run's latest checkpoint, in evaluation mode.
 
@@ -31,7 +32,7 @@ def read_config(path: str | Path) -> ModelConfig:
     """The configuration of the model that open_model(path) opens, without its weights."""
     if is_hf(path):
         return read_hf_config(path)
-    return ModelConfig.from_dict(json.loads((find_checkpoint(path) / "model.json").read_text(encoding="utf-8")))
+    return read_model_config(path)
 
 
 def copy_weights(path: str | Path, model: Transformer) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from ... import kernels
 from ..config import ModelConfig
 from ..transformer import Transformer
+from ..typed import typed
 from .config import from_hf, to_hf
 from .keys import FAMILIES
 from .weights import Weights, places, read_json, write, write_json
@@ -26,6 +27,7 @@ CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenize
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
+@typed
 def load_hf(
     path: str | Path,
     ops: ModuleType = kernels,
@@ -80,6 +82,7 @@ def read_hf_config(path: str | Path) -> ModelConfig:
     return from_hf(read_json(file), file)[1]
 
 
+@typed
 def save_hf(model: nn.Module, path: str | Path, *, eos_token: int | None = None) -> None:
     """Write config.json and model.safetensors into the directory `path`, made when it does not exist.
 
