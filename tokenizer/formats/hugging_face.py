@@ -80,6 +80,10 @@ def export_hf(definition: Definition, path: Path, encode: Callable[[str], list[i
     }
     _try(content, definition, encode)
     write_json(path, content)
+    config = path.with_name("tokenizer_config.json")
+    if path.with_name("config.json").exists() and path.name == "tokenizer.json" and not config.exists():
+        # beside a model, by whose type alone transformers may choose a tokenizer with a pattern of its own
+        write_json(config, {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _try(content: dict[str, Any], definition: Definition, encode: Callable[[str], list[int]]) -> None:

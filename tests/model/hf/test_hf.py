@@ -187,13 +187,17 @@ def test_a_model_inside_a_wrapper_saves_its_plain_weights(tmp_path: Path) -> Non
     assert not (tmp_path / "linear").exists()
 
 
-def test_beside_a_tokenizer_the_models_type_does_not_choose_another(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokenizer_first", [False, True])
+def test_beside_a_tokenizer_the_models_type_does_not_choose_another(tokenizer_first: bool, tmp_path: Path) -> None:
     """A Qwen3's AutoTokenizer would be Qwen2's, with its own pattern and NFC, whatever tokenizer.json says."""
     tokenizer = Tokenizer({i: bytes([i]) for i in range(256)} | {256: b"<|endoftext|>"}, [], ["<|endoftext|>"])
-    tmp_path.joinpath("m").mkdir()
-    tokenizer.export_hf(tmp_path / "m" / "tokenizer.json")
-    save_hf(Transformer(ModelConfig(257, 16, 1, 2, d_model=8, qk_norm=True)), tmp_path / "m")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    writers = [
+        lambda: save_hf(Transformer(ModelConfig(257, 16, 1, 2, d_model=8, qk_norm=True)), tmp_path),
+        lambda: tokenizer.export_hf(tmp_path / "tokenizer.json"),
+    ]
+    for write in reversed(writers) if tokenizer_first else writers:
+        write()
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "e\u0301 don't 1234 \u2126<|endoftext|>\n\n x"
     assert theirs(text)["input_ids"] == tokenizer.encode(text)
 
