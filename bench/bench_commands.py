@@ -63,17 +63,20 @@ def ceilings(
 
     from ..training.loop import resolve_device
     from .rates.ceilings import ceilings_table, keep_ceilings, left_out_lines, load_ceilings, path_of
+    from .reports.terminal import show
     from .tune import read_dtypes
 
     place, dtypes = resolve_device(device), read_dtypes(dtype or ["bfloat16"])
-    console = Console()
+    console, measured = Console(), []
     with _stoppable() as stopped, _progress(console) as progress:
-        keep_ceilings(place, dtypes=dtypes, seconds=seconds, progress=progress)
-    if kept := load_ceilings(place):
-        console.print(ceilings_table(kept))
-        for line in left_out_lines(kept, place):
-            console.print(line)
-        console.print(f"Kept in {path_of(place)}")
+        measured.append(keep_ceilings(place, dtypes=dtypes, seconds=seconds, progress=progress))
+    kept = load_ceilings(place)
+    if shown := measured[0] if measured else kept:
+        show(console, ceilings_table(shown))
+        for line in left_out_lines(shown, place):
+            console.print(line, soft_wrap=True)
+        if shown == kept:
+            console.print(f"Kept in {path_of(place)}", soft_wrap=True)
     raise typer.Exit(130 if stopped else 0)
 
 
@@ -107,7 +110,10 @@ def validate(
     from .measure.harness import machine
     from .predict.validate import Validation, read_model
     from .predict.validate import validate as run
+    from .ready import require
+    from .reports.terminal import show
 
+    require(files=[json_path], figure=plot)
     place = resolve_device(device)
     console = Console()
     predictions = json_path.with_suffix(".predicted.json")
@@ -136,10 +142,10 @@ def validate(
             keep=keep,
         )
     for validation in told:
-        console.print(validation.table())
+        show(console, *validation.tables())
     for name, why in results["failures"].items():
-        console.print(f"{name}: {why}")
-    console.print(f"Predicted: {predictions}. Measured: {json_path if told else 'nothing'}.")
+        console.print(f"{name}: {why}", soft_wrap=True)
+    console.print(f"Predicted: {predictions}. Measured: {json_path if told else 'nothing'}.", soft_wrap=True)
     if plot and told:
         from .reports.plots import plot_validation
 
@@ -153,12 +159,20 @@ def step(
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 16,
     context_length: Annotated[int | None, typer.Option(help="Tokens per sequence; the model's own by default.")] = None,
     dtype: Annotated[str, typer.Option(help="Of activations and products.")] = "bfloat16",
-    way: Annotated[list[str] | None, typer.Option(help="Which to take; all of them when left out.")] = None,
+    way: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Which to take: 'ours, eager', 'ours, graphed', 'ours, compiled', 'plain, eager', 'plain, compiled'."
+        ),
+    ] = None,
     seconds: Annotated[float, typer.Option(help="Seconds of steps for each way.")] = 5.0,
     device: Device = "auto",
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the results here.")] = None,
 ) -> None:
-    """One training step: ours eager and as a CUDA graph, plain PyTorch eager and compiled, in one process."""
+    """One training step, ours beside plain PyTorch's in one process, eager and compiled; ours as a CUDA graph too.
+
+    On a CPU ours is compiled where on a GPU it is a graph.
+    """
     import torch
     from rich.console import Console
 
@@ -166,9 +180,12 @@ def step(
     from ..training.loop import resolve_device
     from ..training.throughput import measure_peak_flops
     from .measure.harness import machine
-    from .predict.side_by_side import WAYS, as_results, measure_steps, steps_table
+    from .predict.side_by_side import as_results, measure_steps, steps_table
     from .predict.validate import read_model
+    from .ready import require
+    from .reports.terminal import show
 
+    require(files=[json_path])
     place = resolve_device(device)
     console = Console()
     name, config = read_model(model)
@@ -179,12 +196,12 @@ def step(
         peak = measure_peak_flops(place, kind)
         for one in measure_steps(
             config, batch_size, length, kind, place,
-            ways=way or WAYS, seconds=seconds, peak_flops=peak, progress=status.update,
+            ways=way, seconds=seconds, peak_flops=peak, progress=status.update,
         ):  # fmt: skip
             done.append(one)
             if json_path:  # what is measured stays measured, whatever comes
                 write_json(json_path, as_results(machine(place), title, done))
-    console.print(steps_table(f"{title}; MFU of {peak / 1e12:,.1f} TFLOP/s, measured", done))
+    show(console, steps_table(f"{title}; MFU of {peak / 1e12:,.1f} TFLOP/s, measured", done))
 
 
 @bench.command()
@@ -200,12 +217,15 @@ def kernels(
     from ..training.loop import resolve_device
     from .measure.harness import machine
     from .measure.worker import kernels as run
+    from .ready import require
     from .reports.kernel_tables import failures_table, kernel_results, table
+    from .reports.terminal import show
 
+    require(files=[json_path])
     place = resolve_device(device)
     where = machine(place)
     console = Console()
-    console.print("  ".join(f"{key} {value}" for key, value in where.items()))
+    console.print("  ".join(f"{key} {value}" for key, value in where.items()), soft_wrap=True)
     heard: list[dict[str, Any]] = []
 
     def hear(line: dict[str, Any]) -> None:
@@ -219,9 +239,9 @@ def kernels(
     with console.status("starting") as status:
         run(place.type, seconds, hear)
     results = kernel_results(where, heard)
-    console.print(table(results["measurements"], results["ceilings"]))
+    show(console, table(results["measurements"], results["ceilings"]))
     if results["failures"]:
-        console.print(failures_table(results["failures"]))
+        show(console, failures_table(results["failures"]))
     if json_path:
         write_json(json_path, results)
 
@@ -237,6 +257,7 @@ def tune(
 
     from ..kernels.attention.tuned import KERNELS
     from ..training.loop import resolve_device
+    from .reports.terminal import show
     from .tune import read_dtypes, require_gpu, save, this_gpu, trials_table
     from .tune import tune as run
 
@@ -251,8 +272,8 @@ def tune(
             dtypes=read_dtypes(dtype or ["bfloat16"]),
             progress=status.update,
         )
-    console.print(trials_table(trials))
-    console.print(f"Kept in {save(trials, this_gpu(place))}")
+    show(console, trials_table(trials))
+    console.print(f"Kept in {save(trials, this_gpu(place))}", soft_wrap=True)
 
 
 @bench.command()
@@ -261,20 +282,15 @@ def paths(
 ) -> None:
     """Which path serves which attention call, and why."""
     from rich.console import Console
-    from rich.table import Table
 
-    from ..kernels.attention.paths import table
     from ..training.loop import resolve_device
+    from .reports.kernel_tables import paths_table
+    from .reports.terminal import show
     from .tune import this_gpu
 
     device = resolve_device("auto")
     here = this_gpu(device).architecture if device.type == "cuda" else "cpu"
-    out = Table(title=f"attention on {arch or here}")
-    for column in ("path", "why", "pass", "head sizes", "dtypes", "options"):
-        out.add_column(column)
-    for *call, choice in table(arch or here, device if arch in (None, here) else None):
-        out.add_row(choice.path, choice.why, *call)
-    Console().print(out)
+    show(Console(), paths_table(arch or here, device if arch in (None, here) else None))
 
 
 @bench.command()
@@ -285,9 +301,14 @@ def report(
     ] = None,
 ) -> None:
     """Write the tables of bench/results/ into the README, and with --page everything there as a page of its own."""
+    from .ready import require
     from .reports.page import write_page
+    from .reports.plots import require_plots
     from .reports.report import update_readme
 
+    require(files=[readme, *(page or [])])
+    if page:
+        require_plots()
     print(f"{readme}: {'updated' if update_readme(readme) else 'already up to date'}")
     for path in page or []:
         write_page(path)

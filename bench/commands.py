@@ -16,24 +16,22 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU when there 
 def demo(
     text: Annotated[Path | None, typer.Option(help="A file or folder of text; the plays when left out.")] = None,
     out: Annotated[Path, typer.Option(help="The folder for everything the demo makes.")] = Path("runs/demo"),
-    seconds: Annotated[float, typer.Option(help="Seconds of training, over all resumed runs.")] = 180.0,
+    seconds: Annotated[
+        float | None, typer.Option(help="Seconds of training, over all resumed runs; 180, on a GPU 120.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Training steps at most.")] = 20_000,
     vocab_size: Annotated[int, typer.Option(help="Tokens in the vocabulary.")] = 1024,
     device: Device = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew; an earlier run moves to OUT.previous.")] = False,
 ) -> None:
     """Train a tokenizer and a model on real text, print a sample, and compare predictions with measurements."""
-    import shutil
-
     from rich.console import Console
 
     from .demo import DemoConfig, run_demo
 
-    if fresh and out.exists():
-        previous = out.with_name(out.name + ".previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        out.rename(previous)
-    config = DemoConfig(text=text, out_dir=out, seconds=seconds, steps=steps, vocab_size=vocab_size, device=device)
+    config = DemoConfig(
+        text=text, out_dir=out, seconds=seconds, steps=steps, vocab_size=vocab_size, device=device, fresh=fresh
+    )
     raise typer.Exit(run_demo(config, Console()))
 
 
@@ -50,6 +48,7 @@ def estimate(
         str | None,
         typer.Option(help="Whose memory: triton (on a GPU), cpu or eager; by default as the ceilings were measured."),
     ] = None,
+    wide: Annotated[bool, typer.Option("--wide", help="One row a line, however wide.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw where the FLOPs go, small to XL and by length.")] = None,
 ) -> None:
@@ -63,10 +62,15 @@ def estimate(
     from .predict.validate import read_model
     from .rates.ceilings import load_ceilings
     from .rates.kernel_rates import ops_on
+    from .ready import require
+    from .reports.terminal import show
 
+    require(figure=plot)
     name, model = read_model(config)
     place = resolve_device("auto")
     measured = load_ceilings(place)
+    if measured and dtype not in measured.gemm_flops:
+        measured = None  # of other dtypes alone: the table says how to measure this one
     result = closed_form(
         model,
         batch_size=batch_size,
@@ -82,7 +86,7 @@ def estimate(
     if as_json:
         print(json.dumps(result.to_dict(), indent=1))
     else:
-        Console().print(result.table())
+        show(Console(), result.table(), wide=wide)
     if plot:
         from .reports.plots import plot_shares
 
@@ -115,7 +119,10 @@ def bench_tokenizer(
     from ..tokenizer.files import atomic
     from ..tokenizer.workers import check_num_workers
     from .cases.tokenizer import compare, results, table
+    from .ready import require
+    from .reports.terminal import show
 
+    require(files=[json_path])
     workers = check_num_workers(num_workers)
     loaded = None if tokenizer is None else load(tokenizer)
     vocab_size = vocab_size if loaded is None else loaded.vocab_size
@@ -130,7 +137,7 @@ def bench_tokenizer(
         told=lambda line: None if quiet else typer.echo(line, err=True),
     )
     title = f"{file}, {file.stat().st_size / 1e6:,.1f} MB, {vocab_size:,} tokens, {workers} processes"
-    Console(width=120).print(table(rows, title))
+    show(Console(), table(rows, title))
     if json_path is not None:
         content = results(rows, file, vocab_size=vocab_size, encode_bytes=int(megabytes * 1e6), num_workers=workers)
         with atomic(json_path) as written:

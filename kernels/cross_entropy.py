@@ -16,7 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cost, reference
-from .dispatch import apply, call, check_device, check_dtype, define_op, runs_triton
+from .dispatch import (
+    apply,
+    call,
+    check_device,
+    check_dtype,
+    check_integer,
+    check_number,
+    check_tensor,
+    define_op,
+    runs_triton,
+)
 from .elementwise import tanh
 from .launching import launch
 from .rows import row_layout, statistics, tile_offsets
@@ -108,10 +118,10 @@ def row_losses(
     if not runs_triton(x):
         wide = x.reshape(-1, x.shape[-1]).to(statistics(x.dtype)[0])
         wide = softcap * torch.tanh(wide / softcap) if softcap > 0 else wide
-        loss = reference.cross_entropy(
-            wide, target.reshape(-1), ignore_index=ignore_index, z_loss=z_loss, reduction="none"
-        )
-        return loss, torch.logsumexp(wide, -1)
+        kept = (target := target.reshape(-1)) != ignore_index
+        lse = torch.logsumexp(wide, -1)
+        picked = wide.gather(-1, target.masked_fill(~kept, 0)[:, None]).squeeze(-1)
+        return (lse - picked + z_loss * lse.square()).masked_fill_(~kept, 0), lse
     loss, lse = _cross_entropy_fwd_fake(x, target, ignore_index, z_loss)
     M, V = loss.numel(), x.shape[-1]
     if M > 0:
@@ -136,11 +146,14 @@ def row_gradients(
         wide = x.reshape(-1, V).to(lse.dtype)
         wide = softcap * torch.tanh(wide / softcap) if softcap > 0 else wide
         kept = target.reshape(-1, 1) != ignore_index
-        dx = torch.exp(wide - lse[:, None]) * (1 + 2 * z_loss * lse)[:, None]
+        dx = (wide - lse[:, None]).exp_()
+        if z_loss:
+            dx *= (1 + 2 * z_loss * lse)[:, None]
         dx.scatter_add_(1, target.reshape(-1, 1).masked_fill(~kept, 0), torch.full_like(lse, -1.0)[:, None])
         if softcap > 0:
             dx *= 1 - (wide / softcap).square()
-        out[:, :V] = (dx * dloss.reshape(-1, 1)).masked_fill_(~kept, 0)
+        dx *= dloss.reshape(-1, 1)
+        out[:, :V] = dx if kept.all() else dx.masked_fill_(~kept, 0)
         out[:, V:] = 0
         return out
     M = out.shape[0]
@@ -220,7 +233,8 @@ class CrossEntropyFunction(torch.autograd.Function):
 
 
 def check_target(target: Tensor, shape: torch.Size, reduction: str) -> None:
-    """Raise ValueError unless target is int64 of the given shape and reduction a known one."""
+    """Raise ValueError unless target is an int64 tensor of the given shape and reduction a known one."""
+    check_tensor("target", target)
     if target.shape != shape:
         raise ValueError(f"target: expected shape {tuple(shape)}, got {tuple(target.shape)}")
     if target.dtype != torch.int64:
@@ -260,9 +274,10 @@ def cross_entropy(
     oracle. Under the kernels a second derivative and torch.func transforms raise NotImplementedError.
     Raises ValueError on a shape, dtype or device mismatch and on an unknown reduction.
     """
+    check_dtype("logits", logits)
+    ignore_index, z_loss = check_integer("ignore_index", ignore_index), check_number("z_loss", z_loss)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {tuple(logits.shape)}")
-    check_dtype("logits", logits)
     check_target(target, logits.shape[:-1], reduction)
     check_device(("logits", logits), ("target", target))
     if not runs_triton(logits):

@@ -23,6 +23,8 @@ class Ceilings:
                     that is not here takes what the rates above leave it
     device, date, versions      where, when and with what they were measured
     memory_bytes    the device's memory; None: unknown
+    host            "gemm bfloat16", ... -> seconds that the host takes to issue a call of that kernel, a GPU's alone; a
+                    kernel that is not here takes the host no time
     """
 
     gemm_flops: dict[str, float]
@@ -33,12 +35,14 @@ class Ceilings:
     date: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     memory_bytes: int | None = None
+    host: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rates: list[tuple[str, object]] = [("copy_bandwidth", self.copy_bandwidth)]
         if self.exp_rate is not None:
             rates.append(("exp_rate", self.exp_rate))
         rates += [(f"gemm_flops[{dtype!r}]", rate) for dtype, rate in self.gemm_flops.items()]
+        rates += [(f"host[{kernel!r}]", seconds) for kernel, seconds in self.host.items()]
         for kernel, points in self.kernels.items():
             if not points or len({len(sizes) for sizes in points}) != 1 or min(min(sizes) for sizes in points) < 1:
                 raise ValueError(f"kernels[{kernel!r}]: expected rates at sizes >= 1, as many each, got {points!r}")
@@ -69,20 +73,39 @@ class Ceilings:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Ceilings:
-        """The inverse of to_dict; ValueError on an unknown or a missing field."""
+        """The inverse of to_dict; ValueError on anything that it would not have written."""
         known = {f.name: f for f in dataclasses.fields(cls)}
+        _expect("fields", fields, dict)
         for name in fields:
             if name not in known:
                 raise ValueError(f"ceilings: {name!r} is not one of {', '.join(known)}")
         for name in ("gemm_flops", "copy_bandwidth"):
             if name not in fields:
                 raise ValueError(f"ceilings: {name!r} is missing")
+        for name, kind in (
+            ("gemm_flops", dict),
+            ("kernels", dict),
+            ("host", dict),
+            ("versions", dict),
+            ("device", str),
+            ("date", str),
+        ):
+            _expect(name, fields.get(name, kind()), kind)
+        for name, points in fields.get("kernels", {}).items():
+            _expect(f"kernels[{name!r}]", points, dict)
+        if fields.get("memory_bytes") is not None:
+            _expect("memory_bytes", fields["memory_bytes"], int)
         values = dict(fields)
         values["kernels"] = {
             kernel: {tuple(map(int, sizes.split("x"))): rate for sizes, rate in points.items()}
             for kernel, points in values.get("kernels", {}).items()
         }
         return cls(**values)
+
+
+def _expect(name: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ValueError(f"ceilings: {name}: expected {kind.__name__}, got {type(value).__name__}")
 
 
 def _interpolate(points: Mapping[Sizes, float], sizes: Sizes) -> float:

@@ -31,6 +31,8 @@ from .ceilings import Ceilings
 from .config import ModelConfig
 from .memory import OPS, OPTIMIZERS, Memory, keeps_copies, memory, saved_activations
 from .parts import LEDGERS, PARAMETER_BYTES, Work, parts
+from .quantities import duration, figures, in_unit, quantity
+from .typed import typed
 
 __all__ = ["Ceilings", "Component", "Estimate", "Memory", "Pass", "estimate", "largest_batch"]
 
@@ -180,33 +182,35 @@ class Estimate:
         return (gathered + self.parameters * PARAMETER_BYTES) * (self.gpus - 1) // self.gpus
 
     def table(self) -> Table:
-        """Components, totals, and what follows from them, for rich.print."""
-        timed = self.ceilings is not None
-        columns = ["component", "params", "forward", "backward", "share", "bytes", "unfused", "FLOP/B", "saved"]
+        """For rich.print: components, totals and what follows from them, a column in the unit that its head names."""
+        rows, shares = self.components, [c.flops / self.flops for c in self.components]
+        work = [c.flops or c.elementwise_flops or c.update.executed_flops for c in rows]
+        columns: list[tuple[str, list[str]]] = [
+            ("component", [*(c.name for c in rows), "total"]),
+            in_unit("params", [*(c.parameters for c in rows), self.parameters], ""),
+            in_unit("forward", [*(c.forward.flops for c in rows), self.forward_flops], "FLOP", self.backward_flops),
+            in_unit("backward", [*(c.backward.flops for c in rows), self.backward_flops], "FLOP", self.backward_flops),
+            ("share", [*(f"{share:.1%}" if share else "" for share in shares), "100%"]),
+        ]
+        if self.ceilings is not None:  # beside the FLOPs: narrow terminals show a few columns at a time
+            columns.append(in_unit("time", [*(c.seconds or 0.0 for c in rows), self.seconds or 0.0], "s"))
+            columns.append(("bound by", [*(c.bound_by for c in rows), ""]))
+        columns += [
+            in_unit("bytes", [*(c.bytes for c in rows), sum(c.bytes for c in rows)], "B"),
+            in_unit("unfused", [*(c.unfused_bytes for c in rows), sum(c.unfused_bytes for c in rows)], "B"),
+            ("FLOP/B", [*(figures(w / c.bytes) if c.bytes else "" for w, c in zip(work, rows, strict=True)), ""]),
+            in_unit("saved", [*(c.saved_bytes for c in rows), self.memory.activations], "B"),
+        ]
         table = Table(title=self._title(), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-        for column in columns + (["time", "bound by"] if timed else []):
-            table.add_column(column, justify="left" if column in ("component", "bound by") else "right")
-        for c in self.components:
-            work = c.flops or c.elementwise_flops or c.update.executed_flops
-            row = [
-                c.name,
-                _quantity(c.parameters),
-                _quantity(c.forward.flops),
-                _quantity(c.backward.flops),
-                f"{c.flops / self.flops:.1%}" if c.flops else "",
-                _quantity(c.bytes, "B"),
-                _quantity(c.unfused_bytes, "B"),
-                _ratio(work / c.bytes) if c.bytes else "",
-                _quantity(c.saved_bytes, "B"),
-            ]
-            table.add_row(*row, *([_seconds(c.seconds), c.bound_by] if timed else []))
-        total = ["total", *map(_quantity, (self.parameters, self.forward_flops, self.backward_flops)), "100%"]
-        total += [_quantity(sum(getattr(c, key) for c in self.components), "B") for key in ("bytes", "unfused_bytes")]
-        total += ["", _quantity(self.memory.activations, "B")]
+        for head, _ in columns:
+            table.add_column(head, justify="left" if head in ("component", "bound by") else "right")
+        *components, total = zip(*(cells for _, cells in columns), strict=True)
+        for row in components:
+            table.add_row(*row)
+        table.add_section()
+        table.add_row(*total, style="bold")
         table.caption = "\n".join(self.summary())
         table.caption_justify = "left"
-        table.add_section()
-        table.add_row(*total, *([_seconds(self.seconds), ""] if timed else []), style="bold")
         return table
 
     def _title(self) -> str:
@@ -219,26 +223,27 @@ class Estimate:
     def summary(self) -> list[str]:
         """Ledgers, memory, and with ceilings the step's time and the batch that fits, a line each."""
         ledgers = (
-            f"{name} {_quantity(flops['forward'], digits=4)} + {_quantity(flops['backward'], digits=4)}"
+            f"{name} {quantity(flops['forward'], digits=4)} + {quantity(flops['backward'], digits=4)}"
             for name, flops in self.ledgers.items()
         )
         m = self.memory
         held = {"parameters": m.parameters, "gradients": m.gradients, "moments": m.optimizer, "casts": m.casts}
         held |= {"activations": m.activations}
-        parts = ", ".join(f"{name} {_quantity(size, 'B')}" for name, size in held.items() if size)
+        parts = ", ".join(f"{name} {quantity(size, 'B')}" for name, size in held.items() if size)
         lines = [
             f"{self.parameters:,} parameters",
             f"FLOPs, forward + backward: {'; '.join(ledgers)}",
-            f"peak memory {_quantity(m.peak, 'B')}, at {m.peak_at}: {parts}",
+            f"peak memory {quantity(m.peak, 'B')}, at {m.peak_at}: {parts}",
         ]
         if self.gpus > 1:
-            sent = _quantity(self.communication_bytes, "B")
+            sent = quantity(self.communication_bytes, "B")
             lines.append(f"sharded over {self.gpus}: each sends {sent} a step, in no time given here")
         if self.ceilings is None or self.utilization is None:
-            return [*lines, "no time: no ceilings were measured"]
-        used, peak = self.utilization, _quantity(self.ceilings.gemm_rate(self.dtype), "FLOP/s")
+            command = f"`rooflight bench ceilings --dtype {self.dtype}` measures them"
+            return [*lines, f"no times: this machine's {self.dtype} ceilings are not measured yet; {command}"]
+        used, peak = self.utilization, quantity(self.ceilings.gemm_rate(self.dtype), "FLOP/s")
         lines.append(
-            f"step {_seconds(self.seconds)}, {self.tokens_per_second:,.0f} tokens/s; of {peak}: MFU {used['full']:.1%} "
+            f"step {duration(self.seconds)}, {self.tokens_per_second:,.0f} tokens/s; of {peak}: MFU {used['full']:.1%} "
             f"(full) or {used['exact']:.1%} (exact), HFU {used['executed']:.1%}"
         )
         if self.ceilings.memory_bytes is not None:
@@ -246,7 +251,7 @@ class Estimate:
                 self.config, self.ceilings.memory_bytes, context_length=self.context_length, dtype=self.dtype,
                 checkpointing=self.checkpointing, gpus=self.gpus, ops=self.ops, optimizer=self.optimizer,
             )  # fmt: skip
-            lines.append(f"largest batch in the device's {_quantity(self.ceilings.memory_bytes, 'B')}: {fits}")
+            lines.append(f"largest batch in the device's {quantity(self.ceilings.memory_bytes, 'B')}: {fits}")
         return lines
 
     def to_dict(self) -> dict[str, Any]:
@@ -259,26 +264,7 @@ class Estimate:
         return fields | {name: getattr(self, name) for name in (*totals, *rates)}
 
 
-def _quantity(value: float, unit: str = "", digits: int = 3) -> str:
-    """1_500_000 -> "1.50 M"; nothing for 0."""
-    if not value:
-        return ""
-    for scale, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= scale:
-            return f"{value / scale:#.{digits}g}".rstrip(".") + f" {prefix}{unit}"
-    return f"{value:.0f} {unit}".rstrip()
-
-
-def _ratio(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _seconds(value: float | None) -> str:
-    if not value:
-        return ""
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.1f} us"
-
-
+@typed
 def estimate(
     config: ModelConfig,
     *,

@@ -27,8 +27,9 @@ from .data import Batches, TokenFile, check_window, open_tokens, validation_batc
 from .files import write_json
 from .graph import Captured, CudaGraphs, Graphs, TrainStep, autocast, set_rates
 from .optim import build_optimizers, low_precision
+from .pretrained import copy_weights
 from .progress import Display, RunLog
-from .throughput import PeakMemory, measure_peak_flops, mfu
+from .throughput import PeakMemory, keep_freed_memory, measure_peak_flops, mfu
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818
@@ -118,10 +119,14 @@ class _Run:
             raise ValueError(f"out_dir {config.out_dir} holds a run already: resume it, or choose another")
         self.peak_flops = config.peak_flops or measure_peak_flops(self.device, self.dtype)
 
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.memory = PeakMemory(self.device)
         torch.manual_seed(config.seed)
         with self.device:
             self.model = Transformer(config.model, ops=ops, checkpointing=config.checkpointing)
+        if config.init_from is not None and not found:
+            copy_weights(config.init_from, self.model)
         # compiled code casts weights by itself, and the oracles' optimizer is torch's
         plain = config.compile or ops is reference
         copies = {} if plain else low_precision(self.device, self.dtype, config.gradient_accumulation)
@@ -155,8 +160,11 @@ class _Run:
             graphs=graphs,
             say=self.console.print,
         )
-        # validation says nothing of its own: what cannot be captured there could not be in the step either
-        self.forward = forward if graphs is None else Captured(forward, graphs, warmup=1, failed=lambda error: None)
+        # Not compiled: without gradients, and with the last batch's rows, it would be twice more. In a graph it says
+        # nothing of its own: what cannot be captured there could not be in the step either.
+        self.validated: Callable[..., Tensor] = self.model
+        if graphs is not None:
+            self.validated = Captured(self.model, graphs, warmup=1, failed=lambda error: None)
         work = estimate(config.model, batch_size=config.batch_size, dtype=config.dtype)
         self.step_flops = work.forward_flops + work.backward_flops
         self.step_tokens = config.batch_size * config.model.context_length
@@ -177,6 +185,8 @@ class _Run:
         config, totals = self.config, self.totals
         config.out_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.out_dir / "config.json", config.to_dict())
+        if config.compile:
+            self._compile()
         self.started = time.perf_counter() - totals.elapsed
         means: list[float] = []  # seconds per step, one mean per log interval
         with ExitStack() as stack:
@@ -184,14 +194,7 @@ class _Run:
             stack.callback(log.close)
             signals = stack.enter_context(_StopSignals())
             display = stack.enter_context(Display(self.console))
-            batches = Batches(
-                self.train_data.tokens,
-                config.batch_size,
-                config.model.context_length,
-                self.device,
-                seed=config.seed,
-                step=self.step,
-            )
+            batches = self._batches()
             progress = self._progress()
             if self.checkpoint:
                 display.say(f"going on from step {self.step}, {self.checkpoint}")
@@ -226,6 +229,22 @@ class _Run:
         totals.elapsed = self._elapsed()
         stopped = "interrupted" if progress < 1 else "steps" if self.step >= config.max_steps else "time"
         return self._result(stopped, means)
+
+    def _batches(self) -> Batches:
+        c = self.config
+        tokens, length = self.train_data.tokens, c.model.context_length
+        return Batches(tokens, c.batch_size, length, self.device, seed=c.seed, step=self.step)
+
+    def _compile(self) -> None:
+        """A forward and a backward before the clock starts, since max_seconds counts training and not the compiler."""
+        n = self.config.gradient_accumulation
+        inputs, targets = (x.chunk(n)[0] for x in next(self._batches()))
+        with autocast(self.device, self.dtype):
+            loss = self.take_step.forward(inputs, targets) / n
+        loss.backward()
+        self.model.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self.started
@@ -267,7 +286,7 @@ class _Run:
         assert self.val_data is not None
         config = self.config
         loss = evaluate(
-            self.forward,
+            self.validated,
             self.val_data,
             batch_size=config.batch_size // config.gradient_accumulation,
             context_length=config.model.context_length,

@@ -22,11 +22,14 @@ class _Attention(nn.Module):
             nn.Linear(c.d_model, heads * c.head_dim, bias=False) for heads in (c.n_head, c.n_kv_head, c.n_kv_head)
         )
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.d_model, bias=False)
+        self.q_norm, self.k_norm = (nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None for _ in range(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (
             p(x).unflatten(-1, (-1, self.c.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
         q, k = (_rotate(y, cos, sin) for y in (q, k))
         gqa = self.c.n_head != self.c.n_kv_head
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
@@ -65,12 +68,12 @@ class _Block(nn.Module):
 class PlainTransformer(nn.Module):
     """forward(tokens (B, T), targets (B, T)) -> the mean cross-entropy; config's shapes, the vocabulary as given.
 
-    Raises ValueError on what scaled_dot_product_attention does not do: a window, softcap, or query and key norms.
+    Raises ValueError on what scaled_dot_product_attention does not do: a window, or softcap.
     """
 
     def __init__(self, config: ModelConfig, *, vocab_size: int | None = None) -> None:
         super().__init__()
-        for name, plain in (("window", None), ("softcap", 0.0), ("qk_norm", False)):
+        for name, plain in (("window", None), ("softcap", 0.0)):
             if getattr(config, name) != plain:
                 raise ValueError(f"config.{name}: expected {plain} for the plain model, got {getattr(config, name)}")
         c = config

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...tokenizer import Tokenizer, train_bpe
+from .here import commit, processor
 from .tokenizer_peers import END_OF_TEXT, N_SHORT, SHORT, coders, trainers
 
 if TYPE_CHECKING:
@@ -144,19 +145,16 @@ def results(rows: list[Row], path: Path, *, vocab_size: int, encode_bytes: int, 
     """The content of a results file: for each task and peer our figures and its own; where, with what, when."""
     ours = {row.task: row for row in rows if row.peer == OURS}
     pairs = [(ours[row.task], row) for row in rows if row.peer != OURS]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     return {
         "kind": "tokenizer",
         "machine": {
-            "device": _processor(),
+            "device": processor(),
             "threads": num_workers,
             "torch": _version("torch"),
             "triton": _version("triton"),
             "cuda": None,
             "python": platform.python_version(),
-            "commit": commit or "unknown",
+            "commit": commit(),
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         },
         "corpus": {
@@ -191,15 +189,6 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _processor() -> str:
-    """The processor's name where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def table(rows: list[Row], title: str) -> Table:
     """One row for each task and tokenizer, side by side; the ratios are ours to the row's."""
     from rich.table import Table
@@ -207,6 +196,8 @@ def table(rows: list[Row], title: str) -> Table:
     shown = Table(title=title)
     for name in ("task", "tokenizer", "seconds", "ours / its", "CPU seconds", "ours / its", "peak MB"):
         shown.add_column(name, justify="left" if name in ("task", "tokenizer") else "right")
+    if any(row.why_not for row in rows):
+        shown.add_column("why there are no figures")
     own = {row.task: row for row in rows if row.peer == OURS}
     last = ""
     for row in rows:
@@ -215,7 +206,7 @@ def table(rows: list[Row], title: str) -> Table:
             shown.add_section()
         last = row.task
         if row.why_not:
-            shown.add_row(task, row.peer, row.why_not)
+            shown.add_row(task, row.peer, *[""] * 5, row.why_not)
             continue
         ratios = [
             "" if row.peer == OURS else f"{ours / its:.2f}"

@@ -6,20 +6,18 @@ again the others' memory has gone through the caches. What is reported is each c
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
-Call = Callable[[], object]
+from ...training.throughput import keep_freed_memory
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+Call = Callable[[], object]
 
 # Bytes read before each timed call on a GPU, several times its L2. Read, not written: what was written would be written
 # back while the call is timed, up to 60 MB of it.
@@ -62,7 +60,7 @@ def timings(
         samplers = [_cuda_sampler(run or call, flush) for run, call in zip(runs, calls, strict=True)]
         _wake(samplers)
     else:
-        _keep_memory()
+        keep_freed_memory()
         ways = ["clock"] * len(calls)
         samplers = [_cpu_sampler(call) for call in calls]
     times: list[list[float]] = [[] for _ in calls]
@@ -116,19 +114,6 @@ def launch_times(call: Call, device: torch.device, seconds: float) -> tuple[floa
 def clock() -> Callable[[], float]:
     """The clock for a CPU's work: waiting behind other processes is no work of the one thread that does it all."""
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-
-
-@cache
-def _keep_memory() -> None:
-    """Tell glibc's allocator to keep what is freed, as it comes to do by itself in a training process.
-
-    There the next operation takes what the last one left; a call timed by itself would give its memory back to the
-    system every time and fault it in again, page after page: half the time of a norm's backward.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # where its own adaptation ends
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _cpu_sampler(call: Call) -> Callable[[], float]:

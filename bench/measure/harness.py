@@ -11,7 +11,6 @@ import platform
 import subprocess
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ...kernels.attention import paths
 from ...kernels.cost import flash_attention_cost
 from ..cases.case import COMPILED, Case, Provider
+from ..cases.here import commit, processor
 from .clock import launch_times, on_capture_stream, timings
 from .compiler import compiled, no_fallback
 from .memory import peak_bytes
@@ -38,19 +38,16 @@ class WrongResult(AssertionError):  # noqa: N818 - it is a verdict, not a fault 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Where and with what a result was measured."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     cuda = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda if cuda else None,
         "python": platform.python_version(),
         "gpu": _gpu(device) if cuda else None,
-        "commit": commit or "unknown",
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
 
@@ -65,13 +62,6 @@ def _gpu(device: torch.device) -> dict[str, str] | None:
         return None
     values = done.stdout.splitlines()[device.index or 0].split(", ")
     return dict(zip(fields, values, strict=False))
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or "unknown CPU"
 
 
 Results = tuple[Tensor, ...]

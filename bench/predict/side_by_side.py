@@ -2,6 +2,7 @@
 
 ours, eager      the model as `rooflight train` runs it
 ours, graphed    forward, backward and update as one CUDA graph: the host's part falls away (GPU only)
+ours, compiled   the model under torch.compile, as `rooflight train --compile` and the demo on a CPU run it
 plain, eager     bench/cases/plain_model.py: scaled_dot_product_attention, torch's fused AdamW
 plain, compiled  the same with its blocks compiled, which take seconds once; the vocabulary padded to 64
 """
@@ -21,11 +22,15 @@ from torch import Tensor
 
 from ...model import ModelConfig, Transformer, estimate
 from ...training.optim import build_optimizers
+from ...training.throughput import keep_freed_memory
 from ..cases.plain_model import PlainTransformer
+from ..measure.clock import clock
 from ..rates.kernel_rates import ops_on
-from .step import take_step
+from .step import graphed, take_step
 
-WAYS = ("ours, eager", "ours, graphed", "plain, eager", "plain, compiled")
+WAYS = ("ours, eager", "ours, graphed", "ours, compiled", "plain, eager", "plain, compiled")
+# what is taken where nothing is asked for: on a GPU a graph does what a compiler would, without its minute
+DEFAULT = {"cpu": tuple(way for way in WAYS if way != "ours, graphed"), "cuda": (*WAYS[:2], *WAYS[3:])}
 PADDED = 64  # rows that a vocabulary is padded to
 
 
@@ -65,32 +70,17 @@ class _Step:
                 else PlainTransformer(config, vocab_size=self.vocab_size)
             )
         self.optimizers = build_optimizers(self.model, optimizer="adamw", lr=1e-4)
-        if way == "plain, compiled":
+        self.forward: Callable[..., Tensor] = self.model
+        if way.endswith("compiled"):
             torch._dynamo.reset()
+        if way == "ours, compiled":
+            self.forward = torch.compile(self.model)
+        elif way == "plain, compiled":
             for block in self.model.layers:
                 block.compile()
 
     def issue(self) -> Tensor:
-        return take_step(self.model, self.inputs, self.targets, self.optimizers, self.dtype)
-
-
-def _graphed(step: _Step) -> Callable[[], Tensor]:
-    """The replay of the step's CUDA graph, after three steps on the stream of the capture."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step.issue()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        loss = step.issue()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return loss
-
-    return replay
+        return take_step(self.forward, self.inputs, self.targets, self.optimizers, self.dtype)
 
 
 def measure_steps(
@@ -100,15 +90,18 @@ def measure_steps(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    ways: Sequence[str] = WAYS,
+    ways: Sequence[str] | None = None,
     seconds: float = 5.0,
     peak_flops: float | None = None,
     progress: Callable[[str], object] = lambda way: None,
 ) -> Iterator[StepTime]:
     """Each way's step, about `seconds` of them after the first; a way that this device does not have is left out.
 
+    ways: some of WAYS; the device's DEFAULT when None.
+
     Raises ValueError on an unknown way, and on a model that the peer cannot be.
     """
+    ways = DEFAULT[device.type] if ways is None else ways
     if unknown := [way for way in ways if way not in WAYS]:
         raise ValueError(f"ways: expected some of {', '.join(WAYS)}, got {unknown[0]!r}")
     flops = [
@@ -117,6 +110,8 @@ def measure_steps(
             estimate(config, batch_size=batch_size, context_length=context_length, causal=c) for c in ("exact", "full")
         )
     ]
+    if device.type == "cpu":
+        keep_freed_memory()  # as in training; the peers have it too
     for way in ways:
         if way == "ours, graphed" and device.type != "cuda":
             continue
@@ -143,7 +138,7 @@ def _measure(
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     step = _Step(way, config, tokens, dtype)
-    issue = _graphed(step) if way == "ours, graphed" else step.issue
+    issue = graphed(step.issue) if way == "ours, graphed" else step.issue
     first_loss = issue().item()
     first = time.perf_counter() - start
     issue().item()  # the moments are there, compiled code is for them too
@@ -161,22 +156,26 @@ def _measure(
 
 
 def _timed(issue: Callable[[], Tensor], cuda: bool, seconds: float) -> tuple[list[float], list[float], float]:
-    """(seconds of each step, seconds until each was issued, the last loss), from 3 to 50 steps."""
+    """(seconds of each step, seconds until each was issued, the last loss), from 3 to 50 steps.
+
+    On a CPU with a single thread, the time that thread ran.
+    """
+    now = time.perf_counter if cuda else clock()
     whole: list[float] = []
     host: list[float] = []
     loss = None
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if cuda else []
     while len(whole) < 3 or (sum(whole) < seconds and len(whole) < 50):
-        start = time.perf_counter()
+        start = now()
         if cuda:
             events[0].record()
         loss = issue()
         if cuda:
             events[1].record()
-        host.append(time.perf_counter() - start)
+        host.append(now() - start)
         if cuda:
             events[1].synchronize()
-        whole.append(events[0].elapsed_time(events[1]) / 1e3 if cuda else time.perf_counter() - start)
+        whole.append(events[0].elapsed_time(events[1]) / 1e3 if cuda else now() - start)
     assert loss is not None
     return whole, host, loss.item()
 

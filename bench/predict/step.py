@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...kernels import reference
 from ...model import ModelConfig, Transformer
+from ...training.graph import CudaGraphs
 from ...training.optim import build_optimizers, low_precision
 from ..measure.clock import median_seconds
 from ..measure.memory import peak_bytes
@@ -30,6 +31,23 @@ def take_step(
         optimizer.step()
         optimizer.zero_grad()
     return loss.detach()
+
+
+def graphed(issue: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The replay of a step's CUDA graph, after three steps on the stream of the capture.
+
+    Raises RuntimeError where a part of the step cannot be captured.
+    """
+    graphs = CudaGraphs(torch.device("cuda", torch.cuda.current_device()))
+    for _ in range(3):
+        graphs.run(issue)
+    again, loss = graphs.capture(issue)
+
+    def replay() -> Tensor:
+        again()
+        return loss
+
+    return replay
 
 
 class Step:
@@ -55,22 +73,26 @@ class Step:
         self.optimizers = build_optimizers(self.model, optimizer=optimizer, lr=1e-4, muon_dtype=dtype, **copies)
         self.forward = torch.compile(self.model) if compiled else self.model
 
-    def issue(self) -> None:
-        """Forward, backward and update, as far as the host's part goes."""
-        take_step(self.forward, self.inputs, self.targets, self.optimizers, self.dtype)
+    def issue(self) -> Tensor:
+        """Forward, backward and update, as far as the host's part goes; the loss."""
+        return take_step(self.forward, self.inputs, self.targets, self.optimizers, self.dtype)
 
     def __call__(self) -> None:
         self.issue()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def seconds(self, budget: float) -> tuple[float, float | None]:
-        """(a step's median, the median until the host has issued it) in about `budget` seconds; no host on a CPU."""
+    def seconds(self, budget: float, *, graph: bool = False) -> tuple[float, float | None]:
+        """(a step's median, the median until the host has issued it) in about `budget` seconds; no host on a CPU.
+
+        graph: of the step as one CUDA graph; RuntimeError where it cannot be captured.
+        """
         issued: list[float] = []
+        issue = graphed(self.issue) if graph else self.issue
 
         def step() -> None:
             start = time.perf_counter()
-            self.issue()
+            issue()
             issued.append(time.perf_counter() - start)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)

@@ -11,149 +11,35 @@ import statistics
 import time
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Group
-from rich.table import Table
 
 from ...model import ModelConfig, estimate
+from ...model.ceilings import Ceilings
 from ...model.estimate import Estimate
 from ...training.config import TrainConfig, model_config
 from ...training.files import write_json
 from ...training.loop import TrainResult
 from ..measure.harness import machine
+from ..rates.ceilings import SECONDS as CEILINGS_SECONDS
 from ..rates.ceilings import ceilings_of, require_ceilings, unmeasured
 from ..rates.kernel_rates import ops_on
 from . import counters
+from .compared import ComponentRow, Row, Validation
 from .components import Timed, measure_components
+from .host import eager_seconds, host_seconds
+from .residual import Clock, Residual, busy_seconds, split
 from .step import Step, count_flops
 
 SECONDS = 125.0  # for all models: with imports and the model that is running when they end, under 150
 STEP_SECONDS = 5.0  # for the median of the whole step, where the budget leaves as much
-STEP_SHARE, COMPONENTS_SHARE = 0.2, 0.4  # of a model's seconds, for running; the rest is for making what runs
-RUNS = 16  # of a step at the least, or what comes to one: for the memory, the time, and once more in components
+STEP_SHARE, COMPONENTS_SHARE = 0.15, 0.4  # of a model's seconds, for running; the rest is for making what runs
+RUNS = 28  # of a step at the least, or what comes to one: memory, time, a graph, the profiler, and in components
 TITLES = {"adamw": "AdamW", "muon": "Muon and AdamW"}
 JOINED = {"loss": "logits"}  # one kernel computes both: their rows are measured, and compared, together
-
-
-@dataclass(frozen=True)
-class Row:
-    """One quantity; what says how it was measured and why it may differ from the prediction."""
-
-    quantity: str
-    unit: str
-    predicted: float
-    measured: float
-    what: str
-
-    @property
-    def ratio(self) -> float:
-        """Predicted over measured."""
-        return self.predicted / self.measured if self.measured else float("nan")
-
-
-@dataclass(frozen=True)
-class ComponentRow:
-    """A component's seconds in one step, forward, backward and update together."""
-
-    name: str
-    predicted: float
-    measured: float
-
-    @property
-    def ratio(self) -> float:
-        """Predicted over measured."""
-        return self.predicted / self.measured if self.measured else float("nan")
-
-
-@dataclass(frozen=True)
-class Validation:
-    """One step, whole and in its components, and the estimate it is held against."""
-
-    name: str
-    predicted: Estimate
-    rows: tuple[Row, ...]
-    components: tuple[ComponentRow, ...] = ()
-    step_seconds: float | None = None
-    notes: tuple[str, ...] = ()  # what could not be measured, and why
-    host_seconds: float | None = None  # of the step, until the host has issued all of it; None on a CPU
-
-    @property
-    def residual(self) -> float | None:
-        """Seconds of the measured step that its measured components leave unexplained; None without both."""
-        if self.step_seconds is None or not self.components:
-            return None
-        return self.step_seconds - sum(row.measured for row in self.components)
-
-    def table(self) -> Group:
-        """For rich.print: the totals, and the components where they were measured."""
-        return Group(*([self._component_table()] if self.components else []), self._total_table())
-
-    def _total_table(self) -> Table:
-        out = Table(title=f"{self._title()}: predicted and measured", caption=self._caption())
-        out.add_column("quantity")
-        for column in ("predicted", "measured", "ratio"):
-            out.add_column(column, justify="right")
-        out.add_column("how it is measured")
-        for row in self.rows:
-            numbers = [f"{v:,.0f}" if row.unit == "" else f"{v:,.2f} {row.unit}" for v in (row.predicted, row.measured)]
-            out.add_row(row.quantity, *numbers, f"{row.ratio:.3f}", row.what)
-        return out
-
-    def _component_table(self) -> Table:
-        out = Table(title=f"{self._title()}: components, each by itself")
-        out.add_column("component")
-        for column in ("predicted", "measured", "ratio", "share of step"):
-            out.add_column(column, justify="right")
-        for row in self.components:
-            out.add_row(row.name, _ms(row.predicted), _ms(row.measured), f"{row.ratio:.3f}", self._share(row.measured))
-        out.add_section()
-        predicted, measured = (sum(getattr(row, key) for row in self.components) for key in ("predicted", "measured"))
-        out.add_row("sum", _ms(predicted), _ms(measured), f"{predicted / measured:.3f}", self._share(measured))
-        if self.step_seconds is not None and self.residual is not None:
-            out.add_row("residual: step - sum", "", _ms(self.residual), "", self._share(self.residual))
-            step = self.step_seconds
-            out.add_row("step", _ms(predicted), _ms(step), f"{predicted / step:.3f}", "100.0%", style="bold")
-        return out
-
-    def _share(self, seconds: float) -> str:
-        return f"{seconds / self.step_seconds:.1%}" if self.step_seconds else ""
-
-    def _title(self) -> str:
-        e = self.predicted
-        return f"{self.name}, batch {e.batch_size} x {e.context_length}, {e.dtype}"
-
-    def _caption(self) -> str:
-        c = self.predicted.ceilings
-        assert c is not None
-        rates = ", ".join(f"{dtype} {rate / 1e12:.3f} TFLOP/s" for dtype, rate in c.gemm_flops.items())
-        machine = f"{c.device}, {c.date}: products {rates}; copy {c.copy_bandwidth / 1e9:.1f} GB/s"
-        host = "" if self.host_seconds is None else f"the host issues a step in {_ms(self.host_seconds)}"
-        return "\n".join(filter(None, (machine, host, *self.notes)))
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: the totals, the components, the residual."""
-        e = self.predicted
-        return {
-            "name": self.name,
-            "model": e.config.to_dict(),
-            "batch_size": e.batch_size,
-            "context_length": e.context_length,
-            "dtype": e.dtype,
-            "rows": [asdict(row) | {"ratio": row.ratio} for row in self.rows],
-            "components": [asdict(row) | {"ratio": row.ratio} for row in self.components],
-            "step_seconds": self.step_seconds,
-            "residual_seconds": self.residual,
-            "host_seconds": self.host_seconds,
-            "notes": list(self.notes),
-        }
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:,.3f} ms"
 
 
 def read_model(text: str) -> tuple[str, ModelConfig]:
@@ -166,7 +52,7 @@ def read_model(text: str) -> tuple[str, ModelConfig]:
     path = Path(text)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not TOML: {error}") from None
     return path.stem, model_config(values.get("model", values))
 
@@ -179,15 +65,19 @@ def predict(
     dtype: str,
     device: torch.device,
     optimizer: str = "adamw",
+    ceilings: Ceilings | None = None,
 ) -> Estimate:
-    """The closed form on this machine's ceilings; ValueError when none were measured or an argument is impossible."""
+    """The closed form on these ceilings, or on those kept of this machine.
+
+    Raises ValueError when none are kept or an argument is impossible.
+    """
     return estimate(
         config,
         batch_size=batch_size,
         context_length=context_length,
         dtype=dtype,
         causal="full",  # as torch's FlopCounterMode counts
-        ceilings=require_ceilings(device),
+        ceilings=ceilings or require_ceilings(device),
         ops=ops_on(device)[0],
         optimizer=optimizer,
     )
@@ -230,7 +120,10 @@ def validate(
         )
         for name, config in models.items()
     }
-    written = {name: e.to_dict() | {"ceilings": None} for name, e in predicted.items()}
+    written = {
+        name: e.to_dict() | {"ceilings": None, "eager_seconds": eager_seconds(e), "host_seconds": host_seconds(e)}
+        for name, e in predicted.items()
+    }
     stands_on = require_ceilings(device).to_dict()  # once, for all of them
     write_json(
         predictions,
@@ -285,7 +178,13 @@ def _median(same: Sequence[Validation]) -> Validation:
         components=tuple(middle("components")),
         step_seconds=median("step_seconds"),
         host_seconds=median("host_seconds"),
+        split=_median_split([validation.split for validation in same if validation.split]),
     )
+
+
+def _median_split(splits: Sequence[Residual]) -> Residual | None:
+    names = ("kernels", "gaps", "clock")
+    return Residual(*(statistics.median(getattr(s, name) for s in splits) for name in names)) if splits else None
 
 
 def _measure(
@@ -305,30 +204,47 @@ def _measure(
     rows = [*_counted(e), _memory(e, step.peak_bytes())]
     progress(f"{name}: step")
     step_seconds = min(STEP_SECONDS, STEP_SHARE * seconds)
-    whole, host = step.seconds(step_seconds)
-    rows += _times(e, whole, f"eager, {TITLES[e.optimizer]}")
+    with Clock(device) as during:
+        whole, host = step.seconds(step_seconds)
+    rows += _times(e, eager_seconds(e), whole, f"eager, {TITLES[e.optimizer]}")
+    if host is not None and (predicted_host := host_seconds(e)) is not None:
+        what = "until the host has issued an eager step"
+        rows.append(Row("host's part", "ms", predicted_host * 1e3, host * 1e3, what))
+    notes = []
+    if device.type == "cuda":
+        progress(f"{name}: step, as a CUDA graph")
+        try:
+            replayed, _ = step.seconds(step_seconds, graph=True)
+            rows += _times(e, e.seconds, replayed, f"one CUDA graph, {TITLES[e.optimizer]}", ", graphed")
+        except RuntimeError as error:
+            notes.append(f"no CUDA graph of the step: {str(error).strip().splitlines()[0]}")
+    busy = busy_seconds(step, device)
     del step
     _free(device)
-    components = measure_components(
-        *sizes,
-        optimizer=e.optimizer,
-        seconds=COMPONENTS_SHARE * max(0.0, deadline - time.perf_counter()),
-        progress=lambda what: progress(f"{name}: {what}"),
-    )
+    with Clock(device) as alone:
+        components = measure_components(
+            *sizes,
+            optimizer=e.optimizer,
+            seconds=COMPONENTS_SHARE * max(0.0, deadline - time.perf_counter()),
+            progress=lambda what: progress(f"{name}: {what}"),
+        )
+    side_by_side = tuple(_side_by_side(e, components))
+    parted = split(whole, sum(row.measured for row in side_by_side), busy, (during.megahertz, alone.megahertz))
     if compiled:
         progress(f"{name}: step, compiled")
         fused, _ = Step(*sizes, compiled=True, optimizer=e.optimizer).seconds(step_seconds)
-        rows += _times(e, fused, f"torch.compile, {TITLES[e.optimizer]}", ", compiled")
+        rows += _times(e, e.seconds, fused, f"torch.compile, {TITLES[e.optimizer]}", ", compiled")
     assert e.ceilings is not None
     missing = unmeasured(e.ceilings, device, e.dtype)
-    notes = [f"no rate was measured of {', '.join(missing)}: the machine's rates stand in"] if missing else []
+    if missing:
+        notes.insert(0, f"no rate was measured of {', '.join(missing)}: the machine's rates stand in")
     if counted and counters.available(device, e.dtype):
         progress(f"{name}: the GPU's counters")
         try:
             rows += _executed(e, *counters.count_step(e, device))
         except RuntimeError as error:
             notes.append(str(error))
-    return Validation(name, e, tuple(rows), tuple(_side_by_side(e, components)), whole, tuple(notes), host)
+    return Validation(name, e, tuple(rows), side_by_side, whole, tuple(notes), host, parted)
 
 
 def _executed(e: Estimate, operations: float, moved: float) -> list[Row]:
@@ -354,8 +270,8 @@ def _memory(e: Estimate, measured: int) -> Row:
     return Row("peak memory", "MiB", e.memory_bytes / 2**20, measured / 2**20, what)
 
 
-def _times(e: Estimate, seconds: float, what: str, suffix: str = "") -> list[Row]:
-    predicted = e.seconds or 0.0
+def _times(e: Estimate, predicted: float | None, seconds: float, what: str, suffix: str = "") -> list[Row]:
+    assert predicted is not None
     return [
         Row(f"step time{suffix}", "ms", predicted * 1e3, seconds * 1e3, what),
         Row(f"throughput{suffix}", "k tokens/s", e.tokens / predicted / 1e3, e.tokens / seconds / 1e3, what),
@@ -371,18 +287,23 @@ def _side_by_side(e: Estimate, measured: dict[str, Timed]) -> list[ComponentRow]
     return [ComponentRow(titles.get(name, name), predicted[name], measured[name].seconds) for name in predicted]
 
 
-def validate_step(run: TrainConfig, device: torch.device, measured: TrainResult) -> Validation:
-    """Hold the closed form of a run's training step against a step of its own, and the run's time against both."""
-    ceilings_of(device, run.dtype)
+def validate_step(
+    run: TrainConfig, device: torch.device, measured: TrainResult, *, seconds: float = CEILINGS_SECONDS
+) -> Validation:
+    """Hold the closed form of a run's training step against an eager step of its own, and the run's time against both.
+
+    seconds: for this machine's ceilings, where none are kept.
+    """
+    # handed on, not read again: a machine without a folder to keep them in has none to read
+    ceilings = ceilings_of(device, run.dtype, seconds)
     sizes = {"batch_size": run.batch_size, "context_length": run.model.context_length}
-    e = predict(run.model, **sizes, dtype=run.dtype, device=device, optimizer=run.optimizer)
+    e = predict(run.model, **sizes, dtype=run.dtype, device=device, optimizer=run.optimizer, ceilings=ceilings)
     step = Step(
-        run.model, **sizes, dtype=getattr(torch, run.dtype), device=device, compiled=run.compile,
-        optimizer=run.optimizer,
-    )  # fmt: skip
+        run.model, run.batch_size, run.model.context_length, getattr(torch, run.dtype), device, optimizer=run.optimizer
+    )
     memory = _memory(e, step.peak_bytes())
-    seconds, _ = step.seconds(STEP_SECONDS)
-    rows = [*_counted(e), memory, *_times(e, seconds, f"one step alone, {TITLES[e.optimizer]}")]
-    what = "the run: with data, clipping, logging"
+    alone, _ = step.seconds(STEP_SECONDS)
+    rows = [*_counted(e), memory, *_times(e, eager_seconds(e), alone, f"eager, one step alone, {TITLES[e.optimizer]}")]
+    what = f"the run{', compiled' * run.compile}: with data, clipping, logging"
     rows.append(Row("step time in training", "ms", (e.seconds or 0) * 1e3, measured.step_seconds * 1e3, what))
-    return Validation("One training step", e, tuple(rows), (), seconds)
+    return Validation("One training step", e, tuple(rows), (), alone)

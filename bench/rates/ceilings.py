@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
@@ -28,7 +29,7 @@ from ...training.throughput import measure_peak_flops
 from ..measure.clock import best_seconds
 from ..measure.harness import machine
 from .exponentials import exp_rate
-from .kernel_rates import KERNELS, Rates, grids, kernel_rates
+from .kernel_rates import KERNELS, Rates, grids, host_seconds, kernel_rates
 from .schedule import left_out
 
 SECONDS = 30.0  # the budget: with imports and the kernel that is running when it ends, under 45
@@ -59,7 +60,7 @@ def measure_ceilings(
     progress: Callable[[str], object] = lambda what: None,
     keep: Callable[[Ceilings], object] = lambda ceilings: None,
 ) -> Ceilings:
-    """Measure the three rates and those of the named kernels, in about `seconds`.
+    """Measure the three rates and those of the named kernels, in about `seconds`; on a GPU the host's part too.
 
     progress is told what comes next; keep gets what is measured so far, after the three rates and after each kernel.
     Raises ValueError unless seconds > 0.
@@ -98,6 +99,11 @@ def measure_ceilings(
             keep=keep_rates,
         )
         ceilings = beside(rates)
+        if device.type == "cuda":
+            progress(f"the host's part of each kernel, {_name(dtype)}")
+            host = {f"{name} {_name(dtype)}": took for name, took in host_seconds(dtype, device, names).items()}
+            ceilings = replace(ceilings, host=ceilings.host | host)
+            keep(ceilings)
     return ceilings
 
 
@@ -115,18 +121,29 @@ def keep_ceilings(
 ) -> Ceilings:
     """measure_ceilings, saved as they come beside what was kept of other dtypes and kernels; returns all of it.
 
-    Until a kernel is done, its earlier rates stand at the sizes that are still to come.
+    Until a kernel is done, its earlier rates stand at the sizes that are still to come. Where they cannot be saved,
+    standard error says so, once, and they are measured all the same.
     """
     known = load_ceilings(device)
+    unsaved: list[str] = []
+
+    def save(ceilings: Ceilings) -> None:
+        try:
+            save_ceilings(ceilings, device)
+        except OSError as error:
+            if not unsaved:
+                why = f"{error}; set XDG_CACHE_HOME to a folder that can be written"
+                print(f"rooflight: this machine's rates are not kept for the next run: {why}", file=sys.stderr)
+            unsaved.append(str(error))
 
     def keep(measured: Ceilings) -> None:
         earlier = known.kernels if known else {}
         kernels = {name: earlier.get(name, {}) | points for name, points in measured.kernels.items()}
-        save_ceilings(_beside(known, replace(measured, kernels=kernels)), device)
+        save(_beside(known, replace(measured, kernels=kernels)))
 
     measured = measure_ceilings(device, dtypes=dtypes, names=names, seconds=seconds, progress=progress, keep=keep)
     ceilings = _beside(known, measured)
-    save_ceilings(ceilings, device)
+    save(ceilings)
     return ceilings
 
 
@@ -134,7 +151,7 @@ def _beside(known: Ceilings | None, measured: Ceilings) -> Ceilings:
     if known is None:
         return measured
     peaks, kernels = known.gemm_flops | measured.gemm_flops, known.kernels | measured.kernels
-    return replace(measured, gemm_flops=peaks, kernels=kernels)
+    return replace(measured, gemm_flops=peaks, kernels=kernels, host=known.host | measured.host)
 
 
 def sizes_left_out(ceilings: Ceilings, device: torch.device) -> dict[str, list[Sizes]]:
@@ -176,8 +193,9 @@ def left_out_lines(ceilings: Ceilings, device: torch.device) -> list[str]:
     """For each kernel that lacks sizes of its grid, how many and the first few."""
     lines = []
     for kernel, sizes in sizes_left_out(ceilings, device).items():
-        named = [*map(_sizes, sizes[:4]), *["..."] * (len(sizes) > 4)]
-        lines.append(f"left out: {kernel}, {len(sizes)} sizes ({', '.join(named)})")
+        named = ", ".join(map(_sizes, sizes[:4]))
+        first = f"{named}, and {len(sizes) - 4} more" if len(sizes) > 4 else named
+        lines.append(f"left out: {kernel}, {len(sizes)} sizes ({first})")
     return lines
 
 
@@ -185,24 +203,36 @@ def _sizes(sizes: Sizes) -> str:
     return " x ".join(f"{size:,}" for size in sizes)
 
 
+def cache_folder() -> Path:
+    """The user's, XDG_CACHE_HOME/rooflight or ~/.cache/rooflight; OSError for a user without a home."""
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "rooflight"
+    try:
+        return Path.home() / ".cache" / "rooflight"
+    except RuntimeError as error:  # a container's user that no password file knows
+        raise OSError(str(error)) from None
+
+
 def path_of(device: torch.device) -> Path:
     """One file for each kind of device; a CPU's rates depend on the threads that torch may use."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     kind = device.type if device.type == "cuda" else f"{device.type}-{torch.get_num_threads()}"
-    return root / "rooflight" / f"ceilings-{kind}.json"
+    return cache_folder() / f"ceilings-{kind}.json"
 
 
 def save_ceilings(ceilings: Ceilings, device: torch.device) -> Path:
-    """Keep them for load_ceilings, one file per kind of device in the user's cache folder; returns the file."""
+    """Keep them for load_ceilings, one file per kind of device in the user's cache folder; returns the file.
+
+    Raises OSError where that cannot be written.
+    """
     write_json(path_of(device), ceilings.to_dict())
     return path_of(device)
 
 
 def load_ceilings(device: torch.device) -> Ceilings | None:
-    """What was last measured on this very device with these versions; None when nothing was."""
+    """What was last measured on this very device with these versions; None when nothing was, or its file is broken."""
     try:
-        ceilings = Ceilings.from_dict(json.loads(path_of(device).read_text()))
-    except (FileNotFoundError, json.JSONDecodeError, ValueError):
+        ceilings = Ceilings.from_dict(json.loads(path_of(device).read_bytes()))
+    except (OSError, ValueError):
         return None
     here = machine(device)
     same = ceilings.device == here["device"] and ceilings.versions.get("torch") == here["torch"]

@@ -23,7 +23,7 @@ from ...kernels.cost import flash_attention_cost, linear_cross_entropy_cost, mat
 from ...model.ceilings import Sizes
 from ...model.parts import BACKWARD
 from ...training.optim import AdamW, Muon
-from ..measure.clock import Call, median_seconds, on_capture_stream
+from ..measure.clock import Call, launch_times, median_seconds, on_capture_stream
 from .schedule import Budget, plan
 
 Rates = dict[str, dict[Sizes, float]]  # kernel -> {sizes: work/s}
@@ -32,6 +32,7 @@ SECONDS = 0.5  # for a kernel's sizes, forward and backward together
 RUNS = {"cpu": 5, "cuda": 8}  # of a call at least, for its time: warming up, on a GPU the capture, three rounds
 PASSES = 4  # a forward and a backward, in forwards
 HURRY = 0.05  # seconds left for each task, below which one round is all that a call gets
+LEAST_SECONDS = 1e-4  # of the device for a call of the least size, about: a hundred of them are issued
 HEADS = 4  # of the q that is rotated, and of the k
 WIDTH = 256  # of the embedding's rows
 TENSOR = 2**18  # elements of one parameter that AdamW updates
@@ -312,6 +313,26 @@ def kernel_rates(
     return rates
 
 
+def host_seconds(dtype: torch.dtype, device: torch.device, names: Container[str] = KERNELS) -> dict[str, float]:
+    """{"gemm": seconds until the host has issued a call, "gemm backward": ...} of the named kernels, on a GPU.
+
+    Each at its least size: what the host does there does not depend on it, and the device keeps up.
+    """
+    times: dict[str, float] = {}
+    for name in (name for name in grids(dtype, device) if name in names):
+        kernel, least = KERNELS[name], min(KERNELS[name].sizes[device.type])
+        for backward, call in enumerate(_calls(kernel, least, dtype, device)):
+            times[name + BACKWARD * backward], _ = launch_times(call, device, LEAST_SECONDS)
+    return times
+
+
+def _calls(kernel: Kernel, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> tuple[Call, ...]:
+    """The forward, and where there is one the backward, at those sizes."""
+    leaves = Leaves(dtype, device)
+    call = kernel.make(leaves, *sizes)
+    return both_passes(call, leaves.made) if kernel.backward else (call,)
+
+
 def _time(
     kernel: Kernel,
     group: Sequence[Sizes],
@@ -324,9 +345,7 @@ def _time(
     calls: list[Call] = []
     with on_capture_stream(device):
         for sizes in group:
-            leaves = Leaves(dtype, device)
-            call = kernel.make(leaves, *sizes)
-            calls += both_passes(call, leaves.made) if kernel.backward else [call]
+            calls += _calls(kernel, sizes, dtype, device)
         times = median_seconds(calls, device, seconds=seconds, rounds=rounds)
     timed = [(backward, sizes) for sizes in group for backward in ((False, True) if kernel.backward else (False,))]
     return dict(zip(timed, times, strict=True))

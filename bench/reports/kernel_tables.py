@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from rich.table import Table
 
+from ...kernels.attention import paths
 from ..measure.records import read_measurement
 
 Record = dict[str, Any]
@@ -131,6 +133,14 @@ def failures_table(failures: Iterable[dict[str, str]]) -> Table:
         out.add_column(column)
     for failure in failures:
         out.add_row(failure["case"], failure["provider"] or "all", failure["error"])
+    return out
+
+
+def paths_table(architecture: str, device: torch.device | None) -> Table:
+    """Which path serves which attention call there, and why; ValueError on an architecture that nothing is known of."""
+    out = Table("call", "path", "why", title=f"attention on {architecture}")
+    for passes, head_dims, dtypes, options, choice in paths.table(architecture, device):
+        out.add_row(f"{passes}; head sizes {head_dims}; {dtypes}; {options}", choice.path, choice.why)
     return out
 
 

@@ -25,11 +25,30 @@ SHORTEST, LONGEST = 256, 65536
 MARKERS = "osD^vP*X"
 
 
-def _figure(columns: int, size: tuple[float, float], rows: int = 1) -> tuple[Figure, Any]:
+def why_no_plots() -> str | None:
+    """None where figures can be drawn; else a sentence that says what is missing and how to get it."""
     try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise ValueError("plots need matplotlib: pip install 'rooflight[bench]'") from None
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        return f"plots need matplotlib ({error}): pip install 'rooflight[demo]'"
+    return None
+
+
+def require_plots(suffix: str = "") -> None:
+    """Raises ValueError where no figure can be drawn, or none into a file whose name ends so."""
+    if why := why_no_plots():
+        raise ValueError(why)
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if suffix and suffix.removeprefix(".") not in formats:
+        raise ValueError(f"plots: expected a file that ends in one of {', '.join(sorted(formats))}, got {suffix!r}")
+
+
+def _figure(columns: int, size: tuple[float, float], rows: int = 1) -> tuple[Figure, Any]:
+    require_plots()
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

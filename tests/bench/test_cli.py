@@ -1,8 +1,10 @@
 """The command line: light to start, one sentence on bad input."""
 
 import errno
+import io
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
@@ -12,8 +14,15 @@ from rooflight.training.loop import TrainingDiverged
 
 
 def rooflight(*arguments: str) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from rooflight.bench.cli import main; sys.exit(main())"
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    """The command as its entry point runs it, in this process: torch is imported already."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["rooflight", *arguments])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = stop.code or 0
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
 def test_help_lists_every_command_and_imports_no_torch():

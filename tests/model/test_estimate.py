@@ -344,7 +344,18 @@ class TestOutput:
             "largest batch in the device's 141 GB",
         ):
             assert figure in text
-        assert "no time: no ceilings were measured" in self._text(_one(XL))
+        untimed = self._text(_one(XL))
+        told = "no times: this machine's bfloat16 ceilings are not measured yet; `rooflight bench ceilings --dtype b"
+        assert told in untimed
+        assert ("time" in text.split("embedding")[0], "time" in untimed.split("embedding")[0]) == (True, False)
+
+    def test_a_column_names_its_unit_and_holds_three_figures(self) -> None:
+        table = _one(XL).table()
+        columns = {str(c.header): list(c.cells) for c in table.columns}
+        ffn = columns["component"].index("FFN")
+        assert (columns["params, M"][ffn], columns["forward, GFLOP"][ffn]) == ("983", "2,013")
+        assert columns["params, M"][columns["component"].index("norms")] == "0.155"
+        assert columns["backward, GFLOP"][-1] == "7,013"  # forward's unit, whatever its own would be
 
     def test_json_holds_what_the_table_does(self) -> None:
         e = estimate(XL, batch_size=16, ceilings=self.ceilings)
@@ -373,7 +384,7 @@ class TestOutput:
         ({"batch_size": 0}, "batch_size: expected a whole number >= 1, got 0"),
         ({"context_length": 1025}, "context_length: expected at most the model's 1024 positions, got 1025"),
         ({"context_length": 0}, "context_length: expected a whole number >= 1, got 0"),
-        ({"gpus": 1.5}, "gpus: expected a whole number >= 1, got 1.5"),
+        ({"gpus": 0}, "gpus: expected a whole number >= 1, got 0"),
         ({"optimizer": "sgd"}, "optimizer: expected one of adamw, muon, got 'sgd'"),
         ({"optimizer": "muon", "gpus": 8}, "optimizer: expected 'adamw' on 8 GPUs, got 'muon'"),
         ({"causal": "yes"}, "causal: expected 'exact' or 'full', got 'yes'"),

@@ -197,6 +197,27 @@ def test_time_ends_a_run_and_its_schedule(config, quiet, monkeypatch):
     assert (again.stopped, again.step) == ("time", result.step)
 
 
+def test_what_the_compiler_takes_is_no_training_time(config, quiet, tmp_path, monkeypatch):
+    """And the call that has it compiled leaves no trace in the run."""
+    config = dataclasses.replace(config, max_steps=3)
+    plain = train(dataclasses.replace(config, out_dir=tmp_path / "plain"), console=quiet)
+    late, perf_counter = [0.0], loop.time.perf_counter
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: perf_counter() + late[0])
+
+    def compiler(model):
+        def forward(*inputs):
+            late[0] = 1000.0  # the first call; validation has the model as it is
+            return model(*inputs)
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    compiled = train(dataclasses.replace(config, compile=True, max_seconds=500.0), console=quiet)
+    assert (compiled.stopped, compiled.step) == ("steps", 3)
+    assert late[0] > compiled.seconds
+    _assert_equal(_weights(compiled), _weights(plain))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_run_resumes(config, quiet, tmp_path, monkeypatch, number):
     whole = train(config, console=quiet)

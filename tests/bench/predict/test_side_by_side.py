@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,14 +10,14 @@ from typer.testing import CliRunner
 
 from rooflight.bench.cases.plain_model import PlainTransformer
 from rooflight.bench.cli import app
-from rooflight.bench.predict.side_by_side import WAYS, measure_steps
+from rooflight.bench.predict.side_by_side import DEFAULT, WAYS, measure_steps
 from rooflight.kernels import reference
 from rooflight.model import ModelConfig, Transformer, estimate
 
 CONFIG = ModelConfig(vocab_size=130, context_length=16, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64)
 
 
-@pytest.mark.parametrize("changes", [{}, {"ffn": "gelu", "tie_embeddings": True, "n_kv_head": 4}])
+@pytest.mark.parametrize("changes", [{}, {"ffn": "gelu", "tie_embeddings": True, "n_kv_head": 4}, {"qk_norm": True}])
 def test_the_peer_is_the_same_model(changes):
     config = dataclasses.replace(CONFIG, **changes)
     ours, plain = Transformer(config, ops=reference), PlainTransformer(config)
@@ -37,7 +38,7 @@ def test_what_the_peer_cannot_be_is_named():
 
 
 def test_rows_hold_together():
-    ways = [way for way in WAYS if way != "plain, compiled"]  # compiling takes longer than all the rest
+    ways = [way for way in WAYS if "compiled" not in way]  # compiling takes longer than all the rest
     steps = list(
         measure_steps(CONFIG, 2, 16, torch.float32, torch.device("cpu"), ways=ways, seconds=0.01, peak_flops=1e9)
     )
@@ -51,6 +52,39 @@ def test_rows_hold_together():
         assert step.mfu < step.mfu_full
         assert step.last_loss < step.first_loss
         assert step.peak_bytes is None
+
+
+def test_a_cpu_and_a_gpu_take_the_peer_eager_and_compiled_and_ours_without_a_host():
+    assert DEFAULT["cpu"] == ("ours, eager", "ours, compiled", "plain, eager", "plain, compiled")
+    assert DEFAULT["cuda"] == ("ours, eager", "ours, graphed", "plain, eager", "plain, compiled")
+
+
+def test_ways_that_are_compiled_run_in_what_the_compiler_gives(monkeypatch: pytest.MonkeyPatch):
+    """Its front end alone: the rest of the compiler takes half a minute."""
+    compiled = []
+
+    def compiler(model, *_, **__):
+        compiled.append(type(model).__name__)
+        return lambda *inputs: model(*inputs)
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(torch.nn.Module, "compile", compiler)
+    ways = ["ours, compiled", "plain, compiled"]
+    steps = list(measure_steps(CONFIG, 2, 16, torch.float32, torch.device("cpu"), ways=ways, seconds=0.01))
+    assert [(step.name, step.ours) for step in steps] == [(ways[0], True), (ways[1], False)]
+    assert compiled == ["Transformer", "_Block", "_Block"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_steps_are_the_eager_ones(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """All of the compiler, as the demo and the peers run it on a CPU."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    cpu = torch.device("cpu")
+    steps = {s.name: s for s in measure_steps(CONFIG, 2, 16, torch.float32, cpu, seconds=0.01)}
+    assert set(steps) == set(DEFAULT["cpu"])
+    assert steps["ours, compiled"].first_loss == pytest.approx(steps["ours, eager"].first_loss, rel=1e-5)
+    assert steps["plain, compiled"].vocab_size == 192  # padded: not the same model
 
 
 def test_the_command_writes_what_the_report_reads(tmp_path):

@@ -18,6 +18,7 @@ from rooflight.bench.predict import validate as module
 from rooflight.bench.predict.step import Step
 from rooflight.bench.predict.validate import ComponentRow, Row, Validation, predict, read_model, validate
 from rooflight.bench.rates.ceilings import save_ceilings
+from rooflight.bench.reports.terminal import show
 from rooflight.model import PRESETS, Ceilings, ModelConfig
 
 CPU = torch.device("cpu")
@@ -85,7 +86,8 @@ def test_the_models_that_come_along_are_read(path: Path):
 
 
 def test_muon_beside_adamw(tmp_path: Path):
-    (done,) = validate({"small": SMALL}, CPU, batch_size=1, optimizer="muon", predictions=tmp_path / "predicted.json")
+    sizes = {"batch_size": 1, "dtype": "float32", "optimizer": "muon"}
+    (done,) = validate({"small": SMALL}, CPU, **sizes, predictions=tmp_path / "predicted.json")
     assert {"AdamW", "Muon"} <= {row.name for row in done.components if row.measured > 0}
     assert "Muon" in next(row.what for row in done.rows if row.quantity == "step time")
 
@@ -109,10 +111,9 @@ def test_the_residual_is_what_the_components_leave():
     done = Validation("small", e, (), components, step_seconds=8.0)
     assert done.residual == 2.0
     assert [row["ratio"] for row in done.to_dict()["components"]] == [0.5, 0.5]
-    console = Console(width=120, record=True, quiet=True)
-    console.quiet = False
+    console = Console(width=120)
     with console.capture() as text:
-        console.print(done.table())
+        show(console, *done.tables())
     for part in ("residual: step - sum", "2,000.000 ms", "25.0%", "small, batch 1 x 64, float32"):
         assert part in text.get()
     assert Validation("small", e, ()).residual is None
@@ -126,9 +127,8 @@ def test_the_command_writes_results_prediction_and_plot(tmp_path: Path):
     model = tmp_path / "small.toml"
     model.write_text(TOML)
     out, plot = tmp_path / "out" / "v.json", tmp_path / "v.svg"
-    result = run(
-        bench, "validate", str(model), "--batch-size", "2", "--json", str(out), "--plot", str(plot), "--device", "cpu"
-    )
+    options = ["--batch-size", "2", "--dtype", "float32", "--device", "cpu"]
+    result = run(bench, "validate", str(model), *options, "--json", str(out), "--plot", str(plot))
     assert result.exit_code == 0, result.output
     results = json.loads(out.read_text())
     assert (results["kind"], results["validations"][0]["name"]) == ("validation", "small")
@@ -140,7 +140,10 @@ def test_the_command_writes_results_prediction_and_plot(tmp_path: Path):
     assert results["failures"] == {}
     assert "small: step\n" in result.output  # the progress
     assert "<svg" in plot.read_text()
-    assert "residual: step - sum" in result.output
+    for part in ("residual: step - sum", "gaps between them", "a lower clock"):
+        assert part in result.output
+    assert results["validations"][0]["residual"]["clock"] == 0  # a CPU's is not read
+    assert predicted["predictions"]["small"]["eager_seconds"] == predicted["predictions"]["small"]["seconds"]
 
 
 BAD = {
@@ -156,13 +159,21 @@ BAD = {
 }  # fmt: skip
 
 
+def test_an_estimate_in_a_dtype_that_was_not_measured_has_no_times():
+    result = run(estimate_app(), "tiny", "--dtype", "float16")
+    assert result.exit_code == 0, result.output
+    assert "`rooflight bench ceilings --dtype float16` measures them" in result.output
+    assert "time, " in run(estimate_app(), "tiny", "--dtype", "float32").output
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_sentence(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Path("bad.toml").write_text("[model\n")
     Path("heads.toml").write_text(TOML.replace("n_kv_head = 2", "n_kv_head = 3"))
     model, options, sentence = BAD[case]
-    for app, command in ((bench, ["validate", model, "--device", "cpu"]), (estimate_app(), [model])):
+    commands = [(bench, ["validate", model, "--device", "cpu"]), (estimate_app(), [model])]
+    for app, command in commands[: 1 if case == "dtype" else 2]:  # an estimate does without times
         error = run(app, *command, *options).exception
         assert isinstance(error, ValueError | FileNotFoundError), error
         assert sentence in str(error)
@@ -254,7 +265,7 @@ def test_the_hosts_part_of_a_step_is_told():
     assert host is None  # a CPU is its own host
     console = Console(width=120)
     with console.capture() as text:
-        console.print(Validation("small", e, (), step_seconds=1.0, host_seconds=0.25).table())
+        show(console, *Validation("small", e, (), step_seconds=1.0, host_seconds=0.25).tables())
     assert "the host issues a step in 250.000 ms" in text.get()
     assert Validation("small", e, (), host_seconds=0.25).to_dict()["host_seconds"] == 0.25
 

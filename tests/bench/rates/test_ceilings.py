@@ -55,9 +55,50 @@ def test_another_machine_or_version_is_not_trusted(change: dict):
     assert ceilings.load_ceilings(CPU) is None
 
 
-def test_a_damaged_file_is_measured_again():
-    ceilings.save_ceilings(here(), CPU).write_text('{"gemm_flops": ')
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"gemm_flops": ', b"", b"\xff\xfe", b"[]", b"null", b'"text"', b"{}",
+        b'{"gemm_flops": [1], "copy_bandwidth": 1}',
+        b'{"gemm_flops": {"float32": "fast"}, "copy_bandwidth": 1}',
+        b'{"gemm_flops": {}, "copy_bandwidth": 1, "kernels": {"gemm float32": [1]}}',
+        b'{"gemm_flops": {}, "copy_bandwidth": 1, "kernels": {"gemm float32": {"wide": 1}}}',
+        b'{"gemm_flops": {}, "copy_bandwidth": 1, "versions": null}',
+        b'{"gemm_flops": {}, "copy_bandwidth": 1, "memory_bytes": "64 GB"}',
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_measured_again(content: bytes, monkeypatch: pytest.MonkeyPatch):
+    path = ceilings.save_ceilings(here(), CPU)
+    path.write_bytes(content)
     assert ceilings.load_ceilings(CPU) is None
+    monkeypatch.setattr(ceilings, "measure_ceilings", lambda *_, **__: here())
+    monkeypatch.setattr(ceilings, "unmeasured", lambda *_: [])
+    assert ceilings.ceilings_of(CPU, "float32") == ceilings.load_ceilings(CPU) == here()
+
+
+@pytest.mark.parametrize("place", ["a file", "a file above", "no home", "a folder in the file's place"])
+def test_where_they_cannot_be_kept_they_are_measured_all_the_same(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    if place == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", homeless)
+    elif place == "a folder in the file's place":
+        (ceilings.path_of(CPU) / "within").mkdir(parents=True)
+    else:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / ("" if place == "a file" else "below")))
+    monkeypatch.setattr(ceilings, "measure_ceilings", lambda *_, keep, **__: (keep(here()), here())[1])
+    assert ceilings.load_ceilings(CPU) is None
+    assert ceilings.ceilings_of(CPU, "float32") == here()
+    told = capsys.readouterr().err
+    assert told.count("rates are not kept for the next run") == 1
+    assert "XDG_CACHE_HOME" in told
+
+
+def homeless() -> Path:
+    """As Path.home for a container's user that no password file knows."""
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_without_a_measurement_the_command_to_run_is_named():

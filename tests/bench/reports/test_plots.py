@@ -126,7 +126,7 @@ def test_without_matplotlib_the_way_to_get_it_is_named(monkeypatch: pytest.Monke
         return real(name, *rest, **keywords)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ValueError, match=r"plots need matplotlib: pip install 'rooflight\[bench\]'"):
+    with pytest.raises(ValueError, match=r"plots need matplotlib \(.*\): pip install 'rooflight\[demo\]'"):
         plots.plot_shares("tiny", PRESETS["tiny"], tmp_path / "s.svg")
 
 
