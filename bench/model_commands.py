@@ -34,9 +34,7 @@ def find_tokenizer(model: Path, given: Path | None) -> Tokenizer:
     from ..tokenizer import Tokenizer
 
     for folder in (given,) if given is not None else (model / OWN_TOKENIZER, model):
-        if (folder / "tokenizer.json").is_file():
-            return Tokenizer.from_hf(folder / "tokenizer.json")
-        if (folder / "merges.txt").is_file():
+        if any((folder / name).is_file() for name in ("merges.txt", "tokenizer.json")):
             return Tokenizer.load(folder)
     place = model if given is None else given
     raise FileNotFoundError(f"{place}: no tokenizer there; name its folder with --tokenizer")
