@@ -39,12 +39,9 @@ def find_tokenizer(model: Path, given: Path | None) -> Tokenizer:
     from ..training.checkpoint import check_tokenizer
 
     for folder in (given,) if given is not None else (model / OWN_TOKENIZER, model):
-        if (folder / "tokenizer.json").is_file():
-            found = Tokenizer.from_hf(folder / "tokenizer.json")
-        elif (folder / "merges.txt").is_file():
-            found = Tokenizer.load(folder)
-        else:
+        if not any((folder / name).is_file() for name in ("merges.txt", "tokenizer.json")):
             continue
+        found = Tokenizer.load(folder)
         if not is_hf(model):
             check_tokenizer(model, found.hash, folder)
         return found

@@ -219,8 +219,16 @@ class Tokenizer:
     # ------------------------------------------------------------------------------------------------ files
 
     def save(self, directory: str | Path) -> None:
-        """Write vocab.json, merges.txt (both as GPT-2 writes them) and tokenizer_config.json into `directory`."""
+        """Write vocab.json, merges.txt (both as GPT-2 writes them) and tokenizer_config.json into `directory`.
+
+        And tokenizer.json, where that gives the same ids: then transformers' AutoTokenizer opens the folder as well.
+        Raises ValueError on a folder with a tokenizer of another kind.
+        """
         own_format.save(self.definition, Path(directory))
+        try:
+            self.export_hf(Path(directory) / own_format.HUGGING_FACE)
+        except ValueError:
+            (Path(directory) / own_format.HUGGING_FACE).unlink(missing_ok=True)
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
@@ -231,8 +239,8 @@ class Tokenizer:
         path = Path(directory)
         if path.suffix == ".json":
             return cls.from_hf(path)
-        if (path / "tokenizer.json").exists() and not own_format.is_ours(path):
-            return cls.from_hf(path / "tokenizer.json")
+        if (path / own_format.HUGGING_FACE).exists() and not own_format.is_ours(path):
+            return cls.from_hf(path / own_format.HUGGING_FACE)
         definition, saved_hash = own_format.read_directory(path)
         tokenizer = _build(definition)
         tokenizer.__dict__["hash"] = saved_hash

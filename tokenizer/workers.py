@@ -94,7 +94,18 @@ class Crew:
         return [process.pid for process in self._processes]
 
     def map(self, tasks: Iterable[Any]) -> Iterator[Any]:
-        """worker.run(task) for each task, in order. Tasks are taken as they are needed, a few ahead."""
+        """worker.run(task) for each task, in order. Tasks are taken as they are needed, a few ahead.
+
+        The first task is done here; the second starts the others, which are sent one task each and one to wait. Results
+        that come early wait in `done` for their turn. A worker that counts its tasks, alone:
+
+        >>> class Numbering:
+        ...     def __init__(self): self.n = 0
+        ...     def run(self, task): self.n += 1; return task, self.n
+        >>> with Crew(Numbering, 1) as crew:
+        ...     list(crew.map("abc")), crew.finish().n
+        ([('a', 1), ('b', 2), ('c', 3)], 3)
+        """
         done: dict[int, Any] = {}
         taken = given = 0
         for task in tasks:

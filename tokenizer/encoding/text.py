@@ -190,7 +190,15 @@ class _WordTable:
         self._numbers = numbers  # (slots,)
 
     def number(self, keys: list[np.ndarray], n: int) -> tuple[np.ndarray, np.ndarray]:
-        """The number (int32) of each word, and the indices of those that the table lacked: numbered n, n + 1, ..."""
+        """The number (int32) of each word, and the indices of those that the table lacked: numbered n, n + 1, ...
+
+        >>> table = _WordTable(np.zeros((1, 1 << _TABLE_BITS), np.uint64), np.zeros(1 << _TABLE_BITS, np.int32))
+        >>> the, cat, sat = (int.from_bytes(word + bytes(4) + b"\\x03", "little") for word in (b"the", b"cat", b"sat"))
+        >>> table.number([np.array([the, cat, the], np.uint64)], 5)
+        (array([6, 5, 6], dtype=int32), array([1, 2]))
+        >>> table.number([np.array([cat, sat], np.uint64)], 7)
+        (array([5, 7], dtype=int32), array([1]))
+        """
         slots = (_mix(keys) >> np.uint64(64 - _TABLE_BITS)).view(np.int64)
         numbers = self._numbers.take(slots)
         going = (~self._equal(slots, keys)).nonzero()[0]

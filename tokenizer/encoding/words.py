@@ -226,6 +226,13 @@ class _PairTable:
 
         The first step does all merges at once that are certain: whatever becomes of the tokens beside such a pair, no
         merge with them has a rank as low, so that the pair is merged before either could be. That is half of all.
+
+        The words abc and cab with the merges a b and ab c, the words from above down:
+
+        >>> tokens = TokenBytes({i: bytes([i]) for i in range(256)} | {256: b"ab", 257: b"abc"})
+        >>> table = _PairTable(list(range(256)), np.array([[97, 98, 256], [256, 99, 257]]), tokens)
+        >>> table.merge(np.array([[*b"ac"], [*b"ba"], [*b"cb"]], np.uint8), np.array([3, 3]))
+        (array([257,  99, 256], dtype=int32), array([1, 2]))
         """
         width, n = text.shape
         rows = np.arange(width + 1)[:, None]

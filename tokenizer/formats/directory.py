@@ -15,14 +15,18 @@ from ..files import atomic, read_json, write_json
 from .printable import parse_merges, parse_vocab, printable_merges, printable_vocab
 
 VOCAB, MERGES, CONFIG = "vocab.json", "merges.txt", "tokenizer_config.json"
-FILES = (VOCAB, MERGES, CONFIG)
+HUGGING_FACE = "tokenizer.json"
+FILES = (VOCAB, MERGES, CONFIG, HUGGING_FACE)
 MERGES_FIRST_LINE = "#version: 0.2"
 
 
 def save(definition: Definition, directory: Path) -> None:
     """See Tokenizer.save."""
+    # Another one's is not to be replaced.
     if (directory / CONFIG).exists():
-        read_config(directory)  # another one's is not to be replaced
+        read_config(directory)
+    elif (directory / HUGGING_FACE).exists():
+        raise ValueError(f"directory: {directory} holds another tokenizer's {HUGGING_FACE}, expected another folder")
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / VOCAB, printable_vocab(definition, leave_out=True))
     lines = [MERGES_FIRST_LINE, *printable_merges(definition)]
@@ -31,6 +35,7 @@ def save(definition: Definition, directory: Path) -> None:
     config = {
         "format": "rooflight-tokenizer",
         "version": 1,
+        "tokenizer_class": "PreTrainedTokenizerFast",  # for AutoTokenizer
         "vocab_size": definition.vocab_size,
         "pattern": definition.pattern,
         "special_tokens": definition.special_tokens,

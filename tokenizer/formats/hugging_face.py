@@ -12,7 +12,7 @@ from typing import Any
 
 from ..definition import Definition, Options, define
 from ..files import read_json, write_json
-from ..pretokenize import GPT2_PATTERN, Pattern, for_oniguruma, is_gpt2, is_vectorised, pretokenize
+from ..pretokenize import GPT2_PATTERN, PATTERNS, Pattern, for_oniguruma, is_gpt2, is_vectorised, pretokenize
 from .printable import parse_merges, parse_vocab, printable_merges, printable_vocab
 
 _FLAGS = ("single_word", "lstrip", "rstrip")
@@ -176,5 +176,6 @@ def _read_split(written: Any) -> str | None:
             expression = found if "Regex" in written["pattern"] else re.escape(found)
             behavior, invert = written.get("behavior"), written.get("invert", False)
             if behavior == "Isolated" or (behavior == "Removed" and invert and "Regex" in written["pattern"]):
-                return expression
+                ours = (part for part in PATTERNS.values() if isinstance(part, str))
+                return next((part for part in ours if for_oniguruma(part) == expression), expression)
     return None

@@ -127,7 +127,11 @@ class _Corpus:
         """Counts every pair and watches those whose counts reach threshold_of(all counts). Every token spans 1.
 
         Slice by slice: a slice's arrays stay in the processor's cache, and what is kept of it are its places, in the
-        order of their pairs.
+        order of their pairs. Of the words abab, once, and ab, five times (0, 5 and 8 are boundaries):
+
+        >>> pairs = _Corpus(Words(b"ababab", np.array([4, 2]), np.array([1, 5]))).pairs(lambda counts: 1)
+        >>> {name: (int(n), at.tolist()) for name, n, at in zip(pairs.names, pairs.counts, pairs.positions) if n}
+        {(97, 98): (7, [1, 3, 6]), (98, 97): (1, [2])}
         """
         n_tokens = 1 + int(self.tokens.max(where=self.tokens != _BOUNDARY, initial=0))
         slices = []

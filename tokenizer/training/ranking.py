@@ -196,7 +196,19 @@ class Ranking:
         return batch
 
     def _outranks_ties(self, entry: _Entry, a: int, b: int) -> bool:
-        """The theorem's second condition, for the pair (a, b) that meets the first."""
+        """The theorem's second condition, for the pair (a, b) that meets the first.
+
+        In the one word hdgc, gc outranks dg, with which it conflicts; but hd goes first, and then hdg takes its g:
+
+        >>> from .merge import Words, _Corpus
+        >>> corpus = _Corpus(Words(b"hdgc", np.array([4]), np.array([1])))
+        >>> pairs = corpus.pairs(lambda counts: 1)
+        >>> ranking = Ranking(pairs, [bytes([byte]) for byte in range(256)], corpus.context)
+        >>> ranking.first()[1:3]
+        (b'h', b'd')
+        >>> {entry[1] + entry[2]: ranking._outranks_ties(entry, *entry[1], *entry[2]) for entry in ranking._front}
+        {b'dg': False, b'gc': False, b'hd': True}
+        """
         left = entry[1]
 
         def is_less(token: bytes) -> bool:

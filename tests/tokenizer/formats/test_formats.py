@@ -84,6 +84,7 @@ def test_missing_and_damaged_files_are_refused(tokenizer: Tokenizer, tmp_path) -
     (tmp_path / "vocab.json").write_text("[]")
     with pytest.raises(ValueError, match="no JSON object"):
         Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ValueError, match="no tokenizer of version 1"):
         Tokenizer.load(tmp_path)

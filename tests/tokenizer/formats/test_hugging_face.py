@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+import transformers
 
 from rooflight.tokenizer import PATTERNS, Tokenizer
 from support import bpe_reference
@@ -129,3 +130,20 @@ def test_offsets_are_refused_where_the_text_is_changed(tmp_path: Path) -> None:
     assert tokenizer.encode("caf\u00e9", offsets=True)[0] == tokenizer.encode("caf\u00e9")
     with pytest.raises(ValueError, match="offsets: "):
         tokenizer.encode("cafe\u0301", offsets=True)
+
+
+def test_a_saved_folder_opens_in_auto_tokenizer(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(VOCAB, MERGES, ["<|end|>"], pattern="llama3")
+    tokenizer.save(tmp_path / "tk")
+    peer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tk")
+    assert type(peer).__name__ in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    for text in texts(1):
+        assert peer(text, add_special_tokens=False).input_ids == tokenizer.encode(text)
+    assert Tokenizer.load(tmp_path / "tk").hash == tokenizer.hash
+    # One that tokenizer.json cannot say is saved without.
+    Tokenizer(VOCAB | {N: b"a"}, MERGES, {"a": N}).save(tmp_path / "tk")
+    assert not (tmp_path / "tk" / "tokenizer.json").exists()
+    (tmp_path / "hf").mkdir()
+    tokenizer.export_hf(tmp_path / "hf" / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"holds another tokenizer's tokenizer\.json"):
+        tokenizer.save(tmp_path / "hf")

@@ -124,7 +124,7 @@ def test_names_stand_for_patterns_everywhere(corpus: list[str], tmp_path) -> Non
         loaded = Tokenizer.load(tmp_path / name)
         assert (loaded.hash, loaded.pattern) == (tokenizer.hash, tokenizer.pattern)
         tokenizer.export_hf(tmp_path / f"{name}.json")
-        assert Tokenizer.from_hf(tmp_path / f"{name}.json").encode(corpus[7]) == tokenizer.encode(corpus[7])
+        assert Tokenizer.from_hf(tmp_path / f"{name}.json").hash == tokenizer.hash
 
 
 @pytest.mark.parametrize(
