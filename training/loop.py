@@ -182,7 +182,7 @@ class _Run:
         config, totals = self.config, self.totals
         config.out_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.out_dir / "config.json", config.to_dict())
-        if config.compile:
+        if config.compile or self.device.type == "cuda":  # Triton's kernels are compiled too
             self._compile()
         self.started = time.perf_counter() - totals.elapsed
         means: list[float] = []  # seconds per step, one mean per log interval
@@ -233,7 +233,7 @@ class _Run:
         return Batches(tokens, c.batch_size, length, self.device, seed=c.seed, step=self.step)
 
     def _compile(self) -> None:
-        """A forward and a backward before the clock starts, since max_seconds counts training and not the compiler."""
+        """A forward and a backward before the clock starts, as max_seconds counts training and not compilers."""
         n = self.config.gradient_accumulation
         inputs, targets = (x.chunk(n)[0] for x in next(self._batches()))
         with autocast(self.device, self.dtype):
