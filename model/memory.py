@@ -145,8 +145,8 @@ def _fused_loss(N: int, d: int, V: int, dtype: str, ops: str) -> Stage:
     share = 0 if low and ops == "triton" else high * s
     total = high * FP32
     logits = rows * padded(V) * s
-    # in eager order the row kernels' temporaries: the logits in fp32, their exponentials, and those scaled
-    eager = rows * V * (3 if low else 2) * FP32 * (ops != "triton")
+    # in eager order the row kernels' temporaries: the logits in fp32, and their exponentials, which become the gradient
+    eager = rows * V * (2 if low else 1) * FP32 * (ops != "triton")
     one = rows >= N
     first = max(eager, share + total * low)
     later = 0 if one else total + max(eager, share)

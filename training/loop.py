@@ -182,7 +182,7 @@ class _Run:
     def _loop(self) -> TrainResult:
         config, totals = self.config, self.totals
         write_json(config.out_dir / "config.json", config.to_dict())
-        if config.compile:
+        if config.compile or self.device.type == "cuda":  # Triton's kernels are compiled too
             self._compile()
         self.started = time.perf_counter() - totals.elapsed
         means: list[float] = []  # seconds per step, one mean per log interval
@@ -234,7 +234,7 @@ class _Run:
         return self._result(stopped, signals.received if progress < 1 else None, means)
 
     def _compile(self) -> None:
-        """A forward and a backward before the clock starts, since max_seconds counts training and not the compiler."""
+        """A forward and a backward before the clock starts, as max_seconds counts training and not compilers."""
         n = self.config.gradient_accumulation
         inputs, targets = (x.chunk(n)[0] for x in self._batch(self.step))
         with autocast(self.device, self.dtype):

@@ -80,11 +80,10 @@ def test_ways_that_are_compiled_run_in_what_the_compiler_gives(monkeypatch: pyte
 def test_compiled_steps_are_the_eager_ones(tmp_path, monkeypatch: pytest.MonkeyPatch):
     """All of the compiler, as the demo and the peers run it on a CPU."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    cpu = torch.device("cpu")
-    steps = {s.name: s for s in measure_steps(CONFIG, 2, 16, torch.float32, cpu, seconds=0.01)}
-    assert set(steps) == set(DEFAULT["cpu"])
-    assert steps["ours, compiled"].first_loss == pytest.approx(steps["ours, eager"].first_loss, rel=1e-5)
-    assert steps["plain, compiled"].vocab_size == 192  # padded: not the same model
+    config, ways = dataclasses.replace(CONFIG, n_layer=1), ["ours, eager", "ours, compiled"]
+    eager, compiled = measure_steps(config, 2, 16, torch.float32, torch.device("cpu"), ways=ways, seconds=0.01)
+    assert compiled.first_loss == pytest.approx(eager.first_loss, rel=1e-5)
+    assert compiled.last_loss < compiled.first_loss
 
 
 def test_the_command_writes_what_the_report_reads(tmp_path):
