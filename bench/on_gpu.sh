@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: correctness, then speed. Uses the torch, triton and pytest that python3 already has, and
 # installs nothing. One part that fails loses no other, and every part keeps what it has found when its time is up.
-#   usage: bench/on_gpu.sh OUT [tests|ceilings|validate|kernels|tune|sanitize ...]
-# Without parts: the first four, in 9 minutes. OUT: log.txt with all that was printed, and a JSON file for each part.
+#   usage: bench/on_gpu.sh OUT [tests|lengths|ceilings|validate|kernels|tune|sanitize ...]
+# Without parts: tests, ceilings, validate and kernels, in 9 minutes. Of the Hopper attention first `lengths` alone, then
+# `kernels` alone: right at every length by every schedule, then the tables. OUT: log.txt with all that was printed, and a JSON file for each part.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: bench/on_gpu.sh OUT [part ...]}" && cd "$1" && pwd)
 parts=" ${*:2} "
@@ -45,6 +46,9 @@ if wanted tests; then
         python3 -P -c "$ctrl_c; import pytest; sys.exit(pytest.main(sys.argv[1:]))" \
         "${options[@]}" tests/kernels tests/model tests/training
 fi
+# The Hopper attention at every length from 1 to 300 and at longer ones, both passes, every schedule of the forward.
+wanted lengths && run lengths "${LENGTH_SECONDS:-300}" \
+    python3 -P -m rooflight.bench.measure.lengths "$(($(left "${LENGTH_SECONDS:-300}") - 20))"
 if wanted sanitize; then
     run sanitize 200 compute-sanitizer --error-exitcode 9 python3 -P -m rooflight.bench.measure.worker \
         "$(python3 -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')" sanitized '[]'

@@ -179,7 +179,9 @@ def _follow(kind: str, D: int, until: float, log: Path) -> Iterator[subprocess.P
     while time.time() < until:
         with log.open("ab") as file:
             yield subprocess.Popen(
-                [sys.executable, "-P", "-m", __name__, kind, str(D), str(skipped), str(until)], stdout=file, stderr=file
+                [sys.executable, "-P", "-m", f"{__package__}.lengths", kind, str(D), str(skipped), str(until)],
+                stdout=file,
+                stderr=file,
             )
         begun = [int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("AT ")]
         if len(begun) == 0 or begun[-1] < skipped:  # it never began: another would not either

@@ -51,8 +51,9 @@ def variants(stand_in: Any) -> dict[str, dict[str, int]]:
         q, k, v = (
             torch.empty(1, T, heads, 64, dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)
         )
-        with paths.use("portable"):
-            kernels.flash_attention(q, k, v).backward(torch.empty_like(q))
+        for path in ("portable", "hopper"):
+            with paths.use(path):
+                kernels.flash_attention(q, k, v).backward(torch.empty_like(q))
         x = torch.empty(1, T, 256, dtype=torch.bfloat16).requires_grad_()
         for y in (kernels.rms_norm(x, torch.ones(256).requires_grad_()), kernels.swiglu(x, x)):
             y.backward(torch.empty_like(y))

@@ -57,7 +57,7 @@ from .blocks import (
     warpgroup_mma_wait,
 )
 from .gradients import round_dq, store_rows, to_fragments
-from .loads import Problem
+from .loads import Problem, with_lengths
 from .place import find_place, place_of, unknown_zero
 from .turns import produce
 
@@ -203,7 +203,7 @@ def _consume(work, c: gl.constexpr,
         tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["n_row_tile", "T", "S", "n_tile", "group"])
 def _flash_attention_bwd_hopper_kernel(
     q_desc,  # no tuples of descriptors: a launch takes them apart only here
     dout_desc,
@@ -217,11 +217,16 @@ def _flash_attention_bwd_hopper_kernel(
     added_ptr,  # for each row tile of dq, the programs that have added to it; None without turns
     n_row_tile,  # row tiles of a head
     problem,
+    T,
+    S,
+    n_tile,
+    group,
     scale,
     exp_scale,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
     ORDERED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
+    problem = with_lengths(problem, T, S, n_tile, group)
     DTYPE: gl.constexpr = q_desc.dtype
     VARLEN: gl.constexpr = problem.cu_seqlens_q is not None
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -348,7 +353,7 @@ def launch_backward(
     )  # fmt: skip
     # past both lengths a window is none; as they stand, the kernel counts in 32 bits
     left, right = (None if n is None else min(n, T + S) for n in (left, right))
-    problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, T, S, n_sequence * K, n_tile, group)
+    problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, None, None, n_sequence * K, None, None)
     launch(
         _flash_attention_bwd_hopper_kernel,
         (n_sequence * K * n_tile,),
@@ -361,6 +366,7 @@ def launch_backward(
         added,
         n_row_tile,
         problem,
+        T, S, n_tile, group,
         scale,
         scale * math.log2(math.e),
         block_m, BLOCK_N, head_dim, STAGES, ordered, CONSUMER_REGISTERS,

@@ -70,7 +70,7 @@ from .blocks import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .loads import CONSUMERS, NUMBERS, Problem, Shared, produce, read_tile
+from .loads import CONSUMERS, NUMBERS, Problem, Shared, produce, read_tile, with_lengths
 from .schedule import Schedule, choose, section_heads, tile_counter
 
 LN2: gl.constexpr = gl.constexpr(math.log(2))
@@ -286,12 +286,13 @@ def _consume(out_desc, output, shared, problem, exp_scale, c: gl.constexpr, BLOC
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["T", "S", "n_tile", "group"])
 def _flash_attention_fwd_hopper_kernel(
-    q_desc, k_desc, v_desc, out_desc, output, problem, exp_scale, counter,
+    q_desc, k_desc, v_desc, out_desc, output, problem, T, S, n_tile, group, exp_scale, counter,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
     SCHEDULE: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
+    problem = with_lengths(problem, T, S, n_tile, group)
     HEAD_DIM: gl.constexpr = q_desc.block_shape[3]
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     q = gl.allocate_shared_memory(q_desc.dtype, [Q_STAGES * CONSUMERS, 64, HEAD_DIM], layout)
@@ -365,7 +366,7 @@ def launch_forward(
         return
     left, right = (None if bound is None else min(bound, T + S) for bound in (left, right))  # 32 bits
     section = section_heads(S, k.shape[-1], k.element_size(), H // K, n_head)
-    problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, T, S, n_head, n_tile, section)
+    problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, None, None, n_head, None, None)
     lse_strides = (0, *lse.stride()) if varlen else lse.stride()
     schedule = schedule or choose(q.shape[-1], n_head * n_tile, q.device)
     launch(
@@ -377,6 +378,7 @@ def launch_forward(
         describe(out, 64, varlen),
         Output(out, extents(out, varlen)[1][:3], lse, lse_strides),
         problem,
+        T, S, n_tile, section,
         scale * math.log2(math.e),
         tile_counter(q.device) if schedule.kind == "dynamic" else None,
         BLOCK_M=BLOCK_M, BLOCK_N=block_n, STAGES=stages, Q_STAGES=q_stages, SCHEDULE=schedule.kind,

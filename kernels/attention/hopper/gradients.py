@@ -49,7 +49,7 @@ def store_rows(ptr, strides, b, h, start, first, length, tile, layout: gl.conste
     gl.store(ptr + offsets, gl.cast(tile, ptr.dtype.element_ty), mask=(rows < length)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "n_row_tile"])
 def _flash_attention_dq_kernel(
     accumulator_ptr,
     added_ptr,  # None: zeros where nothing was added

@@ -41,6 +41,15 @@ class Problem(NamedTuple):
     group: Any  # heads whose tiles start together
 
 
+@gluon.jit
+def with_lengths(problem, T, S, n_tile, group):
+    """The problem with what follows from lengths: arguments that Triton does not specialise on, as it does on all that
+    stands in a tuple, so that each new class of lengths (1, multiples of 16, others) would compile anew.
+    """
+    p = problem
+    return Problem(p.cu_seqlens_q, p.cu_seqlens_k, p.left, p.right, p.H, p.K, T, S, p.n_head, n_tile, group)
+
+
 class Shared(NamedTuple):
     """Buffers and barriers in shared memory."""
 

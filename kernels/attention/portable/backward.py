@@ -28,7 +28,7 @@ from ..blocks import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "n_row_tile"])
 def _flash_attention_delta_kernel(
     out_ptr,
     dout_ptr,

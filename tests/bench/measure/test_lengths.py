@@ -25,7 +25,7 @@ def test_every_length_comes_and_eager_is_right(kind):
     assert {p.schedule[0] for p in drawn} == {"tile", "static", "dynamic"}
     assert any(p.T != p.S for p in drawn)
     torch.manual_seed(0)
-    for problem in (p for p in drawn[:40] if sum(p.T) <= 300):
+    for problem in islice((p for p in drawn if max(p.T + p.S) <= 150), 4):
         assert check(problem, CPU, eager) == []
 
 
