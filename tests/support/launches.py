@@ -109,6 +109,7 @@ def calls(rng: Any) -> Callable[[], None]:
     import torch
 
     from rooflight import kernels
+    from rooflight.kernels.adamw import AdamWTables, adamw_update
     from rooflight.kernels.attention import paths
 
     def tensor(*shape: int) -> torch.Tensor:
@@ -161,7 +162,21 @@ def calls(rng: Any) -> Callable[[], None]:
         x = tensor(rng.choice([1, 4]), rng.choice([16, 1000]))
         kernels.cross_entropy(x, torch.zeros(x.shape[0], dtype=torch.int64), z_loss=rng.choice([0.0, 1.0])).backward()
 
-    choices: list[Callable[[], None]] = [rms_norm, swiglu, rope, cross_entropy]
+    def rope_qkv() -> None:
+        angles = torch.zeros(32, 8)
+        sum(x.sum() for x in kernels.rope_qkv(tensor(1, rng.choice([1, 16]), 64), angles, angles, 2, 1)).backward()
+
+    def gelu() -> None:
+        kernels.gelu(tensor(rng.choice([1, 5]), rng.choice([16, 33]))).sum().backward()
+
+    def adamw() -> None:
+        w, one = torch.zeros(rng.choice([16, 33, 5000])), torch.zeros(())
+        low = w.to(rng.choice([torch.float32, torch.bfloat16]))
+        options = {"beta1": 0.9, "beta2": rng.choice([0.0, 0.95]), "eps": 1e-8, "weight_decay": 0.1}
+        copies, factor = [rng.choice([None, low])], rng.choice([None, one])
+        adamw_update([w], [low], [w], [w], [one], copies, AdamWTables(), lr=one, factor=factor, **options)
+
+    choices: list[Callable[[], None]] = [rms_norm, swiglu, rope, rope_qkv, gelu, adamw, cross_entropy]
     for varlen in (False, True):
         for path, head_dim in ((None, 40), (None, 64), ("hopper", 64), ("hopper", 128)):
             choices.append(lambda *args, given=(path, head_dim, varlen): attention(*given))
