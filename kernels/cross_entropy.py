@@ -16,7 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cost, reference
-from .dispatch import apply, call, check_device, check_dtype, define_op, runs_triton
+from .dispatch import (
+    apply,
+    call,
+    check_device,
+    check_dtype,
+    check_integer,
+    check_number,
+    check_tensor,
+    define_op,
+    runs_triton,
+)
 from .elementwise import tanh
 from .launching import launch
 from .rows import row_layout, statistics, tile_offsets
@@ -223,7 +233,8 @@ class CrossEntropyFunction(torch.autograd.Function):
 
 
 def check_target(target: Tensor, shape: torch.Size, reduction: str) -> None:
-    """Raise ValueError unless target is int64 of the given shape and reduction a known one."""
+    """Raise ValueError unless target is an int64 tensor of the given shape and reduction a known one."""
+    check_tensor("target", target)
     if target.shape != shape:
         raise ValueError(f"target: expected shape {tuple(shape)}, got {tuple(target.shape)}")
     if target.dtype != torch.int64:
@@ -263,9 +274,10 @@ def cross_entropy(
     oracle. Under the kernels a second derivative and torch.func transforms raise NotImplementedError.
     Raises ValueError on a shape, dtype or device mismatch and on an unknown reduction.
     """
+    check_dtype("logits", logits)
+    ignore_index, z_loss = check_integer("ignore_index", ignore_index), check_number("z_loss", z_loss)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {tuple(logits.shape)}")
-    check_dtype("logits", logits)
     check_target(target, logits.shape[:-1], reduction)
     check_device(("logits", logits), ("target", target))
     if not runs_triton(logits):

@@ -6,6 +6,7 @@ was set before triton was first imported (interpreter.py makes it right in bfloa
 
 from __future__ import annotations
 
+import numbers
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,13 @@ __all__ = [
     "call",
     "check_device",
     "check_dtype",
+    "check_flag",
+    "check_integer",
+    "check_number",
+    "check_tensor",
     "define_op",
+    "in_layout_of",
+    "known",
     "refuse_transforms",
     "runs_triton",
 ]
@@ -161,8 +168,66 @@ def apply(name: str, function: type[torch.autograd.Function], *args: Any) -> Any
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
+def known(condition: Any) -> bool:
+    """condition; while tracing, whether it holds for every size that the graph is to serve."""
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def in_layout_of(x: Tensor, result: Tensor) -> Tensor:
+    """result, copied only where it does not lie in memory as torch.empty_like(x) would."""
+    alike = torch.empty_like(x)
+    if all(known(a == b) for a, b in zip(result.stride(), alike.stride(), strict=True)):
+        return result
+    return alike.copy_(result)
+
+
+def _described(value: Any) -> str:
+    return f"{type(value).__name__} {value!r}" if isinstance(value, bool | int | float | str) else type(value).__name__
+
+
+def check_tensor(name: str, value: Any, *, optional: bool = False) -> None:
+    """Raise ValueError unless value is a tensor (or None, where that is a choice)."""
+    if not (isinstance(value, Tensor) or (optional and value is None)):
+        expected = "a tensor or None" if optional else "a tensor"
+        raise ValueError(f"{name}: expected {expected}, got {_described(value)}")
+
+
+def check_number(name: str, value: Any) -> Any:
+    """value, a numpy scalar as Python's; raises ValueError on anything but a number.
+
+    A tensor is refused too: a kernel takes the number alone, so that a parameter would never learn, and reading it from
+    a GPU would wait. A bool is a slip.
+    """
+    if type(value) is float or type(value) is int or isinstance(value, torch.SymFloat | torch.SymInt):
+        return value
+    if isinstance(value, Tensor | bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name}: expected a number, got {_described(value)}")
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def check_integer(name: str, value: Any) -> Any:
+    """value, a numpy integer as Python's; raises ValueError on anything but an integer, as check_number does."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    if isinstance(value, Tensor | bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name}: expected an integer, got {_described(value)}")
+    return int(value)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise ValueError unless value is True or False."""
+    if value is not True and value is not False:
+        raise ValueError(f"{name}: expected True or False, got {_described(value)}")
+
+
 def check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> None:
-    """Raise ValueError unless `tensor` has one of the allowed dtypes (fp64 too where nothing is compiled)."""
+    """Raise ValueError unless `tensor` is one, of an allowed dtype (fp64 too where nothing is compiled)."""
+    if not isinstance(tensor, Tensor):
+        check_tensor(name, tensor)
     dtype = tensor.dtype
     if dtype in allowed and (BFLOAT16_IS_EXACT or dtype != torch.bfloat16):
         return

@@ -141,11 +141,11 @@ def gelu(x: Tensor) -> Tensor:
     Under the kernels a second derivative and torch.func transforms raise NotImplementedError.
     Raises ValueError on a scalar or another dtype.
     """
+    check_dtype("x", x)
     if x.dim() == 0:
         raise ValueError("x: expected shape (..., N), got ()")
-    check_dtype("x", x)
     if not runs_triton(x):
-        return reference.gelu(x)
+        return reference.gelu(x).contiguous()
     if torch.compiler.is_compiling():
         return _fwd(x)
     return apply("gelu", GELUFunction, x)

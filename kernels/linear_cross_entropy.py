@@ -16,6 +16,7 @@ The products are torch.matmul's, so fp32 follows torch.backends' TF32 setting.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +25,16 @@ from torch import Tensor
 
 from . import cost
 from .cross_entropy import check_target, count_targets, reduce_losses, row_gradients, row_losses
-from .dispatch import call, check_device, check_dtype, define_op, refuse_transforms
+from .dispatch import (
+    call,
+    check_device,
+    check_dtype,
+    check_flag,
+    check_integer,
+    check_number,
+    define_op,
+    refuse_transforms,
+)
 from .rows import statistics
 
 __all__ = [
@@ -314,14 +324,18 @@ def linear_cross_entropy(
     Raises ValueError on a shape, dtype or device mismatch, on softcap < 0, on an unknown reduction and on
     keep_gradients=True with reduction "none".
     """
+    check_dtype("x", x)
+    check_dtype("weight", weight)
+    ignore_index = check_integer("ignore_index", ignore_index)
+    softcap, z_loss = check_number("softcap", softcap), check_number("z_loss", z_loss)
+    if keep_gradients is not None:
+        check_flag("keep_gradients", keep_gradients)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected shape (..., N) with N >= 1, got {tuple(x.shape)}")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] == 0:
         raise ValueError(f"weight: expected shape (V, {x.shape[-1]}) with V >= 1, got {tuple(weight.shape)}")
-    if not softcap >= 0:
-        raise ValueError(f"softcap: expected >= 0, got {softcap}")
-    check_dtype("x", x)
-    check_dtype("weight", weight)
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap: expected a finite number, at least 0 (0: none), got {softcap}")
     check_target(target, x.shape[:-1], reduction)
     check_device(("x", x), ("weight", weight), ("target", target))
     if keep_gradients and reduction == "none":

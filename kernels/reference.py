@@ -56,7 +56,7 @@ def visible_mask(
     n_query: int,
     n_key: int,
     causal: bool,
-    window: int | tuple[int, int] | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
     """Boolean (T, S): key j is visible to query i, which stands at p = i + S - T (bottom-right alignment)."""
@@ -67,7 +67,10 @@ def visible_mask(
         mask &= key <= position
     if window is not None:
         left, right = window if isinstance(window, Sequence) else (window, 0 if causal else window)
-        mask &= (key >= position - left) & (key <= position + right)
+        if left is not None:
+            mask &= key >= position - left
+        if right is not None:
+            mask &= key <= position + right
     return mask
 
 
@@ -78,7 +81,7 @@ def flash_attention(
     *,
     causal: bool = True,
     scale: float | None = None,
-    window: int | tuple[int, int] | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     return_lse: bool = False,
@@ -130,17 +133,17 @@ def flash_attention_varlen(
     *,
     causal: bool = True,
     scale: float | None = None,
-    window: int | tuple[int, int] | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_attention over packed sequences, one at a time.
 
-    q: (total_q, H, D).  k, v: (total_k, K, D).  cu_seqlens: (sequences + 1,), int32, from 0 to the total.
-    Returns (total_q, H, D), and with return_lse the log-sum-exp (H, total_q).
+    q: (total_q, H, D).  k, v: (total_k, K, D).  cu_seqlens: (sequences + 1,), int32, from 0 to the total or less.
+    Returns (total_q, H, D), and with return_lse the log-sum-exp (H, total_q): 0 and -inf past the last sequence.
     """
-    outs, lses = [q.new_empty(0, q.shape[1], v.shape[-1])], [q.new_empty(q.shape[1], 0, dtype=_statistics(q[:0]).dtype)]
+    outs, lses = [q.new_empty(0, q.shape[1], v.shape[-1])], []
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for q0, q1, k0, k1 in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
         qi, ki, vi = (x.transpose(0, 1)[None] for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
@@ -149,6 +152,9 @@ def flash_attention_varlen(
         )
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
+    rest = len(q) - ends_q[-1]
+    outs.append(q.new_zeros(rest, q.shape[1], v.shape[-1]))
+    lses.append(q.new_full((q.shape[1], rest), float("-inf"), dtype=_statistics(q[:0]).dtype))
     out, lse = torch.cat(outs), torch.cat(lses, dim=1)
     return (out, lse) if return_lse else out
 

@@ -11,6 +11,7 @@ longer than a tile a kernel before it computes mean(xhat g), so that a program c
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cost, reference
-from .dispatch import apply, call, check_device, check_dtype, define_op, refuse_transforms, runs_triton
+from .dispatch import apply, call, check_device, check_dtype, check_number, define_op, refuse_transforms, runs_triton
 from .launching import TENSOR, Plan
 from .rms_norm_tiles import (
     BACKWARD_TILE,
@@ -364,14 +365,14 @@ def rms_norm(
     under autocast nothing is cast: y has x's dtype whatever the weight's.
     Runs Triton on CUDA tensors and, under TRITON_INTERPRET=1, on CPU tensors (fp64 too); on plain CPU tensors the eager
     oracle. Under the kernels a second derivative and torch.func transforms raise NotImplementedError.
-    Raises ValueError on a shape, dtype or device mismatch and on eps <= 0.
+    Raises ValueError on a shape, dtype or device mismatch, on eps <= 0 and on a tensor for a number.
     """
+    check_dtype("x", x)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected shape (..., N) with N >= 1, got {tuple(x.shape)}")
-    if not eps > 0:
-        raise ValueError(f"eps: expected > 0, got {eps}")
-    check_dtype("x", x)
-    check_device(("x", x), ("weight", weight), ("residual", residual))
+    eps, weight_offset = check_number("eps", eps), check_number("weight_offset", weight_offset)
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps: expected > 0 and finite, got {eps}")
     if weight is not None:
         check_dtype("weight", weight)
         if weight.shape != x.shape[-1:]:
@@ -380,8 +381,10 @@ def rms_norm(
         check_dtype("residual", residual)
         if residual.shape != x.shape:
             raise ValueError(f"residual: expected x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+    check_device(("x", x), ("weight", weight), ("residual", residual))
     if not runs_triton(x):
-        return reference.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)
+        result = reference.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)
+        return result.contiguous() if residual is None else (result[0].contiguous(), result[1].contiguous())
     if torch.compiler.is_compiling():
         y, stream, _ = _fwd(x, weight, eps, residual, weight_offset)
         return y if residual is None else (y, stream)

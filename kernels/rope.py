@@ -16,7 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cost, reference
-from .dispatch import apply, call, check_device, check_dtype, define_op, runs_triton
+from .dispatch import (
+    apply,
+    call,
+    check_device,
+    check_dtype,
+    check_flag,
+    check_tensor,
+    define_op,
+    in_layout_of,
+    runs_triton,
+)
 from .launching import launch
 from .rows import statistics
 
@@ -114,7 +124,7 @@ def _launch(
 ) -> None:  # fmt: skip
     """Turn q and k, (B, heads, T, D) in any strides, and copy v, each into its output."""
     (B, H, T, D), K, half = q.shape, k.shape[1], cos.shape[-1]
-    if B * T == 0 or D == 0:
+    if B * T == 0 or D == 0 or H + K == 0:
         return
     cos = cos if cos.stride(1) == 1 else cos.contiguous()
     sin = sin if sin.stride(1) == 1 else sin.contiguous()
@@ -261,8 +271,10 @@ def rope(
     Raises ValueError on a shape, dtype or device mismatch.
     """
     _check(q, k, cos, sin, positions)
+    check_flag("interleaved", interleaved)
     if not runs_triton(q):
-        return reference.rope(q, k, cos, sin, interleaved=interleaved, positions=positions)
+        turned = reference.rope(q, k, cos, sin, interleaved=interleaved, positions=positions)
+        return in_layout_of(q, turned[0]), in_layout_of(k, turned[1])
     if torch.compiler.is_compiling():
         return _turn(q, k, cos, sin, positions, interleaved, False)
     return apply("rope", RoPEFunction, q, k, cos, sin, positions, interleaved, False)
@@ -290,6 +302,9 @@ def rope_qkv(
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
+    for name, x in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
+        check_dtype(name, x)
+    check_tensor("positions", positions, optional=True)
     if q.dim() != 4:
         raise ValueError(f"q: expected shape (B, H, T, D), got {tuple(q.shape)}")
     B, _, T, D = q.shape
@@ -299,8 +314,6 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | N
         raise ValueError(f"cos: expected shape (positions, R / 2) with R <= {D}, got {tuple(cos.shape)}")
     if sin.shape != cos.shape:
         raise ValueError(f"sin: expected cos's shape {tuple(cos.shape)}, got {tuple(sin.shape)}")
-    for name, x in (("q", q), ("k", k), ("cos", cos), ("sin", sin)):
-        check_dtype(name, x)
     check_device(("q", q), ("k", k), ("cos", cos), ("sin", sin), ("positions", positions))
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("cos, sin: expected tables that need no gradient; detach them")

@@ -188,23 +188,23 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     oracle. Under the kernels a second derivative and torch.func transforms raise NotImplementedError.
     Raises ValueError on a shape, dtype or device mismatch.
     """
+    check_dtype("gate", gate)
     if gate.dim() == 0:
         raise ValueError("gate: expected shape (..., N), got ()")
-    check_dtype("gate", gate)
     if up is None:
         if gate.shape[-1] % 2:
             raise ValueError(f"gate: expected shape (..., 2 N) without up, got {tuple(gate.shape)}")
         if not runs_triton(gate):
-            return reference.swiglu(gate)
+            return reference.swiglu(gate).contiguous()
         if torch.compiler.is_compiling():
             return _joined_fwd(gate)
         return apply("swiglu", SwiGLUJoinedFunction, gate)
+    check_dtype("up", up)
     if up.shape != gate.shape:
         raise ValueError(f"up: expected gate's shape {tuple(gate.shape)}, got {tuple(up.shape)}")
-    check_dtype("up", up)
     check_device(("gate", gate), ("up", up))
     if not runs_triton(gate):
-        return reference.swiglu(gate, up)
+        return reference.swiglu(gate, up).contiguous()
     if torch.compiler.is_compiling():
         return _fwd(gate, up)
     return apply("swiglu", SwiGLUFunction, gate, up)

@@ -26,11 +26,13 @@ import torch
 from torch.optim import Optimizer
 
 from ..model import ModelConfig, Transformer
+from ..model.typed import typed
 
 _NAME = re.compile(r"step-(\d{8,})")
 _TEMPORARY = ".tmp-"
 
 
+@typed
 def list_checkpoints(directory: str | Path) -> list[Path]:
     """The whole checkpoints under `directory`, oldest first; none when it does not exist."""
     directory = Path(directory)
@@ -40,6 +42,7 @@ def list_checkpoints(directory: str | Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+@typed
 def save_checkpoint(
     directory: str | Path,
     model: Transformer,
@@ -111,6 +114,7 @@ def find_checkpoint(path: str | Path) -> Path:
     return found[-1]
 
 
+@typed
 def load_model(path: str | Path, *, device: str | torch.device = "cpu", ops: Any = None) -> Transformer:
     """The model of a checkpoint, or of a run's latest checkpoint, in evaluation mode.
 
@@ -124,6 +128,7 @@ def load_model(path: str | Path, *, device: str | torch.device = "cpu", ops: Any
     return model.to(device).eval()
 
 
+@typed
 def load_checkpoint(
     path: str | Path, model: Transformer, optimizers: Sequence[Optimizer]
 ) -> tuple[int, dict[str, Any]]:

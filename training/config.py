@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..model import ModelConfig, preset
+from ..model.typed import typed
 from .optim import OPTIMIZERS
+from .pretrained import read_config
 from .schedule import lr_factor
 
 DTYPES = ("float32", "bfloat16")
@@ -66,6 +68,8 @@ class TrainConfig:
         peak_flops              FLOP/s that MFU is held against; None: measured by a short GEMM
         seed                    of initialisation and batches
         resume                  go on from out_dir's latest checkpoint, if there is one
+        init_from               begin with the weights of this checkpoint, run or Hugging Face folder; its model too,
+                                where `model` says nothing, or but some of its fields (another context_length, say)
     Raises ValueError on a value out of range.
     """
 
@@ -106,11 +110,12 @@ class TrainConfig:
     peak_flops: float | None = None
     seed: int = 0
     resume: bool = False
+    init_from: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("train_data", "val_data", "out_dir"):  # strings are welcome; TOML has nothing else
-            value = getattr(self, name)
-            self._require(name, isinstance(value, str | Path) or (name == "val_data" and value is None), "a path")
+        for name in ("train_data", "val_data", "out_dir", "init_from"):  # strings are welcome; TOML has nothing else
+            value, optional = getattr(self, name), name in ("val_data", "init_from")
+            self._require(name, isinstance(value, str | Path) or (optional and value is None), "a path")
             if value is not None:
                 object.__setattr__(self, name, Path(value))
         if not isinstance(self.betas, list | tuple) or not all(isinstance(b, int | float) for b in self.betas):
@@ -176,6 +181,8 @@ class TrainConfig:
 
         Raises ValueError on an unknown or missing name, or a value out of range.
         """
+        if not isinstance(values, dict):
+            raise ValueError(f"values: expected a table of the options, got {values!r}")
         values = dict(values)
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
@@ -183,6 +190,9 @@ class TrainConfig:
         for option in dataclasses.fields(cls):  # TOML and a command line have no null
             if values.get(option.name) == "none" and "None" in str(option.type):
                 values[option.name] = None
+        table = values.get("model") or {}
+        if values.get("init_from") is not None and isinstance(table, dict) and "preset" not in table:
+            values["model"] = read_config(values["init_from"]).to_dict() | table
         if isinstance(values.get("model"), dict):
             values["model"] = model_config(values["model"])
         missing = [
@@ -202,6 +212,7 @@ class TrainConfig:
         return cls.from_dict(read_toml(path) | {k: v for k, v in overrides.items() if v is not None})
 
 
+@typed
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The plain values of a TOML file. Raises FileNotFoundError, or ValueError on TOML that cannot be read."""
     path = Path(path)

@@ -24,6 +24,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..model.typed import typed
+
 FORMAT = "rooflight-tokens"
 VERSION = 1
 
@@ -47,6 +49,7 @@ class TokenFile:
         return loss / math.log(2) * self.n_tokens / self.n_bytes
 
 
+@typed
 def open_tokens(path: str | Path, *, vocab_size: int | None = None) -> TokenFile:
     """Map a token file.
 
@@ -115,6 +118,7 @@ def check_window(tokens: npt.NDArray, batch_size: int, context_length: int) -> N
         )
 
 
+@typed
 def get_batch(
     tokens: npt.NDArray,
     batch_size: int,
@@ -192,6 +196,7 @@ class Batches:
         return get_batch(self.tokens, *self.shape, self.device, generator=generator)
 
 
+@typed
 def validation_batches(
     tokens: npt.NDArray,
     batch_size: int,

@@ -27,6 +27,7 @@ from .data import Batches, TokenFile, check_window, open_tokens, validation_batc
 from .files import write_json
 from .graph import Captured, CudaGraphs, Graphs, TrainStep, autocast, set_rates
 from .optim import build_optimizers, low_precision
+from .pretrained import copy_weights
 from .progress import Display, RunLog
 from .throughput import PeakMemory, keep_freed_memory, measure_peak_flops, mfu
 
@@ -124,6 +125,8 @@ class _Run:
         torch.manual_seed(config.seed)
         with self.device:
             self.model = Transformer(config.model, ops=ops, checkpointing=config.checkpointing)
+        if config.init_from is not None and not found:
+            copy_weights(config.init_from, self.model)
         # compiled code casts weights by itself, and the oracles' optimizer is torch's
         plain = config.compile or ops is reference
         copies = {} if plain else low_precision(self.device, self.dtype, config.gradient_accumulation)

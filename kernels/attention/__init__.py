@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import apply, runs_triton
-from .checks import Window, check_inputs, check_mask, check_sequences, reach, score_scale
+from ..dispatch import apply, in_layout_of, runs_triton
+from .checks import Window, check_inputs, check_mask, check_sequences, check_types, reach, score_numbers
 from .launch import FlashAttentionFunction, fwd_op
+from .plain import scaled_dot_product, sdpa_serves
 
 __all__ = ["FlashAttentionFunction", "flash_attention", "flash_attention_varlen"]
 
@@ -25,16 +26,17 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
-def _attend(*args: Any) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, by the operator."""
+    width = v.shape[-1]
+    if width != q.shape[-1]:  # zeros add nothing to a score, nor to the output's first features
+        widest = max(width, q.shape[-1])
+        q, k, v = (F.pad(x, (0, widest - x.shape[-1])) for x in (q, k, v))
     if torch.compiler.is_compiling():
-        return fwd_op(*args)[:2]
-    return apply("flash_attention", FlashAttentionFunction, *args)
-
-
-def _of_one_width(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """q, k and v filled up to one head size: zeros add nothing to a score, nor to the output's first features."""
-    width = max(x.shape[-1] for x in tensors)
-    return tuple(F.pad(x, (0, width - x.shape[-1])) for x in tensors)
+        out, lse, _ = fwd_op(q, k, v, *args)
+    else:
+        out, lse = apply("flash_attention", FlashAttentionFunction, q, k, v, *args)
+    return out if width == out.shape[-1] else out[..., :width], lse
 
 
 def flash_attention(
@@ -78,34 +80,34 @@ def flash_attention(
     Raises ValueError on a shape, dtype or device mismatch, on D or H out of range, and on a scale <= 0, a softcap < 0
     or a window < 0.
     """
+    check_types(q, k, v, sinks, return_lse)
     q, k, v = _autocast(q, k, v)
     check_inputs(q, k, v, sinks, varlen=False)
     left, right = reach(causal, window)
-    scale = score_scale(scale, softcap, q.shape[-1])
-    dtype = q.dtype
+    scale, softcap = score_numbers(scale, softcap, q.shape[-1])
     if mask is not None:
-        check_mask(mask, q, k)
-        q, k, v = (x.float() if dtype.itemsize < 4 else x for x in (q, k, v))
-    elif runs_triton(q):
-        if v.shape[-1] != q.shape[-1]:
-            out, lse = flash_attention(
-                *_of_one_width(q, k, v), causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
-                return_lse=True,
-            )  # fmt: skip
-            return (out[..., : v.shape[-1]], lse) if return_lse else out[..., : v.shape[-1]]
-        options = (q.shape[2], k.shape[2], left, right, scale, softcap)
-        out, lse = _attend(q, k, v, sinks, None, None, *options)
-        return (out, lse) if return_lse else out
-    n_query, n_key = q.shape[2], k.shape[2]
-    plain = window is None and softcap == 0 and sinks is None and mask is None and not return_lse
-    if plain and n_key > 0 and (not causal or n_query == n_key or n_query == 1):
-        is_causal = causal and n_query > 1
-        gqa = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=gqa)
+        return _masked(q, k, v, mask, causal, scale, window, softcap, sinks, return_lse)
+    plain = left is None and right in (None, 0) and softcap == 0 and sinks is None and not return_lse
+    if plain and not runs_triton(q) and sdpa_serves(q, k, right == 0):
+        return scaled_dot_product(q, k, v, right == 0, scale)
+    out, lse = _attend(q, k, v, sinks, None, None, q.shape[2], k.shape[2], left, right, scale, softcap)
+    return (out, lse) if return_lse else out
+
+
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, causal: bool, scale: float, window: Window, softcap: float,
+    sinks: Tensor | None, return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """The oracle, on fp32 copies where the inputs are narrower."""
+    check_mask(mask, q, k)
+    wide = (x.float() if x.dtype.itemsize < 4 else x for x in (q, k, v))
     out, lse = reference.flash_attention(
-        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=True, mask=mask
+        *wide, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=True, mask=mask
     )
-    return (out.to(dtype), lse) if return_lse else out.to(dtype)
+    out = out.to(q.dtype)
+    if out.shape == q.shape:
+        out = in_layout_of(q, out)
+    return (out, lse) if return_lse else out
 
 
 def flash_attention_varlen(
@@ -133,27 +135,17 @@ def flash_attention_varlen(
     Raises ValueError as flash_attention does, and on cu_seqlens or max_seqlen that do not fit; the values of cu_seqlens
     are checked on the CPU alone, since reading them from a GPU would stall it in every call.
     """
+    check_types(q, k, v, sinks, return_lse)
     q, k, v = _autocast(q, k, v)
     check_inputs(q, k, v, sinks, varlen=True)
-    check_sequences("q", cu_seqlens_q, max_seqlen_q, q.shape[0], q)
-    check_sequences("k", cu_seqlens_k, max_seqlen_k, k.shape[0], q)
+    max_seqlen_q = check_sequences("q", cu_seqlens_q, max_seqlen_q, q)
+    max_seqlen_k = check_sequences("k", cu_seqlens_k, max_seqlen_k, q)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         raise ValueError(
             f"cu_seqlens_k: expected cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}, got {tuple(cu_seqlens_k.shape)}"
         )
     left, right = reach(causal, window)
-    scale = score_scale(scale, softcap, q.shape[-1])
-    if runs_triton(q):
-        if v.shape[-1] != q.shape[-1]:
-            out, lse = flash_attention_varlen(
-                *_of_one_width(q, k, v), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-                causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=True,
-            )  # fmt: skip
-            return (out[..., : v.shape[-1]], lse) if return_lse else out[..., : v.shape[-1]]
-        options = (max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
-        out, lse = _attend(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *options)
-        return (out, lse) if return_lse else out
-    return reference.flash_attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=return_lse,
-    )  # fmt: skip
+    scale, softcap = score_numbers(scale, softcap, q.shape[-1])
+    options = (max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
+    out, lse = _attend(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *options)
+    return (out, lse) if return_lse else out

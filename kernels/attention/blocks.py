@@ -10,12 +10,12 @@ import triton.language as tl
 
 @triton.jit
 def sequence(cu_seqlens_ptr, b, length):
-    """First row and length of sequence b; (0, length) when cu_seqlens_ptr is None."""
+    """First row and length of sequence b, `length` at most; (0, length) when cu_seqlens_ptr is None."""
     if cu_seqlens_ptr is None:
         start = 0
     else:
         start = tl.load(cu_seqlens_ptr + b)
-        length = tl.load(cu_seqlens_ptr + b + 1) - start
+        length = tl.minimum(tl.load(cu_seqlens_ptr + b + 1) - start, length)
     return start, length
 
 

@@ -8,17 +8,26 @@ import math
 import torch
 from torch import Tensor
 
-from ..dispatch import check_device, check_dtype
+from ..dispatch import check_device, check_dtype, check_flag, check_integer, check_number, check_tensor
 
 MAX_HEAD_DIM = 512
 
-Window = int | tuple[int, int] | None
+Window = int | tuple[int | None, int | None] | None
 
 
 def _check_rank(name: str, tensor: Tensor, axes: str) -> None:
     rank = axes.count(",") + 1
     if tensor.dim() != rank:
         raise ValueError(f"{name}: expected shape ({axes}), got {tuple(tensor.shape)}")
+
+
+def check_types(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, return_lse: bool) -> None:
+    """Tensors and a flag, before anything is asked of them."""
+    check_tensor("q", q)
+    check_tensor("k", k)
+    check_tensor("v", v)
+    check_tensor("sinks", sinks, optional=True)
+    check_flag("return_lse", return_lse)
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *, varlen: bool) -> None:
@@ -51,6 +60,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *, varle
 
 def check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
     """A mask of flash_attention: bool, and it broadcasts to (B, H, T, S)."""
+    check_tensor("mask", mask)
     full = (*q.shape[:3], k.shape[2])
     sizes = mask.shape[::-1]
     fits = len(sizes) <= 4 and all(size in (1, whole) for size, whole in zip(sizes, full[::-1], strict=False))
@@ -59,46 +69,51 @@ def check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
     check_device(("q", q), ("mask", mask))
 
 
-def check_sequences(name: str, cu_seqlens: Tensor, max_seqlen: int, total: int, q: Tensor) -> None:
-    """cu_seqlens_q or cu_seqlens_k (`name` is "q" or "k") and its max_seqlen; values only where reading them is free.
-
-    On a GPU that would stall the stream in every call, and while tracing there are none.
-    """
+def check_sequences(name: str, cu_seqlens: Tensor, max_seqlen: int, q: Tensor) -> int:
+    """Type, shape, dtype and device of cu_seqlens_q or cu_seqlens_k (`name` is "q" or "k"); returns max_seqlen."""
+    check_tensor(f"cu_seqlens_{name}", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype != torch.int32:
         raise ValueError(
             f"cu_seqlens_{name}: expected shape (sequences + 1,) and dtype int32, "
             f"got {tuple(cu_seqlens.shape)} and {cu_seqlens.dtype}"
         )
     check_device(("q", q), (f"cu_seqlens_{name}", cu_seqlens))
+    max_seqlen = check_integer(f"max_seqlen_{name}", max_seqlen)
     if max_seqlen < 0:
         raise ValueError(f"max_seqlen_{name}: expected at least 0, got {max_seqlen}")
-    if torch.compiler.is_compiling() or cu_seqlens.device.type != "cpu":
-        return
+    return max_seqlen
+
+
+def check_bounds(name: str, cu_seqlens: Tensor, max_seqlen: int, total: int) -> None:
+    """Raise ValueError where the values of cu_seqlens_q or cu_seqlens_k, a CPU tensor, do not fit."""
     ends = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(ends)]
-    if ends[0] != 0 or ends[-1] != total or min(lengths, default=0) < 0:
-        raise ValueError(f"cu_seqlens_{name}: expected values that rise from 0 to {total}, got {ends}")
+    if ends[0] != 0 or ends[-1] > total or min(lengths, default=0) < 0:
+        raise ValueError(f"cu_seqlens_{name}: expected values that rise from 0 to at most {total}, got {ends}")
     if max(lengths, default=0) > max_seqlen:
         raise ValueError(f"max_seqlen_{name}: expected at least {max(lengths)}, got {max_seqlen}")
 
 
-def score_scale(scale: float | None, softcap: float, head_dim: int) -> float:
-    """`scale`, or 1 / sqrt(head_dim); checks scale and softcap."""
-    if scale is None:
-        scale = head_dim**-0.5
+def score_numbers(scale: float | None, softcap: float, head_dim: int) -> tuple[float, float]:
+    """scale, or 1 / sqrt(head_dim), and softcap, both checked."""
+    scale = head_dim**-0.5 if scale is None else check_number("scale", scale)
     if not 0 < scale < math.inf:
         raise ValueError(f"scale: expected a finite number above 0, got {scale}")
+    softcap = check_number("softcap", softcap)
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap: expected a finite number, at least 0 (0: none), got {softcap}")
-    return scale
+    return scale, softcap
 
 
 def reach(causal: bool, window: Window) -> tuple[int | None, int | None]:
     """How far left and right of its own position a query sees; None is without end."""
+    check_flag("causal", causal)
     if window is None:
         return None, 0 if causal else None
-    pair = (window, window) if isinstance(window, int) else window
-    if len(pair) != 2 or min(pair) < 0:
+    pair = window if isinstance(window, tuple | list) else (window, window)
+    if len(pair) != 2:
         raise ValueError(f"window: expected a size or (left, right), at least 0, got {window}")
-    left, right = pair
+    left, right = (None if size is None else check_integer("window", size) for size in pair)
+    if (left is not None and left < 0) or (right is not None and right < 0):
+        raise ValueError(f"window: expected a size or (left, right), at least 0, got {window}")
     return left, 0 if causal else right

@@ -22,16 +22,19 @@ from torch.utils.flop_counter import register_flop_formula
 from ..cost import flash_attention_cost, flash_attention_varlen_cost
 from ..dispatch import call, define_op, runs_triton
 from ..tiled import tiled_attention, tiled_attention_backward
-from . import paths
+from . import padding, paths, plain
+from .checks import check_bounds
 from .portable import launch as portable
 from .portable.launch import Problem
 
 
 def _statistic_like(q: Tensor, varlen: bool) -> Tensor:
-    """One fp32 (fp64 for fp64) for each query row: (B, H, T), or (H, total). Each head's rows start at a multiple of
-    64 bytes, so that loads of them are vectors and kernels the same whatever T.
+    """One fp32 (fp64 for fp64) for each query row: (B, H, T), or (H, total). For kernels each head's rows start at a
+    multiple of 64 bytes, so that loads of them are vectors and kernels the same whatever T.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if not runs_triton(q):
+        return torch.empty((q.shape[1], q.shape[0]) if varlen else q.shape[:3], dtype=dtype, device=q.device)
     if varlen:
         total, H, _ = q.shape
         return torch.empty_strided((H, total), (-(-total // 16) * 16, 1), dtype=dtype, device=q.device)
@@ -57,6 +60,9 @@ def _problem(
 ) -> Problem:
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return Problem(q.shape[2], k.shape[2], None, None, *rest)
+    if cu_seqlens_q.device.type == "cpu":  # on a GPU reading them would stall the stream in every call
+        check_bounds("q", cu_seqlens_q, max_q, q.shape[0])
+        check_bounds("k", cu_seqlens_k, max_k, k.shape[0])
     return Problem(max_q, max_k, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), *rest)
 
 
@@ -103,6 +109,9 @@ def flash_attention_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, lse, unround = _outputs(q, cu_seqlens_q is not None)
     p = _problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
+    if not runs_triton(q):
+        plain.launch_forward(q, k, v, sinks, out, lse, p)
+        return out, lse, unround
     bounds = (p.ends_q, p.ends_k, p.T, p.S, left, right, scale)
     if not (
         _path("forward", q, k, p, sinks) == "hopper"
@@ -110,6 +119,8 @@ def flash_attention_fwd(
     ):
         sinks = None if sinks is None else sinks.contiguous()
         portable.launch_forward(q, k, v, sinks, out, lse, _given(unround), p)
+    if p.ends_q is not None:
+        padding.clear(p, (out, lse, -math.inf))
     return out, lse, unround
 
 
@@ -141,6 +152,10 @@ def flash_attention_bwd(
     delta = None
     if sinks is not None:
         delta = torch.empty_strided(lse.shape, lse.stride(), dtype=lse.dtype, device=lse.device)
+    if not runs_triton(q):
+        plain.launch_backward(q, k, v, dout, dlse, sinks, dq, dk, dv, delta, p)
+        dsinks = q.new_empty(0) if sinks is None else _sink_gradient(sinks, lse, delta, p.ends_q is not None)
+        return dq, dk, dv, dsinks
     bounds = (p.ends_q, p.ends_k, p.T, p.S, left, right, scale)
     written = (q, k, v, out, dout, lse, dlse, dq, dk, dv, delta, *bounds)
     if not (
@@ -148,6 +163,8 @@ def flash_attention_bwd(
         and _by_hopper("backward", (q, k, v, dout, p.ends_q, softcap), written)
     ):
         delta = portable.launch_backward(q, k, v, out, dout, lse, dlse, _given(unround), dq, dk, dv, p)
+    if p.ends_q is not None:
+        padding.clear(p, (dq, None if sinks is None else delta, 0.0), (dk, dv))
     if sinks is None or delta is None:
         return dq, dk, dv, q.new_empty(0)
     return dq, dk, dv, _sink_gradient(sinks, lse, delta, cu_seqlens_q is not None)

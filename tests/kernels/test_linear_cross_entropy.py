@@ -298,7 +298,7 @@ X, W, T = torch.ones(3, 8), torch.ones(5, 8), torch.zeros(3, dtype=torch.int64)
     [
         ({"x": torch.ones(())}, r"x: expected shape \(\.\.\., N\)"),
         ({"weight": torch.ones(5, 7)}, r"weight: expected shape \(V, 8\) with V >= 1, got \(5, 7\)"),
-        ({"softcap": -1.0}, "softcap: expected >= 0, got -1.0"),
+        ({"softcap": -1.0}, "softcap: expected a finite number, at least 0 .*, got -1.0"),
         ({"target": T[:2]}, r"target: expected shape \(3,\), got \(2,\)"),
         ({"weight": W.to("meta")}, "weight: expected device cpu, as x, got meta"),
         ({"reduction": ""}, "reduction: expected 'mean', 'sum' or 'none', got ''"),
