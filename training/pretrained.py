@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +13,7 @@ from ..kernels import reference
 from ..model import ModelConfig, Transformer, load_hf
 from ..model.hf import is_hf, read_hf_config
 from ..model.typed import typed
-from .checkpoint import find_checkpoint, load_model
+from .checkpoint import load_model, read_model_config
 
 
 @typed
@@ -33,7 +32,7 @@ def read_config(path: str | Path) -> ModelConfig:
     """The configuration of the model that open_model(path) opens, without its weights."""
     if is_hf(path):
         return read_hf_config(path)
-    return ModelConfig.from_dict(json.loads((find_checkpoint(path) / "model.json").read_text(encoding="utf-8")))
+    return read_model_config(path)
 
 
 def copy_weights(path: str | Path, model: Transformer) -> None:
