@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     model = Transformer(ModelConfig(272, 64, 1, 2, d_model=16, qk_norm=True))
     with torch.no_grad():
         model.output_weight[259:] *= 30
-    save_checkpoint(folder / "checkpoints", model, [], step=3)
+    save_checkpoint(folder / "checkpoints", model, [], step=3, tokenizer_hash=tokenizer.hash)
     tokenizer.save(folder / "tokenizer")
     (folder / "config.json").write_text('{"train_data": "x"}')  # a run's own, not Hugging Face's
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
@@ -191,3 +191,13 @@ def test_what_is_missing_is_said(run: Path, tmp_path: Path) -> None:
         rooflight("generate", run / "checkpoints")
     with pytest.raises(FileNotFoundError, match=r"expected a Hugging Face folder, with a config\.json"):
         rooflight("import-hf", run / "checkpoints", "--out", tmp_path / "x")
+
+
+def test_another_tokenizer_is_refused_by_its_hash(run: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Of the same size, so that its ids would all be known to the model."""
+    other = Tokenizer(tokenizer.vocab | {258: b"tho"}, [(b"t", b"h"), (b"th", b"o")], ["<|endoftext|>"])
+    other.save(tmp_path)
+    for command in (("generate", run), ("eval", run, run / "text.txt"), ("export-hf", run, "--out", tmp_path / "out")):
+        with pytest.raises(ValueError, match=rf"of the tokenizer {tokenizer.hash[:12]}, .* is {other.hash[:12]}"):
+            rooflight(*command, "--tokenizer", tmp_path)
+    assert not (tmp_path / "out").exists()
