@@ -12,7 +12,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-ROOMS = ("kernels", "model", "tokenizer", "training", "bench")
+ROOMS = ("kernels", "model", "tokenizer", "training", "bench", "integrations")
 
 
 class build_with_rooms(build_py):  # noqa: N801 (a command's name)

@@ -18,7 +18,7 @@ import typer
 
 from .. import __version__
 from ..tokenizer.commands import app as tokenizer
-from ..training.commands import train
+from ..training.commands import replay, train
 from .bench_commands import bench
 from .commands import bench_tokenizer, demo, estimate
 from .model_commands import evaluate, export_hf, generate, import_hf, plot
@@ -32,7 +32,7 @@ app = typer.Typer(
 tokenizer.command("bench")(bench_tokenizer)  # here, as the tokenizer imports no other room
 app.add_typer(tokenizer, name="tokenizer")
 app.add_typer(bench, name="bench")
-for command in (train, generate, plot, import_hf, export_hf, estimate, demo):
+for command in (train, replay, generate, plot, import_hf, export_hf, estimate, demo):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -30,14 +30,24 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def find_tokenizer(model: Path, given: Path | None) -> Tokenizer:
-    """The tokenizer of `given`, or else of the model's folder. Raises FileNotFoundError where there is none."""
+    """The tokenizer of `given`, or else of the model's folder.
+
+    Raises FileNotFoundError where there is none, ValueError where the checkpoint was trained on another's tokens.
+    """
+    from ..model.hf import is_hf
     from ..tokenizer import Tokenizer
+    from ..training.checkpoint import check_tokenizer
 
     for folder in (given,) if given is not None else (model / OWN_TOKENIZER, model):
         if (folder / "tokenizer.json").is_file():
-            return Tokenizer.from_hf(folder / "tokenizer.json")
-        if (folder / "merges.txt").is_file():
-            return Tokenizer.load(folder)
+            found = Tokenizer.from_hf(folder / "tokenizer.json")
+        elif (folder / "merges.txt").is_file():
+            found = Tokenizer.load(folder)
+        else:
+            continue
+        if not is_hf(model):
+            check_tokenizer(model, found.hash, folder)
+        return found
     place = model if given is None else given
     raise FileNotFoundError(f"{place}: no tokenizer there; name its folder with --tokenizer")
 

@@ -38,7 +38,9 @@ class ModelConfig:
     softcap     c > 0 replaces an attention score s by c tanh(s / c)
 
     What other families have, and none of it by default:
-    qkv_bias, output_bias, ffn_bias     biases of q, k and v; of the output projection; of the FFN's matrices
+    qkv_bias            biases of q, k and v
+    output_bias         a bias of attention's output projection
+    ffn_bias            biases of the FFN's matrices
     norm_placement      "pre": x + f(norm(x)), "post": x + norm(f(x)), "both": x + norm(f(norm(x)))
     norm_offset         norms multiply by weight + norm_offset
     full_layers         layers, from 0, that the window does not bound
@@ -48,7 +50,9 @@ class ModelConfig:
     rope_dim            features of a head that rotate, the first ones; None: all
     rope_interleaved    pairs (2i, 2i + 1) rotate, in place of (i, i + rope_dim / 2)
     attention_scale     of the scores; None: 1 / sqrt(head_dim)
-    embedding_scale, residual_scale, logit_scale    factors of the embedding, of what a sublayer adds, of the logits
+    embedding_scale     factor of the embedding
+    residual_scale      factor of what a sublayer adds
+    logit_scale         factor of the logits
     logit_softcap       c > 0 replaces a logit z by c tanh(z / c), after its scale
 
     None is resolved at construction, so every field reads as a number. Raises ValueError naming the argument.
@@ -157,6 +161,8 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> ModelConfig:
         """The inverse of to_dict; fields may be left out where they have a default. ValueError on an unknown one."""
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"fields: expected a table of the model's fields, got {fields!r}")
         known = {field.name: field for field in dataclasses.fields(cls)}
         for name in fields:
             if name not in known:
@@ -213,6 +219,8 @@ PRESETS: dict[str, ModelConfig] = {
 
 def preset(name: str) -> ModelConfig:
     """The preset of that name; ValueError with the nearest name on an unknown one."""
+    if not isinstance(name, str):
+        raise ValueError(f"preset: expected a preset's name, got {name!r}")
     if name not in PRESETS:
         raise ValueError(f"preset: no preset {name!r}{_suggestion(name, PRESETS)}")
     return PRESETS[name]

@@ -32,6 +32,7 @@ from .config import ModelConfig
 from .memory import OPS, OPTIMIZERS, Memory, keeps_copies, memory, saved_activations
 from .parts import LEDGERS, PARAMETER_BYTES, Work, parts
 from .quantities import duration, figures, in_unit, quantity
+from .typed import typed
 
 __all__ = ["Ceilings", "Component", "Estimate", "Memory", "Pass", "estimate", "largest_batch"]
 
@@ -263,6 +264,7 @@ class Estimate:
         return fields | {name: getattr(self, name) for name in (*totals, *rates)}
 
 
+@typed
 def estimate(
     config: ModelConfig,
     *,

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from .transformer import Transformer
+from .typed import typed
 
 BATCH_TOKENS = 8192  # predictions made in one forward pass, at least one window
 
 
+@typed
 @torch.no_grad()
 def negative_log_likelihood(
     model: Transformer, tokens: Tensor, *, context_length: int | None = None, stride: int | None = None

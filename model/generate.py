@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .transformer import Transformer
+from .typed import typed
 
 
 class KVCache:
@@ -71,6 +72,7 @@ def sampling_probabilities(
     return probabilities / probabilities.sum(-1, keepdim=True)
 
 
+@typed
 def generate(
     model: Transformer,
     tokens: Tensor,
@@ -102,6 +104,7 @@ def generate(
     return rows[0] if tokens.dim() == 1 else rows
 
 
+@typed
 def stream(
     model: Transformer,
     tokens: Tensor,

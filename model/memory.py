@@ -100,7 +100,7 @@ def stages(
         # torch's out lies head by head, so that the output projection keeps a copy of its own
         attention = (3 if eager else 2) * q + 2 * kv + rows * STATISTIC * (1 if eager or s == 2 else 2)
         attention_working = 2 * q + 2 * kv + 2 * rows * STATISTIC  # dout, dq, dk, dv, delta and lse again
-    swiglu = c.ffn == "swiglu"
+    swiglu = c.ffn != "gelu"  # geglu as well: gate and up
     activation = (3 if eager else 2) * FP32 if eager and swiglu else (2 if swiglu else 1) * s
     ffn = N * F * (activation + s)
     # the activation's backward: the gradients of its output and its inputs, when its output is freed

@@ -113,16 +113,17 @@ def parts(
 ) -> list[Part]:  # fmt: skip
     """The step's components in the model's order, for B sequences of T tokens on each of `gpus` devices.
 
-    copies: the optimizer keeps copies of the blocks' matrices, which then are not cast.
+    copies: the optimizer keeps copies of the blocks' matrices, which then are not cast. Additions of biases and
+    multiplications by a configuration's scales are left out: they ride on kernels that are counted, or are small.
     """
     N, L, d, H, K, D, V = B * T, c.n_layer, c.d_model, c.n_head, c.n_kv_head, c.head_dim, c.vocab_size
     low = dtype != FP32
 
-    def layers(name: str, parameters: int, *works: tuple[Work, Work], once: int = 0) -> Part:
-        """L layers of (forward, backward) pairs; the last `once` of them are not run again by checkpointing."""
-        forward, backward = [w * L for w, _ in works], [w * L for _, w in works]
+    def layers(name: str, parameters: int, *works: tuple[Work, Work], once: int = 0, times: int = L) -> Part:
+        """Layers of (forward, backward) pairs; the last `once` of them are not run again by checkpointing."""
+        forward, backward = [w * times for w, _ in works], [w * times for _, w in works]
         again = [w.again() for w in forward[: len(forward) - once]] if checkpointing else []
-        return Part(name, L * parameters, tuple(forward), (*again, *backward))
+        return Part(name, times * parameters, tuple(forward), (*again, *backward))
 
     def gemm(n: int, k: int) -> tuple[Work, Work]:
         return _gemm(N, n, k, dtype), _gemm(N, n, k, dtype, backward=True)
@@ -150,14 +151,20 @@ def parts(
         backward = (summing[1] * (2 * L - 1), plain[1] * 2)
         norms = Part("norms", 2 * d * L, (summing[0] * (2 * L), plain[0]), backward)
     if c.qk_norm:
-        of_heads = layers("norms", 2 * D, norm(N * H, D), norm(N * K, D))
+        sizes = (H * D, K * D) if c.qk_norm == "all" else (D, D)
+        of_heads = layers(
+            "norms", sum(sizes), norm(N * H * D // sizes[0], sizes[0]), norm(N * K * D // sizes[1], sizes[1])
+        )
         norms = _join(norms, of_heads)
+    if c.norm_placement == "both":
+        norms = _join(norms, layers("norms", 2 * d, plain, plain))
     norms = replace(norms, parameters=norms.parameters + d)
-    matrices = 3 if c.ffn == "swiglu" else 2
-    ffn_cost = partial(swiglu_cost if c.ffn == "swiglu" else gelu_cost, N, c.d_ff, dtype)
+    matrices = 2 if c.ffn == "gelu" else 3
+    ffn_cost = partial(gelu_cost if c.ffn == "gelu" else swiglu_cost, N, c.d_ff, dtype)
+    ffn_biases = ((matrices - 1) * c.d_ff + d) * c.ffn_bias
     activation = both(ffn_cost, c.ffn, N, c.d_ff)
     columns = (H + 2 * K) * D
-    products = layers("QKV", d * columns, gemm(columns, d))
+    products = layers("QKV", (d + c.qkv_bias) * columns, gemm(columns, d))
     if c.qk_norm:  # the gradients of q, k and v, joined: two thirds of a sum's traffic
         rotation = both(partial(rope_cost, B, H, K, T, D, dtype), "rope", N * (H + K), D)
         joined = _elementwise(Cost(0, 2 * N * columns * itemsize(dtype)), "add", 2 * N * columns // 3)
@@ -171,10 +178,8 @@ def parts(
     logits, loss = _head(N, d, V, dtype, cast(V * d))
 
     weights = L * (2 * d * (H + K) * D + matrices * d * c.d_ff)
-    casts = [
-        replace(_elementwise(cast(weights), f"cast{b}", weights), calls=sum(hidden_matrices(c).values()))
-        for b in ("", BACKWARD)
-    ]
+    # of each block four: q, k and v; output; gate and up; down
+    casts = [replace(_elementwise(cast(weights), f"cast{b}", weights), calls=4 * L) for b in ("", BACKWARD)]
     cast_passes: Passes = (casts[0],), (casts[1],)
     if copies:  # the products take the copies; their gradients stay as they are, but for Muon's
         cast_passes = (), (casts[1],) if optimizer == "muon" else ()
@@ -182,14 +187,25 @@ def parts(
     if low:  # the embedding is looked up in fp32, then takes the dtype of the residual stream
         table = [t + Cost(0, N * d * (4 + itemsize(dtype))) for t in table]
     embedding = [_elementwise(table[0], "embedding", N * d), _elementwise(table[1], "embedding backward", (N + V) * d)]
+    full_layers = len(c.full_layers) if c.window is not None else 0
+    scores = layers("scores and weighted sum", 0, _attention(c, c.window, B, T, dtype), times=L - full_layers)
+    if full_layers:
+        scores = _join(scores, layers(scores.name, 0, _attention(c, None, B, T, dtype), times=full_layers))
     parts = [
         Part("embedding", V * d, (embedding[0],), (embedding[1],)),
         norms,
         products,
         layers("RoPE", 0, rotation),
-        layers("scores and weighted sum", 0, _attention(c, B, T, dtype)),
-        layers("output projection", d * H * D, gemm(d, H * D)),
-        layers("FFN", matrices * d * c.d_ff, gemm((matrices - 1) * c.d_ff, d), activation, gemm(d, c.d_ff), once=1),
+        scores,
+        layers("output projection", (H * D + c.output_bias) * d, gemm(d, H * D)),
+        layers(
+            "FFN",
+            matrices * d * c.d_ff + ffn_biases,
+            gemm((matrices - 1) * c.d_ff, d),
+            activation,
+            gemm(d, c.d_ff),
+            once=1,
+        ),
         layers("residual sums", 0, (add, add), once=1) if checkpointing else Part("residual sums", backward=(add,)),
         Part("logits", 0 if c.tie_embeddings else V * d, *logits),
         Part("loss", 0, *loss),
@@ -247,13 +263,13 @@ def _muon(short: int, long: int, dtype: str) -> Work:
     return Work(cost, "muon", (short, long), cost.flops, executed=cost.flops)
 
 
-def _attention(c: ModelConfig, B: int, T: int, dtype: str) -> tuple[Work, Work]:
-    """One layer's scores and weighted sum, forward and backward."""
-    args = B, c.n_head, c.n_kv_head, T, T, c.head_dim, True, c.window, dtype
+def _attention(c: ModelConfig, window: int | None, B: int, T: int, dtype: str) -> tuple[Work, Work]:
+    """The scores and weighted sum of a layer of that window, forward and backward."""
+    args = B, c.n_head, c.n_kv_head, T, T, c.head_dim, True, window, dtype
     forward, backward = flash_attention_cost(*args), flash_attention_cost(*args, backward=True)
     full = 4 * B * c.n_head * c.head_dim * T * T
     block_q, block_k = ATTENTION_TILE
-    tiled = 4 * B * c.n_head * c.head_dim * tiled_pairs(T, T, True, c.window, block_q=block_q, block_k=block_k)
+    tiled = 4 * B * c.n_head * c.head_dim * tiled_pairs(T, T, True, window, block_q=block_q, block_k=block_k)
     return (
         Work(forward, "attention", (T, c.head_dim), forward.flops, full, forward.flops, tiled),
         Work(

@@ -34,6 +34,7 @@ from ..kernels.rope_tables import RopeScaling, rope_tables
 from .blocks import Block, Cache, Positions, Tables
 from .config import ModelConfig
 from .layers import Embedding, Linear, RMSNorm
+from .typed import check_ids, typed
 
 OPS = (
     "rms_norm",
@@ -63,6 +64,7 @@ class Transformer(nn.Module):
     cos: Tensor  # (context_length, rope_dim / 2), fp32
     sin: Tensor
 
+    @typed
     def __init__(self, config: ModelConfig, ops: ModuleType = kernels, *, checkpointing: bool = False) -> None:
         super().__init__()
         self.config, self.checkpointing = config, checkpointing
@@ -94,17 +96,17 @@ class Transformer(nn.Module):
 
     def _rope_tables(self, longest: int | Tensor) -> tuple[Tables, Tables]:
         """The tables of the layers without a window and of those with one; longest: positions up to which to look."""
-        buffers = dict(self.named_buffers(recurse=False))
-        tables = self.cos, self.sin
-        if "cos_short" in buffers and self.config.rope_scaling is not None:
-            short = buffers["cos_short"], buffers["sin_short"]
-            stretched = longest > (self.config.rope_scaling.original_context_length or 0)
+        tables, scaling = (self.cos, self.sin), self.config.rope_scaling
+        if scaling is not None and scaling.kind == "longrope":
+            short = self.get_buffer("cos_short"), self.get_buffer("sin_short")
+            stretched = longest > (scaling.original_context_length or 0)
             if isinstance(stretched, Tensor):  # known to the device alone
                 tables = torch.where(stretched, tables[0], short[0]), torch.where(stretched, tables[1], short[1])
             elif not stretched:
                 tables = short
-        local = (buffers["cos_local"], buffers["sin_local"]) if "cos_local" in buffers else tables
-        return tables, local
+        if self.config.rope_local_theta is None:
+            return tables, tables
+        return tables, (self.get_buffer("cos_local"), self.get_buffer("sin_local"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
         """A cast of the model (.bfloat16(), .to_empty()) must neither round nor lose the rotation tables."""
@@ -144,6 +146,7 @@ class Transformer(nn.Module):
         x = self.hidden_states(tokens, cu_seqlens=cu_seqlens, cache=cache)
         if targets is None:
             return self.logits(x)
+        check_ids("targets", targets)
         if targets.shape != tokens.shape:
             raise ValueError(f"targets: expected the shape of tokens {tuple(tokens.shape)}, got {tuple(targets.shape)}")
         # the weight stays fp32: the op casts it, keeps no copy, and sums its gradient in fp32
@@ -168,6 +171,7 @@ class Transformer(nn.Module):
 
     def hidden_states(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """What lm_head is applied to, (B, T, d), after the last norm, times logit_scale; arguments as in forward."""
+        check_ids("tokens", tokens)
         if tokens.dim() != 2:
             raise ValueError(f"tokens: expected shape (batch, tokens), got {tuple(tokens.shape)}")
         if cu_seqlens is not None and cache is not None:
@@ -206,6 +210,7 @@ class Transformer(nn.Module):
 
     def _rows_in_documents(self, n_token: int, cu_seqlens: Tensor) -> Tensor:
         """Each token's position in its own document, (n_token,), without waiting for the device."""
+        check_ids("cu_seqlens", cu_seqlens)
         if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
             raise ValueError(f"cu_seqlens: expected (documents + 1,), int32, got {cu_seqlens.dtype}{cu_seqlens.shape}")
         limit = self.config.context_length

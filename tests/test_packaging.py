@@ -129,7 +129,7 @@ def test_a_wheel_holds_what_the_rooms_hold(wheel):
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA"))
-    rooms = ("kernels", "model", "tokenizer", "training", "bench")
+    rooms = ("kernels", "model", "tokenizer", "training", "bench", "integrations")
     modules = {f"rooflight/{path.relative_to(ROOT)}" for room in rooms for path in (ROOT / room).rglob("*.py")}
     data = {f"rooflight/{path.relative_to(ROOT)}" for path in (ROOT / "bench").glob("*/*.*") if path.suffix != ".py"}
     package = {f"rooflight/{path.relative_to(ROOT / 'src' / 'rooflight')}" for path in SOURCES}

@@ -223,7 +223,7 @@ def load(path: Path) -> Tokenizer:
     """Of a folder that `train` wrote, or of a Hugging Face tokenizer.json."""
     from . import Tokenizer
 
-    return Tokenizer.from_hf(path) if path.suffix == ".json" else Tokenizer.load(path)
+    return Tokenizer.load(path)
 
 
 def _longest(tokenizer: Tokenizer) -> list[bytes]:

@@ -12,10 +12,26 @@ import numpy as np
 from .pretokenize import Pattern, Specials, resolve
 
 
+class Options(NamedTuple):
+    """What is done to a text before it is cut into pre-tokens.
+
+    nfc: it is brought to Unicode's normal form C.  prefix_space: a text that does not begin with a space, after a
+    special token too, gets one.  flags: of special tokens, "lstrip" and "rstrip", which take the white space before
+    and after, and "single_word", which are none beside a letter, digit or underscore.
+    """
+
+    nfc: bool = False
+    prefix_space: bool = False
+    flags: dict[str, list[str]] = {}  # noqa: RUF012  # never changed
+
+
+PLAIN = Options()
+
+
 class Definition(NamedTuple):
     """vocab: id to bytes, special tokens among them, in the order of the ids.
     pairs: (n, 3) int32, left, right and merged id of every merge, the first one merged first.
-    special_tokens: text to id.  pattern, ignore_merges: see Tokenizer.
+    special_tokens: text to id.  pattern, ignore_merges: see Tokenizer.  options: what some tokenizer.json add.
     """
 
     vocab: dict[int, bytes]
@@ -23,6 +39,7 @@ class Definition(NamedTuple):
     special_tokens: dict[str, int]
     pattern: Pattern
     ignore_merges: bool = False
+    options: Options = PLAIN
 
     @property
     def vocab_size(self) -> int:
@@ -40,7 +57,9 @@ class Definition(NamedTuple):
         left, right, _ = (map(written.__getitem__, column.tolist()) for column in self.pairs.T)
         vocab = ", ".join([f"[{i}, {token}]" for i, token in written.items()])
         merges = ", ".join([f"[{a}, {b}]" for a, b in zip(left, right, strict=True)])
-        rest = json.dumps(sorted(self.special_tokens.items())), json.dumps(self.ignore_merges)
+        rest: tuple[str, ...] = json.dumps(sorted(self.special_tokens.items())), json.dumps(self.ignore_merges)
+        if self.options != PLAIN:
+            rest = (*rest, json.dumps(self.options._asdict(), sort_keys=True))
         content = f"[{json.dumps(self.pattern)}, [{vocab}], [{merges}], {', '.join(rest)}]"
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -65,6 +84,7 @@ def define(
     special_tokens: Sequence[str] | Mapping[str, int],
     pattern: Pattern,
     ignore_merges: bool,
+    options: Options = PLAIN,
 ) -> Definition:
     """A definition, all of it checked. merges: tokens, or as Definition.pairs has them. Raises ValueError."""
     pattern = resolve(pattern)
@@ -78,7 +98,7 @@ def define(
     keys = np.sort(pairs[:, 0].astype(np.int64) << 32 | pairs[:, 1])
     if (keys[1:] == keys[:-1]).any():
         raise ValueError("merges: a pair is listed more than once")
-    return Definition(vocab, pairs, specials, pattern, ignore_merges)
+    return Definition(vocab, pairs, specials, pattern, ignore_merges, options)
 
 
 def _special_ids(special_tokens: Sequence[str] | Mapping[str, int], vocab: dict[int, bytes]) -> dict[str, int]:

@@ -68,9 +68,11 @@ class Tokenizer:
         self.pattern = self.definition.pattern
         self.ignore_merges = definition.ignore_merges
         self._tokens = TokenBytes(self.vocab)
-        self._encoder = Encoder(WordEncoder(self.definition, self._tokens), self.pattern, self._tokens)
-        self.special_ids = SpecialIds(self.special_tokens, self.pattern)
-        self._no_special_ids = SpecialIds({}, self.pattern)
+        self._encoder = Encoder(
+            WordEncoder(self.definition, self._tokens), self.pattern, self._tokens, definition.options
+        )
+        self.special_ids = SpecialIds(self.special_tokens, self.pattern, definition.options)
+        self._no_special_ids = SpecialIds({}, self.pattern, definition.options)
         self._some_special_ids: dict[frozenset[str], SpecialIds] = {}
 
     def __repr__(self) -> str:
@@ -194,7 +196,7 @@ class Tokenizer:
         if len(self._some_special_ids) > _MAX_SETS:
             self._some_special_ids.clear()
         some = {t: i for t, i in self.special_tokens.items() if t in key}
-        return self._some_special_ids.setdefault(key, SpecialIds(some, self.pattern))
+        return self._some_special_ids.setdefault(key, SpecialIds(some, self.pattern, self.definition.options))
 
     def _refuse_specials(self, text: str) -> None:
         if len(parts := self.special_ids.split(text)) > 1:
@@ -222,8 +224,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
-        """The tokenizer that save() wrote. Raises ValueError when the files no longer hold what was saved."""
-        definition, saved_hash = own_format.read_directory(Path(directory))
+        """The tokenizer that save() wrote, or that of a Hugging Face folder or tokenizer.json.
+
+        Raises ValueError when the files no longer hold what was saved.
+        """
+        path = Path(directory)
+        if path.suffix == ".json":
+            return cls.from_hf(path)
+        if (path / "tokenizer.json").exists() and not own_format.is_ours(path):
+            return cls.from_hf(path / "tokenizer.json")
+        definition, saved_hash = own_format.read_directory(path)
         tokenizer = _build(definition)
         tokenizer.__dict__["hash"] = saved_hash
         return tokenizer
@@ -244,8 +254,8 @@ class Tokenizer:
     def export_hf(self, path: str | Path) -> None:
         """Write a tokenizer.json for Hugging Face tokenizers and transformers, which then gives the same ids.
 
-        With a custom pattern: on texts that the pattern matches wholly, where the two regular-expression engines agree.
-        Where `tokenizers` is installed it is tried on texts of many kinds; raises ValueError when an id differs.
+        Of a custom pattern that is so where the two regular-expression engines agree: where `tokenizers` is installed
+        the file is tried on texts of many kinds. Raises ValueError when an id differs.
         """
         hugging_face.export_hf(self.definition, Path(path), self.encode)
 
@@ -253,8 +263,9 @@ class Tokenizer:
     def from_hf(cls, path: str | Path) -> Tokenizer:
         """From a tokenizer.json with a byte-level BPE model; added tokens become special tokens.
 
-        Raises ValueError on a model, normalizer or pre-tokenizer of another kind. Post-processors, which add tokens at
-        the ends, are left out.
+        Pre-tokenizers may be Splits by expressions, Digits and ByteLevel, the normalizer NFC (decoding then gives the
+        normal form), added tokens may take white space beside them. Raises ValueError on a model, normalizer or
+        pre-tokenizer of another kind. Post-processors, which add tokens at the ends, are left out.
         """
         return _build(hugging_face.read_hf(Path(path)))
 

@@ -1,9 +1,13 @@
-"""`rooflight train`: the command line of the training loop. Every key of the configuration is a flag (options.py)."""
+"""`rooflight train` and `rooflight replay`: the training loop's command lines.
+
+Every key of the configuration is a flag of `train` (options.py).
+"""
 
 from __future__ import annotations
 
 import inspect
 import os
+import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,10 +28,29 @@ def _group() -> None:
     """Makes `train` a command of this app, which would otherwise be the app itself."""
 
 
+@app.command()
+def replay(
+    dump: Annotated[Path, typer.Argument(help="A dump: a folder under a run's diverged/.")],
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, ..., in place of the run's.")] = None,
+) -> None:
+    """Compute a step again whose loss or gradient was not finite, and say where it stops being so.
+
+    Exit status: 0 when it is not finite again, 1 when it is.
+    """
+    from .replay import replay as again
+
+    result = again(dump, device=device)
+    typer.echo("\n".join(result.lines()))
+    if not result.reproduced:
+        raise typer.Exit(1)
+
+
 def train(config: Path | None = None, preset: str | None = None, **flags: Any) -> None:
     """Train a model on token files; options given here override those of the configuration file.
 
-    Ctrl-C saves a checkpoint; --resume goes on from it. `none` leaves an option empty, as in --grad-clip none.
+    Ctrl-C, SIGTERM and SIGHUP save a checkpoint; --resume goes on from it. `none` leaves an option empty, as in
+    --grad-clip none. Exit status: 0 at the end, and after SIGTERM or SIGHUP; 130 after Ctrl-C; 2 where something given
+    was wrong, 1 where training failed.
     """
     # Before torch is imported: OpenMP threads that spin while they wait cost up to 10x on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -49,7 +72,7 @@ def train(config: Path | None = None, preset: str | None = None, **flags: Any) -
         f"{result.step} steps, {result.tokens:,} tokens in {result.seconds:.0f} s ({result.stopped}); {loss}"
         f"{result.tokens_per_second:,.0f} tokens/s, MFU {result.mfu:.1%}; {result.checkpoint}"
     )
-    if result.stopped == "interrupted":
+    if result.signal == signal.SIGINT:
         raise typer.Exit(130)
 
 

@@ -6,11 +6,14 @@ import dataclasses
 import math
 import tomllib
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from ..model import ModelConfig, preset
+from ..model.typed import typed
 from .optim import OPTIMIZERS
+from .pretrained import read_config
 from .schedule import lr_factor
 
 DTYPES = ("float32", "bfloat16")
@@ -20,6 +23,15 @@ _COUNTS = (
     "batch_size", "gradient_accumulation", "max_steps", "eval_every", "eval_batches",
     "checkpoint_every", "keep_checkpoints", "log_every",
 )  # fmt: skip
+# What a resumed run may do otherwise than it began; every other option decides what it learns, and is refused.
+MAY_CHANGE = frozenset((
+    "train_data", "val_data", "out_dir",  # where they lie: their tokenizer and train_data's size must be the same
+    "batch_size", "gradient_accumulation", "max_steps", "max_seconds",
+    "lr", "muon_lr", "muon_momentum", "betas", "weight_decay", "schedule", "warmup", "decay", "min_lr_ratio",
+    "grad_clip", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard",
+    "wandb", "dtype", "device", "compile", "checkpointing", "kernels", "peak_flops", "resume", "overwrite",
+    "cuda_graph", "init_from",
+))  # fmt: skip
 _TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}
 _TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
 
@@ -56,6 +68,8 @@ class TrainConfig:
         checkpoint_every        steps between checkpoints; there is always one after the last step
         keep_checkpoints        checkpoints to keep, the latest
         log_every               steps between log records; the only steps that wait for the device
+        tensorboard             the records to TensorBoard too, in out_dir/tensorboard; needs the package tensorboard
+        wandb                   a project of Weights & Biases that gets the records too; needs the package wandb
     Execution
         dtype                   "float32", or "bfloat16" by torch.autocast (parameters and their updates stay float32)
         device                  "auto" (CUDA when there is one), or a torch device
@@ -64,8 +78,13 @@ class TrainConfig:
         checkpointing           recompute each block's activations in the backward pass instead of keeping them
         kernels                 "triton", "eager" (the oracle), or "auto": Triton on CUDA, else the fastest eager path
         peak_flops              FLOP/s that MFU is held against; None: measured by a short GEMM
-        seed                    of initialisation and batches
-        resume                  go on from out_dir's latest checkpoint, if there is one
+        seed                    of initialisation and batches, below 2^64
+        resume                  go on from out_dir's latest whole checkpoint, if there is one
+        overwrite               begin anew in an out_dir that holds something, which moves to out_dir/previous-<n>
+        init_from               begin with the weights of this checkpoint, run or Hugging Face folder; its model too,
+                                where `model` says nothing, or but some of its fields (another context_length, say)
+    A resumed run has the model, optimizer and seed, and train_data the tokens, that it began with; MAY_CHANGE lists
+    what may be another, and the run says what is.
     Raises ValueError on a value out of range.
     """
 
@@ -96,6 +115,8 @@ class TrainConfig:
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
     log_every: int = 10
+    tensorboard: bool = False
+    wandb: str | None = None
 
     dtype: str = "bfloat16"
     device: str = "auto"
@@ -106,11 +127,13 @@ class TrainConfig:
     peak_flops: float | None = None
     seed: int = 0
     resume: bool = False
+    overwrite: bool = False
+    init_from: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("train_data", "val_data", "out_dir"):  # strings are welcome; TOML has nothing else
-            value = getattr(self, name)
-            self._require(name, isinstance(value, str | Path) or (name == "val_data" and value is None), "a path")
+        for name in ("train_data", "val_data", "out_dir", "init_from"):  # strings are welcome; TOML has nothing else
+            value, optional = getattr(self, name), name in ("val_data", "init_from")
+            self._require(name, isinstance(value, str | Path) or (optional and value is None), "a path")
             if value is not None:
                 object.__setattr__(self, name, Path(value))
         if not isinstance(self.betas, list | tuple) or not all(isinstance(b, int | float) for b in self.betas):
@@ -128,7 +151,8 @@ class TrainConfig:
         for name in ("lr", "muon_lr", "max_seconds", "grad_clip", "peak_flops"):
             value = getattr(self, name)
             self._require(name, value is None or 0 < value < math.inf, "positive and finite")
-        self._require("seed", self.seed >= 0, "at least 0")
+        self._require("seed", 0 <= self.seed < 2**64, "at least 0 and below 2^64")
+        self._require("overwrite", not (self.overwrite and self.resume), "false where resume is true")
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite")
         self._require("muon_momentum", 0 <= self.muon_momentum < 1, "in [0, 1)")
         self._require("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
@@ -143,7 +167,10 @@ class TrainConfig:
 
     def _check_types(self) -> None:
         if not isinstance(self.model, ModelConfig):
-            raise ValueError(f"model must be a ModelConfig, got {type(self.model).__name__}")
+            raise ValueError(
+                f"model must be a ModelConfig, got {type(self.model).__name__}; in TOML, a table [model] of its fields "
+                "or of a preset's name"
+            )
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
             expected = str(option.type).removesuffix(" | None")
@@ -169,6 +196,18 @@ class TrainConfig:
         values["betas"] = list(self.betas)
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
+    def changes_since(self, began: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Options that differ from those of `began`, a to_dict(): name to (then, now). One that it lacks is the same.
+
+        Raises ValueError on one that is not in MAY_CHANGE.
+        """
+        now = self.to_dict()
+        changed = {k: (began[k], now[k]) for k in now if k in began and began[k] != now[k]}
+        for name, (then, value) in changed.items():
+            if name not in MAY_CHANGE:
+                raise ValueError(f"{name} must stay {then!r} as the run began, got {value!r}")
+        return changed
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """A TrainConfig from plain values; `model` is a table of its fields, where `preset` names one
@@ -176,13 +215,21 @@ class TrainConfig:
 
         Raises ValueError on an unknown or missing name, or a value out of range.
         """
+        if not isinstance(values, dict):
+            raise ValueError(f"values: expected a table of the options, got {values!r}")
         values = dict(values)
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(f"unknown training options: {', '.join(unknown)}")
+            near = get_close_matches(unknown[0], known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; expected some of {', '.join(known)}"
+            raise ValueError(f"unknown training options: {', '.join(unknown)}{hint}")
         for option in dataclasses.fields(cls):  # TOML and a command line have no null
             if values.get(option.name) == "none" and "None" in str(option.type):
                 values[option.name] = None
+        table = values.get("model") or {}
+        if values.get("init_from") is not None and isinstance(table, dict) and "preset" not in table:
+            values["model"] = read_config(values["init_from"]).to_dict() | table
         if isinstance(values.get("model"), dict):
             values["model"] = model_config(values["model"])
         missing = [
@@ -202,6 +249,7 @@ class TrainConfig:
         return cls.from_dict(read_toml(path) | {k: v for k, v in overrides.items() if v is not None})
 
 
+@typed
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The plain values of a TOML file. Raises FileNotFoundError, or ValueError on TOML that cannot be read."""
     path = Path(path)

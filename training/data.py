@@ -24,6 +24,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..model.typed import typed
+
 FORMAT = "rooflight-tokens"
 VERSION = 1
 
@@ -47,6 +49,7 @@ class TokenFile:
         return loss / math.log(2) * self.n_tokens / self.n_bytes
 
 
+@typed
 def open_tokens(path: str | Path, *, vocab_size: int | None = None) -> TokenFile:
     """Map a token file.
 
@@ -115,6 +118,7 @@ def check_window(tokens: npt.NDArray, batch_size: int, context_length: int) -> N
         )
 
 
+@typed
 def get_batch(
     tokens: npt.NDArray,
     batch_size: int,
@@ -122,18 +126,19 @@ def get_batch(
     device: str | torch.device = "cpu",
     *,
     generator: np.random.Generator | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`batch_size` windows at uniformly random places: inputs and targets, the targets one token ahead.
 
     tokens: (n,), any integer dtype, mapped or in memory, n > context_length.  generator: numpy's (default: a fresh
-    one).
+    one).  vocab_size: the model's, to hold the ids to.
     Returns two int64 tensors (batch_size, context_length) on `device`.
-    Raises ValueError when no window fits.
+    Raises ValueError when no window fits, or on an id that the model does not have.
     """
     check_window(tokens, batch_size, context_length)
     generator = np.random.default_rng() if generator is None else generator
     starts = generator.integers(0, len(tokens) - context_length, size=batch_size)
-    return _windows(tokens, starts, context_length, torch.device(device))
+    return _windows(tokens, starts, context_length, torch.device(device), vocab_size)
 
 
 def batch_generator(seed: int, step: int) -> np.random.Generator:
@@ -156,14 +161,10 @@ class Batches:
         *,
         seed: int,
         step: int = 0,
+        vocab_size: int | None = None,
     ) -> None:
-        self.tokens, self.shape, self.device, self.seed, self.step = (
-            tokens,
-            (batch_size, context_length),
-            device,
-            seed,
-            step,
-        )
+        self.tokens, self.shape, self.device = tokens, (batch_size, context_length), device
+        self.seed, self.step, self.vocab_size = seed, step, vocab_size
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: tuple[Tensor, Tensor] | None = None
 
@@ -189,9 +190,10 @@ class Batches:
     def _draw(self) -> tuple[Tensor, Tensor]:
         generator = batch_generator(self.seed, self.step)
         self.step += 1
-        return get_batch(self.tokens, *self.shape, self.device, generator=generator)
+        return get_batch(self.tokens, *self.shape, self.device, generator=generator, vocab_size=self.vocab_size)
 
 
+@typed
 def validation_batches(
     tokens: npt.NDArray,
     batch_size: int,
@@ -199,12 +201,13 @@ def validation_batches(
     device: str | torch.device = "cpu",
     *,
     max_batches: int | None = None,
+    vocab_size: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Non-overlapping windows in file order, as (inputs, targets); the last batch may have fewer rows.
 
     Every position but the first and a tail shorter than a window is a target once. With max_batches, that many batches
-    of windows spread evenly over the file, the same ones every time.
-    Raises ValueError when no window fits.
+    of windows spread evenly over the file, the same ones every time.  vocab_size: the model's, to hold the ids to.
+    Raises ValueError when no window fits, or on an id that the model does not have.
     """
     check_window(tokens, batch_size, context_length)
     n_windows = (len(tokens) - 1) // context_length
@@ -213,14 +216,20 @@ def validation_batches(
         chosen = np.linspace(0, n_windows - 1, max_batches * batch_size).round().astype(np.int64)
     for first in range(0, len(chosen), batch_size):
         starts = chosen[first : first + batch_size] * context_length
-        yield _windows(tokens, starts, context_length, torch.device(device))
+        yield _windows(tokens, starts, context_length, torch.device(device), vocab_size)
 
 
 def _windows(
-    tokens: npt.NDArray, starts: npt.NDArray, context_length: int, device: torch.device
+    tokens: npt.NDArray, starts: npt.NDArray, context_length: int, device: torch.device, vocab_size: int | None
 ) -> tuple[Tensor, Tensor]:
     # One gather of length context_length + 1 serves inputs and targets; int64 is what embeddings and losses take.
     rows = torch.from_numpy(tokens[starts[:, None] + np.arange(context_length + 1)].astype(np.int64))
+    if vocab_size is not None and rows.max() >= vocab_size:  # here, since on a GPU it would end every kernel after it
+        row, column = (rows >= vocab_size).nonzero()[0].tolist()
+        raise ValueError(
+            f"{getattr(tokens, 'filename', 'tokens')}: token {starts[row] + column} is {rows[row, column]}, and the "
+            f"model's vocab_size {vocab_size}: its header promises less, encode the text again"
+        )
     if device.type == "cuda":  # from pinned memory, the copy overlaps the step in progress
         rows = rows.pin_memory().to(device, non_blocking=True)
     elif device.type != "cpu":

@@ -159,13 +159,36 @@ class TrainStep:
         self.total += loss.detach()
 
     def _run_update(self) -> tuple[Tensor, Tensor]:
+        result = self._measured()
+        self.update()
+        return result
+
+    def _measured(self) -> tuple[Tensor, Tensor]:
         norm = clip_grad_norm(self.parameters, self.max_norm, self.optimizers)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         loss = self.total.clone()
         self.total.zero_()
         return loss, norm
+
+    def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The step's first half, never captured: its loss and norm, with the gradients left for `update`."""
+        n = self.micro_batches
+        for some_inputs, some_targets in zip(inputs.chunk(n), targets.chunk(n), strict=True):
+            self._run_micro(some_inputs, some_targets)
+        return self._measured()
+
+    def update(self) -> None:
+        """The step's second half."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=not self.keeps_gradients)
+
+    def forget_graphs(self) -> None:
+        """Run as it is from now on; the graphs' memory is free, and no gradients are left."""
+        self._whole, self._micro, self._update = self._run_whole, self._run_micro, self._run_update
+        self.keeps_gradients = False
+        self.total.zero_()
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def _failed(self, error: RuntimeError) -> None:
         if not self.keeps_gradients:  # those of the capture hold nothing

@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import math
-import signal
+import os
 import statistics
-import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType, ModuleType
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from .. import kernels
-from ..kernels import dispatch, reference
-from ..model import Transformer, estimate
-from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from ..model import estimate
+from .checkpoint import list_checkpoints, load_latest, save_checkpoint, set_aside
 from .config import TrainConfig
-from .data import Batches, TokenFile, batch_generator, check_window, get_batch, open_tokens, validation_batches
+from .data import Batches, TokenFile, batch_generator, check_window, get_batch, open_tokens
 from .files import write_json
-from .graph import Captured, CudaGraphs, Graphs, TrainStep, autocast, set_rates
-from .optim import build_optimizers, low_precision
-from .progress import Display, RunLog
-from .throughput import PeakMemory, keep_freed_memory, measure_peak_flops, mfu
+from .graph import autocast
+from .learner import Learner, choose_ops, evaluate, resolve_device, whose_memory
+from .progress import Display, Records, check_sinks
+from .replay import find_divergence, is_finite
+from .run_folder import CHECKPOINTS, RunFolder
+from .stopping import (
+    StopSignals,
+    TrainingDiverged,
+    TrainingFailed,
+    check_memory,
+    is_out_of_memory,
+    predicted_step,
+    what_fits,
+)
+from .throughput import PeakMemory, device_memory, keep_freed_memory, measure_peak_flops, mfu
 
-
-class TrainingDiverged(RuntimeError):  # noqa: N818
-    """The loss or the gradient is no longer finite."""
+_UNTOLD = ("out_dir", "resume", "overwrite")  # changes that a resumed run does not speak of
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,14 @@ class TrainResult:
     step_seconds: float  # median
     stopped: str  # "steps", "time" or "interrupted"
     checkpoint: Path
+    signal: int | None = None  # what interrupted it
 
 
 @dataclass
 class _Totals:
     """What a checkpoint carries beside the weights, so that a resumed run reports on the whole."""
 
+    tokens: int = 0  # counted: the batch size may change when a run resumes
     elapsed: float = 0.0  # seconds, all of the run
     stepping: float = 0.0  # seconds in steps
     train_loss: float = math.nan
@@ -70,34 +76,23 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     """Train a model as `config` says; see TrainConfig for every option. Writes out_dir/config.json, log.jsonl,
     checkpoints/.
 
-    Ctrl-C or SIGTERM ends the step in hand, saves a checkpoint and returns with stopped "interrupted"; a second Ctrl-C
-    raises KeyboardInterrupt at once. console: where progress goes (default: standard error).
-    Raises ValueError when data, checkpoint and configuration do not fit together or out_dir holds a run that is not to
-    be resumed, FileNotFoundError when data is missing, TrainingDiverged when the loss or the gradient stops being
-    finite (checkpoints stay as they were).
+    Ctrl-C, SIGTERM or SIGHUP ends the step in hand, saves a checkpoint and returns with stopped "interrupted"; a second
+    Ctrl-C raises KeyboardInterrupt at once. console: where progress goes (default: standard error).
+    Raises ValueError when data, checkpoint and configuration do not fit together, the batch does not fit the machine or
+    out_dir is not the run's to write in (see RunFolder), FileNotFoundError when data is missing; TrainingFailed when
+    the run had begun: TrainingDiverged when the loss or the gradient stops being finite, or a full disk, or memory
+    (checkpoints stay as they were).
     """
+    _refuse_ranks()
     return _Run(config, console or Console(stderr=True)).train()
 
 
-@torch.no_grad()
-def evaluate(
-    model: Callable[[Tensor, Tensor], Tensor],
-    data: TokenFile,
-    *,
-    batch_size: int,
-    context_length: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    max_batches: int | None = None,
-) -> float:
-    """Mean loss in nats per token over the file's non-overlapping windows, or over max_batches batches of them."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    count = 0
-    for inputs, targets in validation_batches(data.tokens, batch_size, context_length, device, max_batches=max_batches):
-        with autocast(device, dtype):
-            total += model(inputs, targets).double() * targets.numel()
-        count += targets.numel()
-    return total.item() / count
+def _refuse_ranks() -> None:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise ValueError(
+            f"a launcher started this process as one of WORLD_SIZE {os.environ['WORLD_SIZE']}, each of which would "
+            "train the whole run by itself: start one process, without the launcher"
+        )
 
 
 class _Run:
@@ -105,88 +100,93 @@ class _Run:
         self.config, self.console = config, console
         self.device = resolve_device(config.device)
         self.dtype = getattr(torch, config.dtype)
-        ops = _ops(config.kernels, self.device)
+        self.ops = whose_memory(choose_ops(config.kernels, self.device), self.device)
         self.train_data = self._open(config.train_data)
         self.val_data = None if config.val_data is None else self._open(config.val_data)
         if self.val_data and self.val_data.tokenizer_hash != self.train_data.tokenizer_hash:
             raise ValueError(
                 f"train_data {config.train_data} and val_data {config.val_data} come from different tokenizers"
             )
-        self.directory = config.out_dir / "checkpoints"
-        found = list_checkpoints(self.directory)
-        if found and not config.resume:
-            raise ValueError(f"out_dir {config.out_dir} holds a run already: resume it, or choose another")
-        self.peak_flops = config.peak_flops or measure_peak_flops(self.device, self.dtype)
-
+        check_sinks(config)
         if self.device.type == "cpu":
-            keep_freed_memory()
-        self.memory = PeakMemory(self.device)
-        torch.manual_seed(config.seed)
-        with self.device:
-            self.model = Transformer(config.model, ops=ops, checkpointing=config.checkpointing)
-        # compiled code casts weights by itself, and the oracles' optimizer is torch's
-        plain = config.compile or ops is reference
-        copies = {} if plain else low_precision(self.device, self.dtype, config.gradient_accumulation)
-        self.optimizers = build_optimizers(
-            self.model,
-            optimizer=config.optimizer,
-            lr=config.lr,
-            muon_lr=config.muon_lr,
-            muon_momentum=config.muon_momentum,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            muon_dtype=self.dtype,
-            triton=False if ops is reference else None,
-            **copies,
-        )
-        self.peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        self.step, self.totals = 0, _Totals()
+            check_memory(config, self.ops, device_memory(self.device))
+        self.directory = config.out_dir / CHECKPOINTS
+        self.folder = RunFolder(config.out_dir, resume=config.resume, overwrite=config.overwrite, say=self._say)
         self.checkpoint: Path | None = None
-        if found:
-            self._resume(found[-1])
-        forward: Callable[..., Tensor] = torch.compile(self.model) if config.compile else self.model
-        graphs = _graphs(config, self.device)
-        self.take_step = TrainStep(
-            forward,
-            self.model.parameters(),
-            self.optimizers,
-            device=self.device,
-            dtype=self.dtype,
-            micro_batches=config.gradient_accumulation,
-            max_norm=config.grad_clip or math.inf,
-            graphs=graphs,
-            say=self.console.print,
-        )
-        # validation says nothing of its own: what cannot be captured there could not be in the step either
-        self.forward = forward if graphs is None else Captured(forward, graphs, warmup=1, failed=lambda error: None)
+        self.factors: list[float] = []  # of the learning rate, in each step since the checkpoint
         work = estimate(config.model, batch_size=config.batch_size, dtype=config.dtype)
-        self.step_flops = work.forward_flops + work.backward_flops
         self.step_tokens = config.batch_size * config.model.context_length
+        self.token_flops = (work.forward_flops + work.backward_flops) / self.step_tokens
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _open(self, path: Path) -> TokenFile:
         data = open_tokens(path, vocab_size=self.config.model.vocab_size)
         check_window(data.tokens, self.config.batch_size, self.config.model.context_length)
         return data
 
-    def _resume(self, checkpoint: Path) -> None:
-        self.step, extra = load_checkpoint(checkpoint, self.model, self.optimizers)
-        if extra["tokenizer_hash"] != self.train_data.tokenizer_hash:
-            raise ValueError(f"{checkpoint} was trained on tokens of another tokenizer than {self.config.train_data}")
-        self.totals = _Totals(**extra["totals"])
-        self.checkpoint = checkpoint
-
     def train(self) -> TrainResult:
+        with self.folder:
+            try:
+                self._begin()
+                return self._loop()
+            except OSError as error:
+                raise TrainingFailed(f"{error}; the last checkpoint is {self.checkpoint or 'none'}") from error
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                capacity = device_memory(self.device)
+                self.console.print(predicted_step(self.config, self.ops).table())
+                raise TrainingFailed(
+                    f"out of memory, of {capacity / 1e9:,.1f} GB: {what_fits(self.config, self.ops, capacity)}; the "
+                    f"last checkpoint is {self.checkpoint or 'none'}"
+                ) from error
+
+    def _begin(self) -> None:
+        """Model and optimizers as they start, or as the latest whole checkpoint has them."""
+        config = self.config
+        self.peak_flops = config.peak_flops or measure_peak_flops(self.device, self.dtype)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.memory = PeakMemory(self.device)
+        found = list_checkpoints(self.directory)
+        self.learner = Learner(config, self.device, fresh=not found, say=self._say)
+        self.step, self.totals = 0, _Totals()
+        if found:
+            self._resume()
+
+    def _resume(self) -> None:
+        config = self.config
+        model, optimizers = self.learner.model, self.learner.optimizers
+        path, self.step, extra, damaged = load_latest(self.directory, model, optimizers)
+        if "config" not in extra:
+            raise ValueError(f"{path} was not saved by a run, and cannot be gone on from")
+        if extra["tokenizer_hash"] != self.train_data.tokenizer_hash:
+            raise ValueError(f"{path} was trained on tokens of another tokenizer than {config.train_data}")
+        if extra["n_tokens"] != self.train_data.n_tokens:
+            raise ValueError(
+                f"train_data must be the {extra['n_tokens']:,} tokens that the run began with, {config.train_data} has "
+                f"{self.train_data.n_tokens:,}"
+            )
+        changed = config.changes_since(extra["config"])
+        self.totals = _Totals(**extra["totals"])
+        self.checkpoint = path
+        for error in damaged:
+            self._say(f"warning: {error}; it is set aside as {set_aside(error.path).name}")
+        told = [f"{name} {now!r}, was {then!r}" for name, (then, now) in changed.items() if name not in _UNTOLD]
+        self._say(f"going on from step {self.step}, {path}" + "".join(f"; {text}" for text in told))
+
+    def _loop(self) -> TrainResult:
         config, totals = self.config, self.totals
-        config.out_dir.mkdir(parents=True, exist_ok=True)
         write_json(config.out_dir / "config.json", config.to_dict())
         if config.compile:
             self._compile()
         self.started = time.perf_counter() - totals.elapsed
         means: list[float] = []  # seconds per step, one mean per log interval
         with ExitStack() as stack:
-            log = RunLog(config.out_dir / "log.jsonl", keep_to=self.step if self.checkpoint else None)
-            stack.callback(log.close)
-            signals = stack.enter_context(_StopSignals())
+            records = stack.enter_context(Records(config, keep_to=self.step if self.checkpoint else None))
+            signals = stack.enter_context(StopSignals())
             display = stack.enter_context(Display(self.console))
             batches = Batches(
                 self.train_data.tokens,
@@ -195,23 +195,23 @@ class _Run:
                 self.device,
                 seed=config.seed,
                 step=self.step,
+                vocab_size=config.model.vocab_size,
             )
             progress = self._progress()
-            if self.checkpoint:
-                display.say(f"going on from step {self.step}, {self.checkpoint}")
             if self.step == 0 and self.val_data is not None:
                 record = {"step": 0, "tokens": 0, **self._validate()}
-                log.write(record)
+                records.write(record)
                 display.update(progress, record)
 
             ending = progress >= 1
             interval = _Interval(self.device)
             while not ending:
                 self._set_rates(progress)
-                interval.add(*self.take_step(*next(batches)))
+                interval.add(*self.learner.take_step(*next(batches)))
                 self.step += 1
+                totals.tokens += self.step_tokens
                 progress = self._progress()
-                ending = progress >= 1 or signals.received
+                ending = progress >= 1 or signals.received is not None
                 due = progress >= 1 or (self.step % config.eval_every == 0 and not signals.received)
                 validating = due and self.val_data is not None
                 saving = self.step % config.checkpoint_every == 0 or ending
@@ -222,28 +222,23 @@ class _Run:
                 means.append(interval.seconds / interval.steps)
                 if validating:
                     record |= self._validate()
-                log.write(record)
+                records.write(record)
                 display.update(progress, record)
                 if saving:
                     self._save()
                 interval = _Interval(self.device)
         totals.elapsed = self._elapsed()
         stopped = "interrupted" if progress < 1 else "steps" if self.step >= config.max_steps else "time"
-        return self._result(stopped, means)
+        return self._result(stopped, signals.received if progress < 1 else None, means)
 
     def _compile(self) -> None:
         """A forward and a backward before the clock starts, since max_seconds counts training and not the compiler."""
-        inputs, targets = get_batch(
-            self.train_data.tokens,
-            self.config.batch_size // self.config.gradient_accumulation,
-            self.config.model.context_length,
-            self.device,
-            generator=batch_generator(self.config.seed, self.step),
-        )
+        n = self.config.gradient_accumulation
+        inputs, targets = (x.chunk(n)[0] for x in self._batch(self.step))
         with autocast(self.device, self.dtype):
-            loss = self.take_step.forward(inputs, targets) / self.config.gradient_accumulation
+            loss = self.learner.forward(inputs, targets) / n
         loss.backward()
-        self.model.zero_grad(set_to_none=True)
+        self.learner.model.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -257,43 +252,76 @@ class _Run:
     def _set_rates(self, progress: float) -> None:
         # half a step on, so that neither the first step of a warm-up nor the last of a decay is wasted on a zero rate
         factor = self.config.lr_factor(progress + 0.5 / self.config.max_steps)
-        set_rates(self.optimizers, [[peak * factor for peak in peaks] for peaks in self.peak_lrs])
+        self.factors.append(factor)
+        self.learner.set_rates(factor)
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        return get_batch(
+            self.train_data.tokens,
+            self.config.batch_size,
+            self.config.model.context_length,
+            self.device,
+            generator=batch_generator(self.config.seed, step),
+            vocab_size=self.config.model.vocab_size,
+        )
 
     def _record(self, interval: _Interval) -> dict[str, Any]:
         """What the interval since the last record did; the only place that waits for the device."""
         loss, norm = interval.close()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not is_finite(loss, norm):
+            text = f"loss {loss}, gradient norm {norm} by step {self.step}, {self._elapsed():.0f} s in"
             raise TrainingDiverged(
-                f"loss {loss}, gradient norm {norm} by step {self.step}, {self._elapsed():.0f} s in: lower the "
-                f"learning rate or lengthen the warm-up; the last checkpoint is {self.checkpoint or 'none'}"
+                f"{text}: lower the learning rate or lengthen the warm-up; {self._find_divergence()}; the last "
+                f"checkpoint is {self.checkpoint or 'none'}"
             )
         self.totals.train_loss = loss
         self.totals.stepping += interval.seconds
         step_seconds = interval.seconds / interval.steps
-        lrs = {type(o).__name__.lower() + "_lr": float(o.param_groups[0]["lr"]) for o in self.optimizers[1:]}
+        first, *others = self.learner.optimizers
+        lrs = {type(o).__name__.lower() + "_lr": float(o.param_groups[0]["lr"]) for o in others}
         return {
             "step": self.step,
-            "tokens": self.step * self.step_tokens,
+            "tokens": self.totals.tokens,
             "elapsed": self._elapsed(),
             "loss": loss,
             "grad_norm": norm,
-            "lr": float(self.optimizers[0].param_groups[0]["lr"]),
+            "lr": float(first.param_groups[0]["lr"]),
             **lrs,
             "tokens_per_second": self.step_tokens / step_seconds,
-            "mfu": mfu(self.step_flops, step_seconds, self.peak_flops),
+            "mfu": mfu(self.token_flops * self.step_tokens, step_seconds, self.peak_flops),
         }
+
+    def _find_divergence(self) -> str:
+        """Where the steps since the checkpoint stop being finite when they run again: a clause for the error."""
+        self._say(f"not finite by step {self.step}: running again from {self.checkpoint or 'the start'} to find where")
+        try:
+            found = find_divergence(
+                self.learner,
+                self.checkpoint,
+                self.factors,
+                self._batch,
+                out_dir=self.config.out_dir,
+                tokenizer_hash=self.train_data.tokenizer_hash,
+            )
+        except Exception as error:  # the divergence is what the run ends of
+            return f"the step could not be found ({error})"
+        if found is None:
+            return "run again, every step was finite, so that the machine may be at fault"
+        step, path = found
+        return f"step {step} is the first, which `rooflight replay {path}` computes again"
 
     def _validate(self) -> dict[str, float]:
         assert self.val_data is not None
         config = self.config
         loss = evaluate(
-            self.model,  # as it is: without gradients, and with the last batch's rows, it would be compiled twice more
+            self.learner.validated,
             self.val_data,
             batch_size=config.batch_size // config.gradient_accumulation,
             context_length=config.model.context_length,
             device=self.device,
             dtype=self.dtype,
             max_batches=config.eval_batches,
+            vocab_size=config.model.vocab_size,
         )
         self.totals.val_loss = loss
         if self.totals.first_val_loss is None:
@@ -304,14 +332,21 @@ class _Run:
         self.totals.elapsed = self._elapsed()
         self.checkpoint = save_checkpoint(
             self.directory,
-            self.model,
-            self.optimizers,
+            self.learner.model,
+            self.learner.optimizers,
             step=self.step,
-            extra={"totals": asdict(self.totals), "tokenizer_hash": self.train_data.tokenizer_hash},
+            extra={
+                "totals": asdict(self.totals),
+                "config": self.config.to_dict(),
+                "tokenizer_hash": self.train_data.tokenizer_hash,
+                "n_tokens": self.train_data.n_tokens,
+            },
+            tokenizer_hash=self.train_data.tokenizer_hash,
             keep=self.config.keep_checkpoints,
         )
+        self.factors.clear()
 
-    def _result(self, stopped: str, means: list[float]) -> TrainResult:
+    def _result(self, stopped: str, signal: int | None, means: list[float]) -> TrainResult:
         totals = self.totals
         assert self.checkpoint is not None
         step_seconds = totals.stepping / self.step
@@ -324,14 +359,15 @@ class _Run:
             if totals.val_loss is None or self.val_data is None
             else self.val_data.bits_per_byte(totals.val_loss),
             seconds=totals.elapsed,
-            tokens=self.step * self.step_tokens,
-            tokens_per_second=self.step_tokens / step_seconds,
-            mfu=mfu(self.step_flops, step_seconds, self.peak_flops),
+            tokens=totals.tokens,
+            tokens_per_second=totals.tokens / totals.stepping,
+            mfu=mfu(self.token_flops * totals.tokens, totals.stepping, self.peak_flops),
             peak_flops=self.peak_flops,
             peak_memory_bytes=self.memory.peak(),
             step_seconds=statistics.median(means) if means else step_seconds,
             stopped=stopped,
             checkpoint=self.checkpoint,
+            signal=signal,
         )
 
 
@@ -354,60 +390,3 @@ class _Interval:
         loss, norm = self.loss.item() / self.steps, self.norm.item()
         self.seconds = time.perf_counter() - self._start
         return loss, norm
-
-
-class _StopSignals:
-    """While entered, the first SIGINT or SIGTERM only sets `received`; a second SIGINT raises KeyboardInterrupt."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopSignals:
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = True
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of that name, "auto" being CUDA when there is one. Raises ValueError on one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto or a torch device, got {name!r}: {error}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} needs a CUDA GPU, and torch finds none")
-    try:
-        if device.type == "meta":
-            raise RuntimeError("it computes nothing")
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # of another kind, or one GPU too far
-        why = str(error).strip().partition("\n")[0].partition(". ")[0]
-        raise ValueError(f"device must be one that torch has here, got {name!r}: {why}") from None
-    return device
-
-
-def _ops(name: str, device: torch.device) -> ModuleType:
-    """The implementation of the model's operations; nobody trains in Triton's interpreter unless they ask for it."""
-    if name == "triton" and device.type != "cuda" and not dispatch.INTERPRETED:
-        raise ValueError(f"kernels 'triton' need a CUDA device, or TRITON_INTERPRET=1, got device {device}")
-    if name == "eager" or (name == "auto" and device.type == "cpu" and dispatch.INTERPRETED):
-        return reference
-    return kernels
-
-
-def _graphs(config: TrainConfig, device: torch.device) -> Graphs | None:
-    """Where the run's graphs are captured; None where it has none."""
-    return CudaGraphs(device) if config.cuda_graph and device.type == "cuda" else None

@@ -21,6 +21,7 @@ from torch.optim.adamw import adamw
 
 from ..kernels.adamw import AdamWTables, adamw_update
 from ..model.layers import JoinedLinear, Linear, WeightCopy
+from ..model.typed import typed
 from .muon import Muon, orthogonalize
 from .optimizer import GroupedOptimizer, check, check_parameter
 
@@ -121,6 +122,7 @@ class AdamW(GroupedOptimizer):
         return known[1]
 
 
+@typed
 def build_optimizers(
     model: nn.Module,
     *,

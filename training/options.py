@@ -11,6 +11,7 @@ import ast
 import inspect
 import re
 import sys
+import tomllib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -49,24 +50,32 @@ class Option:
             return "required"
         if self.default is None or isinstance(self.default, bool):
             return str(self.default).lower()
-        return f"{self.default}" if not isinstance(self.default, tuple) else ",".join(map(str, self.default))
+        if isinstance(self.default, tuple):
+            return ",".join(map(str, self.default)) or "none"
+        return str(self.default)
 
     def value(self, text: str | bool | list[str]) -> Any:
         """What `text`, from the command line, says, as TOML would have it. Raises ValueError naming the option."""
         if not isinstance(text, str):
             return text
         kinds = self.type.split(" | ")
-        if "None" in kinds and text.lower() == "none":
-            return None
+        first = kinds[0]
+        numbers = first.startswith("tuple[")
+        if text.lower() == "none" and ("None" in kinds or numbers):
+            return [] if numbers else None
+        if "bool" in kinds and text.lower() in ("true", "false"):
+            return text.lower() == "true"
         try:
-            if kinds[0] == "int":
-                return int(text)
-            if kinds[0] == "float":
-                return float(text)
-            if kinds[0].startswith("tuple[float"):
-                return [float(part) for part in re.split(r"[\s,]+", text.strip("[]() "))]
+            if first in ("int", "float"):
+                return (int if first == "int" else float)(text)
+            if numbers:
+                one = int if first.startswith("tuple[int") else float
+                return [one(part) for part in re.split(r"[\s,]+", text.strip("[]() "))]
+            if text.startswith(("{", "[")):
+                return tomllib.loads(f"x = {text}")["x"]
         except ValueError:
-            expected = {"int": "a whole number", "float": "a number"}.get(kinds[0], "numbers, as 0.9,0.95")
+            expected = {"int": "a whole number", "float": "a number"}.get(first, "as TOML has it")
+            expected = "numbers, as 1,2" if numbers else expected
             none = " or none" if "None" in kinds else ""
             raise ValueError(f"{self.flag} must be {expected}{none}, got {text!r}") from None
         return text

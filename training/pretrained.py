@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from .. import kernels
-from ..model import Transformer, load_hf
-from ..model.hf import is_hf
-from .checkpoint import load_model
+from ..kernels import reference
+from ..model import ModelConfig, Transformer, load_hf
+from ..model.hf import is_hf, read_hf_config
+from ..model.typed import typed
+from .checkpoint import load_model, read_model_config
 
 
+@typed
 def open_model(path: str | Path, *, device: str | torch.device = "cpu", ops: ModuleType = kernels) -> Transformer:
     """The model of a Hugging Face folder, a checkpoint, or a run's latest checkpoint, in evaluation mode.
 
@@ -22,3 +26,25 @@ def open_model(path: str | Path, *, device: str | torch.device = "cpu", ops: Mod
     if is_hf(path):
         return load_hf(path, ops, device=device).eval()
     return load_model(path, device=device, ops=ops)
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The configuration of the model that open_model(path) opens, without its weights."""
+    if is_hf(path):
+        return read_hf_config(path)
+    return read_model_config(path)
+
+
+def copy_weights(path: str | Path, model: Transformer) -> None:
+    """Give `model` the weights of the one that lies at `path`, which may have been made for another context_length.
+
+    Raises what open_model raises, and ValueError where the two differ in anything else.
+    """
+    given = open_model(path, ops=reference)
+    ours, theirs = model.config.to_dict(), replace(given.config, context_length=model.config.context_length).to_dict()
+    differing = ", ".join(
+        f"{name} {theirs[name]!r} there, {ours[name]!r} here" for name in ours if ours[name] != theirs[name]
+    )
+    if differing:
+        raise ValueError(f"init_from {path} holds another model: {differing}")
+    model.load_state_dict(given.state_dict())

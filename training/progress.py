@@ -1,9 +1,10 @@
-"""What a run tells: a JSONL log for programs, a progress bar or plain lines for people."""
+"""What a run tells: a JSONL log, TensorBoard and Weights & Biases by option; a progress bar or lines for people."""
 
 from __future__ import annotations
 
 import json
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,9 +12,49 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from .config import TrainConfig
 from .files import write_text
 
 PLAIN_SECONDS = 5.0  # at least this long between two plain lines
+
+
+def check_sinks(config: TrainConfig) -> None:
+    """Raise ValueError when an option asks for a package that is not there."""
+    for option, wanted in (("tensorboard", config.tensorboard), ("wandb", config.wandb is not None)):
+        # a folder of that name, wandb's own in the working directory say, is found too: without an origin
+        if wanted and ((spec := find_spec(option)) is None or spec.origin is None):
+            raise ValueError(f"{option} needs the package {option}, which is not installed: pip install {option}")
+
+
+class Records:
+    """Where a run's records go: log.jsonl, and what the options ask for beside it. A context; keep_to as in RunLog."""
+
+    def __init__(self, config: TrainConfig, *, keep_to: int | None) -> None:
+        self._sinks: list[RunLog | TensorBoard | WandB] = [RunLog(config.out_dir / "log.jsonl", keep_to=keep_to)]
+        try:
+            if config.tensorboard:
+                self._sinks.append(TensorBoard(config.out_dir / "tensorboard", keep_to=keep_to))
+            if config.wandb is not None:
+                self._sinks.append(WandB(config.wandb, config))
+        except BaseException:
+            self._close(failed=True)
+            raise
+
+    def write(self, record: dict[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.write(record)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close(failed=kind is not None)
+
+    def _close(self, *, failed: bool) -> None:
+        for sink in self._sinks:
+            sink.close(failed=failed)
 
 
 class RunLog:
@@ -29,19 +70,59 @@ class RunLog:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def close(self, *, failed: bool) -> None:
         self._file.close()
 
 
 def _records_to(path: Path, step: int) -> list[str]:
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):  # cut off by a crash
+        except (json.JSONDecodeError, KeyError, TypeError):  # cut off by a crash
             break
     return kept
+
+
+class TensorBoard:
+    """Every number of a record as a scalar of its name. `keep_to` as in RunLog: TensorBoard passes over later ones."""
+
+    def __init__(self, folder: Path, *, keep_to: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # imports tensorboard
+
+        self._writer = SummaryWriter(str(folder), purge_step=None if keep_to is None else keep_to + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, record["step"])
+        self._writer.flush()
+
+    def close(self, *, failed: bool) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases in `project`, whose id out_dir/wandb.id keeps: a resumed run goes on in it."""
+
+    def __init__(self, project: str, config: TrainConfig) -> None:
+        import wandb
+
+        path = config.out_dir / "wandb.id"
+        known = path.read_text(encoding="utf-8").strip() if path.exists() else None
+        options = {"project": project, "dir": str(config.out_dir), "config": config.to_dict()}
+        try:
+            self._run = wandb.init(**options, id=known, resume="allow")
+        except Exception as error:  # its own, of keys and networks
+            raise ValueError(f"wandb could not begin a run of project {project!r}: {error}") from error
+        write_text(path, self._run.id + "\n")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def close(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 class Display:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 
+from ..model.typed import typed
+
 SCHEDULES = ("cosine", "trapezoid", "constant")
 
 
+@typed
 def lr_factor(
     progress: float, *, schedule: str = "trapezoid", warmup: float = 0.02, decay: float = 0.5, min_ratio: float = 0.0
 ) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import resource
 import sys
@@ -93,7 +94,26 @@ class PeakMemory:
         """Bytes."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
-        return _resident_peak() - self._before
+        return max(0, _resident_peak() - self._before)  # the kernel's counts lag a few pages
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that this process may hold: on CUDA the free ones and its own; on a CPU the machine's with its swap, or
+    the control group's limit (Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        match = re.search(r"^SwapTotal:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        size += int(match[1]) * 1024 if match else 0
+    except OSError:
+        pass
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # version 2, 1
+        try:
+            size = min(size, int(Path(limit).read_text()))
+        except (OSError, ValueError):  # "max"
+            continue
+    return size
 
 
 def _resident_peak() -> int:

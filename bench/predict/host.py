@@ -7,6 +7,7 @@ no part in it.
 from __future__ import annotations
 
 from ...model.estimate import Estimate
+from ...model.memory import keeps_copies
 from ...model.parts import parts
 
 
@@ -17,6 +18,7 @@ def host_seconds(e: Estimate) -> float | None:
     rows = parts(
         e.config, e.batch_size, e.context_length, e.dtype,
         checkpointing=e.checkpointing, gpus=e.gpus, optimizer=e.optimizer,
+        copies=keeps_copies(e.dtype, e.ops, e.gpus),
     )  # fmt: skip
     works = [work for row in rows for work in (*row.forward, *row.backward, *row.update)]
     # the softmax stands beside the products of the operation that computes it: one call, not two

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ...kernels import reference
 from ...model import ModelConfig, Transformer
+from ...training.graph import CudaGraphs
 from ...training.optim import build_optimizers, low_precision
 from ..measure.clock import median_seconds
 from ..measure.memory import peak_bytes
@@ -37,18 +38,13 @@ def graphed(issue: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
     Raises RuntimeError where a part of the step cannot be captured.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            issue()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        loss = issue()
+    graphs = CudaGraphs(torch.device("cuda", torch.cuda.current_device()))
+    for _ in range(3):
+        graphs.run(issue)
+    again, loss = graphs.capture(issue)
 
     def replay() -> Tensor:
-        graph.replay()
+        again()
         return loss
 
     return replay

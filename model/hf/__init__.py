@@ -14,17 +14,20 @@ import torch
 from torch import nn
 
 from ... import kernels
+from ..config import ModelConfig
 from ..transformer import Transformer
+from ..typed import typed
 from .config import from_hf, to_hf
 from .keys import FAMILIES
 from .weights import Weights, places, read_json, write, write_json
 
-__all__ = ["is_hf", "load_hf", "save_hf"]
+__all__ = ["is_hf", "load_hf", "read_hf_config", "save_hf"]
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
+@typed
 def load_hf(
     path: str | Path,
     ops: ModuleType = kernels,
@@ -73,6 +76,13 @@ def is_hf(path: str | Path) -> bool:
     return isinstance(fields, dict) and "model_type" in fields
 
 
+def read_hf_config(path: str | Path) -> ModelConfig:
+    """The configuration of the model in a checkpoint directory. Raises as load_hf does."""
+    file = Path(path) / CONFIG
+    return from_hf(read_json(file), file)[1]
+
+
+@typed
 def save_hf(model: nn.Module, path: str | Path, *, eos_token: int | None = None) -> None:
     """Write config.json and model.safetensors into the directory `path`, made when it does not exist.
 

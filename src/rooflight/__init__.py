@@ -1,7 +1,7 @@
 """Triton kernels for training transformer language models, and everything around them.
 
-The rooms (kernels, model, tokenizer, training, bench) are imported when they are first named: `import rooflight` alone
-waits for no torch.
+The rooms (kernels, model, tokenizer, training, bench, integrations) are imported when they are first named: `import
+rooflight` alone waits for no torch.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import bench, kernels, model, tokenizer, training
+    from . import bench, integrations, kernels, model, tokenizer, training
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "bench", "kernels", "model", "tokenizer", "training"]
+__all__ = ["__version__", "bench", "integrations", "kernels", "model", "tokenizer", "training"]
 
 # A wheel has the rooms beside this file; in a clone, and what is installed from it in editable mode, they stand at the
 # top level, two folders up.

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,6 +222,15 @@ def test_without_a_compiler_that_works_a_line_says_so(tmp_path: Path, monkeypatc
     assert why is not None
     assert why.startswith("torch.compile needs a C++ compiler that works (")
     assert "\n" not in why
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_with_one_nothing_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    torch._dynamo.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert demo.no_compiler() is None
+    assert list(tmp_path.rglob("*.so"))  # kept for the next run
 
 
 @pytest.mark.parametrize("home", [True, False])

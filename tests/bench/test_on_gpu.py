@@ -138,6 +138,7 @@ def test_slow_tests_and_those_that_a_ctrl_c_cuts_are_named(tmp_path, options):
         while not (tmp_path / "begun").exists():
             assert time.monotonic() < end
             time.sleep(0.01)
+        time.sleep(2)  # a worker's message that the test began takes its way to the process that announces
         process.send_signal(signal.SIGINT)
         printed = process.communicate()[0]
     told = [line.rsplit(" ", 2)[0] for line in printed.splitlines() if line.startswith(("SLOW ", "UNFINISHED "))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from support.descriptors import torn_products
 from support.sass import inner_loops, together
 
 pytestmark = pytest.mark.cpu
@@ -112,3 +113,46 @@ def test_older_tensor_cores():
 def test_no_loop_without_products():
     assert inner_loops(attention(*EXP), "sm_90", 4) == []
     assert inner_loops("", "sm_90", 4) == []
+
+
+# ---------------------------------------------------------------- operands of a product's parts
+
+QUERIES = ["USGXT.U32 UR8, UR6, 0xe", "UMOV UR9, 0x40000040"]  # the first part's left operand
+LATER = ["UIADD3 UR6, UP0, UR8, 0x2, URZ", "UMOV UR4, UR6", "UIADD3 UR20, UP0, UR4, 0x2, URZ"]  # the later ones'
+KEYS = ["UIADD3 UR10, UR53, 0x10000, URZ", "UIADD3 UR6, UP0, UR10, 0x2, URZ", "UIADD3.64 UR22, UR6, 0x2, URZ"]
+PRODUCT = [
+    "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT",
+    "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24",
+    "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR20], R24, gsb0",
+]
+MASKED = [*KEYS, *PRODUCT, "UIADD3 UR53, UR53, 0x1, URZ"]
+
+
+def two_loops(first: list[str], between: list[str], keys: list[str]) -> str:
+    """As the withdrawn forward: a loop that a branch passes by, in front of it `first`, then another loop."""
+    head = [*QUERIES, "UMOV UR4, UR13"]
+    skipped = len(head) + 1 + len(first) + len(MASKED) + 1
+    lines = [*head, f"@!P1 BRA {16 * skipped:#x}", *first, *MASKED]
+    lines += [f"@P0 BRA {16 * (len(head) + 1 + len(first)):#x}", *between]
+    start = 16 * len(lines)
+    return assembled(*lines, *keys, *PRODUCT, "UIADD3 UR53, UR53, 0x1, URZ", f"@P0 BRA {start:#x}", "EXIT")
+
+
+def test_operands_that_a_branch_leaves_behind():
+    """ptxas computed UR4 in front of the first loop alone: a path to the second finds there what was there before."""
+    again = "UIADD3 UR20, UP0, UR4, 0x2, URZ"
+    found = torn_products(two_loops(LATER, [again], KEYS))
+    assert len(found) == 2  # both later parts of the second loop's product, none of the first's
+    assert all("left operand" in what for what in found)
+    assert torn_products(two_loops(LATER, LATER, KEYS)) == []
+    assert torn_products(two_loops([], [], [*LATER, *KEYS])) != []  # the first loop has nothing to read
+    assert torn_products(two_loops(LATER, LATER, KEYS[:-1]).replace("gdesc[UR20]", "gdesc[UR4]")) == []
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_operands_of_another_block_of_keys(at):
+    """The right operand: one part reads where another instruction has moved the register to."""
+    lines = [*QUERIES, *LATER, *KEYS, *PRODUCT, "EXIT"]
+    assert torn_products(assembled(*lines)) == []
+    moved = [*QUERIES, *LATER, *KEYS, PRODUCT[0], "R2UR UR6, R4" if at == 2 else "R2UR UR22, R4", *PRODUCT[1:], "EXIT"]
+    assert len(torn_products(assembled(*moved))) == 1

@@ -384,7 +384,7 @@ class TestOutput:
         ({"batch_size": 0}, "batch_size: expected a whole number >= 1, got 0"),
         ({"context_length": 1025}, "context_length: expected at most the model's 1024 positions, got 1025"),
         ({"context_length": 0}, "context_length: expected a whole number >= 1, got 0"),
-        ({"gpus": 1.5}, "gpus: expected a whole number >= 1, got 1.5"),
+        ({"gpus": 0}, "gpus: expected a whole number >= 1, got 0"),
         ({"optimizer": "sgd"}, "optimizer: expected one of adamw, muon, got 'sgd'"),
         ({"optimizer": "muon", "gpus": 8}, "optimizer: expected 'adamw' on 8 GPUs, got 'muon'"),
         ({"causal": "yes"}, "causal: expected 'exact' or 'full', got 'yes'"),

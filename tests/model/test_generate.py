@@ -21,6 +21,9 @@ CONFIGS = {
     "window": replace(CONFIG, window=5),
     "window of itself": replace(CONFIG, window=0),
     "qk-norm, softcap, tied": replace(CONFIG, qk_norm=True, softcap=3.0, tie_embeddings=True),
+    "layers of two kinds": replace(
+        CONFIG, window=5, full_layers=(1,), nope_layers=(0,), rope_local_theta=50.0, logit_softcap=2.0
+    ),
 }
 
 
@@ -51,6 +54,21 @@ def test_greedy_generation_equals_the_uncached(name: str) -> None:
     assert generated.shape == (3, 40)
     with torch.no_grad():
         while rows.shape[1] < 40:
+            rows = torch.cat((rows, model(rows)[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(generated, rows)
+
+
+def test_longrope_turns_to_its_other_frequencies_with_all_keys() -> None:
+    scaling = {
+        "kind": "longrope",
+        "original_context_length": 12,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1, 3, 5, 9],
+    }
+    model, rows = _model(replace(CONFIG, rope_scaling=scaling)), _tokens(2, 6)
+    generated = generate(model, rows, 20, temperature=0)
+    with torch.no_grad():
+        while rows.shape[1] < 26:
             rows = torch.cat((rows, model(rows)[:, -1].argmax(-1, keepdim=True)), dim=1)
     assert torch.equal(generated, rows)
 

@@ -2,7 +2,7 @@
 
 A case is a module-level function that calls launchers (or kernels) on CPU tensors. A subprocess without
 TRITON_INTERPRET runs it under a stand-in for Triton's driver that names the wanted GPU and compiles instead of
-launching, so tiles, warps, specialisations and options are the ones that ship.
+launching, so tiles, warps, specialisations and options are the ones that ship. No kernel may have torn products.
 
     artifacts = compile_cases([(my_case, {"N": 4096})], "sm_90")      # one list of Artifact per case
 """
@@ -26,6 +26,7 @@ from typing import Any
 if __name__ == "__main__":  # the subprocess
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from support.descriptors import torn_products
 from support.sass import Bound, inner_loops, opcodes, together
 
 # Shared memory one block may use, bytes: CUDA C++ Programming Guide, table "Technical specifications per compute
@@ -145,6 +146,8 @@ def _artifact(name: str, target: str, constexprs: dict[str, Any], kernel: Any) -
     loop = None
     if "cubin" in kernel.asm:
         registers, listing = _disassemble(kernel.asm["cubin"])
+        if torn := torn_products(listing):
+            raise AssertionError(f"{name} reads parts of its operands from elsewhere on some path: {torn}")
         instructions = opcodes(listing)
         bounds = inner_loops(listing, target, metadata.num_warps)
         loop = together(bounds) if bounds else None

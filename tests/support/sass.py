@@ -132,7 +132,7 @@ def together(bounds: Sequence[Bound]) -> Bound:
 # ---------------------------------------------------------------- loops
 
 
-def _blocks(code: list[Instruction]) -> tuple[list[list[Instruction]], list[set[int]]]:
+def blocks_of(code: list[Instruction]) -> tuple[list[list[Instruction]], list[set[int]]]:
     """Basic blocks in the order of addresses, and the successors of each."""
     leaders = {at.address for at in code[:1]}
     for n, at in enumerate(code):
@@ -197,7 +197,7 @@ def _predecessors(successors: list[set[int]]) -> list[set[int]]:
 
 def _tensor_loops(code: list[Instruction]) -> Iterable[list[Instruction]]:
     """The innermost loops with products, without the loops inside them in which a barrier is waited for."""
-    blocks, successors = _blocks(code)
+    blocks, successors = blocks_of(code)
     dominators = _dominators(successors)
     predecessors = _predecessors(successors)
     loops: dict[int, set[int]] = {}  # header: its natural loop

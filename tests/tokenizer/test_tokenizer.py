@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import random
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,11 +13,11 @@ import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rooflight.tokenizer import GPT2_PATTERN, Tokenizer
+from rooflight.tokenizer import GPT2_PATTERN, PATTERNS, Tokenizer
 from rooflight.tokenizer import tokens as token_bytes
 from rooflight.tokenizer.encoding import encoder as encode
-from rooflight.tokenizer.encoding.encoder import cut_stream, gpt2_below_u10000
-from rooflight.tokenizer.pretokenize import Specials
+from rooflight.tokenizer.encoding.encoder import cut_stream
+from rooflight.tokenizer.pretokenize import Specials, for_ascii
 from rooflight.tokenizer.pretokenize.chunks import Cutter
 from rooflight.tokenizer.tokens import TokenBytes
 from support import bpe_reference
@@ -52,13 +53,13 @@ def test_encode_equals_the_reference_and_decodes_to_the_text(tokenizer: Tokenize
     assert tokenizer.decode_bytes(ids) == text.encode()
 
 
-def test_short_texts_are_split_as_the_pattern_says_at_every_code_point_of_the_first_plane() -> None:
-    characters = [chr(c) for c in range(0x10000) if not 0xD800 <= c < 0xE000]
-    text = "".join(f"x{c}1{c}!{c} {c}{c}  {c}'{c}s'll{c}\n" for c in characters)
-    text += "".join(
-        f"a'{end}b '{end}1 ''{end}" for end in ("s", "d", "m", "t", "ll", "ve", "re", "l", "v", "r", "S", "LL")
-    )
-    assert gpt2_below_u10000().findall(text) == regex.findall(GPT2_PATTERN, text)
+@pytest.mark.parametrize("name", [name for name, pattern in PATTERNS.items() if isinstance(pattern, str)])
+def test_short_ascii_is_split_as_the_pattern_says(name: str) -> None:
+    atoms = [*map(chr, range(128)), "'s", "'LL", "'re", "  ", "\r\n", "ab", "AB", "Ab", "1234", "\n\n", "//"]
+    rng = random.Random(0)
+    for _ in range(1500):
+        text = "".join(rng.choices(rng.sample(atoms, 12), k=20))
+        assert for_ascii(PATTERNS[name]).findall(text) == regex.findall(PATTERNS[name], text)
 
 
 def test_short_texts_above_the_first_plane(tokenizer: Tokenizer) -> None:
@@ -185,12 +186,8 @@ def test_tokens_that_are_not_the_encoding_of_their_own_text(words: list[str]) ->
         assert tokenizer.encode(word) == bpe_reference.encode(word, tokenizer.vocab, UNREACHED)
 
 
-def test_a_short_text_begins_with_the_words_of_one_token() -> None:
+def test_tokens_that_no_merges_lead_to_are_words_of_their_own_with_ignore_merges() -> None:
     plain, ignoring, special = unreached(), unreached(ignore_merges=True), unreached(special_tokens=["abc", "bc"])
-    # Without those that the merges do not give, and those that are no text.
-    reached = {"bc", "ab", "cd", *map(chr, range(128))}
-    assert plain._encoder._word_encoder.words_of_one_token().keys() == reached
-    assert ignoring._encoder._word_encoder.words_of_one_token().keys() == reached | {"abc", "dabc", "é"}
     assert ignoring.encode("abc") == [258]
     assert special.encode("abc") == [258]
     assert special.encode("abc", allowed_special="none") == plain.encode("abc") == [97, 256]
@@ -198,13 +195,15 @@ def test_a_short_text_begins_with_the_words_of_one_token() -> None:
 
 
 def test_short_texts_remember_a_bounded_number_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "MAX_WORDS", 10)
+    monkeypatch.setattr(encode, "MAX_WORDS", 20)
     tokenizer = unreached()
+    words = tokenizer._encoder._words
     for i in range(100):
         word = f"abc{i}x{i}"
         assert tokenizer.encode(word) == bpe_reference.encode(word, tokenizer.vocab, UNREACHED)
-        assert 131 <= len(tokenizer._encoder._words) <= 131 + 10
-    assert tokenizer._encoder._words["cd"] == (260,)
+        assert tokenizer.encode("cd") == [260]
+        assert len(words) + len(words._old) <= 20
+        assert "cd" in words or "cd" in words._old  # what is asked for again and again is not forgotten
 
 
 def test_a_long_text_is_a_list_of_ints() -> None:

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from rooflight.training.config import TrainConfig
 
 
 @pytest.fixture
@@ -31,6 +37,38 @@ def write_tokens(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def config(write_tokens, tmp_path) -> TrainConfig:
+    """A text that a model can learn: each token is followed by its triple, or a random one in ten cases."""
+    from rooflight.model import ModelConfig  # here: triton must not be imported before the root conftest has run
+    from rooflight.training.config import TrainConfig
+
+    rng = np.random.default_rng(0)
+    ids = [1]
+    for noise, jump in zip(rng.random(4000), rng.integers(0, 32, 4000), strict=True):
+        ids.append(int(jump) if noise < 0.1 else 3 * ids[-1] % 32)
+    return TrainConfig(
+        model=ModelConfig(32, 8, 1, 2, d_model=16, d_ff=24),
+        train_data=write_tokens(ids[:3500], "train.bin"),
+        val_data=write_tokens(ids[3500:], "val.bin"),
+        out_dir=tmp_path / "run",
+        batch_size=8,
+        max_steps=40,
+        eval_every=20,
+        checkpoint_every=20,
+        log_every=5,
+        dtype="float32",
+        device="cpu",
+        kernels="eager",
+        peak_flops=1e9,
+    )
+
+
+@pytest.fixture
+def quiet() -> Console:
+    return Console(file=io.StringIO())
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
+import signal
 import subprocess
 import sys
 
 import pytest
 from typer.testing import CliRunner
 
+from rooflight.bench.cli import main
 from rooflight.training import loop
 from rooflight.training.commands import app
 
@@ -45,6 +49,10 @@ def test_train_with_overrides(arguments, tmp_path):
         (["--betas", "0.9"], "betas must be two numbers"),
         (["--train-data", "absent.bin"], "no token file"),
         (["--preset", "tinny"], "no preset 'tinny'"),
+        (["--device", "abacus"], "device must be auto or a torch device, got 'abacus'"),
+        (["--batch-size", str(10**12)], "fits (predicted)"),
+        (["--seed", str(2**64)], "seed must be at least 0 and below"),
+        (["--resume", "--overwrite"], "overwrite must be false where resume is true"),
         (["--model.n_head", "3"], "d_model: expected a multiple of n_head (3)"),
         (["--model.n_layer", "none"], "--model.n_layer must be a whole number, got 'none'"),
         (["--device", "xla"], "device must be one that torch has here, got 'xla'"),
@@ -59,15 +67,34 @@ def test_errors_name_the_option(arguments, tmp_path, extra, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_interrupted_exits_like_a_shell(arguments, monkeypatch):
-    class Interrupted(loop._StopSignals):
-        received = property(lambda self: True, lambda self, value: None)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)])
+def test_signals(arguments, monkeypatch, number, status):
+    class Received(loop.StopSignals):
+        received = property(lambda self: number, lambda self, value: None)
 
-    monkeypatch.setattr(loop, "_StopSignals", Interrupted)
+    monkeypatch.setattr(loop, "StopSignals", Received)
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 130
+    assert result.exit_code == status
     assert "1 steps" in result.output
     assert "interrupted" in result.output
+
+
+def test_training_that_fails_exits_with_1(arguments, tmp_path, monkeypatch, capsys):
+    """A limit on the size of files stands in for a disk that fills up: the first checkpoint is larger than that."""
+    monkeypatch.setattr(sys, "argv", ["rooflight", *arguments])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(SystemExit) as left:
+            main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert left.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        r"rooflight: could not write .*/step-00000003: .*too large.*; the last checkpoint is none", last
+    )
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 def test_importing_the_commands_does_not_import_torch():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rooflight.model import PRESETS, ModelConfig
-from rooflight.training.config import TrainConfig
+from rooflight.training.config import MAY_CHANGE, TrainConfig
 
 MODEL = ModelConfig(32, 8, 1, 2, d_model=16)
 
@@ -47,11 +47,15 @@ def test_toml(tmp_path):
     ("text", "message"),
     [
         ("lr = ", "is not TOML"),
-        ("learning_rate = 1.0", "unknown training options: learning_rate"),
+        ("learning_rate = 1.0", "unknown training options: learning_rate; expected some of model, train_data,"),
+        ("batchsize = 1", "unknown training options: batchsize; did you mean 'batch_size'"),
         ('train_data = "a.bin"', "missing training options: model, out_dir"),
         ('train_data = "a.bin"\nout_dir = "r"\nmodel = {preset = "tinny"}', "no preset 'tinny'"),
         ('train_data = "a.bin"\nout_dir = "r"\nmodel = {preset = "tiny", layers = 2}', "layers: not a field"),
-        ('train_data = "a.bin"\nout_dir = "r"\nmodel = "tiny"', "model must be a ModelConfig, got str"),
+        (
+            'train_data = "a.bin"\nout_dir = "r"\nmodel = "tiny"',
+            "model must be a ModelConfig, got str; in TOML, a table",
+        ),
     ],
 )
 def test_toml_refuses(tmp_path, text, message):
@@ -84,7 +88,9 @@ def test_missing_toml(tmp_path):
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)"),
         ({"betas": 0.9}, r"betas must be two numbers in \[0, 1\), got 0.9"),
         ({"seed": True}, "seed must be a whole number, got True"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be at least 0 and below 2\\^64, got -1"),
+        ({"seed": 2**64}, "seed must be at least 0 and below"),
+        ({"resume": True, "overwrite": True}, "overwrite must be false where resume is true, got True"),
         ({"compile": 1}, "compile must be true or false, got 1"),
         ({"optimizer": "sgd"}, "optimizer must be one of muon, adamw, got 'sgd'"),
         ({"dtype": "float16"}, "dtype float16 would need loss scaling to train; use bfloat16"),
@@ -93,9 +99,36 @@ def test_missing_toml(tmp_path):
         ({"schedule": "linear"}, "schedule must be one of cosine, trapezoid, constant, got 'linear'"),
         ({"warmup": 1.5}, r"warmup must be in \[0, 1\], got 1.5"),
         ({"train_data": None}, "train_data must be a path, got None"),
-        ({"model": "tiny"}, "model must be a ModelConfig, got str"),
+        ({"model": "tiny"}, "model must be a ModelConfig, got str; in TOML, a table"),
     ],
 )
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         _config(**options)
+
+
+def test_what_a_resumed_run_may_change():
+    """Every option is either in the list or refused, by its name."""
+    began = _config(val_data="v.bin")
+    others: dict[str, object] = {
+        "model": dataclasses.replace(MODEL, n_layer=2), "optimizer": "adamw", "seed": 1,
+        "train_data": "b.bin", "val_data": None, "out_dir": "other", "batch_size": 64, "gradient_accumulation": 2,
+        "max_steps": 5, "max_seconds": 1.0, "lr": 0.1, "muon_lr": 0.1, "muon_momentum": 0.5, "betas": (0.5, 0.5),
+        "weight_decay": 0.5, "schedule": "cosine", "warmup": 0.5, "decay": 0.25, "min_lr_ratio": 0.1, "grad_clip": None,
+        "eval_every": 1, "eval_batches": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "log_every": 1,
+        "tensorboard": True, "wandb": "p", "dtype": "float32", "device": "cpu", "compile": True, "checkpointing": True,
+        "kernels": "eager", "peak_flops": 1.0, "resume": True, "overwrite": True, "cuda_graph": False, "init_from": "m",
+    }  # fmt: skip
+    assert others.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
+    refused = set()
+    for name, value in others.items():
+        now = dataclasses.replace(began, **{name: value})
+        if name in MAY_CHANGE:
+            assert list(now.changes_since(began.to_dict())) == [name]
+            continue
+        refused.add(name)
+        with pytest.raises(ValueError, match=f"{name} must stay"):
+            now.changes_since(began.to_dict())
+    assert refused == {"model", "optimizer", "seed"}
+    # a checkpoint of before an option was there
+    assert began.changes_since({k: v for k, v in began.to_dict().items() if k != "seed"}) == {}

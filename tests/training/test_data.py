@@ -155,3 +155,14 @@ def test_batches_reach_the_gpu_intact():
         assert inputs.device.type == "cuda"
         assert torch.equal(inputs.cpu(), expected)
         assert torch.equal(targets.cpu(), expected + 1)
+
+
+def test_ids_past_the_vocabulary_are_named():
+    """Before they reach a device, where they would be an assertion in a kernel; by their place in the file."""
+    tokens = np.arange(40, dtype=np.uint16)
+    tokens[17] = 60000
+    with pytest.raises(ValueError, match="tokens: token 17 is 60000, and the model's vocab_size 41"):
+        get_batch(tokens, 64, 8, vocab_size=41)  # 64 of 32 places, 9 of which see it: missed once in 10^9
+    with pytest.raises(ValueError, match="token 17 is 60000"):
+        list(validation_batches(tokens, 4, 8, vocab_size=41))
+    assert len(list(validation_batches(tokens, 4, 8, vocab_size=60001))) == 1

@@ -4,8 +4,6 @@ import dataclasses
 import io
 import json
 import math
-import os
-import signal
 import threading
 
 import numpy as np
@@ -15,55 +13,14 @@ from rich.console import Console
 
 from rooflight.kernels import dispatch
 from rooflight.model import ModelConfig, estimate
-from rooflight.training import graph, loop
+from rooflight.training import graph, learner, loop
 from rooflight.training.checkpoint import list_checkpoints, load_model
 from rooflight.training.config import TrainConfig
-from rooflight.training.loop import TrainingDiverged, train
+from rooflight.training.loop import train
 from support.recorder import Recorder
+from support.runs import after, assert_equal, crash, log_of, weights_of
 
 MODEL = ModelConfig(32, 8, 1, 2, d_model=16, d_ff=24)
-
-
-@pytest.fixture
-def config(write_tokens, tmp_path) -> TrainConfig:
-    """A text that a model can learn: each token is followed by its triple, or a random one in ten cases."""
-    rng = np.random.default_rng(0)
-    ids = [1]
-    for noise, jump in zip(rng.random(4000), rng.integers(0, 32, 4000), strict=True):
-        ids.append(int(jump) if noise < 0.1 else 3 * ids[-1] % 32)
-    return TrainConfig(
-        model=MODEL,
-        train_data=write_tokens(ids[:3500], "train.bin"),
-        val_data=write_tokens(ids[3500:], "val.bin"),
-        out_dir=tmp_path / "run",
-        batch_size=8,
-        max_steps=40,
-        eval_every=20,
-        checkpoint_every=20,
-        log_every=5,
-        dtype="float32",
-        device="cpu",
-        kernels="eager",
-        peak_flops=1e9,
-    )
-
-
-@pytest.fixture
-def quiet() -> Console:
-    return Console(file=io.StringIO())
-
-
-def _log(config: TrainConfig) -> list[dict]:
-    return [json.loads(line) for line in (config.out_dir / "log.jsonl").read_text().splitlines()]
-
-
-def _weights(result: loop.TrainResult) -> dict[str, torch.Tensor]:
-    return load_model(result.checkpoint).state_dict()
-
-
-def _assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -79,7 +36,7 @@ def test_learns(config, quiet, optimizer, dtype):
 
 def test_result_and_log(config, quiet):
     result = train(config, console=quiet)
-    records = _log(config)
+    records = log_of(config)
     assert [r["step"] for r in records] == [0, 5, 10, 15, 20, 25, 30, 35, 40]
     assert [r["step"] for r in records if "val_loss" in r] == [0, 20, 40]
     last = records[-1]
@@ -109,13 +66,13 @@ def test_a_run_of_graphs_is_the_same_run(config, quiet, tmp_path, accumulation, 
     config = dataclasses.replace(config, gradient_accumulation=accumulation, max_steps=10)
     plain = train(config, console=quiet)
     recorder = Recorder()
-    monkeypatch.setattr(loop, "_graphs", lambda config, device: recorder)
+    monkeypatch.setattr(learner, "graphs_for", lambda config, device: recorder)
     graphed = dataclasses.replace(config, out_dir=tmp_path / "graphed")
     result = train(graphed, console=quiet)
-    torch.testing.assert_close(_weights(result), _weights(plain), rtol=0, atol=1e-5)
+    torch.testing.assert_close(weights_of(result), weights_of(plain), rtol=0, atol=1e-5)
     assert recorder.captures == accumulation + 1
     timeless = {"elapsed", "tokens_per_second", "mfu"}
-    for a, b in zip(_log(config), _log(graphed), strict=True):
+    for a, b in zip(log_of(config), log_of(graphed), strict=True):
         assert {k: v for k, v in a.items() if k not in timeless} == pytest.approx(
             {k: v for k, v in b.items() if k not in timeless}, rel=1e-5
         )
@@ -128,37 +85,21 @@ def test_resume_is_bitwise_the_same_run(config, quiet, tmp_path, optimizer, monk
     whole = train(config, console=quiet)
     cut = dataclasses.replace(config, out_dir=tmp_path / "cut", resume=True)  # resume: from nothing, too
     with monkeypatch.context() as patch:
-        patch.setattr(graph, "clip_grad_norm", _after(26, graph.clip_grad_norm, _crash))
+        patch.setattr(graph, "clip_grad_norm", after(26, graph.clip_grad_norm, crash))
         with pytest.raises(RuntimeError, match="power cut"):
             train(cut, console=quiet)
-    assert _log(cut)[-1]["step"] == 25  # past the checkpoint: resuming must drop it
+    assert log_of(cut)[-1]["step"] == 25  # past the checkpoint: resuming must drop it
     resumed = train(cut, console=quiet)
-    _assert_equal(_weights(whole), _weights(resumed))
+    assert_equal(weights_of(whole), weights_of(resumed))
     for name in ("step", "val_loss", "first_val_loss", "train_loss"):
         assert getattr(whole, name) == getattr(resumed, name)
     timed = ("elapsed", "tokens_per_second", "mfu")
-    logs = [[{k: r[k] for k in r if k not in timed} for r in _log(c)] for c in (config, cut)]
+    logs = [[{k: r[k] for k in r if k not in timed} for r in log_of(c)] for c in (config, cut)]
     assert logs[0] == logs[1]
     states = [torch.load(r.checkpoint / "state.pt", weights_only=True)["optimizers"] for r in (whole, resumed)]
     for a, b in zip(*states, strict=True):
         for key, values in a["state"].items():
             assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(b["state"][key][k])) for k, v in values.items())
-
-
-def _crash():
-    raise RuntimeError("power cut")
-
-
-def _after(calls: int, function, act):
-    """`function`, which calls `act` first in its call number `calls` (from 0)."""
-    count = iter(range(10**9))
-
-    def wrapped(*args):
-        if next(count) == calls:
-            act()
-        return function(*args)
-
-    return wrapped
 
 
 def test_a_finished_run_resumes_to_itself(config, quiet):
@@ -175,7 +116,7 @@ def test_gradient_accumulation_changes_nothing_but_rounding(config, quiet, tmp_p
     one = train(config, console=quiet)
     four = train(dataclasses.replace(config, gradient_accumulation=4, out_dir=tmp_path / "four"), console=quiet)
     assert four.train_loss == pytest.approx(one.train_loss, rel=1e-6)
-    norms = [_log(c)[-1]["grad_norm"] for c in (config, dataclasses.replace(config, out_dir=tmp_path / "four"))]
+    norms = [log_of(c)[-1]["grad_norm"] for c in (config, dataclasses.replace(config, out_dir=tmp_path / "four"))]
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
@@ -187,7 +128,7 @@ def test_time_ends_a_run_and_its_schedule(config, quiet, monkeypatch):
     assert result.stopped == "time"
     assert 0 < result.step < 200
     assert result.val_loss is not None
-    rates = [r["lr"] / config.lr for r in _log(config)[1:]]
+    rates = [r["lr"] / config.lr for r in log_of(config)[1:]]
     assert max(rates) == 1.0
     assert rates[-1] < 0.1
     assert list_checkpoints(config.out_dir / "checkpoints")[-1] == result.checkpoint
@@ -215,35 +156,7 @@ def test_what_the_compiler_takes_is_no_training_time(config, quiet, tmp_path, mo
     compiled = train(dataclasses.replace(config, compile=True, max_seconds=500.0), console=quiet)
     assert (compiled.stopped, compiled.step) == ("steps", 3)
     assert late[0] > compiled.seconds
-    _assert_equal(_weights(compiled), _weights(plain))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_run_resumes(config, quiet, tmp_path, monkeypatch, number):
-    whole = train(config, console=quiet)
-    cut = dataclasses.replace(config, out_dir=tmp_path / "cut")
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        patch.setattr(graph, "clip_grad_norm", _after(12, graph.clip_grad_norm, lambda: os.kill(os.getpid(), number)))
-        result = train(cut, console=quiet)
-    assert (result.stopped, result.step) == ("interrupted", 13)  # the step in hand is finished
-    assert result.checkpoint.name == "step-00000013"
-    assert result.val_loss == result.first_val_loss  # no time is spent on another validation
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    resumed = train(dataclasses.replace(cut, resume=True), console=quiet)
-    assert resumed.stopped == "steps"
-    _assert_equal(_weights(whole), _weights(resumed))
-
-
-def test_a_second_ctrl_c_aborts(config, quiet, monkeypatch):
-    def interrupt_twice():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(graph, "clip_grad_norm", _after(3, graph.clip_grad_norm, interrupt_twice))
-    with pytest.raises(KeyboardInterrupt):
-        train(config, console=quiet)
-    assert list_checkpoints(config.out_dir / "checkpoints") == []
+    assert_equal(weights_of(compiled), weights_of(plain))
 
 
 def test_trains_outside_the_main_thread(config, quiet):
@@ -255,38 +168,10 @@ def test_trains_outside_the_main_thread(config, quiet):
     assert results[0].stopped == "steps"
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_divergence_spoils_no_checkpoint(config, quiet, monkeypatch, what):
-    """An error at the record of step 35, and step 20's checkpoint stays.
-
-    The loss is infinite from step 31 on; the gradient from step 35 on, whose own loss is still finite.
-    """
-    healthy = 30 if what == "loss" else 34
-
-    class Model(loop.Transformer):
-        calls = 0
-
-        def forward(self, tokens, targets):
-            loss = super().forward(tokens, targets)
-            if torch.is_grad_enabled():
-                Model.calls += 1
-            if Model.calls > healthy:
-                # sqrt at 0: a finite loss whose gradient is infinite
-                return loss * math.inf if what == "loss" else loss + (self.norm.weight[0] * 0).sqrt()
-            return loss
-
-    monkeypatch.setattr(loop, "Transformer", Model)
-    with pytest.raises(TrainingDiverged, match=r"by step 35, .*; the last checkpoint is .*step-00000020"):
-        train(config, console=quiet)
-    assert [p.name for p in list_checkpoints(config.out_dir / "checkpoints")] == ["step-00000020"]
-    assert all(torch.isfinite(w).all() for w in load_model(config.out_dir).state_dict().values())
-    assert all(math.isfinite(r["loss"]) for r in _log(config)[1:])
-
-
 def test_without_validation(config, quiet):
     result = train(dataclasses.replace(config, val_data=None), console=quiet)
     assert (result.val_loss, result.first_val_loss, result.val_bits_per_byte) == (None, None, None)
-    assert not any("val_loss" in r for r in _log(config))
+    assert not any("val_loss" in r for r in log_of(config))
 
 
 def test_plain_progress(config):

@@ -35,10 +35,12 @@ def _run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, skip: i
     return history
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-@pytest.mark.parametrize("skip", [None, 2])  # a parameter that sits out counts fewer steps than its group
-@pytest.mark.parametrize(("dtype", "triton"), [(torch.float32, False), (torch.float32, True), (torch.float64, False)])
-def test_adamw_is_torchs_step_for_step(weight_decay, skip, dtype, triton):
+@pytest.mark.parametrize(
+    ("dtype", "triton", "weight_decay", "skip"),  # a parameter that sits out counts fewer steps than its group
+    [*((dtype, False, decay, skip) for dtype in (torch.float32, torch.float64) for decay in (0.0, 0.3)
+       for skip in (None, 2)), (torch.float32, True, 0.3, 2)],
+)  # fmt: skip
+def test_adamw_is_torchs_step_for_step(dtype, triton, weight_decay, skip):
     ours, theirs = _problem(dtype=dtype), _problem(dtype=dtype)
     arguments = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": weight_decay}
     got = _run(ours, AdamW(ours.parameters(), **arguments, triton=triton), 12, skip)

@@ -93,11 +93,15 @@ def test_flags_go_over_the_file(config_of, tmp_path):
     config = config_of(
         "--config", str(path), "--grad-clip", "0.5", "--betas", "0.8,0.99", "--model.n_layer", "2",
         "--model.window", "none", "--model.tie_embeddings", "--max-seconds", "9", "--seed", "7",
+        "--model.qk_norm", "all", "--model.nope_layers", "0,1", "--model.full_layers", "none",
+        "--model.rope_scaling", "{kind = 'linear', factor = 2.0}",
     )  # fmt: skip
     assert (config.grad_clip, config.betas, config.lr) == (0.5, (0.8, 0.99), 0.1)
     assert (config.max_seconds, config.seed) == (9.0, 7)
     assert (config.model.n_layer, config.model.n_head, config.model.window) == (2, 2, None)
     assert config.model.tie_embeddings
+    assert (config.model.qk_norm, config.model.nope_layers, config.model.full_layers) == ("all", (0, 1), ())
+    assert config.model.rope_scaling.factor == 2.0
 
 
 def test_help_shows_every_flag_with_its_default():

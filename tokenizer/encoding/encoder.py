@@ -3,17 +3,26 @@ dictionary, long ones through the arrays of text.py; the ids are the same."""
 
 from __future__ import annotations
 
-import re
 import threading
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
+from contextlib import suppress
 from itertools import chain
-from typing import cast
 
 import numpy as np
-import regex
 
-from ..pretokenize import SEPARATOR, Cutter, Pattern, Specials, find_pretokens, is_gpt2, pretokenize, utf8
+from ..definition import PLAIN, Options
+from ..pretokenize import (
+    SEPARATOR,
+    Cutter,
+    Pattern,
+    Specials,
+    compile_pattern,
+    find_pretokens,
+    for_ascii,
+    pretokenize,
+    utf8,
+)
 from ..tokens import TokenBytes
 from .text import TextEncoder
 from .words import WordEncoder
@@ -24,7 +33,7 @@ PIECE = 1 << 22
 STREAM_PIECE = 1 << 14
 # Characters below which a dictionary look-up for each word costs less than starting up the arrays.
 SHORT_TEXT = 3 << 10
-# Words that short texts left behind; past it all are forgotten, so that no text makes the memory grow without bound.
+# Words that short texts left behind: so many at most, so that no text makes the memory grow without bound.
 MAX_WORDS = 1 << 16
 # Longer words than this are rarely met again and are not remembered.
 MAX_WORD_CHARACTERS = 1 << 8
@@ -33,41 +42,22 @@ MAX_WORD_CHARACTERS = 1 << 8
 _END = np.iinfo(np.int32).max
 
 
-@cache
-def gpt2_below_u10000() -> re.Pattern:
-    """GPT-2's pattern for Python's own engine, which takes half the time of `regex`, on text below U+10000.
-
-    Python has no \\p{L}; sets of single characters and ranges it looks up in a bitmap, if all are below U+10000.
-    """
-    plane = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)]))
-    sets = []
-    for name in (r"\p{L}", r"\p{N}", r"\s"):
-        found = regex.findall(f"{name}+", plane)
-        sets.append("".join(f"{re.escape(run[0])}-{re.escape(run[-1])}" for run in found))
-    letter, number, space = sets
-    # The alternatives in another order than the pattern's, the frequent first. (A word that starts with an
-    # apostrophe is a contraction before it is anything else; no other two begin alike.)
-    words = rf" ?[{letter}]++|'(?:[sdmt]|ll|ve|re)| ?[^{space}{letter}{number}]++| ?[{number}]++"
-    return re.compile(rf"{words}|[{space}]+(?![^{space}])|[{space}]+")
-
-
 class SpecialIds:
     """The special tokens that stand for themselves in a text, with their ids."""
 
-    def __init__(self, id_of: Mapping[str, int], pattern: Pattern) -> None:
+    def __init__(self, id_of: Mapping[str, int], pattern: Pattern, options: Options = PLAIN) -> None:
         self.id_of = id_of
-        self.specials = Specials(id_of)
-        self.cutter = Cutter(self.specials, pattern)
+        self.specials = Specials(id_of, {token: flags for token, flags in options.flags.items() if token in id_of})
+        # A piece that begins with a space gets no other one.
+        self.cutter = Cutter(self.specials, pattern, only_at_spaces=options.prefix_space)
         self._id_of_bytes = dict(zip(self.specials.encoded, id_of.values(), strict=True))
-        longest_first = sorted(id_of, key=lambda token: len(token.encode()), reverse=True)
-        self._pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if id_of else None
 
     def split(self, text: str) -> list[str]:
         """The text's parts: ordinary text and special tokens, alternating."""
         # Looking for each token by itself is the faster, and mostly there is none.
         for token in self.id_of:
             if token in text:
-                return cast(re.Pattern, self._pattern).split(text)
+                return self.specials.split(text)
         return [text]
 
     def mask(self, data: bytes) -> tuple[bytes, np.ndarray]:
@@ -83,10 +73,13 @@ class SpecialIds:
 class Encoder:
     """Encodes texts, remembering words."""
 
-    def __init__(self, words: WordEncoder, pattern: Pattern, tokens: TokenBytes) -> None:
+    def __init__(self, words: WordEncoder, pattern: Pattern, tokens: TokenBytes, options: Options = PLAIN) -> None:
+        self._options = options
+        self._prepares = options.nfc or options.prefix_space
         self.pattern = pattern
         self._sizes = tokens.sizes
-        self._is_gpt2 = is_gpt2(pattern)
+        self._ascii = for_ascii(pattern)
+        self._expression = compile_pattern(pattern)[0]
         self._word_encoder = words
         self._words = _Words(words)
         # One int for each id. A list of ints made anew would take five times the memory, and mostly page faults' time.
@@ -99,8 +92,10 @@ class Encoder:
 
     def encode_short(self, text: str, allowed: SpecialIds) -> list[int]:
         parts = allowed.split(text)
+        if self._prepares:
+            parts[::2] = map(self._prepare, parts[::2])
         if len(parts) == 1:
-            return list(chain.from_iterable(map(self._words.__getitem__, self._split(text))))
+            return list(chain.from_iterable(map(self._words.__getitem__, self._split(parts[0]))))
         ids: list[int] = []
         for i, part in enumerate(parts):
             if i % 2:
@@ -144,7 +139,15 @@ class Encoder:
                 together, special_ids, size = [], [], 0
         return np.concatenate(parts) if parts else np.empty(0, np.int32), [count - 1 for count in counts]
 
+    def _prepare(self, text: str) -> str:
+        """What Options say of a text without special tokens."""
+        if self._options.prefix_space and text and text[0] != " ":
+            text = f" {text}"
+        return unicodedata.normalize("NFC", text) if self._options.nfc else text
+
     def _encode_masked(self, data: bytes, special_ids: np.ndarray) -> np.ndarray:
+        if self._prepares:
+            data = SEPARATOR.join(self._prepare(part.decode()).encode() for part in data.split(SEPARATOR))
         if not hasattr(self._local, "text_encoder"):
             self._local.text_encoder = TextEncoder(self._word_encoder, self.pattern)
         return self._local.text_encoder.encode(data, special_ids)
@@ -154,6 +157,8 @@ class Encoder:
         sizes = self._sizes.tolist()
         data = utf8(text)
         masked, special_ids = allowed.mask(data)
+        if self._options.flags or any(self._prepare(part) != part for part in allowed.split(text)[::2]):
+            raise ValueError("offsets: expected a text that the tokenizer encodes as it is, without options")
         special_id = iter(special_ids.tolist())
         ids: list[int] = []
         spans: list[tuple[int, int]] = []  # in bytes
@@ -177,29 +182,33 @@ class Encoder:
         return ids, spans
 
     def _split(self, text: str) -> list[str]:
-        if self._is_gpt2 and (text.isascii() or len(text.encode("utf-16-le", "surrogatepass")) == 2 * len(text)):
-            return gpt2_below_u10000().findall(text)
+        if self._ascii is not None and text.isascii():
+            return self._ascii.findall(text)
+        if self._ascii is not None:
+            return self._expression.findall(text)
         return [text[start:end] for start, end in find_pretokens(text, self.pattern)]
 
 
 class _Words(dict[str, tuple[int, ...]]):
-    """Words and their ids, filled as words are asked for; at the first one, with all words of one token."""
+    """Words and their ids, filled as words are asked for. Those not asked for in a long time are forgotten."""
 
     def __init__(self, encoder: WordEncoder) -> None:
         super().__init__()
         self._encoder = encoder
-        self._most = 0  # words, past which all but those of one token are forgotten
+        self._old: dict[str, tuple[int, ...]] = {}  # the generation before
+        self._dropped: dict[str, tuple[int, ...]] = {}  # the one before that: freed at once it would take milliseconds
 
     def __missing__(self, word: str) -> tuple[int, ...]:
-        if len(self) >= self._most:
-            # A new word takes microseconds, all these together less than one each.
-            whole = self._encoder.words_of_one_token()
-            self.clear()
-            self.update(whole)
-            self._most = len(whole) + MAX_WORDS
-            return self[word]
-        ids = tuple(self._encoder.encode_word(utf8(word)))
+        if self._dropped:
+            with suppress(KeyError):  # another thread was faster
+                self._dropped.popitem()
+        ids = self._old.get(word)
+        if ids is None:
+            ids = tuple(self._encoder.encode_word(utf8(word)))
         if len(word) <= MAX_WORD_CHARACTERS:
+            if len(self) >= MAX_WORDS // 2:
+                self._dropped, self._old = self._old, dict(self)
+                self.clear()
             self[word] = ids
         return ids
 

@@ -11,7 +11,6 @@ every column per step; words too long for a column are cut into windows (long.py
 from __future__ import annotations
 
 import heapq
-from contextlib import suppress
 from itertools import chain, pairwise
 
 import numpy as np
@@ -54,19 +53,6 @@ class WordEncoder:
     def encode_word(self, word: bytes) -> list[int]:
         """Token ids of one word. Takes O(n log n) however long the word is."""
         return [self._whole[word]] if word in self._whole else self.merge_word(word)
-
-    def words_of_one_token(self) -> dict[str, tuple[int]]:
-        """The tokens whose text, if they are text, is encoded as that one token: all but a few of a vocabulary."""
-        short = (np.minimum(self._tokens.sizes, LONGEST + 1) % (LONGEST + 1)).nonzero()[0]
-        lengths = self._tokens.sizes.take(short)
-        data = self._tokens.join(short)
-        ids, counts = self.encode_words(data, np.cumsum(lengths) - lengths, lengths)
-        words = {}
-        # (The id is another than the token's own where a special token has the same bytes.)
-        for token, i in zip(short[counts == 1].tolist(), ids[np.repeat(counts == 1, counts)].tolist(), strict=True):
-            with suppress(UnicodeDecodeError):
-                words[self._tokens.join([token]).decode()] = (i,)
-        return words
 
     def encode_words(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of many words.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..definition import Definition, define
+from ..definition import PLAIN, Definition, Options, define
 from ..files import atomic, read_json, write_json
 from .printable import parse_merges, parse_vocab, printable_merges, printable_vocab
 
@@ -37,6 +37,8 @@ def save(definition: Definition, directory: Path) -> None:
         "ignore_merges": definition.ignore_merges,
         "hash": definition.hash,
     }
+    if definition.options != PLAIN:
+        config["options"] = definition.options._asdict()
     write_json(directory / CONFIG, config | {"checksum": _checksum(directory, config)})
 
 
@@ -45,8 +47,9 @@ def read_directory(directory: Path) -> tuple[Definition, str]:
     config = read_config(directory)
     specials = config["special_tokens"]
     vocab, pairs = read_gpt2(directory / VOCAB, directory / MERGES, specials)
+    vocab |= {i: text.encode() for text, i in specials.items()}
     pattern = config["pattern"] if isinstance(config["pattern"], str) else tuple(config["pattern"])
-    definition = define(vocab, pairs, specials, pattern, config["ignore_merges"])
+    definition = define(vocab, pairs, specials, pattern, config["ignore_merges"], Options(**config.get("options", {})))
     # The files are those that were written, or they mean the same.
     if config.get("checksum") != _checksum(directory, config) and definition.hash != config["hash"]:
         raise ValueError(f"directory: the files of {directory} were changed after saving: their hash differs")
@@ -56,10 +59,18 @@ def read_directory(directory: Path) -> tuple[Definition, str]:
 def _checksum(directory: Path, config: dict[str, Any]) -> str:
     """sha256 (hex) of all files. It takes a hundredth of the time of the tokenizer's own hash."""
     content = [config[name] for name in ("pattern", "special_tokens", "ignore_merges", "hash")]
+    content += [config["options"]] if "options" in config else []
     checksum = hashlib.sha256(json.dumps(content).encode())
     for name in (VOCAB, MERGES):
         checksum.update(hashlib.sha256((directory / name).read_bytes()).digest())
     return checksum.hexdigest()
+
+
+def is_ours(directory: Path) -> bool:
+    """Whether save() wrote the folder's tokenizer_config.json; Hugging Face's has that name too."""
+    path = directory / CONFIG
+    config = read_json(path) if path.exists() else None
+    return isinstance(config, dict) and config.get("format") == "rooflight-tokenizer"
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..definition import Definition, define
+from ..definition import Definition, Options, define
 from ..files import read_json, write_json
-from ..pretokenize import GPT2_PATTERN, Pattern, for_oniguruma, is_gpt2, pretokenize
+from ..pretokenize import GPT2_PATTERN, Pattern, for_oniguruma, is_gpt2, is_vectorised, pretokenize
 from .printable import parse_merges, parse_vocab, printable_merges, printable_vocab
 
+_FLAGS = ("single_word", "lstrip", "rstrip")
 # Texts in which regular expressions and their engines are known to differ: contractions in capitals and with a long s,
 # long numbers, digits and fractions of other scripts, runs of white space and line ends of every kind, punctuation
 # before words and line ends, words of several cases and scripts, combining marks, joiners, controls.
@@ -34,25 +37,31 @@ SAMPLES = (
 
 def export_hf(definition: Definition, path: Path, encode: Callable[[str], list[int]]) -> None:
     """See Tokenizer.export_hf. `encode` gives the ids that the file must give too."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+    options = definition.options
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": options.prefix_space,
+        "trim_offsets": False,
+        "use_regex": True,
+    }
     pre_tokenizer: dict[str, Any] = byte_level
     if not is_gpt2(definition.pattern):  # ByteLevel's own expression is GPT-2's
         parts = (definition.pattern,) if isinstance(definition.pattern, str) else definition.pattern
-        splits = [
-            {"type": "Split", "pattern": {"Regex": for_oniguruma(part)}, "behavior": "Isolated", "invert": False}
-            for part in parts
-        ]
+        # What a single expression of no known pattern leaves over belongs to no pre-token.
+        removes = isinstance(definition.pattern, str) and not is_vectorised(definition.pattern)
+        how = {"behavior": "Removed", "invert": True} if removes else {"behavior": "Isolated", "invert": False}
+        splits = [{"type": "Split", "pattern": {"Regex": for_oniguruma(part)}} | how for part in parts]
         pre_tokenizer = {"type": "Sequence", "pretokenizers": [*splits, byte_level | {"use_regex": False}]}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     content = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": token} | flags
+            {"id": i, "content": token, "normalized": False, "special": True}
+            | {flag: flag in options.flags.get(token, ()) for flag in _FLAGS}
             for token, i in sorted(definition.special_tokens.items(), key=lambda item: item[1])
         ],
-        "normalizer": None,
+        "normalizer": {"type": "NFC"} if options.nfc else None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
         "decoder": byte_level,
@@ -80,9 +89,9 @@ def _try(content: dict[str, Any], definition: Definition, encode: Callable[[str]
 
         peer = Tokenizer.from_str(json.dumps(content))
         for text in SAMPLES:
+            if definition.options.prefix_space or definition.options.nfc:
+                text = f" {unicodedata.normalize('NFC', text)}"
             ours = pretokenize(text.encode(), definition.pattern).lengths
-            if ours.sum() < len(text.encode()):
-                continue  # what a custom pattern leaves out is a pre-token there
             # A character of theirs is a byte.
             theirs = [len(word) for word, _ in peer.pre_tokenizer.pre_tokenize_str(text)]
             if theirs != ours.tolist():
@@ -101,39 +110,67 @@ def read_hf(path: Path) -> Definition:
     for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(name):
             raise ValueError(f"path: {path} has {name}={model[name]!r}, which byte-level BPE has not")
-    if content.get("normalizer"):
-        raise ValueError(f"path: {path} has the normalizer {content['normalizer']['type']}, expected none")
-    for token in content.get("added_tokens") or ():
-        for flag in ("single_word", "lstrip", "rstrip"):
-            if token.get(flag):
-                raise ValueError(f"path: {path} has an added token {token['content']!r} with {flag}, expected none")
     added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+    flags = {
+        token["content"]: found
+        for token in content.get("added_tokens") or ()
+        if (found := [flag for flag in _FLAGS if token.get(flag)])
+    }
+    nfc = _read_normalizer(content.get("normalizer"), path)
     vocab = parse_vocab(model["vocab"], added, f"path: {path}")
     vocab |= {i: token.encode() for token, i in added.items()}
-    pattern = _read_pre_tokenizer(content.get("pre_tokenizer"), path)
+    pattern, prefix_space = _read_pre_tokenizer(content.get("pre_tokenizer"), path)
     merges = parse_merges(model["merges"], model["vocab"], f"path: {path}")
-    return define(vocab, merges, added, pattern, bool(model.get("ignore_merges")))
+    options = Options(nfc, prefix_space, flags)
+    return define(vocab, merges, added, pattern, bool(model.get("ignore_merges")), options)
 
 
-def _read_pre_tokenizer(written: Any, path: Path) -> Pattern:
+def _read_normalizer(written: Any, path: Path) -> bool:
+    """Whether it is NFC."""
     match written:
-        case {"type": "ByteLevel", "add_prefix_space": False} if written.get("use_regex", True):
-            return GPT2_PATTERN
-        case {
-            "type": "Sequence",
-            "pretokenizers": [*splits, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}],
-        } if splits:
-            patterns = tuple(pattern for pattern in map(_read_split, splits) if pattern is not None)
-            if len(patterns) == len(splits):
-                return patterns[0] if len(patterns) == 1 else patterns
-    raise ValueError(
-        f"path: {path} has the pre_tokenizer {written!r}, "
-        "expected ByteLevel without prefix space, alone or after Splits by expressions"
-    )
+        case None | {"type": "Sequence", "normalizers": []}:
+            return False
+        case {"type": "NFC"} | {"type": "Sequence", "normalizers": [{"type": "NFC"}]}:
+            return True
+    raise ValueError(f"path: {path} has the normalizer {written!r}, expected NFC or none")
+
+
+def _read_pre_tokenizer(written: Any, path: Path) -> tuple[Pattern, bool]:
+    """The pattern, and whether a space goes before a text."""
+    match written:
+        case {"type": "Sequence", "pretokenizers": [*splits, {"type": "ByteLevel"} as byte_level]}:
+            pass
+        case {"type": "ByteLevel"} as byte_level:
+            splits = []
+        case _:
+            splits, byte_level = [None], {}
+    parts = [_read_split(split) for split in splits]
+    if byte_level.get("use_regex", True):
+        parts.append(GPT2_PATTERN)
+    prefix_space = bool(byte_level.get("add_prefix_space", True))
+    # (A prefix space would go before each part.)
+    if not parts or None in parts or (prefix_space and splits):
+        raise ValueError(
+            f"path: {path} has the pre_tokenizer {written!r}, expected ByteLevel, alone or after Splits by expressions"
+        )
+    patterns = tuple(part for part in parts if part is not None)
+    # One that matches all there is leaves nothing over; else what it leaves is a pre-token as well, unless removed.
+    removed = any(split.get("behavior") == "Removed" for split in splits)
+    if len(patterns) == 1 and (removed or is_vectorised(patterns[0])):
+        return patterns[0], prefix_space
+    if removed:
+        raise ValueError(f"path: {path} has the pre_tokenizer {written!r}, expected Splits that remove nothing")
+    return patterns, prefix_space
 
 
 def _read_split(written: Any) -> str | None:
+    """A regular expression that splits as it does; None where there is none."""
     match written:
-        case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"} if not written.get("invert"):
-            return pattern
+        case {"type": "Digits"}:
+            return r"\p{N}" if written.get("individual_digits") else r"\p{N}+"
+        case {"type": "Split", "pattern": {"Regex": found}} | {"type": "Split", "pattern": {"String": found}}:
+            expression = found if "Regex" in written["pattern"] else re.escape(found)
+            behavior, invert = written.get("behavior"), written.get("invert", False)
+            if behavior == "Isolated" or (behavior == "Removed" and invert and "Regex" in written["pattern"]):
+                return expression
     return None

@@ -34,17 +34,20 @@ _WINDOW = 1 << 16
 
 _WORD_END = re.compile(rb"(?<=[0-9A-Za-z])[^0-9A-Za-z\x80-\xff]")
 _WORD_BEFORE_SPACE = re.compile(rb"(?<=[0-9A-Za-z])[ \n]")
+_WORD_BEFORE_BLANK = re.compile(rb"(?<=[0-9A-Za-z]) ")
 
 
 class Cutter:
     """Finds safe cuts for one set of special tokens and one pattern."""
 
-    def __init__(self, specials: Specials, pattern: Pattern = GPT2_PATTERN) -> None:
+    def __init__(self, specials: Specials, pattern: Pattern = GPT2_PATTERN, *, only_at_spaces: bool = False) -> None:
         compile_pattern(pattern)
         self.specials = specials
         self.pattern = pattern
         self.inside_documents = is_vectorised(pattern)
         self._word_end = _WORD_END if is_gpt2(pattern) else _WORD_BEFORE_SPACE
+        if only_at_spaces:
+            self._word_end = _WORD_BEFORE_BLANK
         # Bytes needed on both sides of a cut to tell that it is safe.
         self.margin = max(1, specials.max_length)
 

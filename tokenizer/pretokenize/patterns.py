@@ -125,11 +125,11 @@ def compile_pattern(pattern: Pattern) -> tuple[regex.Pattern, ...]:
 
 def find_pretokens(text: str, pattern: Pattern) -> list[tuple[int, int]]:
     """Start and end of each pre-token, found by the regular-expression engine."""
+    first, *others = compile_pattern(pattern)
     if isinstance(pattern, str):
-        (compiled,) = compile_pattern(pattern)
-        return [match.span() for match in compiled.finditer(text) if match[0]]
+        return [match.span() for match in first.finditer(text) if match[0]]
     spans = [(0, len(text))] if text else []
-    for compiled in compile_pattern(pattern):
+    for compiled in (first, *others):
         # The piece is all that the expression sees, behind and ahead.
         spans = [(a + i, a + j) for a, b in spans for i, j in _split_at_matches(text[a:b], compiled)]
     return spans
@@ -146,6 +146,26 @@ def _split_at_matches(text: str, compiled: regex.Pattern) -> Iterator[tuple[int,
             done = end
     if done < len(text):
         yield done, len(text)
+
+
+@cache
+def for_ascii(pattern: Pattern) -> re.Pattern | None:
+    """A pattern known by name for text in ASCII and Python's own engine, which takes half the time of `regex`."""
+    if isinstance(pattern, tuple) or not is_vectorised(pattern):
+        return None
+    space = re.escape("".join(regex.findall(r"\s", bytes(range(128)).decode())))
+    for old, new in (
+        (r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", "A-Z"),
+        (r"\p{Ll}\p{Lm}\p{Lo}\p{M}", "a-z"),
+        (r"[^\s\p{L}\p{N}]", f"[^{space}A-Za-z0-9]"),
+        (r"[^\r\n\p{L}\p{N}]", r"[^\r\nA-Za-z0-9]"),
+        (r"\p{L}", "[A-Za-z]"),
+        (r"\p{N}", "[0-9]"),
+        (r"\s", f"[{space}]"),
+        (r"\S", f"[^{space}]"),
+    ):
+        pattern = pattern.replace(old, new)
+    return re.compile(pattern)
 
 
 def for_oniguruma(pattern: str) -> str:

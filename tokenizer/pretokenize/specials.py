@@ -7,9 +7,14 @@ Specials(tokens).findall(data) -> list      ... and these are the tokens it repl
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+import regex
 
 from .text import SEPARATOR, utf8
+
+# What Unicode calls white space.
+_WHITE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 
 
 class Specials:
@@ -18,7 +23,7 @@ class Specials:
     Raises ValueError on an empty, repeated or not encodable token, and on U+FFFD, which stands for invalid bytes.
     """
 
-    def __init__(self, tokens: Iterable[str]) -> None:
+    def __init__(self, tokens: Iterable[str], flags: Mapping[str, Collection[str]] | None = None) -> None:
         if isinstance(tokens, str):
             raise ValueError(f"special_tokens: got the string {tokens!r}, expected a list of strings")
         self.tokens = tuple(tokens)
@@ -29,25 +34,56 @@ class Specials:
             twice = next(token for token in self.tokens if self.tokens.count(token) > 1)
             raise ValueError(f"special_tokens: {twice!r} is given more than once")
         self.encoded = tuple(utf8(token) for token in self.tokens)
-        self.max_length = max(map(len, self.encoded), default=0)
+        self._flags = flags or {}
+        self.max_length = max(map(len, self.encoded), default=0) + bool(self._flags)
         longest_first = sorted(self.encoded, key=len, reverse=True)
         self._pattern = re.compile(b"|".join(map(re.escape, longest_first))) if longest_first else None
+        longest = sorted(self.tokens, key=lambda token: len(token.encode()), reverse=True)
+        self._text_pattern = regex.compile("|".join(map(self._expression, longest))) if longest else None
+
+    def _expression(self, token: str) -> str:
+        """A regular expression whose one group is the token; around it is what goes with it."""
+        flags = self._flags.get(token, ())
+        found = f"({regex.escape(token)})"
+        if "single_word" in flags:
+            found = rf"(?<!\w){found}(?!\w)"
+        before = rf"{_WHITE}*+" if "lstrip" in flags else ""
+        return before + found + (rf"{_WHITE}*+" if "rstrip" in flags else "")
+
+    def split(self, text: str) -> list[str]:
+        """The text's parts: ordinary text and special tokens, alternating."""
+        if self._text_pattern is None:
+            return [text]
+        parts, done = [], 0
+        for match in self._text_pattern.finditer(text):
+            parts += [text[done : match.start()], match[match.lastindex]]
+            done = match.end()
+        return [*parts, text[done:]]
 
     def mask(self, data: bytes) -> bytes:
         """`data` with every special token replaced by one SEPARATOR."""
         if self._pattern is None:
             return data
+        if self._flags:
+            return SEPARATOR.join(part.encode() for part in self.split(data.decode())[::2])
         if len(self.encoded) == 1:
             return SEPARATOR.join(data.split(self.encoded[0]))  # replace() would count them first, to allocate
         return self._pattern.sub(SEPARATOR, data)
 
     def findall(self, data: bytes) -> list[bytes]:
         """The special tokens in `data`, in order: one for each SEPARATOR of mask(data)."""
+        if self._flags:
+            return [part.encode() for part in self.split(data.decode())[1::2]]
         return [] if self._pattern is None else self._pattern.findall(data)
 
     def starts(self, data: bytes, at: int = 0) -> Iterator[int]:
         """Where special tokens start in `data` at or after `at`."""
-        return iter(()) if self._pattern is None else (match.start() for match in self._pattern.finditer(data, at))
+        if self._pattern is None:
+            return
+        for match in self._pattern.finditer(data, at):
+            # (Else the white space before it would be cut off.)
+            if "lstrip" not in self._flags.get(match[0].decode(), ()):
+                yield match.start()
 
     def spans(self, data: bytes) -> list[tuple[int, int]]:
         """Every occurrence in `data` of every token, overlapping ones included, as (start, end)."""
@@ -55,6 +91,7 @@ class Specials:
         for token in self.encoded:
             at = data.find(token)
             while at >= 0:
-                found.append((at, at + len(token)))
+                # With flags, what stands beside it matters too.
+                found.append((at - bool(self._flags), at + len(token) + bool(self._flags)))
                 at = data.find(token, at + 1)
         return found

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -72,6 +73,18 @@ def test_ways_that_are_compiled_run_in_what_the_compiler_gives(monkeypatch: pyte
     steps = list(measure_steps(CONFIG, 2, 16, torch.float32, torch.device("cpu"), ways=ways, seconds=0.01))
     assert [(step.name, step.ours) for step in steps] == [(ways[0], True), (ways[1], False)]
     assert compiled == ["Transformer", "_Block", "_Block"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_steps_are_the_eager_ones(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """All of the compiler, as the demo and the peers run it on a CPU."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    cpu = torch.device("cpu")
+    steps = {s.name: s for s in measure_steps(CONFIG, 2, 16, torch.float32, cpu, seconds=0.01)}
+    assert set(steps) == set(DEFAULT["cpu"])
+    assert steps["ours, compiled"].first_loss == pytest.approx(steps["ours, eager"].first_loss, rel=1e-5)
+    assert steps["plain, compiled"].vocab_size == 192  # padded: not the same model
 
 
 def test_the_command_writes_what_the_report_reads(tmp_path):

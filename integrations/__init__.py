@@ -1,0 +1,1 @@
+"""The kernels under other people's models: rooflight.integrations.transformers."""

@@ -1,0 +1,131 @@
+"""tokenizer.json as it is in the world: ids equal to those of `tokenizers` for every kind of it."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+
+from rooflight.tokenizer import PATTERNS, Tokenizer
+from support import bpe_reference
+
+CORPUS = (
+    "the cat sat on the mat; the cat's 1234 5678 12 naïve cafe\u0301 日本語日本語 привет Å A\u030a \t\n camelCase "
+    "HTMLParser !\n\n  x = y // 2\n"
+) * 3
+VOCAB, MERGES = bpe_reference.train(CORPUS, 120)
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+ATOMS = [
+    *("the cat", " sat", "on the mat;", "'s", " ", "  ", "\n", "\t", "\u3000", "1", "234", "½", "!", "//"),
+    *("é", "e\u0301", "Å", "A\u030a", "\u212b", "日本", "ア・", "ñ", "n\u0303", "camelCase"),
+    *("<|end|>", "<mask>", "<w>", "x", "_", "cafe\u0301"),
+]
+
+
+def texts(seed: int, n: int = 400) -> list[str]:
+    rng = random.Random(seed)
+    return ["".join(rng.choices(ATOMS, k=rng.choice((1, 2, 3, 5, 9, 20)))) for _ in range(n)]
+
+
+def split(pattern: str, behavior: str = "Isolated", invert: bool = False, kind: str = "Regex") -> dict:
+    return {"type": "Split", "pattern": {kind: pattern}, "behavior": behavior, "invert": invert}
+
+
+def sequence(*parts: dict) -> dict:
+    return {"type": "Sequence", "pretokenizers": list(parts)}
+
+
+def added(content: str, i: int, **flags: bool) -> dict:
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": i, "content": content} | plain | flags
+
+
+NO_REGEX = BYTE_LEVEL | {"use_regex": False}
+N = len(VOCAB)
+CASES = {
+    "NFC, Qwen2": {"normalizer": {"type": "NFC"}, "pre_tokenizer": sequence(split(PATTERNS["qwen2"]), NO_REGEX)},
+    "NFC in a sequence, NeoX": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]}},
+    "several Splits, DeepSeek": {"pre_tokenizer": sequence(*map(split, PATTERNS["deepseek"]), NO_REGEX)},
+    "Digits, SmolLM": {"pre_tokenizer": sequence({"type": "Digits", "individual_digits": True}, BYTE_LEVEL)},
+    "Digits together": {"pre_tokenizer": sequence({"type": "Digits", "individual_digits": False}, BYTE_LEVEL)},
+    "Split that removes": {"pre_tokenizer": sequence(split(PATTERNS["llama3"], "Removed", True), NO_REGEX)},
+    "Split that removes something": {"pre_tokenizer": sequence(split(r"\p{L}+|\s+", "Removed", True), NO_REGEX)},
+    "Split that leaves something": {"pre_tokenizer": sequence(split(r"\p{L}+"), NO_REGEX)},
+    "Split by a string": {"pre_tokenizer": sequence(split(" ", kind="String"), BYTE_LEVEL)},
+    "ByteLevel alone in a sequence": {"pre_tokenizer": sequence(BYTE_LEVEL)},
+    "prefix space": {"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}},
+    "lstrip, RoBERTa": {"added_tokens": [added("<|end|>", N), added("<mask>", N + 1, lstrip=True)]},
+    "rstrip": {"added_tokens": [added("<|end|>", N, rstrip=True), added("<mask>", N + 1, lstrip=True, rstrip=True)]},
+    "single word": {"added_tokens": [added("<|end|>", N), added("cat", N + 1, single_word=True)]},
+    "an ordinary token's bytes": {"added_tokens": [added("日本", N), added("the", 257), added("<|end|>", N + 1)]},
+    "all of it": {
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True},
+        "added_tokens": [added("<|end|>", N), added("<mask>", N + 1, lstrip=True)],
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ids_are_those_of_tokenizers(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(VOCAB, MERGES, []).export_hf(path)
+    content = json.loads(path.read_text(encoding="utf-8")) | {"added_tokens": [added("<|end|>", N)]} | CASES[case]
+    if (token := content["added_tokens"][1:2]) and token[0]["content"] == "the":
+        token[0]["id"] = content["model"]["vocab"]["the"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    peer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer = Tokenizer.from_hf(path)
+    samples = texts(len(case))
+    expected = [encoding.ids for encoding in peer.encode_batch(samples, add_special_tokens=False)]
+    for text, ids in zip(samples, expected, strict=True):
+        assert tokenizer.encode(text) == ids, text
+    # By every other way too, and after being written again.
+    flat, counts = tokenizer.encode_many(samples)
+    assert np.split(flat, np.cumsum(counts)[:-1])[7].tolist() == expected[7]
+    assert flat.tolist() == [i for ids in expected for i in ids]
+    together = "".join(samples) * 3
+    whole = peer.encode(together, add_special_tokens=False).ids
+    assert tokenizer.encode(together) == whole
+    assert list(tokenizer.encode_iterable(samples * 3)) == whole
+    tokenizer.save(tmp_path / "own")
+    tokenizer.export_hf(tmp_path / "again.json")
+    for copy in Tokenizer.load(tmp_path / "own"), Tokenizer.load(tmp_path / "again.json"):
+        assert copy.encode(together) == whole
+    assert Tokenizer.load(tmp_path / "own").hash == tokenizer.hash
+    assert Tokenizer.load(tmp_path).encode(together) == whole  # a Hugging Face folder
+    (tmp_path / "x.txt").write_text(together, encoding="utf-8", newline="")
+    tokenizer.encode_file(tmp_path / "x.txt", tmp_path / "x.bin", num_workers=1)
+    assert np.fromfile(tmp_path / "x.bin", "<u2").tolist() == whole
+
+
+def test_what_cannot_be_expressed_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(VOCAB, MERGES, []).export_hf(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for pre_tokenizer in (
+        sequence(split(r"\w+", "MergedWithNext"), NO_REGEX),
+        sequence(split(r"\w+", "Removed", True), split(r"\d"), NO_REGEX),
+        sequence(split(r"\w+"), BYTE_LEVEL | {"add_prefix_space": True}),
+        sequence(BYTE_LEVEL, split(r"\w+")),
+        sequence(NO_REGEX),
+        {"type": "Metaspace"},
+    ):
+        path.write_text(json.dumps(content | {"pre_tokenizer": pre_tokenizer}), encoding="utf-8")
+        with pytest.raises(ValueError, match="pre_tokenizer"):
+            Tokenizer.from_hf(path)
+
+
+def test_offsets_are_refused_where_the_text_is_changed(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(VOCAB, MERGES, []).export_hf(path)
+    content = json.loads(path.read_text(encoding="utf-8")) | {"normalizer": {"type": "NFC"}}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = Tokenizer.from_hf(path)
+    assert tokenizer.encode("caf\u00e9", offsets=True)[0] == tokenizer.encode("caf\u00e9")
+    with pytest.raises(ValueError, match="offsets: "):
+        tokenizer.encode("cafe\u0301", offsets=True)

@@ -1,0 +1,135 @@
+"""A step that is not finite is found, dumped, and computed again from its dump alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from rooflight.model import ModelConfig
+from rooflight.training import learner
+from rooflight.training.checkpoint import DamagedCheckpoint, load_model
+from rooflight.training.commands import app
+from rooflight.training.config import TrainConfig
+from rooflight.training.data import batch_generator, get_batch, open_tokens
+from rooflight.training.loop import train
+from rooflight.training.replay import replay
+from rooflight.training.stopping import TrainingDiverged
+
+BAD = 30  # steps done before the one whose loss or gradient is not finite
+
+
+@pytest.fixture
+def config(write_tokens, tmp_path) -> TrainConfig:
+    return TrainConfig(
+        model=ModelConfig(32, 8, 1, 2, d_model=16, d_ff=24),
+        train_data=write_tokens(np.random.default_rng(0).integers(0, 32, 2000)),
+        out_dir=tmp_path / "run",
+        batch_size=4,
+        max_steps=40,
+        checkpoint_every=20,
+        log_every=10,
+        dtype="float32",
+        device="cpu",
+        kernels="eager",
+        peak_flops=1e9,
+    )
+
+
+@pytest.fixture
+def spoil(config, monkeypatch):
+    """Makes a model whose loss, or gradient alone, is not finite on the batch of step BAD, and only there."""
+    tokens = open_tokens(config.train_data).tokens
+    bad, _ = get_batch(tokens, 4, 8, generator=batch_generator(config.seed, BAD))
+
+    def apply(patch: pytest.MonkeyPatch, what: str) -> None:
+        class Model(learner.Transformer):
+            def forward(self, inputs, targets):
+                loss = super().forward(inputs, targets)
+                if torch.equal(inputs, bad):
+                    # sqrt at 0: a finite loss whose gradient is infinite
+                    return loss * math.inf if what == "loss" else loss + (self.norm.weight[0] * 0).sqrt()
+                return loss
+
+        patch.setattr(learner, "Transformer", Model)
+
+    return apply
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("checkpoint_every", [20, 1000])  # from a checkpoint, and from the start
+def test_the_step_is_found_and_replayed(config, tmp_path, monkeypatch, spoil, what, checkpoint_every):
+    quiet = Console(file=io.StringIO())
+    healthy = dataclasses.replace(config, out_dir=tmp_path / "healthy", checkpoint_every=BAD)
+    train(healthy, console=quiet)
+    dump = config.out_dir / "diverged" / f"step-{BAD:08d}"
+    with monkeypatch.context() as patch:
+        spoil(patch, what)
+        with pytest.raises(TrainingDiverged, match=rf"step {BAD + 1} is the first, which `rooflight replay {dump}`"):
+            train(dataclasses.replace(config, checkpoint_every=checkpoint_every), console=quiet)
+        shutil.move(dump, tmp_path / "dump")  # it needs nothing else of the run
+        shutil.rmtree(config.out_dir)
+        config.train_data.unlink()
+        again = replay(tmp_path / "dump")
+        assert again.reproduced
+        assert (again.step, again.first_module) == (BAD, "loss" if what == "loss" else None)
+        assert repr((again.loss, again.grad_norm)) == repr((again.loss_then, again.grad_norm_then))
+        assert (again.loss == math.inf) == (what == "loss")
+        assert not math.isfinite(again.grad_norm)
+        assert "norm.weight" in again.gradients
+        result = CliRunner().invoke(app, ["replay", str(tmp_path / "dump")])
+        assert result.exit_code == 0
+        assert result.stdout.startswith(f"step {BAD + 1}: loss {again.loss} ({again.loss} in the run)")
+    # the parameters are those of the run at that step, bit for bit
+    ours, theirs = (
+        load_model(p).state_dict() for p in (tmp_path / "dump", healthy.out_dir / "checkpoints" / dump.name)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    result = CliRunner().invoke(app, ["replay", str(tmp_path / "dump")])  # by a model without the fault
+    assert result.exit_code == 1
+    assert "not reproduced: finite this time" in result.stdout
+
+
+def test_a_module_is_named(config):
+    """A rate and a decay far too high: after a step every matrix is infinite."""
+    config = dataclasses.replace(config, optimizer="adamw", lr=3e38, weight_decay=1e10, warmup=0.0)
+    with pytest.raises(TrainingDiverged):
+        train(config, console=Console(file=io.StringIO()))
+    again = replay(config.out_dir / "diverged")
+    assert again.reproduced
+    assert (again.step, again.first_module) == (1, "embedding")
+    assert "first output that is not finite: embedding" in again.lines()
+
+
+def test_a_step_that_is_finite_again(config, monkeypatch):
+    """A fault of the machine: nothing to dump, and said."""
+    calls = iter(range(10**9))
+
+    class Model(learner.Transformer):
+        def forward(self, inputs, targets):
+            loss = super().forward(inputs, targets)
+            return loss * math.inf if next(calls) == BAD else loss
+
+    monkeypatch.setattr(learner, "Transformer", Model)
+    with pytest.raises(TrainingDiverged, match="run again, every step was finite"):
+        train(config, console=Console(file=io.StringIO()))
+    assert not (config.out_dir / "diverged").exists()
+
+
+def test_refuses(config, tmp_path):
+    checkpoint = train(dataclasses.replace(config, max_steps=1), console=Console(file=io.StringIO())).checkpoint
+    with pytest.raises(ValueError, match="is a checkpoint, and no dump"):
+        replay(checkpoint)
+    (checkpoint / "state.pt").write_bytes(b"")
+    with pytest.raises(DamagedCheckpoint):
+        replay(checkpoint)
+    result = CliRunner().invoke(app, ["replay", str(tmp_path / "absent")])
+    assert isinstance(result.exception, FileNotFoundError)

@@ -1,0 +1,58 @@
+"""A resumed run is the run that it goes on from, or says what is another."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from rooflight.training.checkpoint import load_model
+from rooflight.training.loop import train
+from support.runs import log_of, weights_of
+
+
+def test_resume_passes_over_a_damaged_checkpoint(config, tmp_path):
+    """And comes to the weights that it would have had without."""
+    whole = train(config, console=Console(file=io.StringIO()))
+    last = config.out_dir / "checkpoints" / "step-00000040"
+    content = bytearray((last / "state.pt").read_bytes())
+    content[len(content) // 2] ^= 4
+    (last / "state.pt").write_bytes(content)
+    (last.parent / "step-00000099").mkdir()
+    said = io.StringIO()
+    weights = load_model(last.with_name("step-00000020")).state_dict()
+    again = train(dataclasses.replace(config, resume=True), console=Console(file=said))
+    assert "warning: checkpoint" in said.getvalue()
+    assert f"{last} is damaged: state.pt has other bytes" in said.getvalue()
+    assert "set aside as damaged-step-00000099" in said.getvalue()
+    assert "going on from step 20" in said.getvalue()
+    assert again.checkpoint == last
+    assert (again.val_loss, again.tokens) == (whole.val_loss, whole.tokens)
+    assert any(not torch.equal(weights[k], v) for k, v in weights_of(again).items())
+    assert {p.name for p in last.parent.iterdir()} == {
+        "step-00000020", "step-00000040", "damaged-step-00000040", "damaged-step-00000099",
+    }  # fmt: skip
+
+
+def test_resume_counts_tokens_and_says_what_is_another(config, write_tokens):
+    said = io.StringIO()
+    train(dataclasses.replace(config, max_steps=20), console=Console(file=said))
+    more = dataclasses.replace(config, resume=True, batch_size=4, lr=0.001)
+    result = train(more, console=Console(file=said))
+    assert result.tokens == 20 * 8 * 8 + 20 * 4 * 8
+    assert [r["tokens"] for r in log_of(config)][-1] == result.tokens
+    assert "; batch_size 4, was 8; max_steps 40, was 20; lr 0.001, was 0.003" in said.getvalue()
+    ids = np.arange(3400) % 32
+    for change, message in (
+        ({"seed": 1}, "seed must stay 0 as the run began, got 1"),
+        (
+            {"train_data": write_tokens(ids, "shorter.bin")},
+            r"must be the 3,500 tokens that the run began with, .* 3,400",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(dataclasses.replace(more, **change), console=Console(file=said))

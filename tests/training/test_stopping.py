@@ -1,0 +1,148 @@
+"""What ends a run before its end leaves checkpoints whole, and one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import io
+import math
+import os
+import re
+import signal
+
+import pytest
+import torch
+from rich.console import Console
+
+from rooflight.model import estimate
+from rooflight.training import graph, learner, loop
+from rooflight.training.checkpoint import list_checkpoints, load_model
+from rooflight.training.loop import train
+from rooflight.training.stopping import STOPPING, StopSignals, TrainingDiverged, TrainingFailed
+from support.runs import after, assert_equal, log_of, weights_of
+
+
+@pytest.fixture(scope="module")
+def whole_run() -> dict:
+    return {}
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_saves_and_the_run_resumes(config, quiet, tmp_path, monkeypatch, number, whole_run):
+    if not whole_run:  # once for the three
+        whole_run.update(weights_of(train(config, console=quiet)))
+    cut = dataclasses.replace(config, out_dir=tmp_path / "cut")
+    handlers = [signal.getsignal(n) for n in STOPPING]
+    with monkeypatch.context() as patch:
+        kill = after(12, graph.clip_grad_norm, lambda: os.kill(os.getpid(), number))
+        patch.setattr(graph, "clip_grad_norm", kill)
+        result = train(cut, console=quiet)
+    assert (result.stopped, result.signal, result.step) == ("interrupted", number, 13)  # the step in hand is finished
+    assert result.checkpoint.name == "step-00000013"
+    assert result.val_loss == result.first_val_loss  # no time is spent on another validation
+    assert [signal.getsignal(n) for n in STOPPING] == handlers
+    resumed = train(dataclasses.replace(cut, resume=True), console=quiet)
+    assert resumed.stopped == "steps"
+    assert_equal(whole_run, weights_of(resumed))
+
+
+def test_an_ignored_hang_up_stays_ignored():
+    """nohup asks for that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_ctrl_c_aborts(config, quiet, monkeypatch):
+    def interrupt_twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(graph, "clip_grad_norm", after(3, graph.clip_grad_norm, interrupt_twice))
+    with pytest.raises(KeyboardInterrupt):
+        train(config, console=quiet)
+    assert list_checkpoints(config.out_dir / "checkpoints") == []
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_divergence_spoils_no_checkpoint(config, quiet, monkeypatch, what):
+    """An error at the record of step 35, and step 20's checkpoint stays.
+
+    The loss is infinite from step 31 on; the gradient from step 35 on, whose own loss is still finite.
+    """
+    healthy = 30 if what == "loss" else 34
+
+    class Model(learner.Transformer):
+        calls = 0
+
+        def forward(self, tokens, targets):
+            loss = super().forward(tokens, targets)
+            if torch.is_grad_enabled():
+                Model.calls += 1
+            if Model.calls > healthy:
+                # sqrt at 0: a finite loss whose gradient is infinite
+                return loss * math.inf if what == "loss" else loss + (self.norm.weight[0] * 0).sqrt()
+            return loss
+
+    monkeypatch.setattr(learner, "Transformer", Model)
+    with pytest.raises(TrainingDiverged, match=r"by step 35, .*; the last checkpoint is .*step-00000020"):
+        train(config, console=quiet)
+    assert [p.name for p in list_checkpoints(config.out_dir / "checkpoints")] == ["step-00000020"]
+    assert all(torch.isfinite(w).all() for w in load_model(config.out_dir).state_dict().values())
+    assert all(math.isfinite(r["loss"]) for r in log_of(config)[1:])
+
+
+def test_ranks_of_a_launcher_are_refused(config, quiet, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="one of WORLD_SIZE 4"):
+        train(config, console=quiet)
+    assert not config.out_dir.exists()
+
+
+def test_ids_past_the_vocabulary_end_the_run(config, quiet, write_tokens):
+    data = write_tokens([99] * 1000, "lying.bin")
+    with pytest.raises(ValueError, match=r"lying\.bin: token \d+ is 99, and the model's vocab_size 32"):
+        train(dataclasses.replace(config, train_data=data, val_data=None), console=quiet)
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_its_last_checkpoint(config, quiet, monkeypatch):
+    """The log may be what does not fit, too; the same command with resume goes on."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", after(1, torch.save, full))
+        with pytest.raises(
+            TrainingFailed, match=r"step-00000040: .*No space left.*; the last checkpoint is .*-00000020"
+        ):
+            train(config, console=quiet)
+    assert [p.name for p in (config.out_dir / "checkpoints").iterdir()] == ["step-00000020"]
+    assert train(dataclasses.replace(config, resume=True), console=quiet).step == 40
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_out_of_memory_says_what_fits(config, monkeypatch, error):
+    def allocate():
+        raise error
+
+    monkeypatch.setattr(graph, "clip_grad_norm", after(3, graph.clip_grad_norm, allocate))
+    monkeypatch.setattr(loop, "device_memory", lambda device: 400_000)
+    monkeypatch.setattr(loop, "check_memory", lambda *_: None)
+    said = io.StringIO()
+    with pytest.raises(
+        TrainingFailed, match=r"out of memory, of 0\.0 GB: batch_size (\d+) fits \(predicted\)"
+    ) as raised:
+        train(dataclasses.replace(config, batch_size=1024), console=Console(file=said, width=200))
+    fits = int(re.search(r"batch_size (\d+)", str(raised.value))[1])
+    n = int(re.search(r"gradient_accumulation (\d+) with batch_size 1024", str(raised.value))[1])
+    assert 1 <= 1024 // n <= fits < 1024
+    held = [
+        estimate(config.model, batch_size=b, dtype="float32", ops="eager", optimizer="muon") for b in (fits, fits + 1)
+    ]
+    assert held[0].memory.peak <= 400_000 < held[1].memory.peak
+    assert "peak memory" in said.getvalue()
