@@ -22,6 +22,7 @@ from .dispatch import (
     check_device,
     check_dtype,
     check_flag,
+    check_integer,
     check_tensor,
     define_op,
     in_layout_of,
