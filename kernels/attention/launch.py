@@ -228,8 +228,8 @@ fwd_op = define_op(flash_attention_fwd, _fake_fwd, setup_context=_save, backward
 class FlashAttentionFunction(torch.autograd.Function):
     """apply(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, left, right, scale, softcap).
 
-    Returns (out, lse): flash_attention without its checks, always by the operator. cu_seqlens None is a dense batch; left and
-    right are how far a query sees from its own position, None without end.
+    Returns (out, lse): flash_attention without its checks, always by the operator. cu_seqlens None is a dense batch;
+    left and right are how far a query sees from its own position, None without end.
 
     apply(q, k, v, is_causal=False) returns out alone, with q of shape (B, H, T, D) or (B, T, D), and saves a
     log-sum-exp of shape (B, H, T) or (B, T). On plain CPU tensors it runs rooflight.kernels.tiled's loops.
