@@ -154,7 +154,11 @@ def flash_attention_bwd(
         delta = torch.empty_strided(lse.shape, lse.stride(), dtype=lse.dtype, device=lse.device)
     if not runs_triton(q):
         plain.launch_backward(q, k, v, dout, dlse, sinks, dq, dk, dv, delta, p)
-        dsinks = q.new_empty(0) if sinks is None else _sink_gradient(sinks, lse, delta, p.ends_q is not None)
+        dsinks = (
+            q.new_empty(0)
+            if sinks is None or delta is None
+            else _sink_gradient(sinks, lse, delta, p.ends_q is not None)
+        )
         return dq, dk, dv, dsinks
     bounds = (p.ends_q, p.ends_k, p.T, p.S, left, right, scale)
     written = (q, k, v, out, dout, lse, dlse, dq, dk, dv, delta, *bounds)
