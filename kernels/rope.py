@@ -22,6 +22,7 @@ from .dispatch import (
     check_device,
     check_dtype,
     check_flag,
+    check_integer,
     check_tensor,
     define_op,
     in_layout_of,
@@ -290,6 +291,8 @@ def rope_qkv(
     the pass that turns q's and k's back.
     Raises ValueError on a shape, dtype or device mismatch.
     """
+    check_dtype("qkv", qkv)
+    n_head, n_kv_head = check_integer("n_head", n_head), check_integer("n_kv_head", n_kv_head)
     if qkv.dim() != 3 or n_head < 1 or n_kv_head < 1 or qkv.shape[-1] % (n_head + 2 * n_kv_head):
         raise ValueError(f"qkv: expected shape (B, T, ({n_head} + 2 * {n_kv_head}) D), got {tuple(qkv.shape)}")
     q, k, v = _heads(qkv, n_head, n_kv_head)

@@ -132,6 +132,7 @@ class Transformer(nn.Module):
         *,
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
+        reduction: str = "mean",
     ) -> Tensor:
         """Logits (B, T, V), or with targets the mean cross-entropy, an fp32 scalar in nats.
 
@@ -139,6 +140,7 @@ class Transformer(nn.Module):
         cu_seqlens: (documents + 1,), int32, from 0 to B T: bounds of the documents packed in the flattened tokens, none
         longer than context_length. A token attends within its document, and positions start anew in each.
         cache: the tokens follow those already in it.
+        reduction: of the loss: "mean", "sum", or "none" for each token's own, (B, T), 0 where the target is -100.
         Raises ValueError on a shape mismatch or on more tokens than context_length.
         """
         x = self.hidden_states(tokens, cu_seqlens=cu_seqlens, cache=cache)
@@ -149,7 +151,9 @@ class Transformer(nn.Module):
             raise ValueError(f"targets: expected the shape of tokens {tuple(tokens.shape)}, got {tuple(targets.shape)}")
         # the weight stays fp32: the op casts it, keeps no copy, and sums its gradient in fp32
         softcap = self.config.logit_softcap
-        return self.ops.linear_cross_entropy(x.flatten(0, 1), self.output_weight, targets.flatten(), softcap=softcap)
+        rows, options = targets.flatten(), {"softcap": softcap, "reduction": reduction}
+        loss = self.ops.linear_cross_entropy(x.flatten(0, 1), self.output_weight, rows, **options)
+        return loss.view(targets.shape) if reduction == "none" else loss
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., d) hidden states to (..., V), in x's dtype; rows lie further apart than V where the weight is cast."""
@@ -201,7 +205,7 @@ class Transformer(nn.Module):
                 x, h = block(x, h, at)
         if cache is not None:
             cache.length += tokens.shape[1]
-        x = self.norm.of_sum(x, h)[0].view(*shape, -1)
+        x = self.norm.of_sum(x, h)[0].view(*shape, self.config.d_model)
         return x if self.config.logit_scale == 1 else x * self.config.logit_scale
 
     def _rows_in_documents(self, n_token: int, cu_seqlens: Tensor) -> Tensor:
@@ -212,7 +216,7 @@ class Transformer(nn.Module):
         limit = self.config.context_length
         index = torch.arange(n_token, device=cu_seqlens.device, dtype=torch.int32)
         document = torch.searchsorted(cu_seqlens, index, right=True) - 1
-        rows = index - cu_seqlens[document]
+        rows = torch.where(index < cu_seqlens[-1], index - cu_seqlens[document], 0)  # padding stands nowhere
         # a longer document would read past the rotation tables; a GPU is asked without a wait, and fails later
         fits, message = (rows < limit).all(), f"cu_seqlens: expected documents of at most {limit} tokens"
         if torch.compiler.is_compiling() or rows.device.type != "cpu":

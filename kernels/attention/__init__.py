@@ -61,7 +61,8 @@ def flash_attention(
     Query i stands at key position p = i + S - T.
     causal: key j is visible when j <= p.
     scale: multiplies q k^T; 1 / sqrt(D) when None.
-    window: (left, right) keeps p - left <= j <= p + right; an int w is (w, 0) when causal, else (w, w).
+    window: (left, right) keeps p - left <= j <= p + right, None being no bound; an int w is (w, 0) when causal, else
+        (w, w).
     softcap: c > 0 replaces a score s by c tanh(s / c), before the mask.
     sinks: (H,), one differentiable logit per head that joins the softmax's denominator (Xiao et al. 2024).
     return_lse: also return the log-sum-exp (B, H, T), fp32, natural log, sink included, differentiable.
@@ -75,10 +76,11 @@ def flash_attention(
     Inside torch.autocast q, k and v are cast to its dtype.
 
     CUDA tensors run the Triton kernels, CPU tensors the same kernels under TRITON_INTERPRET=1 (fp64 too), and else
-    torch's scaled_dot_product_attention where it has the semantics, or rooflight.kernels.reference.
+    torch's scaled_dot_product_attention where it has the semantics, or the same operator in eager fp32 products
+    (docs/semantics.md).
 
-    Raises ValueError on a shape, dtype or device mismatch, on D or H out of range, and on a scale <= 0, a softcap < 0
-    or a window < 0.
+    Raises ValueError on a shape, dtype or device mismatch, on D or H out of range, on a scale <= 0, a softcap < 0 or a
+    window < 0, and on a tensor where a number is expected: it would receive no gradient.
     """
     check_types(q, k, v, sinks, return_lse)
     q, k, v = _autocast(q, k, v)
@@ -129,11 +131,13 @@ def flash_attention_varlen(
     """flash_attention over packed sequences: sequence b is rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1.
 
     q: (total_q, H, D).  k, v: (total_k, K, D).  cu_seqlens_q, cu_seqlens_k: (sequences + 1,), int32, rising from 0 to
-    the total.  max_seqlen_q, max_seqlen_k: at least the longest length.  Everything else as flash_attention, each
-    sequence by itself. Returns (total_q, H, D), and with return_lse also the log-sum-exp (H, total_q).
+    the total or less.  max_seqlen_q, max_seqlen_k: at least the longest length.  Everything else as flash_attention,
+    each sequence by itself. Returns (total_q, H, D), and with return_lse also the log-sum-exp (H, total_q). Rows past
+    the last sequence are padding: output 0, log-sum-exp -inf, zero gradients.
 
     Raises ValueError as flash_attention does, and on cu_seqlens or max_seqlen that do not fit; the values of cu_seqlens
-    are checked on the CPU alone, since reading them from a GPU would stall it in every call.
+    are checked on the CPU alone, since reading them from a GPU would stall it in every call: there rows of a sequence
+    past max_seqlen are left out as padding is, by the portable kernels.
     """
     check_types(q, k, v, sinks, return_lse)
     q, k, v = _autocast(q, k, v)

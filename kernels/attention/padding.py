@@ -115,8 +115,7 @@ def clear(p: Problem, queries: tuple[Tensor, Tensor | None, float], keys: tuple[
     """
     x, rows, value = queries
     k, v = (None, None) if keys is None else keys
-    assert p.ends_q is not None
-    if x.numel() == 0 and (k is None or k.numel() == 0):
+    if p.ends_q is None or (x.numel() == 0 and (k is None or k.numel() == 0)):
         return
     plan = _plan(
         x.device, p.ends_q.shape[0] - 1, x.shape, None if k is None else k.shape, x.stride(),

@@ -296,3 +296,38 @@ class TestBadInput:
             model(tokens, cu_seqlens=torch.tensor([0, 40, 80]))
         with pytest.raises(ValueError, match="cu_seqlens: expected documents of at most 48 tokens"):
             model(tokens, cu_seqlens=torch.tensor([0, 20, 80], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 4)], ids=str)
+def test_an_empty_batch_gives_empty_logits_and_a_loss_of_zero(shape: tuple[int, ...], device: torch.device) -> None:
+    model = _model(CONFIG, kernels).to(device)
+    tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+    assert model(tokens).shape == (*shape, model.config.vocab_size)
+    loss = model(tokens, tokens)
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad.eq(0).all() for p in model.parameters())
+
+
+def test_each_tokens_own_loss() -> None:
+    model, tokens, targets = _model(CONFIG), _tokens(2, 7), _tokens(2, 7, seed=2)
+    targets[0, 3] = -100
+    losses = model(tokens, targets, reduction="none")
+    assert losses.shape == targets.shape
+    assert losses[0, 3] == 0
+    torch.testing.assert_close(losses.sum(), model(tokens, targets, reduction="sum"))
+    torch.testing.assert_close(losses.sum() / 13, model(tokens, targets))
+
+
+def test_padding_of_packed_documents_changes_nothing(device: torch.device) -> None:
+    """Rows past the last document may be more than context_length."""
+    model = _model(replace(CONFIG, n_layer=1, context_length=12), kernels).to(device)
+    ends = torch.tensor([0, 4, 9], dtype=torch.int32, device=device)
+    tokens = _tokens(1, 9 + model.config.context_length + 3).to(device)
+    targets = tokens.clone()
+    targets[:, 9:] = -100
+    padded = model(tokens, targets, cu_seqlens=ends)
+    alone = model(tokens[:, :9], tokens[:, :9], cu_seqlens=ends)
+    torch.testing.assert_close(padded, alone)
+    padded.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())

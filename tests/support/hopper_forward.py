@@ -38,7 +38,7 @@ def attend(
     out, lse = torch.full_like(q, torch.nan), torch.full(shape, torch.nan)  # written by nobody else
     T, S = (q.shape[2], k.shape[2]) if cu_seqlens_q is None else (max_seqlen_q, max_seqlen_k)
     left, right = checks.reach(causal, window)
-    scale = checks.score_scale(None, 0.0, q.shape[-1])
+    scale, _ = checks.score_numbers(None, 0.0, q.shape[-1])
     with emulated(module, seed=seed, resident=resident):
         module.launch_forward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, T, S, left, right, scale, **options)
     return out, lse

@@ -51,7 +51,7 @@ class Hopper(torch.autograd.Function):
         cu_q, cu_k, T, S = ctx.ends or (None, None, q.shape[2], k.shape[2])
         assert hopper_backward.supports(q, k, v, dout, cu_q) is None
         left, right = checks.reach(ctx.options["causal"], ctx.options.get("window"))
-        scale = checks.score_scale(ctx.options.get("scale"), 0.0, q.shape[-1])
+        scale, _ = checks.score_numbers(ctx.options.get("scale"), 0.0, q.shape[-1])
         run = {"module": hopper_backward, "seed": 0, "resident": 3, "ordered": True} | ctx.run
         module = run.pop("module")
         options = {name: run.pop(name) for name in ("ordered",) if name in run}
