@@ -6,6 +6,7 @@ Only typer and the standard library are imported here; what a command needs, it 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -91,7 +92,7 @@ def generate(
 def _ask(sample: Callable[[str], None]) -> None:
     """Prompts from the terminal, one after another, each for itself."""
     with suppress(ImportError):
-        pass  # noqa: F401: input() then edits lines and remembers them
+        importlib.import_module("readline")  # input() then edits lines and remembers them
 
     typer.echo("A prompt, then Enter; Ctrl-C ends a sample, Ctrl-D all.", err=True)
     while True:

@@ -180,17 +180,17 @@ def _attention(
         raise ValueError(f"dropout: expected 0, got {dropout}; unpatch the model, or set attention_dropout to 0")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0}
-    # theirs counts the query itself
-    within = {"causal": causal, "window": None if sliding_window is None else (sliding_window - 1, 0)}
+    window = None if sliding_window is None else (sliding_window - 1, 0)  # theirs counts the query itself
+    within: dict[str, Any] = {"causal": causal, "window": window}
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
-        packed = (x[0].transpose(0, 1) for x in (query, key, value))  # (total, heads, D)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (total, heads, D)
         ends = (cu_seq_lens_q.to(torch.int32), cu_seq_lens_k.to(torch.int32))
         longest = [
             int(given if given is not None else bounds.diff().max())
             for given, bounds in ((max_length_q, ends[0]), (max_length_k, ends[1]))
         ]
-        out = flash_attention_varlen(*packed, *ends, *longest, **within, **options)
-        return out[None], None  # type: ignore[index]
+        out = flash_attention_varlen(q, k, v, ends[0], ends[1], longest[0], longest[1], **within, **options)
+        return out[None], None  # type: ignore[call-overload]
     if attention_mask is None:
         out = flash_attention(query, key, value, **within, **options)
     else:
@@ -233,8 +233,8 @@ def _loss(module: Any) -> Replacement:
     original = type(module).forward
 
     def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        plain = labels is None or args[1:] or any(kwargs.get(k) is not None for k in ("shift_labels", "return_dict"))
-        if plain or kwargs.get("logits_to_keep") or self.loss_function is not ForCausalLMLoss:
+        plain = args[1:] or any(kwargs.get(k) is not None for k in ("shift_labels", "return_dict"))
+        if plain or labels is None or kwargs.get("logits_to_keep") or self.loss_function is not ForCausalLMLoss:
             return original(self, *args, labels=labels, **kwargs)
         n_item = kwargs.pop("num_items_in_batch", None)
         kwargs.pop("logits_to_keep", None)
