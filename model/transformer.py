@@ -65,7 +65,9 @@ class Transformer(nn.Module):
     sin: Tensor
 
     @typed
-    def __init__(self, config: ModelConfig, ops: ModuleType = kernels, *, checkpointing: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, ops: ModuleType | SimpleNamespace = kernels, *, checkpointing: bool = False
+    ) -> None:
         super().__init__()
         self.config, self.checkpointing = config, checkpointing
         # functions, unlike a module, survive copy.deepcopy and pickle

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 
@@ -17,7 +17,9 @@ from .checkpoint import load_model, read_model_config
 
 
 @typed
-def open_model(path: str | Path, *, device: str | torch.device = "cpu", ops: ModuleType = kernels) -> Transformer:
+def open_model(
+    path: str | Path, *, device: str | torch.device = "cpu", ops: ModuleType | SimpleNamespace = kernels
+) -> Transformer:
     """The model of a Hugging Face folder, a checkpoint, or a run's latest checkpoint, in evaluation mode.
 
     ops: the implementation, rooflight.kernels or rooflight.kernels.reference.

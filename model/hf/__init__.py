@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 @typed
 def load_hf(
     path: str | Path,
-    ops: ModuleType = kernels,
+    ops: ModuleType | SimpleNamespace = kernels,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
