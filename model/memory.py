@@ -79,7 +79,8 @@ def stages(
     """
     s, N, d, F, V = itemsize(dtype), n_token, c.d_model, c.d_ff, c.vocab_size
     eager = ops != "triton"
-    materialised = ops == "eager" or (ops == "cpu" and (c.window is not None or c.softcap > 0))  # the score matrices
+    recomputed = ops == "cpu" and (c.window is not None or c.softcap > 0)  # the score matrices, which eager keeps
+    low = s < FP32
     stream = N * d * s
     q, kv = N * c.n_head * c.head_dim * s, N * c.n_kv_head * c.head_dim * s
     rows = N * c.n_head  # of the score matrices
@@ -89,7 +90,7 @@ def stages(
         # eager: the input in fp32 (in fp32 that is the input itself) and the normalised rows before the weight
         return rows * (size * (2 * FP32 if eager else s) + STATISTIC)
 
-    if materialised:
+    if ops == "eager":
         # q, k and v repeated for every head; exp(s - max) and p in fp32, p / sum in the dtype; out, made contiguous
         attention = (
             4 * q + pairs * ((3 if c.softcap > 0 else 2) * FP32 + s) + rows * (STATISTIC + 1) + context_length**2
@@ -100,6 +101,9 @@ def stages(
         # torch's out lies head by head, so that the output projection keeps a copy of its own
         attention = (3 if eager else 2) * q + 2 * kv + rows * STATISTIC * (1 if eager or s == 2 else 2)
         attention_working = 2 * q + 2 * kv + 2 * rows * STATISTIC  # dout, dq, dk, dv, delta and lse again
+        if recomputed:  # p, dp and their product, tanh's slope, dout row by row; q, k, v and dout are fp32 there
+            attention = 3 * q + 2 * kv + rows * STATISTIC
+            attention_working += pairs * FP32 * (4 if c.softcap > 0 else 3) + (2 * (2 * q + 2 * kv) if low else q)
     swiglu = c.ffn != "gelu"  # geglu as well: gate and up
     activation = (3 if eager else 2) * FP32 if eager and swiglu else (2 if swiglu else 1) * s
     ffn = N * F * (activation + s)
@@ -122,7 +126,6 @@ def stages(
         Stage("FFN", stream + ffn, ffn_working, (3 if swiglu else 2) * d * F),
     ]
     embedding = Stage("embedding", 0, V * d * FP32 if c.tie_embeddings else 0)
-    low = s < FP32
     if ops == "eager":
         # the logits in fp32; then the gathered logit's gradient, z - lse, its exponential, and their product
         loss = Stage("loss", N * (V * FP32 + STATISTIC + INDEX + 1) + V * d * s * low, 4 * N * V * FP32, V * d)
