@@ -191,8 +191,8 @@ X, W = torch.ones(3, 8), torch.ones(8)
     [
         ({"x": torch.ones(())}, r"x: expected shape \(\.\.\., N\) with N >= 1, got \(\)"),
         ({"x": torch.ones(3, 0)}, r"x: expected shape .*, got \(3, 0\)"),
-        ({"eps": 0.0}, r"eps: expected > 0, got 0\.0"),
-        ({"eps": float("nan")}, "eps: expected > 0, got nan"),
+        ({"eps": 0.0}, r"eps: expected > 0 and finite, got 0\.0"),
+        ({"eps": float("nan")}, "eps: expected > 0 and finite, got nan"),
         ({"x": X.int()}, "x: expected dtype float32, float16, bfloat16, got int32"),
         ({"weight": W.int()}, "weight: expected dtype .* got int32"),
         ({"weight": torch.ones(7)}, r"weight: expected shape \(8,\), the last of x, got \(7,\)"),

@@ -184,6 +184,9 @@ def _main() -> None:
         return kernel
 
     JITFunction.run = compile_only
+    from rooflight.kernels import dispatch
+
+    dispatch.INTERPRETED = True  # what serves plain CPU tensors too launches kernels for these
     answer = []
     for file, name, arguments in request["cases"]:
         spec = importlib.util.spec_from_file_location(f"aot_{Path(file).stem}", file)

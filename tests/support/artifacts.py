@@ -104,7 +104,6 @@ def cross_entropy(V: int, dtype: str, softcap: float = 0.0) -> None:
 
     from rooflight.kernels.cross_entropy import row_gradients, row_losses
 
-    row_losses.__globals__["runs_triton"] = lambda x: True  # these launchers serve plain CPU tensors too
     x, target = torch.empty(512, V, dtype=getattr(torch, dtype)), torch.zeros(512, dtype=torch.int64)
     loss, lse = row_losses(x, target, -100, 1e-4, softcap)
     row_gradients(loss, x, target, lse, -100, 1e-4, softcap, x)
