@@ -119,14 +119,11 @@ def survives(mutant: Mutant) -> tuple[bool, str]:
     """Plant the mutant in a copy, run its tests; whether they all passed, and the last lines they printed."""
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory)
-        for name in ("kernels", "tests"):
+        for name in ("src", "kernels", "tests"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("conftest.py", "pyproject.toml"):
             shutil.copy(ROOT / name, copy / name)
         (copy / "bench").mkdir()
-        # Ahead of the installed package: `rooflight.kernels` is the copy's.
-        (copy / "site" / "rooflight").mkdir(parents=True)
-        (copy / "site" / "rooflight" / "kernels").symlink_to(copy / "kernels")
         source = copy / "kernels" / mutant.file
         text = source.read_text(encoding="utf-8")
         assert text.count(mutant.original) == mutant.times, f"{mutant.name}: its original is not in {mutant.file}"
@@ -144,7 +141,8 @@ def survives(mutant: Mutant) -> tuple[bool, str]:
                 *tests,
             ],
             cwd=copy,
-            env=os.environ | {"PYTHONPATH": str(copy / "site"), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": "1"},
+            # ahead of the installed package: `rooflight.kernels` is the copy's
+            env=os.environ | {"PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": "1"},
             capture_output=True,
             text=True,
             check=False,
