@@ -98,11 +98,12 @@ def stages(
         # the quotient rule: the quotient's gradient g and -g, p / sum and p / sum², their product; p / sum was freed
         attention_working = 5 * pairs * FP32 - pairs * s
     else:  # q, k, v, out, log-sum-exp (with its rounding's factor in fp32)
-        # torch's out lies head by head, so that the output projection keeps a copy of its own
-        attention = (3 if eager else 2) * q + 2 * kv + rows * STATISTIC * (1 if eager or s == 2 else 2)
+        # on a plain CPU out lies as q does: head by head, so that the output projection keeps a copy of its own, but
+        # token by token where a norm has read q
+        outs = 2 if eager and not c.qk_norm else 1
+        attention = (1 + outs) * q + 2 * kv + rows * STATISTIC * (1 if eager or s == 2 else 2)
         attention_working = 2 * q + 2 * kv + 2 * rows * STATISTIC  # dout, dq, dk, dv, delta and lse again
         if recomputed:  # p, dp and their product, tanh's slope, dout row by row; q, k, v and dout are fp32 there
-            attention = 3 * q + 2 * kv + rows * STATISTIC
             attention_working += pairs * FP32 * (4 if c.softcap > 0 else 3) + (2 * (2 * q + 2 * kv) if low else q)
     swiglu = c.ffn != "gelu"  # geglu as well: gate and up
     activation = (3 if eager else 2) * FP32 if eager and swiglu else (2 if swiglu else 1) * s
@@ -112,6 +113,8 @@ def stages(
     ffn_working = stream + N * F * (gradients - s) + d * F * grown  # by then the second matrix has its gradient
     rope = context_length * c.head_dim * FP32 if eager else 0  # the tables' rows
     qk_norm = norm(rows, c.head_dim) + norm(N * c.n_kv_head, c.head_dim) if c.qk_norm else 0
+    if c.qk_norm and low and ops == "cpu":
+        qk_norm += q + kv  # v keeps the product that it is a part of; in fp32 the norms keep the rest of it anyway
 
     # in low precision eager's copies stand beside the stream's own gradient; in fp32 they take its place
     norm_working = 4 * N * d * FP32 + stream * (s < FP32) if eager else 3 * stream

@@ -24,6 +24,7 @@ SHAPES = {
     "long, few words": (replace(TINY, vocab_size=256, n_layer=2, context_length=512), 1, 512),
     "wide, untied": (ModelConfig(512, 64, 2, 4, d_model=256), 4, 64),
     "softcap": (replace(TINY, softcap=5.0, n_layer=2), 2, 256),
+    "query and key norms": (replace(TINY, qk_norm=True, n_layer=2, n_kv_head=1), 4, 128),
     "wide stream": (ModelConfig(64, 32, 4, 2, d_model=512, head_dim=16, d_ff=64), 16, 32),
 }
 CASES = [
