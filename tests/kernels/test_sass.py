@@ -156,3 +156,21 @@ def test_operands_of_another_block_of_keys(at):
     assert torn_products(assembled(*lines)) == []
     moved = [*QUERIES, *LATER, *KEYS, PRODUCT[0], "R2UR UR6, R4" if at == 2 else "R2UR UR22, R4", *PRODUCT[1:], "EXIT"]
     assert len(torn_products(assembled(*moved))) == 1
+
+
+def test_operands_whose_registers_were_swapped():
+    """By three exclusive ors: the value is the same, in the other register."""
+    swap = [f"ULOP3.LUT UR{a}, UR10, UR11, URZ, 0x3c, !UPT" for a in (10, 11, 10)]
+    lines = [
+        *QUERIES,
+        *LATER,
+        KEYS[0],
+        PRODUCT[0],
+        *swap,
+        KEYS[1].replace("UR10", "UR11"),
+        KEYS[2],
+        *PRODUCT[1:],
+        "EXIT",
+    ]
+    assert torn_products(assembled(*lines)) == []
+    assert torn_products(assembled(*(line for line in lines if line != swap[1]))) != []

@@ -168,6 +168,8 @@ def _result(at: Instruction, operands: list[str], state: State) -> Value:
     values = [_value(part, state) for part in sources]
     if at.name in ("UMOV", "MOV", "R2UR", "STL") or (at.opcode.startswith("IMAD.") and values[:2] == [(None, 0)] * 2):
         return values[-1]  # IMAD R0, RZ, RZ, UR6
+    if at.opcode in ("ULOP3.LUT", "LOP3.LUT") and sources[3:4] == ["0x3c"]:  # a ^ b: three of them swap two registers
+        return _xor(values[0], values[1])
     # an "or", 0xfc, is of a 14-bit address and bits above: the sum
     is_or = at.opcode in ("ULOP3.LUT", "LOP3.LUT") and sources[3:4] == ["0xfc"]
     if is_or or at.opcode in ("UIADD3", "UIADD3.64", "IADD3", "VIADD", "IMAD.IADD"):
@@ -178,6 +180,15 @@ def _result(at: Instruction, operands: list[str], state: State) -> Value:
         if len(terms) <= 1:
             return (terms[0] if terms else None), sum(constant for _, constant in values) % WORD
     return ((at.opcode, *values), 0) if at.operands.startswith("UR") else (("written", at.address), 0)
+
+
+def _xor(*values: Value) -> Value:
+    """A symbol of the values that stand in it an odd number of times; a value itself where it is the only one."""
+    left: frozenset[Value] = frozenset()
+    for value in values:
+        symbol = value[0]
+        left ^= symbol[1] if isinstance(symbol, tuple) and symbol[0] == "xor" and value[1] == 0 else {value}
+    return next(iter(left)) if len(left) == 1 else (("xor", left), 0)
 
 
 def _is_register(part: str) -> bool:
