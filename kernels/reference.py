@@ -17,9 +17,11 @@ __all__ = [
     "cross_entropy",
     "flash_attention",
     "flash_attention_varlen",
+    "gelu",
     "linear_cross_entropy",
     "rms_norm",
     "rope",
+    "rope_qkv",
     "swiglu",
     "visible_mask",
 ]
