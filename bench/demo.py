@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ..model import ModelConfig, Transformer, generate
+from ..model import ModelConfig, Transformer, stream
 from ..tokenizer import Tokenizer, train_bpe
 from ..tokenizer.training.merge import MAX_TOKENS
 from ..training.checkpoint import load_model
@@ -34,14 +34,13 @@ from .predict.validate import validate_step
 from .rates.ceilings import cache_folder
 from .reports.plots import why_no_plots
 from .reports.terminal import show
-from .text import END_OF_TEXT, find_text, read_documents, split_text
+from .text import END_OF_TEXT, find_text, pieces, read_documents, split_text
 
 SETTINGS = "demo.json"  # in a demo's folder, and the sign that it is one
 SECONDS = {"cpu": 180.0, "cuda": 120.0}  # of training: on a GPU all of the demo ends within four minutes
 CEILINGS_SECONDS = 15.0  # for this machine's rates, where none are kept
 COMPILING_PAYS = 120.0  # seconds of training from which on the half minute of the compiler is won back on a CPU
 TRIAL_SECONDS = 0.5  # of steps of one sequence, in each dtype
-SAMPLED = 16  # tokens that are printed at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,18 +274,15 @@ def print_sample(
 ) -> None:
     """Text out: the trained model goes on from the prompt, and what it says is printed as it is made."""
     model: Transformer = load_model(run.out_dir / "checkpoints", device=device)
-    tokens = torch.tensor([tokenizer.encode(config.prompt)], device=device)
-    generator = torch.Generator(device).manual_seed(run.seed)
-    end = min(tokens.shape[1] + config.sample_tokens, run.model.context_length)
-    said = ""
-    while tokens.shape[1] < end:
-        n_new = min(SAMPLED, end - tokens.shape[1])
-        tokens = generate(model, tokens, n_new, temperature=0.8, top_p=0.95, generator=generator)
-        text = tokenizer.decode(tokens[0].tolist())
-        if tokens.shape[1] < end:
-            text = text.rstrip("\ufffd")  # the rest of the character may come with the next tokens
-        console.print(text[len(said) :], end="", markup=False, highlight=False, soft_wrap=True)
-        said = text
+    ids = tokenizer.encode(config.prompt)
+    n_new = min(config.sample_tokens, run.model.context_length - len(ids))
+    if n_new > 0:
+        drawn = stream(
+            model, torch.tensor([ids], device=device), n_new, temperature=0.8, top_p=0.95,
+            generator=torch.Generator(device).manual_seed(run.seed),
+        )  # fmt: skip
+        for piece in pieces(tokenizer, ids, drawn):
+            console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
     console.print()
 
 

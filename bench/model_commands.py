@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .commands import Device
+from .text import END_OF_TEXT, pieces
 
 if TYPE_CHECKING:
     from ..model import Transformer
@@ -27,7 +28,6 @@ TokenizerFolder = Annotated[
 Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")]
 
 OWN_TOKENIZER = "tokenizer"  # the folder beside a checkpoint's model
-END_OF_TEXT = "<|endoftext|>"
 
 
 def find_tokenizer(model: Path, given: Path | None) -> Tokenizer:
@@ -130,8 +130,6 @@ def print_sample(
     A note on standard error says what the context has no room for: tokens to draw, or the beginning of a prompt that
     fills it, of which the last half of a context is then kept.
     """
-    import codecs
-
     import torch
 
     from ..model import stream
@@ -151,12 +149,9 @@ def print_sample(
     allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     allowed[[i for i in words.vocab if i < len(allowed)]] = True
     drawn = stream(model, tokens, min(room, max_new_tokens), stop_token=stop_token, allowed=allowed, **sampling)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character's bytes may be several tokens
-    print(decoder.decode(words.decode_bytes(ids)), end="", flush=True)
-    for token in drawn:
-        if token.item() != stop_token:
-            print(decoder.decode(words.decode_bytes(token[0].tolist())), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+    for piece in pieces(words, ids, drawn, stop_token):
+        print(piece, end="", flush=True)
+    print()
 
 
 def evaluate(

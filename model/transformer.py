@@ -226,3 +226,11 @@ class Transformer(nn.Module):
         elif not fits:
             raise ValueError(message)
         return rows
+
+
+def unwrapped(model: nn.Module) -> Transformer | None:
+    """The Transformer inside torch.compile's and DistributedDataParallel's wrappers, if it is one."""
+    inner: object = model
+    while inner is not None and not isinstance(inner, Transformer):
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+    return inner

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..model import ModelConfig, Transformer
+from ..model.transformer import unwrapped
 from ..model.typed import typed
 from .files import new_folder, remove_folder
 
@@ -116,11 +117,9 @@ def plain_model(model: nn.Module) -> Transformer:
     Raises ValueError on any other module, on parameters sharded between processes, and on wrappers further inside,
     whose names a plain model would not know.
     """
-    inner: object = model
-    while not isinstance(inner, Transformer):
-        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if inner is None:
-            raise ValueError(f"model must be a Transformer, got {type(model).__name__}")
+    inner = unwrapped(model)
+    if inner is None:
+        raise ValueError(f"model must be a Transformer, got {type(model).__name__}")
     if any(hasattr(p, "device_mesh") for p in inner.parameters()):
         raise ValueError("model must have whole parameters, got ones that are sharded between processes")
     return inner

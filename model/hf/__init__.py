@@ -15,7 +15,7 @@ from torch import nn
 
 from ... import kernels
 from ..config import ModelConfig
-from ..transformer import Transformer
+from ..transformer import Transformer, unwrapped
 from ..typed import typed
 from .config import from_hf, to_hf
 from .keys import FAMILIES
@@ -106,9 +106,7 @@ def save_hf(model: nn.Module, path: str | Path, *, eos_token: int | None = None)
 
 
 def _plain(model: nn.Module) -> Transformer:
-    inner: object = model
-    while not isinstance(inner, Transformer):
-        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if inner is None:
-            raise ValueError(f"model: expected a Transformer, got {type(model).__name__}")
+    inner = unwrapped(model)
+    if inner is None:
+        raise ValueError(f"model: expected a Transformer, got {type(model).__name__}")
     return inner

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from rooflight.bench.predict import validate
 from rooflight.bench.rates import ceilings
 from rooflight.bench.rates.ceilings import save_ceilings
 from rooflight.model.ceilings import Ceilings
+from rooflight.tokenizer import IncrementalDecoder
 from rooflight.training.config import TrainConfig
 from rooflight.training.loop import TrainResult
 
@@ -254,16 +256,19 @@ def test_a_sample_is_printed_as_it_is_made(tmp_path: Path, monkeypatch: pytest.M
         def encode(self, prompt: str) -> list[int]:
             return list(prompt.encode())
 
-        def decode(self, tokens: list[int]) -> str:
-            return bytes(tokens).decode(errors="replace")
+        def decode_bytes(self, tokens: list[int]) -> bytes:
+            return bytes(tokens)
 
-    def goes_on(model: object, tokens: torch.Tensor, n_new: int, **_: object) -> torch.Tensor:
+        def decoder(self) -> IncrementalDecoder:
+            return IncrementalDecoder(self)
+
+    def goes_on(model: object, tokens: torch.Tensor, n_new: int, **_: object) -> Iterator[torch.Tensor]:
         start = tokens.shape[1]
-        return torch.cat((tokens, torch.tensor([list(text.encode())[start : start + n_new]])), 1)
+        return (torch.tensor([[i]]) for i in text.encode()[start : start + n_new])
 
     printed = []
     monkeypatch.setattr(demo, "load_model", lambda *_, **__: None)
-    monkeypatch.setattr(demo, "generate", goes_on)
+    monkeypatch.setattr(demo, "stream", goes_on)
     console = quiet()
     monkeypatch.setattr(console, "print", lambda *a, **_: printed.append("".join(a)))
     config = demo.DemoConfig(out_dir=tmp_path, device="cpu", prompt="N", sample_tokens=len(text.encode()) - 1)
