@@ -47,6 +47,7 @@ def test_triton_may_be_no_newer_than_the_one_that_is_tested():
 def run_in(folder: Path, *command: str | Path, **environment: str) -> str:
     """What a command prints, without the environment that this process finds its own rooflight by."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    inherited["PYTHONDONTWRITEBYTECODE"] = "1"  # what is built from a tree holds all that lies in it
     done = subprocess.run(command, cwd=folder, env=inherited | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -131,7 +132,11 @@ def test_a_wheel_holds_what_the_rooms_hold(wheel):
         (metadata,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA"))
     rooms = ("kernels", "model", "tokenizer", "training", "bench", "integrations")
     modules = {f"rooflight/{path.relative_to(ROOT)}" for room in rooms for path in (ROOT / room).rglob("*.py")}
-    data = {f"rooflight/{path.relative_to(ROOT)}" for path in (ROOT / "bench").glob("*/*.*") if path.suffix != ".py"}
+    data = {
+        f"rooflight/{path.relative_to(ROOT)}"
+        for path in (ROOT / "bench").glob("*/*.*")
+        if path.suffix not in (".py", ".pyc")
+    }
     package = {f"rooflight/{path.relative_to(ROOT / 'src' / 'rooflight')}" for path in SOURCES}
     assert held == modules | data | package
     assert "rooflight/py.typed" in held

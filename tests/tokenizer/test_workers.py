@@ -178,7 +178,8 @@ def test_the_current_folder_and_prints_at_the_start_do_no_harm(helper, tmp_path)
     )
     (tmp_path / "start" / "sitecustomize.py").write_text("print('printed', flush=True)\n")
     (tmp_path / "current" / "pickle.py").write_text("raise SystemExit('the current folder comes first')\n")
-    path = os.pathsep.join([str(tmp_path / "start"), os.environ.get("PYTHONPATH", "")])
+    # no empty part, which would be the current folder
+    path = os.pathsep.join(filter(None, [str(tmp_path / "start"), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, script, tmp_path],
         cwd=tmp_path / "current",

@@ -87,8 +87,9 @@ class Encoder:
         # One for each thread: its tables are written to by every call. No lock, which a fork might copy while held.
         self._local = threading.local()
         self._local.text_encoder = TextEncoder(words, pattern)
-        # What is made at the first use is made now, so that a stream takes next to no memory (see STREAM_PIECE).
-        self._encode_masked("é".encode(), np.empty(0, np.int32))
+        # What is made at the first use is made now, so that a stream takes next to no memory (see STREAM_PIECE): the
+        # allocator too then has room for a piece's arrays.
+        self._encode_masked((" é" * (STREAM_PIECE // 3)).encode(), np.empty(0, np.int32))
 
     def encode_short(self, text: str, allowed: SpecialIds) -> list[int]:
         parts = allowed.split(text)
