@@ -119,11 +119,10 @@ def survives(mutant: Mutant) -> tuple[bool, str]:
     """Plant the mutant in a copy, run its tests; whether they all passed, and the last lines they printed."""
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory)
-        for name in ("src", "kernels", "tests"):
+        for name in {"src", "tests", *(file.parent.name for file in ROOT.glob("*/__init__.py"))}:
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("conftest.py", "pyproject.toml"):
             shutil.copy(ROOT / name, copy / name)
-        (copy / "bench").mkdir()
         source = copy / "kernels" / mutant.file
         text = source.read_text(encoding="utf-8")
         assert text.count(mutant.original) == mutant.times, f"{mutant.name}: its original is not in {mutant.file}"
