@@ -11,6 +11,8 @@ every column per step; words too long for a column are cut into windows (long.py
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
+from functools import cached_property
 from itertools import chain, pairwise
 
 import numpy as np
@@ -40,9 +42,9 @@ class WordEncoder:
 
     def __init__(self, definition: Definition, tokens: TokenBytes) -> None:
         self._byte_ids = definition.byte_ids
-        pairs = definition.pairs.astype(np.int64)
-        self._rank = dict(zip((pairs[:, 0] << 32 | pairs[:, 1]).tolist(), range(len(pairs)), strict=True))
-        self._merged = pairs[:, 2].tolist()
+        self._pairs = pairs = definition.pairs.astype(np.int64)
+        # encode_word by compiled code, where there is any.
+        self.compiled: Callable[[bytes], list[int]] | None = None
         self._none = len(pairs)  # a rank above every other: the pair is in no merge
         self._table = _PairTable(self._byte_ids, pairs, tokens)
         # Words that are one token whatever the merges make of them.
@@ -50,8 +52,24 @@ class WordEncoder:
         self._tokens = tokens
         self._long = LongEncoder(self.merge_words, tokens, LONGEST)
 
+    @cached_property
+    def _rank(self) -> dict[int, int]:
+        keys = self._pairs[:, 0] << 32 | self._pairs[:, 1]
+        return dict(zip(keys.tolist(), range(len(keys)), strict=True))
+
+    @cached_property
+    def _merged(self) -> list[int]:
+        return self._pairs[:, 2].tolist()
+
+    def warm_up(self) -> None:
+        """Makes the dictionaries for words that come one by one, if they are going to be needed."""
+        if self.compiled is None or self._whole:
+            self.merge_word(b"  ")
+
     def encode_word(self, word: bytes) -> list[int]:
         """Token ids of one word. Takes O(n log n) however long the word is."""
+        if self.compiled is not None:
+            return self.compiled(word)
         return [self._whole[word]] if word in self._whole else self.merge_word(word)
 
     def encode_words(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,6 +123,8 @@ class WordEncoder:
 
     def merge_word(self, word: bytes) -> list[int]:
         """encode_word by the merges alone."""
+        if self.compiled is not None and not self._whole:
+            return self.compiled(word)
         ids = [self._byte_ids[byte] for byte in word]
         if len(ids) >= _HEAP_FROM:
             return self._merge_with_heap(ids)

@@ -20,8 +20,8 @@ FILES = (VOCAB, MERGES, CONFIG, HUGGING_FACE)
 MERGES_FIRST_LINE = "#version: 0.2"
 
 
-def save(definition: Definition, directory: Path) -> None:
-    """See Tokenizer.save."""
+def save(definition: Definition, directory: Path, by_rank: bool) -> None:
+    """See Tokenizer.save. by_rank: Tokenizer.is_by_rank."""
     # Another one's is not to be replaced.
     if (directory / CONFIG).exists():
         read_config(directory)
@@ -41,14 +41,15 @@ def save(definition: Definition, directory: Path) -> None:
         "special_tokens": definition.special_tokens,
         "ignore_merges": definition.ignore_merges,
         "hash": definition.hash,
+        "by_rank": by_rank,
     }
     if definition.options != PLAIN:
         config["options"] = definition.options._asdict()
     write_json(directory / CONFIG, config | {"checksum": _checksum(directory, config)})
 
 
-def read_directory(directory: Path) -> tuple[Definition, str]:
-    """What save() wrote, and its hash. Raises ValueError when it is another by now."""
+def read_directory(directory: Path) -> tuple[Definition, str, bool | None]:
+    """What save() wrote, its hash, and Tokenizer.is_by_rank, if known. Raises ValueError when it is another by now."""
     config = read_config(directory)
     specials = config["special_tokens"]
     vocab, pairs = read_gpt2(directory / VOCAB, directory / MERGES, specials)
@@ -56,15 +57,16 @@ def read_directory(directory: Path) -> tuple[Definition, str]:
     pattern = config["pattern"] if isinstance(config["pattern"], str) else tuple(config["pattern"])
     definition = define(vocab, pairs, specials, pattern, config["ignore_merges"], Options(**config.get("options", {})))
     # The files are those that were written, or they mean the same.
-    if config.get("checksum") != _checksum(directory, config) and definition.hash != config["hash"]:
+    same = config.get("checksum") == _checksum(directory, config)
+    if not same and definition.hash != config["hash"]:
         raise ValueError(f"directory: the files of {directory} were changed after saving: their hash differs")
-    return definition, config["hash"]
+    return definition, config["hash"], config.get("by_rank") if same else None
 
 
 def _checksum(directory: Path, config: dict[str, Any]) -> str:
     """sha256 (hex) of all files. It takes a hundredth of the time of the tokenizer's own hash."""
     content = [config[name] for name in ("pattern", "special_tokens", "ignore_merges", "hash")]
-    content += [config["options"]] if "options" in config else []
+    content += [config[name] for name in ("options", "by_rank") if name in config]
     checksum = hashlib.sha256(json.dumps(content).encode())
     for name in (VOCAB, MERGES):
         checksum.update(hashlib.sha256((directory / name).read_bytes()).digest())
