@@ -91,7 +91,7 @@ class Tokenizer:
         That is done already, but for a tokenizer that was pickled: most processes that get one encode long texts.
         """
         if not self._is_warm:
-            self._encoder.use(compiled_core(self.definition) if self.is_by_rank else None)
+            self._encoder.warm_up(compiled_core(self.definition) if self.is_by_rank else None)
             self._is_warm = True
 
     @cached_property

@@ -92,26 +92,25 @@ class Encoder:
         self._word_encoder = words
         self._words = _Words(words)
         # One int for each id. A list of ints made anew would take five times the memory, and mostly page faults' time.
-        self._ints = np.array(range(len(tokens.sizes)), object)
-        # Characters below which a text is short; before use() none is.
+        self._ints = tokens.ints
+        # Characters below which a text is short; before warm_up() none is.
         self.short = 0
         self._encode_text: Callable[[str], list[int]] | None = None
         self._disputed = re.compile("")
         # One for each thread: its tables are written to by every call. No lock, which a fork might copy while held.
         self._local = threading.local()
         self._local.text_encoder = TextEncoder(words, pattern)
-        # What is made at the first use is made now, so that a stream takes next to no memory (see STREAM_PIECE): the
-        # allocator too then has room for a piece's arrays.
-        self._encode_masked((" é" * (STREAM_PIECE // 3)).encode(), np.empty(0, np.int32))
 
-    def use(self, core: Core | None) -> None:
-        """Gives short texts and single words to compiled code, if there is any."""
+    def warm_up(self, core: Core | None) -> None:
+        """Gives short texts and single words to compiled code, if there is any, and makes what is made at first use."""
         self.short = SHORT_TEXT
         if core is not None:
             self._word_encoder.compiled = core.encode_word
             if core.encode_text is not None:
                 self._encode_text, self._disputed, self.short = core.encode_text, disputed(), COMPILED_TEXT
         self._word_encoder.warm_up()
+        # So that a stream takes next to no memory (see STREAM_PIECE); the allocator too then has room for its arrays.
+        self._encode_masked((" é" * (STREAM_PIECE // 3)).encode(), np.empty(0, np.int32))
 
     def encode_short(self, text: str, allowed: SpecialIds) -> list[int]:
         parts = allowed.split(text)

@@ -42,11 +42,11 @@ class WordEncoder:
 
     def __init__(self, definition: Definition, tokens: TokenBytes) -> None:
         self._byte_ids = definition.byte_ids
-        self._pairs = pairs = definition.pairs.astype(np.int64)
+        self._pairs = definition.pairs
         # encode_word by compiled code, where there is any.
         self.compiled: Callable[[bytes], list[int]] | None = None
-        self._none = len(pairs)  # a rank above every other: the pair is in no merge
-        self._table = _PairTable(self._byte_ids, pairs, tokens)
+        self._none = len(self._pairs)  # a rank above every other: the pair is in no merge
+        self._table = _PairTable(self._byte_ids, self._pairs, tokens)
         # Words that are one token whatever the merges make of them.
         self._whole = definition.ordinary if definition.ignore_merges else {}
         self._tokens = tokens
@@ -54,7 +54,7 @@ class WordEncoder:
 
     @cached_property
     def _rank(self) -> dict[int, int]:
-        keys = self._pairs[:, 0] << 32 | self._pairs[:, 1]
+        keys = self._pairs[:, 0].astype(np.int64) << 32 | self._pairs[:, 1]
         return dict(zip(keys.tolist(), range(len(keys)), strict=True))
 
     @cached_property
@@ -203,8 +203,8 @@ class _PairTable:
         self._lowest_across <<= _ROW_BITS
 
     def _fill(self, pairs: np.ndarray) -> None:
-        # A sixteenth full at most, so that an absent pair, as most are, almost always meets an empty slot.
-        bits = max(8, (16 * len(pairs)).bit_length())
+        # An eighth full at most, so that an absent pair, as most are, almost always meets an empty slot.
+        bits = max(8, (8 * len(pairs)).bit_length())
         self._slot_shift = np.uint64(64 - bits)
         self._slot_mask = (1 << bits) - 1
         self._entries = np.full(1 << bits, _EMPTY)

@@ -32,7 +32,7 @@ ATOMS = [
 def without(tokenizer: Tokenizer) -> Tokenizer:
     """A copy that has no compiled code."""
     copy = pickle.loads(pickle.dumps(tokenizer))
-    copy._encoder.use(None)
+    copy._encoder.warm_up(None)
     copy._is_warm = True
     return copy
 
