@@ -61,6 +61,8 @@ def is_by_rank(definition: Definition, merge_words: MergeWords) -> bool:
     made = definition.pairs[:, 2]
     if (made[1:] <= made[:-1]).any() or any(bytes([byte]) not in ordinary for byte in range(256)):
         return False
+    if np.isin(made, list(definition.special_tokens.values())).any():  # these are not among the ranks
+        return False
     lengths = np.fromiter(map(len, ordinary), np.int64, len(ordinary))
     _, counts = merge_words(b"".join(ordinary), np.cumsum(lengths) - lengths, lengths)
     return bool((counts != 2).all() if definition.ignore_merges else (counts == 1).all())

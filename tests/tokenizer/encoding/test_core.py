@@ -132,8 +132,11 @@ def test_a_pickled_tokenizer_makes_it_when_it_is_needed(tokenizer: Tokenizer) ->
     assert uses_core(copy)
 
 
-def test_a_vocabulary_without_ordinary_tokens_for_all_bytes_has_no_ranks() -> None:
+def test_special_tokens_that_merges_make_or_that_are_bytes_are_no_ranks() -> None:
     vocab = {byte: bytes([byte]) for byte in range(256)}
+    made = Tokenizer(vocab | {256: b"ab"}, [(b"a", b"b")], ["ab"])
+    assert not made.is_by_rank
+    assert made.encode("cab", allowed_special="none") == made.encode("cab") == [99, 256]
     tokenizer = Tokenizer(vocab, [], {"a": 97})
     assert not tokenizer.is_by_rank
     assert tokenizer.encode("cab", allowed_special="none") == [99, 97, 98]
