@@ -42,6 +42,7 @@ MAX_WORDS = 1 << 16
 # Longer words than this are rarely met again and are not remembered.
 MAX_WORD_CHARACTERS = 1 << 8
 
+_NOWHERE = "\ud800"
 # Stands between texts that are encoded together; no vocabulary has such an id.
 _END = np.iinfo(np.int32).max
 
@@ -54,19 +55,18 @@ class SpecialIds:
         self.specials = Specials(id_of, {token: flags for token, flags in options.flags.items() if token in id_of})
         # A piece that begins with a space gets no other one.
         self.cutter = Cutter(self.specials, pattern, only_at_spaces=options.prefix_space)
-        # What all of them begin with: of the first and last in order, what is common to both.
-        first, last = min(id_of, default=""), max(id_of, default="")
+        # What all of them begin with: of the first and last in order, what is common to both. Without any of them,
+        # what is in no text.
+        first, last = min(id_of, default=_NOWHERE), max(id_of, default=_NOWHERE)
         n = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-        self._beginning = first[:n]
+        self.beginning = first[:n]
         self._id_of_bytes = dict(zip(self.specials.encoded, id_of.values(), strict=True))
 
     def split(self, text: str) -> list[str]:
         """The text's parts: ordinary text and special tokens, alternating."""
         # Looking for each token by itself is the faster, and mostly there is not even what all begin with.
-        if self._beginning in text:
-            for token in self.id_of:
-                if token in text:
-                    return self.specials.split(text)
+        if self.beginning in text and any(token in text for token in self.id_of):
+            return self.specials.split(text)
         return [text]
 
     def mask(self, data: bytes) -> tuple[bytes, np.ndarray]:
@@ -113,11 +113,12 @@ class Encoder:
         self._encode_masked((" é" * (STREAM_PIECE // 3)).encode(), np.empty(0, np.int32))
 
     def encode_short(self, text: str, allowed: SpecialIds) -> list[int]:
+        """Ids of a text below self.short."""
+        if allowed.beginning not in text and not self._prepares:
+            return self._encode_part(text)
         parts = allowed.split(text)
         if self._prepares:
             parts[::2] = map(self._prepare, parts[::2])
-        if len(parts) == 1:
-            return self._encode_part(parts[0])
         ids: list[int] = []
         for i, part in enumerate(parts):
             if i % 2:
