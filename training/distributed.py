@@ -14,7 +14,9 @@ Every process takes its rows of a batch, and gradients are means over all rows.
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,6 +89,9 @@ class World:
     def wait(self) -> None:
         """Until every process is here."""
         self.largest(0)
+
+
+ALONE = World()
 
 
 def launched() -> World:
@@ -186,7 +191,9 @@ def sharded_optimizer(params: Iterable[Any], optimizer_class: type[Optimizer], *
     Each steps the parameters whose states it has, and sends them to the others. params: the same in every process, as
     are their gradients.
     """
-    from torch.distributed.optim import ZeroRedundancyOptimizer
+    with warnings.catch_warnings():  # torch's own, of torch.jit in the files beside it
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.distributed.optim import ZeroRedundancyOptimizer
 
     return ZeroRedundancyOptimizer(params, optimizer_class, **options)
 
@@ -203,6 +210,28 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
         flat /= dist.get_world_size()
         parts = flat.split([g.numel() for g in gradients])
         torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+
+def exchange(
+    sent: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[Sequence[int]]], like: Tensor
+) -> list[list[Tensor]]:
+    """Send the tensors sent[r] to each process r, in one collective; returns those that each sent here.
+
+    shapes: theirs, by process.  like: a tensor of the dtype, on the device, that they all have.
+    """
+    counts = [[math.prod(shape) for shape in some] for some in shapes]
+    nothing = like.new_empty(0)
+    flat = torch.cat([nothing, *(x.flatten() for some in sent for x in some)])
+    received = like.new_empty(sum(map(sum, counts)))
+    # as bytes, of which no backend lacks the dtype
+    dist.all_to_all_single(
+        received.view(torch.uint8),
+        flat.view(torch.uint8),
+        [like.itemsize * sum(some) for some in counts],
+        [like.itemsize * sum(x.numel() for x in some) for some in sent],
+    )
+    parts = iter(received.split([n for some in counts for n in some]))
+    return [[next(parts).view(*shape) for shape in some] for some in shapes]
 
 
 def full_parameters(module: nn.Module) -> dict[str, Tensor]:
@@ -224,9 +253,16 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [x.to_local() if is_sharded(x) else x for x in tensors]  # type: ignore[attr-defined]
 
 
+def gathered(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """x of every process of the group, of one shape, in their order."""
+    flat = x.new_empty(group.size(), *x.shape)
+    dist.all_gather_into_tensor(flat, x[None], group=group)
+    return list(flat)
+
+
 @torch.no_grad()
 def copy_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Write the parameters of `source`, which are whole and the same everywhere, into `target`'s, which may be shards."""
+    """Write `source`'s parameters, which are whole and the same everywhere, into `target`'s, which may be shards."""
     for p, value in zip(target.parameters(), source.parameters(), strict=True):
         if is_sharded(p):
             first, n = shard_rows(p.shape[0], p.device_mesh.size(), p.device_mesh.get_local_rank())  # type: ignore[attr-defined]

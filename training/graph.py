@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .distributed import ALONE, World
 from .optim import clip_grad_norm
 
 __all__ = ["Captured", "CudaGraphs", "Graphs", "TrainStep", "autocast", "make_rates_tensors", "set_rates"]
@@ -108,6 +109,8 @@ class TrainStep:
     forward: (inputs, targets) to a mean loss.  dtype: autocast's.  micro_batches: equal parts of a batch that follow
     each other, with gradients added up.  max_norm: of all gradients together.
     graphs: where to capture the step; None: it always runs as it is.  say: told in a sentence why it cannot be.
+    world: the processes that each give the step their rows of a batch; loss and norm are of all rows.  no_sync: a
+    context for the backward passes before a step's last, whose gradients are not to be exchanged yet.
     """
 
     def __init__(
@@ -122,7 +125,10 @@ class TrainStep:
         max_norm: float = math.inf,
         graphs: Graphs | None = None,
         say: Callable[[str], object] = print,
+        world: World = ALONE,
+        no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
+        self.world, self.no_sync = world, no_sync
         self.forward, self.parameters, self.optimizers = forward, list(parameters), optimizers
         self.device, self.dtype, self.max_norm, self.say = device, dtype, max_norm, say
         self.micro_batches = micro_batches
@@ -141,12 +147,18 @@ class TrainStep:
             self._update = Captured(self._run_update, graphs, failed=self._failed)
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        n = self.micro_batches
-        if n == 1:
+        if self.micro_batches == 1:
             return self._whole(inputs, targets)
-        for some_inputs, some_targets in zip(inputs.chunk(n), targets.chunk(n), strict=True):
-            self._micro(some_inputs, some_targets)
+        self._accumulate(self._micro, inputs, targets)
         return self._update()
+
+    def _accumulate(self, micro: Callable[..., Any], inputs: Tensor, targets: Tensor) -> None:
+        n = self.micro_batches
+        *others, last = zip(inputs.chunk(n), targets.chunk(n), strict=True)
+        for pair in others:
+            with self.no_sync():
+                micro(*pair)
+        micro(*last)
 
     def _run_whole(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         self._run_micro(inputs, targets)
@@ -165,15 +177,13 @@ class TrainStep:
 
     def _measured(self) -> tuple[Tensor, Tensor]:
         norm = clip_grad_norm(self.parameters, self.max_norm, self.optimizers)
-        loss = self.total.clone()
+        loss = self.world.mean(self.total.clone())
         self.total.zero_()
         return loss, norm
 
     def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """The step's first half, never captured: its loss and norm, with the gradients left for `update`."""
-        n = self.micro_batches
-        for some_inputs, some_targets in zip(inputs.chunk(n), targets.chunk(n), strict=True):
-            self._run_micro(some_inputs, some_targets)
+        self._accumulate(self._run_micro, inputs, targets)
         return self._measured()
 
     def update(self) -> None:

@@ -82,7 +82,7 @@ def find_divergence(
     done = load_checkpoint(checkpoint, learner.model, learner.optimizers)[0] if checkpoint else 0
     for factor in factors:
         inputs, targets = batch(done)
-        loss, norm = (x.item() for x in learner.take_step.gradients(inputs, targets))
+        loss, norm = (x.item() for x in learner.take_step.gradients(*learner.rows(inputs, targets)))
         if not is_finite(loss, norm):
             extra = {
                 "config": learner.config.to_dict(),

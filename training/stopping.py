@@ -28,9 +28,11 @@ class StopSignals:
     KeyboardInterrupt.
 
     A SIGHUP that is ignored stays so: nohup asked for that.
+    patient: for a second SIGINT too, as torchrun passes on what the terminal has sent to all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
+        self.patient = patient
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -47,7 +49,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
+        if self.received and number == signal.SIGINT and not self.patient:
             raise KeyboardInterrupt
         self.received = self.received or number
 
