@@ -138,6 +138,14 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 
 
+def tell_launcher(error: Exception) -> None:
+    """Leave the error where torchrun looks for it, to name it when all processes have ended."""
+    if os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
+
+        ErrorHandler().record_exception(error)
+
+
 def data_parallel(module: nn.Module, *, bucket_mb: float | None = None) -> nn.parallel.DistributedDataParallel:
     """`module` with rank 0's parameters and buffers, whose gradients a backward pass makes means over the processes.
 
@@ -255,9 +263,9 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def gathered(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     """x of every process of the group, of one shape, in their order."""
-    flat = x.new_empty(group.size(), *x.shape)
-    dist.all_gather_into_tensor(flat, x[None], group=group)
-    return list(flat)
+    parts = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(parts, x, group=group)
+    return parts
 
 
 @torch.no_grad()

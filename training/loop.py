@@ -18,7 +18,7 @@ from ..model.typed import typed
 from .checkpoint import list_checkpoints, load_latest, save_checkpoint, set_aside
 from .config import TrainConfig
 from .data import Batches, TokenFile, batch_generator, check_window, get_batch, open_tokens
-from .distributed import World, is_lost_peer, launched, process_group
+from .distributed import World, is_lost_peer, launched, process_group, tell_launcher
 from .files import write_json
 from .graph import autocast
 from .learner import Learner, choose_ops, evaluate, resolve_device, whose_memory
@@ -27,6 +27,7 @@ from .replay import find_divergence, is_finite
 from .result import Interval, Totals, TrainResult
 from .run_folder import CHECKPOINTS, RunFolder
 from .stopping import (
+    LostPeer,
     StopSignals,
     TrainingDiverged,
     TrainingFailed,
@@ -59,7 +60,13 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     if world.restarts:
         config = replace(config, resume=True, overwrite=False)
     console = (console or Console(stderr=True)) if world.first else Console(quiet=True, force_terminal=False)
-    return _Run(config, console, world).train()
+    try:
+        return _Run(config, console, world).train()
+    except LostPeer:
+        raise  # what torchrun is to name is the other's error
+    except Exception as error:
+        tell_launcher(error)
+        raise
 
 
 def _refuse_ranks(config: TrainConfig, world: World) -> None:
@@ -122,7 +129,7 @@ class _Run:
                 raise TrainingFailed(f"{error}; the last checkpoint is {self.checkpoint or 'none'}") from error
             except Exception as error:
                 if self.world.size > 1 and is_lost_peer(error):
-                    raise TrainingFailed(
+                    raise LostPeer(
                         f"process {self.world.rank} lost another of the {self.world.size}, whose own error says why; "
                         f"the last checkpoint is {self.checkpoint or 'none'}"
                     ) from error

@@ -23,6 +23,10 @@ class TrainingDiverged(TrainingFailed):
     """The loss or the gradient is no longer finite."""
 
 
+class LostPeer(TrainingFailed):
+    """Another process of the run has ended, and this one cannot go on alone."""
+
+
 class StopSignals:
     """While entered, the first SIGINT, SIGTERM or SIGHUP only sets `received` to its number; a second SIGINT raises
     KeyboardInterrupt.
