@@ -14,7 +14,7 @@ from ..kernels import dispatch, reference
 from ..model import Transformer
 from ..model.typed import typed
 from .config import TrainConfig
-from .data import TokenFile, validation_batches
+from .data import IGNORED, Corpus, validation_batches
 from .graph import Captured, CudaGraphs, Graphs, TrainStep, autocast, set_rates
 from .optim import build_optimizers, low_precision
 from .pretrained import copy_weights
@@ -49,7 +49,7 @@ class Learner:
             **copies,
         )
         self._peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        self.forward: Callable[..., Tensor] = torch.compile(self.model) if config.compile else self.model
+        self.forward = self._on_batches(torch.compile(self.model) if config.compile else self.model)
         graphs = graphs_for(config, device)
         self.take_step = TrainStep(
             self.forward,
@@ -58,15 +58,22 @@ class Learner:
             device=device,
             dtype=self.dtype,
             micro_batches=config.gradient_accumulation,
+            by_tokens=config.documents,
             max_norm=config.grad_clip or math.inf,
             graphs=graphs,
             say=say,
         )
         # Not compiled: without gradients, and with the last batch's rows, it would be twice more. In a graph it says
         # nothing of its own: what cannot be captured there could not be in the step either.
-        self.validated: Callable[..., Tensor] = self.model
+        self.validated = self._on_batches(self.model)
         if graphs is not None:
-            self.validated = Captured(self.model, graphs, warmup=1, failed=lambda error: None)
+            self.validated = Captured(self.validated, graphs, warmup=1, failed=lambda error: None)
+
+    def _on_batches(self, model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The mean loss of a batch as Batches has it."""
+        if not self.config.documents:
+            return model
+        return lambda inputs, targets, bounds: model(inputs, targets, cu_seqlens=bounds.flatten())
 
     def _begun(self) -> Transformer:
         torch.manual_seed(self.config.seed)
@@ -83,7 +90,7 @@ class Learner:
     def restart(self) -> None:
         """Model, optimizers and random generators as they began, in place; the step is captured no more."""
         self.take_step.forget_graphs()
-        self.validated = self.model
+        self.validated = self._on_batches(self.model)
         self.model.load_state_dict(self._begun().state_dict())
         for optimizer in self.optimizers:
             optimizer.state.clear()
@@ -91,29 +98,32 @@ class Learner:
 
 @torch.no_grad()
 def evaluate(
-    model: Callable[[Tensor, Tensor], Tensor],
-    data: TokenFile,
+    model: Callable[..., Tensor],
+    data: Corpus,
     *,
     batch_size: int,
     context_length: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     max_batches: int | None = None,
+    eod: int | None = None,
     vocab_size: int | None = None,
 ) -> float:
-    """Mean loss in nats per token over the file's non-overlapping windows, or over max_batches batches of them.
+    """Mean loss in nats per token over the files' non-overlapping windows, or over max_batches batches of them.
 
+    model: of a batch's tensors.  eod: the id that ends documents, as in validation_batches.
     vocab_size: the model's, to hold the ids to. Raises ValueError on one that the model does not have.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
-    count = 0
-    for inputs, targets in validation_batches(
-        data.tokens, batch_size, context_length, device, max_batches=max_batches, vocab_size=vocab_size
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    for batch in validation_batches(
+        data.tokens, batch_size, context_length, device, max_batches=max_batches, eod=eod, vocab_size=vocab_size
     ):
+        counted = (batch[1] != IGNORED).sum()
         with autocast(device, dtype):
-            total += model(inputs, targets).double() * targets.numel()
-        count += targets.numel()
-    return total.item() / count
+            total += model(*batch).double() * counted
+        count += counted
+    return total.item() / max(1, count.item())
 
 
 @typed

@@ -98,7 +98,7 @@ def test_missing_toml(tmp_path):
         ({"kernels": "cuda"}, "kernels must be one of auto, triton, eager, got 'cuda'"),
         ({"schedule": "linear"}, "schedule must be one of cosine, trapezoid, constant, got 'linear'"),
         ({"warmup": 1.5}, r"warmup must be in \[0, 1\], got 1.5"),
-        ({"train_data": None}, "train_data must be a path, got None"),
+        ({"train_data": None}, "train_data must be a path, a list of paths or a table of paths and weights, got None"),
         ({"model": "tiny"}, "model must be a ModelConfig, got str; in TOML, a table"),
     ],
 )
@@ -118,6 +118,7 @@ def test_what_a_resumed_run_may_change():
         "eval_every": 1, "eval_batches": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "log_every": 1,
         "tensorboard": True, "wandb": "p", "dtype": "float32", "device": "cpu", "compile": True, "checkpointing": True,
         "kernels": "eager", "peak_flops": 1.0, "resume": True, "overwrite": True, "cuda_graph": False, "init_from": "m",
+        "order": "epochs", "documents": True, "eod": 1,
     }  # fmt: skip
     assert others.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
     refused = set()
@@ -129,6 +130,6 @@ def test_what_a_resumed_run_may_change():
         refused.add(name)
         with pytest.raises(ValueError, match=f"{name} must stay"):
             now.changes_since(began.to_dict())
-    assert refused == {"model", "optimizer", "seed"}
+    assert refused == {"model", "optimizer", "seed", "order", "documents", "eod"}
     # a checkpoint of before an option was there
     assert began.changes_since({k: v for k, v in began.to_dict().items() if k != "seed"}) == {}
