@@ -185,7 +185,7 @@ class TrainConfig:
             weights = all(isinstance(w, int | float) and not isinstance(w, bool) for w in given.values())
             paths = all(isinstance(path, str | Path) for path in given)
             fits = weights and paths and len(given) > 0 and all(0 < w < math.inf for w in given.values())
-            self._require("train_data", fits, "a table of paths and their weights, positive and finite,")
+            self._require("train_data", fits, "a table of paths and their weights, positive and finite")
             return {str(path): float(weight) for path, weight in given.items()}
         several = given if isinstance(given, list | tuple) else [given]
         fits = len(several) > 0 and all(isinstance(path, str | Path) for path in several)

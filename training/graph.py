@@ -167,7 +167,7 @@ class TrainStep:
         with autocast(self.device, self.dtype):
             if self.by_tokens and self.micro_batches > 1:
                 *tensors, share = micro_batch
-                loss = self.forward(*tensors) * share
+                loss = self.forward(*tensors) * share.squeeze()
             else:
                 loss = self.forward(*micro_batch) / self.micro_batches
         loss.backward()

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...model.typed import typed
+from .order import turns
 from .tokens import TokenFile, bits_per_byte, open_tokens
 
 __all__ = ["Corpus", "Source", "open_corpus"]
@@ -74,12 +75,13 @@ def open_corpus(
 
     vocab_size: as in open_tokens, which reads each.
     Raises FileNotFoundError as open_tokens does, ValueError on a folder without token files, on tokenizers that differ,
-    and as open_tokens does.
+    on a weight below 1/10,000 of their sum, and as open_tokens does.
     """
     if isinstance(paths, Mapping):
         sources = tuple(Source(_open([path], vocab_size), weight) for path, weight in paths.items())
     else:
         sources = (Source(_open([paths] if isinstance(paths, str | Path) else paths, vocab_size)),)
+    turns([source.weight for source in sources])
     corpus = Corpus(sources)
     first = corpus.files[0]
     for file in corpus.files:

@@ -26,9 +26,11 @@ __all__ = ["ORDERS", "Places", "permuted", "turns"]
 
 ORDERS = ("random", "epochs")
 PERIOD = 10_000  # samples; weights of four decimals are exact
-ROUNDS = 8  # of the network: four would do for random round functions, and these are a mixer's
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, as in splitmix64 (Steele et al. 2014)
+# Of the network. Four would do were n large; so many even out the 720 orders of 6 windows to within 5 % (after eight,
+# 34 %; 60,000 epochs, 2026-11-27). A batch of 32 takes 0.2 ms on a CPU.
+ROUNDS = 16
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, as in splitmix64 (Steele et al. 2014)
+_STEPS = np.array([GOLDEN * i % 2**64 for i in range(1, ROUNDS + 1)], np.uint64)
 
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
@@ -112,17 +114,17 @@ def permuted(index: Ints, size: Ints, key: Words) -> Ints:
 def _network(place: Words, a: Words, b: Words, key: Words) -> Words:
     """A permutation of range(a b): one coordinate in turn is moved by a function of the other."""
     left, right = np.divmod(place, b)
-    for i in range(0, ROUNDS, 2):
-        left = (left + _mixed(right + key + _GOLDEN * np.uint64(i)) % a) % a
-        right = (right + _mixed(left + key + _GOLDEN * np.uint64(i + 1)) % b) % b
+    for keys in (key + _STEPS[:, None]).reshape(-1, 2, len(place)):
+        left = (left + _mixed(right + keys[0]) % a) % a
+        right = (right + _mixed(left + keys[1]) % b) % b
     return left * b + right
 
 
 def _key(seed: int, source: Ints, epoch: Ints) -> Words:
-    key = _mixed(np.full(len(source), seed, np.uint64) + _GOLDEN)
+    key = np.full(len(source), seed, np.uint64)
     for x in (source, epoch):
-        key = _mixed(key + _GOLDEN * (x.astype(np.uint64) + np.uint64(1)))
-    return key
+        key = _mixed(key + np.uint64(GOLDEN)) + x.astype(np.uint64)
+    return _mixed(key)
 
 
 def _mixed(x: Words) -> Words:
