@@ -35,20 +35,20 @@ def end_of_document(corpora: Iterable[Corpus], given: int | None) -> int:
 
     Raises ValueError where neither says it, or they do not agree.
     """
-    for file in (file for corpus in corpora for file in corpus.files):
-        if file.eod is None and given is None:
+    files = [file for corpus in corpora for file in corpus.files]
+    eod = next((file.eod for file in files if file.eod is not None), None) if given is None else given
+    for file in files:
+        if given is None and file.eod is None:
             raise ValueError(
                 f"documents: the header of {file.path} does not say which token ends a document; `rooflight data` "
                 "writes it there, and for other files the key eod is its id"
             )
-        if given is None:
-            given = file.eod
-        if file.eod not in (None, given):
-            raise ValueError(f"eod must be {file.eod}, as the header of {file.path} has it, got {given}")
-        if given is not None and given >= file.vocab_size:
-            raise ValueError(f"eod must be an id below {file.vocab_size}, the vocab_size of {file.path}, got {given}")
-    assert given is not None
-    return given
+        if file.eod not in (None, eod):
+            raise ValueError(f"eod must be {file.eod}, as the header of {file.path} has it, got {eod}")
+        if eod is not None and eod >= file.vocab_size:
+            raise ValueError(f"eod must be an id below {file.vocab_size}, the vocab_size of {file.path}, got {eod}")
+    assert eod is not None
+    return eod
 
 
 def document_bounds(ends: npt.NDArray[np.bool_], micro_batches: int, room: int = 1) -> npt.NDArray[np.int32]:
