@@ -68,6 +68,10 @@ class World:
         """This process's of n rows; the parts differ by at most one row."""
         return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
+    def all_rows(self, x: Tensor) -> Tensor:
+        """The rows of all processes, each of which has as many, in their order."""
+        return torch.cat(gathered(x.contiguous(), dist.group.WORLD)) if self.size > 1 else x
+
     def mean(self, x: Tensor) -> Tensor:
         """The mean of x over the processes, in place."""
         return self.sum(x).div_(self.size) if self.size > 1 else x

@@ -16,7 +16,7 @@ from ..kernels import dispatch, reference
 from ..model import Transformer
 from ..model.typed import typed
 from .config import TrainConfig
-from .data import TokenFile, validation_batches
+from .data import IGNORED, Corpus, validation_batches
 from .distributed import ALONE, World, copy_parameters, data_parallel, fully_sharded
 from .graph import Captured, CudaGraphs, Graphs, TrainStep, autocast, set_rates
 from .optim import build_optimizers, low_precision
@@ -72,7 +72,7 @@ class Learner:
             **copies,
         )
         self._peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        self.forward: Callable[..., Tensor] = torch.compile(engine) if config.compile else engine
+        self.forward = self._on_batches(torch.compile(engine) if config.compile else engine)
         graphs = graphs_for(config, device)
         if graphs is not None and self.parallel != "none":
             say("the step runs without a CUDA graph: other processes take part in it")
@@ -84,6 +84,7 @@ class Learner:
             device=device,
             dtype=self.dtype,
             micro_batches=config.gradient_accumulation,
+            by_tokens=config.documents,
             max_norm=config.grad_clip or math.inf,
             graphs=graphs,
             say=say,
@@ -92,9 +93,15 @@ class Learner:
         )
         # Not compiled: without gradients, and with the last batch's rows, it would be twice more. In a graph it says
         # nothing of its own: what cannot be captured there could not be in the step either.
-        self.validated: Callable[..., Tensor] = self.model
+        self.validated = self._on_batches(self.model)
         if graphs is not None:
-            self.validated = Captured(self.model, graphs, warmup=1, failed=lambda error: None)
+            self.validated = Captured(self.validated, graphs, warmup=1, failed=lambda error: None)
+
+    def _on_batches(self, model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The mean loss of a batch as Batches has it."""
+        if not self.config.documents:
+            return model
+        return lambda inputs, targets, bounds: model(inputs, targets, cu_seqlens=bounds.flatten())
 
     def _begun(self) -> Transformer:
         torch.manual_seed(self.config.seed)
@@ -104,10 +111,6 @@ class Learner:
             copy_weights(self.config.init_from, model)
         return model
 
-    def rows(self, *batch: Tensor) -> tuple[Tensor, ...]:
-        """This process's rows of a batch for all."""
-        return tuple(x[self.world.rows(len(x))] for x in batch)
-
     def set_rates(self, factor: float) -> None:
         """Every learning rate to `factor` times its peak."""
         set_rates(self.optimizers, [[peak * factor for peak in peaks] for peaks in self._peak_lrs])
@@ -115,7 +118,7 @@ class Learner:
     def restart(self) -> None:
         """Model, optimizers and random generators as they began, in place; the step is captured no more."""
         self.take_step.forget_graphs()
-        self.validated = self.model
+        self.validated = self._on_batches(self.model)
         copy_parameters(self._begun(), self.model)
         for optimizer in self.optimizers:
             optimizer.state.clear()
@@ -123,39 +126,45 @@ class Learner:
 
 @torch.no_grad()
 def evaluate(
-    model: Callable[[Tensor, Tensor], Tensor],
-    data: TokenFile,
+    model: Callable[..., Tensor],
+    data: Corpus,
     *,
     batch_size: int,
     context_length: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     max_batches: int | None = None,
+    eod: int | None = None,
     vocab_size: int | None = None,
     world: World = ALONE,
 ) -> float:
-    """Mean loss in nats per token over the file's non-overlapping windows, or over max_batches batches of them.
+    """Mean loss in nats per token over the files' non-overlapping windows, or over max_batches batches of them.
 
-    vocab_size: the model's, to hold the ids to.  world: processes that divide each batch; all call it, and all get the
-    mean.
+    model: of a batch's tensors.  eod: the id that ends documents, as in validation_batches.
+    vocab_size: the model's, to hold the ids to.  world: the processes that share the batches; each calls it, and gets
+    the mean of all.
     Raises ValueError on an id that the model does not have.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
-    count = 0
-    for inputs, targets in validation_batches(
-        data.tokens, batch_size, context_length, device, max_batches=max_batches, vocab_size=vocab_size
-    ):
-        rows = world.rows(len(inputs))
-        # a process without a row computes one for nothing: a sharded model's processes compute together
-        some = rows if rows.start < rows.stop else slice(0, 1)
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    batches = validation_batches(
+        data.tokens,
+        batch_size,
+        context_length,
+        device,
+        max_batches=max_batches,
+        eod=eod,
+        vocab_size=vocab_size,
+        rank=world.rank,
+        world=world.size,
+    )
+    for batch in batches:
+        counted = (batch[1] != IGNORED).sum()
         with autocast(device, dtype):
-            loss = model(inputs[some], targets[some]).double()
-        n = targets[rows].numel()
-        if n:
-            total += loss * n
-        count += n
-    total, tokens = world.sum(torch.stack([total, total.new_tensor(count)]))
-    return total.item() / tokens.item()
+            loss = model(*batch).double()
+        total += torch.where(counted > 0, loss * counted, 0.0)
+        count += counted
+    return world.sum(total).item() / max(1, world.sum(count).item())
 
 
 @typed

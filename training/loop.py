@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from ..model import estimate
 from ..model.typed import typed
 from .checkpoint import list_checkpoints, load_latest, save_checkpoint, set_aside
 from .config import TrainConfig
-from .data import Batches, TokenFile, batch_generator, check_window, get_batch, open_tokens
+from .data import Batches, end_of_document, open_corpus
 from .distributed import World, is_lost_peer, launched, process_group, tell_launcher
 from .files import write_json
 from .graph import autocast
@@ -92,8 +91,13 @@ class _Run:
         self.share = replace(config, batch_size=config.batch_size // world.size)  # what this process computes
         self.dtype = getattr(torch, config.dtype)
         self.ops = whose_memory(choose_ops(config.kernels, self.device), self.device)
-        self.train_data = self._open(config.train_data)
-        self.val_data = None if config.val_data is None else self._open(config.val_data)
+        vocab_size = config.model.vocab_size
+        self.train_data = open_corpus(config.train_data, vocab_size=vocab_size)
+        self.val_data = None if config.val_data is None else open_corpus(config.val_data, vocab_size=vocab_size)
+        corpora = [self.train_data] if self.val_data is None else [self.train_data, self.val_data]
+        for corpus in corpora:
+            corpus.check_windows(config.batch_size, config.model.context_length)
+        self.eod = end_of_document(corpora, config.eod) if config.documents else None
         if self.val_data and self.val_data.tokenizer_hash != self.train_data.tokenizer_hash:
             raise ValueError(
                 f"train_data {config.train_data} and val_data {config.val_data} come from different tokenizers"
@@ -113,11 +117,6 @@ class _Run:
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _open(self, path: Path) -> TokenFile:
-        data = open_tokens(path, vocab_size=self.config.model.vocab_size)
-        check_window(data.tokens, self.config.batch_size, self.config.model.context_length)
-        return data
 
     def train(self) -> TrainResult:
         with process_group(self.world, self.device), self.folder:
@@ -180,6 +179,20 @@ class _Run:
         config, totals = self.config, self.totals
         if self.world.first:
             write_json(config.out_dir / "config.json", config.to_dict())
+        self.batches = Batches(
+            self.train_data,
+            config.batch_size,
+            config.model.context_length,
+            self.device,
+            seed=config.seed,
+            step=self.step,
+            samples=totals.tokens // config.model.context_length,
+            order=config.order,
+            rows=self.world.rows(config.batch_size),
+            micro_batches=config.gradient_accumulation,
+            eod=self.eod,
+            vocab_size=config.model.vocab_size,
+        )
         if config.compile or self.device.type == "cuda":  # Triton's kernels are compiled too
             self._compile()
         self.started = time.perf_counter() - totals.elapsed
@@ -189,15 +202,6 @@ class _Run:
             records = stack.enter_context(Records(config, keep_to=keep_to, silent=not self.world.first))
             signals = stack.enter_context(StopSignals(patient=self.world.size > 1))
             display = stack.enter_context(Display(self.console))
-            batches = Batches(
-                self.train_data.tokens,
-                config.batch_size,
-                config.model.context_length,
-                self.device,
-                seed=config.seed,
-                step=self.step,
-                vocab_size=config.model.vocab_size,
-            )
             progress, received = self._agreed(signals)
             if self.step == 0 and self.val_data is not None:
                 record = {"step": 0, "tokens": 0, **self._validate()}
@@ -208,7 +212,7 @@ class _Run:
             interval = Interval(self.device)
             while not ending:
                 self._set_rates(progress)
-                interval.add(*self.learner.take_step(*self.learner.rows(*next(batches))))
+                interval.add(*self.learner.take_step(*next(self.batches)))
                 self.step += 1
                 totals.tokens += self.step_tokens
                 progress, received = self._agreed(signals)
@@ -235,9 +239,9 @@ class _Run:
     def _compile(self) -> None:
         """A forward and a backward before the clock starts, as max_seconds counts training and not compilers."""
         n = self.config.gradient_accumulation
-        inputs, targets = (x.chunk(n)[0] for x in self.learner.rows(*self._batch(self.step)))
+        micro_batch = (x.chunk(n)[0] for x in self.batches.at(self.step))
         with autocast(self.device, self.dtype):
-            loss = self.learner.forward(inputs, targets) / n
+            loss = self.learner.forward(*micro_batch) / n
         loss.backward()
         self.learner.model.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
@@ -260,16 +264,6 @@ class _Run:
         factor = self.config.lr_factor(progress + 0.5 / self.config.max_steps)
         self.factors.append(factor)
         self.learner.set_rates(factor)
-
-    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
-        return get_batch(
-            self.train_data.tokens,
-            self.config.batch_size,
-            self.config.model.context_length,
-            self.device,
-            generator=batch_generator(self.config.seed, step),
-            vocab_size=self.config.model.vocab_size,
-        )
 
     def _record(self, interval: Interval) -> dict[str, Any]:
         """What the interval since the last record did; the only place that waits for the device."""
@@ -305,7 +299,7 @@ class _Run:
                 self.learner,
                 self.checkpoint,
                 self.factors,
-                self._batch,
+                self.batches.at,
                 out_dir=self.config.out_dir,
                 tokenizer_hash=self.train_data.tokenizer_hash,
             )
@@ -322,11 +316,12 @@ class _Run:
         loss = evaluate(
             self.learner.validated,
             self.val_data,
-            batch_size=config.batch_size // config.gradient_accumulation,
+            batch_size=self.share.batch_size // config.gradient_accumulation,
             context_length=config.model.context_length,
             device=self.device,
             dtype=self.dtype,
-            max_batches=config.eval_batches,
+            max_batches=config.eval_batches and config.eval_batches * self.world.size,  # the same windows
+            eod=self.eod,
             vocab_size=config.model.vocab_size,
             world=self.world,
         )

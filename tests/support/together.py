@@ -45,12 +45,13 @@ CASES = {  # and steps
 
 def learn(config: TrainConfig, n_step: int) -> dict[str, Any]:
     """Every step's loss, norm and gradients before clipping, and the parameters after the last; all whole."""
-    learner = Learner(config, torch.device("cpu"), world=launched())
+    world = launched()
+    learner = Learner(config, torch.device("cpu"), world=world)
     rng = np.random.default_rng(0)
     steps = []
     for _ in range(n_step):
-        tokens = torch.from_numpy(rng.integers(61, size=(12, 17)))
-        loss, norm = learner.take_step.gradients(*learner.rows(tokens[:, :-1], tokens[:, 1:]))
+        tokens = torch.from_numpy(rng.integers(61, size=(12, 17))[world.rows(12)])
+        loss, norm = learner.take_step.gradients(tokens[:, :-1], tokens[:, 1:])
         gradients = {name: full(p.grad).clone() for name, p in learner.model.named_parameters()}
         steps.append({"loss": loss.item(), "norm": norm.item(), "gradients": gradients})
         learner.take_step.update()
