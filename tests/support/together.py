@@ -62,12 +62,21 @@ def learn_all() -> dict[str, dict[str, Any]]:
     return {name: learn(*case) for name, case in CASES.items()}
 
 
+# Runs' options, by their engines; alone, each is the run without its engine. Documents are of many lengths, so that
+# processes have other numbers of targets.
+RUNS: dict[str, dict[str, Any]] = {"ddp": {}, "fsdp": {"documents": True, "eod": 3, "order": "epochs"}}
+
+
+def of(config: TrainConfig, parallel: str) -> TrainConfig:
+    return replace(config, parallel=parallel, out_dir=config.out_dir.with_name(parallel), **RUNS[parallel])
+
+
 def runs(config: TrainConfig) -> dict[str, TrainResult]:
     """Runs of train() by their engines; the first is interrupted by a signal to the last process, and restarted."""
     told = {}
     last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-    for parallel in ("ddp", "fsdp"):
-        mine = replace(config, parallel=parallel, out_dir=config.out_dir.with_name(parallel))
+    for parallel in RUNS:
+        mine = of(config, parallel)
         with pytest.MonkeyPatch.context() as patch:
             if parallel == "ddp":
                 with pytest.MonkeyPatch.context() as signalled:

@@ -14,7 +14,7 @@ from rooflight.training.config import TrainConfig
 from rooflight.training.loop import train
 from support.ranks import on_ranks
 from support.runs import log_of, weights_of
-from support.together import CASES, everything, learn_all
+from support.together import CASES, RUNS, everything, learn_all, of
 
 pytestmark = pytest.mark.cpu
 
@@ -77,11 +77,11 @@ def check_assignment(told: list[dict[str, Any]]) -> None:
 
 
 def check_runs(told: list[dict[str, Any]], config: TrainConfig, quiet: Any) -> None:
-    expected = train(config, console=quiet)
-    records = log_of(config)
-    for parallel in ("ddp", "fsdp"):
-        first = told[0][parallel]
-        mine = replace(config, parallel=parallel, out_dir=config.out_dir.with_name(parallel))
+    for parallel in RUNS:
+        first, mine = told[0][parallel], of(config, parallel)
+        single = replace(mine, parallel="none", out_dir=config.out_dir.with_name(f"without {parallel}"))
+        expected = train(single, console=quiet)
+        records = log_of(single)
         found = log_of(mine)  # which the first process has written, and no other
         assert [r["step"] for r in found] == [r["step"] for r in records]
         for name in "loss", "grad_norm", "val_loss", "lr", "muon_lr":
