@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rooflight.training.checkpoint import list_checkpoints
 from rooflight.training.config import TrainConfig
 from rooflight.training.loop import train
 from support.ranks import on_ranks
@@ -101,3 +105,28 @@ def check_failure(told: list[tuple[str, str, float]]) -> None:
         assert kind == "LostPeer", text
         assert "whose own error says why; the last checkpoint is none" in text
     assert max(seconds for *_, seconds in told) < 60  # and not the timeout of a collective
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_where_it_stood_and_names_the_error(config: TrainConfig, tmp_path: Path) -> None:
+    """Each of two lives has four steps before its fault: checkpoints of the 3rd and, gone on from it, the 6th."""
+    toml = tmp_path / "run.toml"
+    model = "\n".join(f"{k} = {v}" for k, v in config.model.to_dict().items() if type(v) is int)
+    toml.write_text(
+        f'train_data = "{config.train_data}"\nout_dir = "{config.out_dir}"\nparallel = "ddp"\nbatch_size = 8\n'
+        f'dtype = "float32"\ndevice = "cpu"\npeak_flops = 1e9\ncheckpoint_every = 3\nlog_every = 1\n[model]\n{model}\n'
+    )
+    command = "-m torch.distributed.run --nproc-per-node 2 --max-restarts 1 --rdzv-backend c10d --rdzv-endpoint"
+    ended = subprocess.run(
+        [sys.executable, *command.split(), "127.0.0.1:0", "-m", "support.faulty_run", "train", "--config", str(toml)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode != 0
+    assert "going on from step 3" in ended.stderr
+    assert "RuntimeError: power cut" in ended.stderr.partition("Root Cause")[2]
+    assert "lost another of the 2, whose own error says why" in ended.stderr
+    assert [p.name for p in list_checkpoints(config.out_dir / "checkpoints")] == ["step-00000003", "step-00000006"]
+    assert [r["step"] for r in log_of(config)] == [1, 2, 3, 4, 5, 6, 7]
