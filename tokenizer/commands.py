@@ -174,6 +174,8 @@ def encode(
     """Encode text files into a token file each (.bin and .bin.json), or --text to the screen."""
     import time
 
+    from .files import header_path, read_json
+
     loaded = load(tokenizer)
     if text is not None:
         if offsets:
@@ -188,7 +190,9 @@ def encode(
     for file, written in zip(files, outs, strict=True):
         began = time.perf_counter()
         n = loaded.encode_file(file, written, num_workers=num_workers, progress=not quiet)
-        seconds, size = time.perf_counter() - began, file.stat().st_size
+        seconds = time.perf_counter() - began
+        has_header = header_path(written).exists()  # a pipe has none
+        size = read_json(header_path(written))["n_bytes"] if has_header else file.stat().st_size
         print(f"{written}: {n:,} tokens of {size / max(n, 1):.3f} bytes, {size / 1e6 / seconds:.1f} MB/s")
 
 

@@ -116,7 +116,7 @@ def _ranges(span: Span, cutter: Cutter, size: int) -> Iterator[tuple[Block, int]
 def _pieces(span: Span, cutter: Cutter, size: int) -> Iterator[tuple[Block, int]]:
     with open_text(span.path) as file:
         pieces = cut_stream(iter(partial(file.read, size), b""), cutter, size)
-        read = _progress(file)
+        read = _progress(file, 0)
         for piece, is_last in with_last(pieces):
             yield Text(piece, is_last), read()
 
@@ -131,7 +131,7 @@ def _lines(span: Span, size: int) -> Iterator[tuple[Block, int]]:
         if span.k:
             file.seek(start - 1)
             offset = start - 1 + len(file.readline())  # the line that begins before belongs to the span before
-        read = _progress(file)
+        read = _progress(file, offset)
         while (left := size if stop is None else min(size, stop - offset)) > 0:
             data = file.read(left)
             if not data.endswith(b"\n"):
@@ -143,9 +143,8 @@ def _lines(span: Span, size: int) -> Iterator[tuple[Block, int]]:
             line = None if line is None else line + data.count(b"\n")
 
 
-def _progress(file: IO[bytes]) -> Callable[[], int]:
-    """Gives, each time, how many bytes of the file on disk were read since the last."""
-    before = place(file)
+def _progress(file: IO[bytes], before: int) -> Callable[[], int]:
+    """Gives, each time, how many bytes of the file on disk were read since the last, at first since `before`."""
 
     def read() -> int:
         nonlocal before
@@ -201,7 +200,7 @@ def documents(block: Lines | Rows, field: str) -> list[str]:
     try:
         lines = data.decode().split("\n")
     except UnicodeDecodeError as error:
-        raise _wrong(block, data.count(b"\n", 0, error.start), f"is no UTF-8: {error}") from None
+        raise _wrong(block, data.count(b"\n", 0, error.start), f"is no UTF-8, expected JSON: {error}") from None
     found = []
     for n, line in enumerate(lines):
         if not line.strip():
@@ -209,11 +208,13 @@ def documents(block: Lines | Rows, field: str) -> list[str]:
         try:
             text = json.loads(line)[field]
         except (ValueError, RecursionError) as error:
-            raise _wrong(block, n, f"is no JSON: {error}") from None
+            raise _wrong(block, n, f"is no JSON, expected an object on each line: {error}") from None
         except (KeyError, TypeError, IndexError):
             content = json.loads(line)
             keys = ", ".join(map(repr, islice(content, 20))) if isinstance(content, dict) else type(content).__name__
-            raise _wrong(block, n, f"has no field {field!r}, but {keys or 'none'}") from None
+            raise _wrong(
+                block, n, f"has no field {field!r}, expected an object with it, got {keys or 'none'}"
+            ) from None
         if text is not None and not isinstance(text, str):
             raise _wrong(block, n, f"has {type(text).__name__} in the field {field!r}, expected text")
         found.append(_repaired(text or ""))
@@ -237,7 +238,7 @@ def _wrong(block: Lines, n: int, what: str) -> ValueError:
             while left and (data := file.read(min(left, 1 << 20))):
                 left -= len(data)
                 line += data.count(b"\n")
-    return ValueError(f"{block.path}, line {line + n}: {what}; expected a JSON object on each line")
+    return ValueError(f"{block.path}, line {line + n}: {what}")
 
 
 def with_last(items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:

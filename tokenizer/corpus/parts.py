@@ -54,8 +54,9 @@ def find_files(inputs: Sequence[str | os.PathLike[str]]) -> tuple[list[Path], li
         raise ValueError("input: got no file, expected one at least")
     seen: dict[str, Path] = {}
     for path in found:
-        if (first := seen.setdefault(os.path.realpath(path), path)) is not path:
-            raise ValueError(f"input: {path} is given twice" + (f", as {first} too" if first != path else ""))
+        if (real := os.path.realpath(path)) in seen:
+            raise ValueError(f"input: {path} is given twice, as {seen[real]} before")
+        seen[real] = path
     return found, left_out
 
 

@@ -96,29 +96,32 @@ def prepare(
         remove_leftovers(out, pattern)
     # A task of so many bytes has no more tokens than a shard, were they a byte each and an end behind each.
     size = min(_TASK, max(1, int(shard_tokens) // 4))
-    marks = {} if eod is None else {eod: eod_id}
+    marks = {} if eod is None or eod_id is None else {eod: eod_id}
     cutter = SpecialIds(
         tokenizer.special_tokens if allow_special else marks, tokenizer.pattern, tokenizer.definition.options
     ).cutter
-    tasks = (
-        task
-        for part in todo
-        for task in _tasks(part, all_parts[part], cutter, size, field)
-        if task.number >= (done[part][-1]["n_tasks"] if done[part] else 0)
-    )
-    n_odd, n_empty = np.zeros(3, np.int64), 0
     make = partial(EncodeWorker, tokenizer, eod, field, allow_special)
+    n_odd, n_empty = np.zeros(3, np.int64), 0
     with progress_bars(progress) as bar, Crew(make, num_workers) as crew:
         advance = bar("Encoding", sum(span.size for part in todo for span in all_parts[part]))
 
-        def followed() -> Iterator[Result]:
+        def left() -> Iterator[Task]:
+            for part in todo:
+                n_done = done[part][-1]["n_tasks"] if done[part] else 0
+                for task in _tasks(part, all_parts[part], cutter, size, field):
+                    if task.number < n_done:
+                        advance(task.n_read)
+                    else:
+                        yield task
+
+        def results() -> Iterator[Result]:
             nonlocal n_odd, n_empty
-            for result in crew.map(tasks):
+            for result in crew.map(left()):
                 advance(result.n_read)
                 n_odd, n_empty = n_odd + result.n_odd, n_empty + result.n_empty
                 yield result
 
-        numbered = _numbered(followed(), {part: len(done[part]) for part in todo}, int(shard_tokens))
+        numbered = _numbered(results(), {part: len(done[part]) for part in todo}, int(shard_tokens))
         for (part, number), group in groupby(numbered, lambda item: item[0]):
             header = _write(_path(out, part, number), (result for _, result in group), tokenizer, eod_id)
             done[part] += [header] if header else []
@@ -149,24 +152,23 @@ def _refuse_overlap(out: Path, inputs: Iterable[str | os.PathLike[str]], files: 
 
 
 def _claim(out: Path, made_of: dict[str, Any]) -> None:
-    """Writes corpus.json, or raises ValueError where there is one of another corpus."""
+    """Writes corpus.json, or raises ValueError where there are shards of another corpus."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "corpus.json"
     content = {"format": FORMAT, "version": VERSION, **made_of}
-    if path.exists():
-        earlier = read_json(path)
-        for name, value in content.items():
-            if not isinstance(earlier, dict) or earlier.get(name) != value:
-                was, now = (earlier.get(name) if isinstance(earlier, dict) else None), value
-                if name == "inputs" and isinstance(was, list):
-                    was, now = ([item for item in a if item not in b][:1] for a, b in ((was, now), (now, was)))
-                raise ValueError(
-                    f"out: {out} holds a corpus of other {name}, {was!r}, expected {now!r} or another folder"
-                )
-    elif other := next(out.glob("shard-*.bin"), None):
-        raise ValueError(f"out: {out} holds {other.name} but no corpus.json, expected another folder")
-    else:
+    if not any(out.glob("shard-*")):
         write_json(path, content)
+        return
+    if not path.exists():
+        raise ValueError(f"out: {out} holds token files but no corpus.json, expected another folder")
+    earlier = read_json(path)
+    for name, now in content.items():
+        before = earlier.get(name) if isinstance(earlier, dict) else None
+        if before == now:
+            continue
+        if name == "inputs" and isinstance(before, list):  # the first that differs
+            before, now = ([item for item in a if item not in b][:1] for a, b in ((before, now), (now, before)))
+        raise ValueError(f"out: {out} holds a corpus of other {name}, {before!r}, expected {now!r} or another folder")
 
 
 def _path(out: Path, part: int, number: int | None) -> Path:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import atomic
-from ..pretokenize import Pattern
+from ..pretokenize import PATTERNS, Pattern
 from .count import WordCounter, Words
 
 FORMAT, VERSION = "rooflight-counts", 1
@@ -48,19 +48,24 @@ def read_counts(
     """
     counter = WordCounter()
     total = 0
-    seen: dict[str, str] = {}
-    for path in paths:
-        name = os.fspath(path)
-        if seen.setdefault(os.path.realpath(name), name) is not name:
+    seen: set[str] = set()
+    for name in map(os.fspath, paths):
+        if os.path.realpath(name) in seen:
             raise ValueError(f"counts: {name} is given twice, its words would count double")
+        seen.add(os.path.realpath(name))
         words, header = _read(name)
         for key, expected in (("pattern", pattern), ("special_tokens", list(special_tokens))):
-            if header[key] != json.loads(json.dumps(expected)):
-                raise ValueError(f"counts: {name} was made with the {key} {header[key]!r}, expected {expected!r}")
+            if (found := header[key]) != json.loads(json.dumps(expected)):
+                raise ValueError(f"counts: {name} was made with the {key} {_named(found)}, expected {_named(expected)}")
         if len(words.counts):
             counter.add(words.pretokens(), words.counts)
         total += header["n_bytes"]
     return counter.words(), total
+
+
+def _named(value: Pattern | list[str]) -> str:
+    """A pattern's name, if it has one, or what it is."""
+    return next((name for name, pattern in PATTERNS.items() if pattern == value), repr(value))
 
 
 def _read(path: str) -> tuple[Words, dict]:
