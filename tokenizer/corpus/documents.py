@@ -77,13 +77,10 @@ class Lines(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Texts of a Parquet file, None where it has none."""
+    """Texts of a Parquet file, None where it has none. size: in bytes."""
 
     texts: list[str | None]
-
-    @property
-    def size(self) -> int:
-        return sum(len(text or "") for text in self.texts)
+    size: int
 
 
 Block = Range | Text | Lines | Rows
@@ -169,22 +166,20 @@ def _rows(span: Span, size: int, field: str) -> Iterator[tuple[Block, int]]:
             n = file.num_row_groups
             groups = range(n * span.k // span.n, n * (span.k + 1) // span.n)
             n_rows = sum(file.metadata.row_group(group).num_rows for group in groups)
-            done = 0
+            done = n_bytes = 0
             texts: list[str | None] = []
-            n_characters = 0
             for batch in file.iter_batches(_ROWS, row_groups=list(groups), columns=[field]):
-                values = batch.column(0).to_pylist()
-                for value in values:
+                for value in batch.column(0).to_pylist():
                     if value is not None and not isinstance(value, str):
                         raise ValueError(f"has {type(value).__name__} in the column {field!r}, expected text")
-                texts += values
-                n_characters += sum(map(len, filter(None, values)))
-                if n_characters >= size:
-                    before, done = done, done + len(texts)
-                    yield Rows(texts), span.size * done // n_rows - span.size * before // n_rows
-                    texts, n_characters = [], 0
+                    texts.append(value)
+                    n_bytes += len((value or "").encode())
+                    if n_bytes >= size:
+                        before, done = done, done + len(texts)
+                        yield Rows(texts, n_bytes), span.size * done // n_rows - span.size * before // n_rows
+                        texts, n_bytes = [], 0
             if texts:
-                yield Rows(texts), span.size - span.size * done // n_rows
+                yield Rows(texts, n_bytes), span.size - span.size * done // n_rows
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"path: {span.path!r}: {error}") from None
 

@@ -15,8 +15,8 @@ from ..pretokenize import utf8
 from ..tokenizer import Tokenizer
 from .documents import Block, Lines, Range, Rows, Text, documents
 
-# Characters of a document above which it is encoded in pieces.
-_LONG = 1 << 22
+# Characters of a document above which it is encoded in pieces, and the bytes of a piece.
+_LONG = _PIECE = 1 << 22
 
 
 class Task(NamedTuple):
@@ -93,7 +93,7 @@ class EncodeWorker:
             if len(text) < _LONG:
                 pieces.append(text)
             else:
-                pieces += (piece.decode() for piece in cut_stream([utf8(text)], self._cutter))
+                pieces += (piece.decode() for piece in cut_stream([utf8(text)], self._cutter, _PIECE))
         ids, counts = self._tokenizer.encode_many(pieces, allowed_special=self._allowed_in_documents)
         return ids, np.add.reduceat(counts, firsts).tolist() if firsts else []
 
