@@ -70,7 +70,7 @@ def _named(value: Pattern | list[str]) -> str:
 
 def _read(path: str) -> tuple[Words, dict]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             header = json.loads(file["header"].tobytes())
             if (header["format"], header["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"version {header['version']}")
