@@ -251,8 +251,12 @@ def reduce_losses(losses: Tensor, target: Tensor, ignore_index: int, reduction: 
     return total if reduction == "sum" else total / count_targets(target, ignore_index)
 
 
-def count_targets(target: Tensor, ignore_index: int) -> Tensor:
-    """What the mean divides by: the targets that are not ignore_index, one at least; a scalar on their device."""
+def count_targets(target: Tensor, ignore_index: int = -100) -> Tensor:
+    """What the mean divides by: the targets that are not ignore_index, one at least; a scalar on their device.
+
+    A batch in parts, as gradient accumulation takes it, has its mean in their "sum"s over the count of all its targets:
+    the parts' own means would weigh a target the more, the fewer there are beside it.
+    """
     return (target != ignore_index).sum().clamp(min=1)
 
 
