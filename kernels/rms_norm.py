@@ -21,7 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cost, reference
-from .dispatch import apply, call, check_device, check_dtype, check_number, define_op, refuse_transforms, runs_triton
+from .dispatch import (
+    apply,
+    call,
+    check_device,
+    check_dtype,
+    check_number,
+    checked_once,
+    define_op,
+    refuse_transforms,
+    runs_triton,
+)
 from .launching import TENSOR, Plan
 from .rms_norm_tiles import (
     BACKWARD_TILE,
@@ -184,19 +194,18 @@ def _rms_norm_dw_kernel(partial_ptr, dw_ptr, PROGRAMS, N, ROWS: tl.constexpr, BL
 
 def rms_norm_fwd(
     x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the stream x + residual (empty without a residual) and rstd (rows,)."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """y, the stream x + residual (none without a residual) and rstd (rows,)."""
     N = x.shape[-1]
     y, stream, rstd = _rms_norm_fwd_fake(x, weight, eps, residual, weight_offset)
-    M = rstd.numel()
+    M = rstd.shape[0]
     if M == 0:
         return y, stream, rstd
     x, x_layout = row_layout(x)
     residual, residual_layout = (None, None) if residual is None else row_layout(residual)
     weight = None if weight is None else weight.contiguous()
-    plan = _forward_plan(
-        M, N, x.dtype, stream.element_size(), x.device, x_layout, residual_layout, float(eps), float(weight_offset)
-    )
+    itemsize = (x if stream is None else stream).dtype.itemsize
+    plan = _forward_plan(M, N, x.dtype, itemsize, x.device, x_layout, residual_layout, float(eps), float(weight_offset))
     plan(x, residual, weight, y, stream, rstd)
     return y, stream, rstd
 
@@ -220,12 +229,12 @@ def _forward_plan(
 def rms_norm_bwd(
     dy: Tensor, dstream: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, weight_offset: float,
     needs_dw: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dh, contiguous in h's dtype, and dw (empty unless needed)."""
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """dh, contiguous in h's dtype, and dw, where it is needed."""
     N, M = h.shape[-1], rstd.numel()
     dh, dw = _rms_norm_bwd_fake(dy, dstream, h, weight, rstd, weight_offset, needs_dw)
     if M == 0:
-        return dh, dw.zero_()
+        return dh, None if dw is None else dw.zero_()
     h, h_layout = row_layout(h)
     dy, dy_layout = row_layout(dy)
     dstream, dstream_layout = (None, None) if dstream is None else row_layout(dstream)
@@ -236,7 +245,7 @@ def rms_norm_bwd(
     mean = None if mean_plan is None else torch.empty_like(rstd)
     if mean_plan is not None:
         mean_plan(h, dy, weight, rstd, mean)
-    partial = torch.empty((programs, N), dtype=rstd.dtype, device=h.device) if needs_dw else None
+    partial = torch.empty_strided((programs, N), (N, 1), dtype=rstd.dtype, device=h.device) if dw is not None else None
     plan(h, dy, dstream, weight, rstd, mean, dh, partial)
     if partial is not None:
         dw_plan(partial, dw)
@@ -275,21 +284,23 @@ def _backward_plans(
 
 def _rms_norm_fwd_fake(
     x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    if residual is None:
-        stream = x.new_empty(0)
-    else:
-        dtype = torch.promote_types(x.dtype, residual.dtype)
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    stream, dtype = None, x.dtype
+    if residual is not None:
+        dtype = torch.promote_types(dtype, residual.dtype)
         stream = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    rstd = x.new_empty(x.shape[:-1].numel(), dtype=statistics(stream.dtype)[0])
+    rows = x.shape[:-1].numel()
+    rstd = torch.empty_strided((rows,), (1,), dtype=statistics(dtype)[0], device=x.device)
     return torch.empty_like(x, memory_format=torch.contiguous_format), stream, rstd
 
 
 def _rms_norm_bwd_fake(
     dy: Tensor, dstream: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, weight_offset: float,
     needs_dw: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dw = weight.new_empty(weight.shape) if needs_dw and weight is not None else h.new_empty(0)
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    dw = None
+    if needs_dw and weight is not None:
+        dw = torch.empty_strided(weight.shape, (1,), dtype=weight.dtype, device=h.device)
     return torch.empty_like(h, memory_format=torch.contiguous_format), dw
 
 
@@ -307,30 +318,38 @@ def _matrix(shape: Any) -> tuple[int, int]:
     return torch.Size(shape[:-1]).numel(), shape[-1]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, weight, _, residual, ctx.weight_offset = inputs
     _, stream, rstd = output
     ctx.save_for_backward(x if residual is None else stream, weight, rstd)
-    ctx.mark_non_differentiable(*((stream, rstd) if residual is None else (rstd,)))
-    ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+    ctx.dtypes = None if residual is None else (x.dtype, residual.dtype)
     ctx.set_materialize_grads(False)
+
+
+def _save_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Of the operator, which returns more than an eager call."""
+    _save(ctx, inputs, output)
+    _, stream, rstd = output
+    ctx.mark_non_differentiable(*((stream, rstd) if ctx.dtypes is None else (rstd,)))
 
 
 def _backward(ctx: Any, dy: Tensor | None, dstream: Tensor | None = None, drstd: Tensor | None = None) -> Any:
     h, weight, rstd = ctx.saved_tensors
     needs_dx, needs_dw, _, needs_dresidual, _ = ctx.needs_input_grad
-    if ctx.dtypes[1] is None:
+    if ctx.dtypes is None:
         dstream = None  # of the empty output, whatever its gradient
     dh, dw = dstream, None
     if dy is not None:
         dh, dw = call(_bwd, dy, dstream, h, weight, rstd, ctx.weight_offset, needs_dw)
-    dx = dh.to(ctx.dtypes[0]) if needs_dx and dh is not None else None
-    dresidual = dh.to(ctx.dtypes[1]) if needs_dresidual and dh is not None else None
+    dx = dh if needs_dx else None
+    dresidual = dh if needs_dresidual else None
+    if ctx.dtypes is not None:
+        dx, dresidual = (x if x is None else x.to(to) for x, to in zip((dx, dresidual), ctx.dtypes, strict=True))
     return dx, dw if needs_dw else None, None, dresidual, None
 
 
 _bwd = define_op(rms_norm_bwd, _rms_norm_bwd_fake, _bwd_flops)
-_fwd = define_op(rms_norm_fwd, _rms_norm_fwd_fake, _fwd_flops, setup_context=_save, backward=_backward)
+_fwd = define_op(rms_norm_fwd, _rms_norm_fwd_fake, _fwd_flops, setup_context=_save_operator, backward=_backward)
 
 # ---------------------------------------------------------------- public
 
@@ -345,6 +364,29 @@ class RMSNormFunction(torch.autograd.Function):
         return output[0] if inputs[3] is None else output[:2]
 
     backward = staticmethod(_backward)
+
+
+@checked_once
+def _checked(
+    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float
+) -> tuple[float, float]:
+    """eps and weight_offset, once everything is as rms_norm wants it."""
+    check_dtype("x", x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected shape (..., N) with N >= 1, got {tuple(x.shape)}")
+    eps, weight_offset = check_number("eps", eps), check_number("weight_offset", weight_offset)
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps: expected > 0 and finite, got {eps}")
+    if weight is not None:
+        check_dtype("weight", weight)
+        if weight.shape != x.shape[-1:]:
+            raise ValueError(f"weight: expected shape ({x.shape[-1]},), the last of x, got {tuple(weight.shape)}")
+    if residual is not None:
+        check_dtype("residual", residual)
+        if residual.shape != x.shape:
+            raise ValueError(f"residual: expected x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+    check_device(("x", x), ("weight", weight), ("residual", residual))
+    return eps, weight_offset
 
 
 def rms_norm(
@@ -367,21 +409,7 @@ def rms_norm(
     oracle. Under the kernels a second derivative and torch.func transforms raise NotImplementedError.
     Raises ValueError on a shape, dtype or device mismatch, on eps <= 0 and on a tensor for a number.
     """
-    check_dtype("x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: expected shape (..., N) with N >= 1, got {tuple(x.shape)}")
-    eps, weight_offset = check_number("eps", eps), check_number("weight_offset", weight_offset)
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps: expected > 0 and finite, got {eps}")
-    if weight is not None:
-        check_dtype("weight", weight)
-        if weight.shape != x.shape[-1:]:
-            raise ValueError(f"weight: expected shape ({x.shape[-1]},), the last of x, got {tuple(weight.shape)}")
-    if residual is not None:
-        check_dtype("residual", residual)
-        if residual.shape != x.shape:
-            raise ValueError(f"residual: expected x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
-    check_device(("x", x), ("weight", weight), ("residual", residual))
+    eps, weight_offset = _checked(x, weight, eps, residual, weight_offset)
     if not runs_triton(x):
         result = reference.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)
         return result.contiguous() if isinstance(result, Tensor) else (result[0].contiguous(), result[1].contiguous())
