@@ -96,10 +96,7 @@ def variant(
 
     None where an argument is of a kind that is not known here, or a runtime argument is missing.
     """
-    try:
-        n_runtime = kernel.rooflight_n_runtime
-    except AttributeError:
-        n_runtime = _prepare(kernel)
+    n_runtime = _prepared(kernel)
     if len(args) < n_runtime:
         return None
     key: list[Any] = [device, knobs.runtime.debug, knobs.compilation.instrumentation_mode]
@@ -162,7 +159,7 @@ class Plan:
             handle(*self._sizes, active.get_current_stream(device), given)
             return
         compiled = self._through_triton(tensors)
-        n_runtime = _prepare(kernel)
+        n_runtime = _prepared(kernel)
         n_given = len(self._args) if not self._tuples else self._tuples[0][2]
         if n_given >= n_runtime and (handle := _handle(compiled, len(kernel.params) - n_given)):
             self._handles[variant] = handle
@@ -190,8 +187,12 @@ def _observed(kernel: Any) -> bool:
     return bool(kernel.pre_run_hooks) or getattr(runtime, "add_stages_inspection_hook", None) is not None
 
 
-def _prepare(kernel: Any) -> int:
-    """How many parameters come before the constants, which must be the last; makes the place for the handles."""
+def _prepared(kernel: Any) -> int:
+    """How many parameters come before the constants, which must be the last; makes the place for the handles, once."""
+    try:
+        return kernel.rooflight_n_runtime
+    except AttributeError:
+        pass
     constant = [param.is_constexpr for param in kernel.params]
     n_runtime = constant.index(True) if True in constant else len(constant)
     if not all(constant[n_runtime:]):
