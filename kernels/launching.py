@@ -114,7 +114,7 @@ class Plan:
     """A launch but for its tensors: plan(*tensors) is launch(kernel, grid, *args, **constants) with them for TENSOR.
 
     What is the same for the same shapes, strides and options is worked out once; the caller keeps the plan by these.
-    A tensor's place may be empty (None), in the arguments or in a tuple among them.
+    Tensors, or None, come in the order of their places, in the arguments or in a tuple among them.
     """
 
     __slots__ = ("_args", "_constants", "_grid", "_handles", "_kernel", "_places", "_sizes", "_tuples")
@@ -123,14 +123,18 @@ class Plan:
         self._kernel, self._grid, self._constants = kernel, grid, constants
         self._sizes = (*grid, 1, 1)[:3]
         self._handles: dict[tuple[Any, ...], Launch] = {}
-        # The arguments flat, tuples that hold tensors taken apart behind the others: (where it goes, from, to).
+        # The arguments flat, tuples that hold tensors taken apart behind the others: (where it goes, type, from, to).
         self._args = list(args)
         self._tuples: list[tuple[int, Any, int, int]] = []
+        self._places: list[int] = []  # in the order of the arguments
         for i, arg in enumerate(args):
-            if isinstance(arg, tuple) and any(part is TENSOR for part in arg):
-                self._tuples.append((i, type(arg), len(self._args), len(self._args) + len(arg)))
+            if arg is TENSOR:
+                self._places.append(i)
+            elif isinstance(arg, tuple) and any(part is TENSOR for part in arg):
+                first = len(self._args)
+                self._places += [first + j for j, part in enumerate(arg) if part is TENSOR]
                 self._args += arg
-        self._places = [i for i, arg in enumerate(self._args) if arg is TENSOR]
+                self._tuples.append((i, type(arg), first, len(self._args)))
 
     def __call__(self, *tensors: Any) -> None:
         kernel = self._kernel

@@ -226,19 +226,19 @@ def a_known_launch(stand_in: Any) -> dict[str, Any]:
             asked.add(name)
             return getattr(stand_in, name)
 
-    x, y = torch.zeros(16), torch.zeros(16)
+    x, y = torch.zeros(17)[1:], torch.zeros(16)  # told apart by their addresses modulo 16
     plan = launching.Plan(
-        _every_kind, (1,), launching.TENSOR, 3, 4, 0.5, (launching.TENSOR, 2), FIRST=1, SECOND=2
+        _every_kind, (1,), (launching.TENSOR, 2), 3, 4, 0.5, launching.TENSOR, FIRST=1, SECOND=2
     )  # fmt: skip
     for _ in range(2):
-        launching.launch(_every_kind, (1,), x, 3, 4, 0.5, (y, 2), FIRST=1, SECOND=2)
+        launching.launch(_every_kind, (1,), (x, 2), 3, 4, 0.5, y, FIRST=1, SECOND=2)
         plan(x, y)
     stand_in.launched.clear()
     import triton
 
     triton.runtime.driver.set_active(Asked())
     with Seen():
-        launching.launch(_every_kind, (1,), x, 3, 4, 0.5, (y, 2), FIRST=1, SECOND=2)
+        launching.launch(_every_kind, (1,), (x, 2), 3, 4, 0.5, y, FIRST=1, SECOND=2)
         plan(x, y)
     triton.runtime.driver.set_active(stand_in)
     first, second = (comparable(stand_in, call) for call in stand_in.launched)
