@@ -2,8 +2,9 @@
 
     <out_dir>/diverged/step-00000034/
 
-is a checkpoint (checkpoint.py): parameters, optimizers, random generators and step of that moment, with the step's
-batch, its loss and its gradient's norm beside them. It needs nothing else of the run, not even its tokens.
+is a checkpoint (checkpoint/): parameters, optimizers, random generators and step of that moment, with the step's
+batch, its loss and its gradient's norm beside them. It needs nothing else of the run, not even its tokens; the batch is
+that of all ranks, so that one process computes again what several had.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from ..model.typed import typed
 from .checkpoint import find_checkpoint, load_checkpoint, load_extra, save_checkpoint
+from .checkpoint.ranks import Ranks
 from .config import TrainConfig
 from .files import remove_folder
 from .graph import autocast
@@ -92,8 +95,7 @@ def find_divergence(
                 "grad_norm": norm,
             }
             directory = out_dir / DUMPS
-            if (earlier := directory / f"step-{done:08d}").exists():
-                remove_folder(earlier)
+            Ranks().first(partial(_remove_earlier, directory / f"step-{done:08d}"))
             return done + 1, save_checkpoint(
                 directory, learner.model, learner.optimizers, step=done, extra=extra, tokenizer_hash=tokenizer_hash
             )
@@ -101,6 +103,11 @@ def find_divergence(
         learner.take_step.update()
         done += 1
     return None
+
+
+def _remove_earlier(dump: Path) -> None:
+    if dump.exists():
+        remove_folder(dump)
 
 
 @typed

@@ -6,6 +6,7 @@ what every tensor must be.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import resource
@@ -31,6 +32,7 @@ from rooflight.kernels import reference
 from rooflight.model import ModelConfig, Transformer
 from rooflight.model.transformer import unwrapped
 from rooflight.training.checkpoint import (
+    BackgroundSaves,
     DamagedCheckpoint,
     list_checkpoints,
     load_checkpoint,
@@ -144,14 +146,17 @@ def join(context: Any) -> None:
         pass
 
 
-def save_for_ever(rank: int, folder: str, layout: str) -> None:
-    """Save step after step, until somebody kills a rank."""
+def save_for_ever(rank: int, folder: str, layout: str, background: bool) -> None:
+    """Save step after step, until somebody kills a rank; folder/../<rank> says what the others then raise."""
     model, optimizers = build(layout)
-    step = 0
-    while True:
-        step += 1
-        fill(model, optimizers, step)
-        save_checkpoint(folder, model, optimizers, step=step)
+    saves = BackgroundSaves()
+    try:
+        for step in itertools.count(1):
+            fill(model, optimizers, step)
+            (saves.begin if background else save_checkpoint)(folder, model, optimizers, step=step)
+    except Exception as error:
+        Path(folder).with_name(str(rank)).write_text(f"{type(error).__name__}: {error}")
+        raise
 
 
 def _draws(seed: int) -> torch.Tensor:
@@ -161,14 +166,25 @@ def _draws(seed: int) -> torch.Tensor:
 
 def save_all(rank: int, folder: str, world: int) -> None:
     """Of each layout a checkpoint, whose numbers and step are its own."""
-    for layout in LAYOUTS[1:] if world > 1 else LAYOUTS[:1]:
-        model, optimizers = build(layout)
-        step = 10 * world + LAYOUTS.index(layout)
-        fill(model, optimizers, step)
-        torch.manual_seed(step + rank)
-        extra = {"step": step, "ids": torch.arange(step)} if rank == 0 else None
-        path = save_checkpoint(folder, model, optimizers, step=step, extra=extra, tokenizer_hash="ab" * 32, keep=99)
-        assert path.name == f"step-{step:08d}"
+    with BackgroundSaves() as saves:
+        for layout in LAYOUTS[1:] if world > 1 else LAYOUTS[:1]:
+            model, optimizers = build(layout)
+            step = 10 * world + LAYOUTS.index(layout)
+            fill(model, optimizers, step)
+            torch.manual_seed(step + rank)
+            extra = {"step": step, "ids": torch.arange(step)} if rank == 0 else None
+            options: Any = {"step": step, "extra": extra, "tokenizer_hash": "ab" * 32, "keep": 99}
+            if world == 2:
+                assert save_checkpoint(folder, model, optimizers, **options).name == f"step-{step:08d}"
+                continue
+            saves.begin(folder, model, optimizers, **options)
+            fill(model, optimizers, seed=2)  # the run goes on
+            torch.manual_seed(2)
+            if layout == "ddp":
+                path = saves.finish()
+                assert path is not None
+                assert path.name == f"step-{step:08d}"
+                assert saves.finish() is None
 
 
 def load_all(rank: int, folder: str, world: int) -> None:
@@ -208,6 +224,10 @@ def fail(rank: int, folder: str) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (9000, full[1]))
         with pytest.raises(OSError, match=rf"could not write .*step-00000003: rank {failing}: .*File too large"):
             save_checkpoint(directory, model, optimizers, step=3)
+        saves = BackgroundSaves()
+        saves.begin(directory, model, optimizers, step=3)
+        with pytest.raises(OSError, match=rf"could not write .*step-00000003: rank {failing}: .*File too large"):
+            saves.finish()
         resource.setrlimit(resource.RLIMIT_FSIZE, full)
         dist.barrier()  # rank 0 has removed what it began
         assert sorted(p.name for p in directory.iterdir()) == ["step-00000001", "step-00000002"]

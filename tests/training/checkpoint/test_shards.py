@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -97,7 +98,7 @@ def _kill_in_a_save(tmp_path: Path, kills: int, seed: int) -> None:
     chance = random.Random(seed)
     for n in range(kills):
         directory = tmp_path / f"{n}" / "checkpoints"
-        context = start(2, tmp_path / f"{n}", save_for_ever, str(directory), ("fsdp", "ddp")[n % 2])
+        context = start(2, tmp_path / f"{n}", save_for_ever, str(directory), ("fsdp", "ddp")[n % 2], n % 3 == 1)
         while not list_checkpoints(directory):
             time.sleep(0.02)
         doomed = n // 2 % 2
@@ -113,6 +114,7 @@ def _kill_in_a_save(tmp_path: Path, kills: int, seed: int) -> None:
         os.kill(pid, signal.SIGKILL)
         context.processes[1 - doomed].join(60)  # it learns of it by the connection, and ends by itself
         assert context.processes[1 - doomed].exitcode == 1
+        assert re.match("RuntimeError: .*gloo", directory.with_name(str(1 - doomed)).read_text())  # no OSError
         with pytest.raises((ProcessExitedException, ProcessRaisedException)):
             join(context)
         assert bool(list(directory.glob(".tmp-step*"))) == (doomed == 0)  # a living rank 0 removes what it began
