@@ -6,6 +6,7 @@ what every tensor must be.
 
 from __future__ import annotations
 
+import io
 import itertools
 import multiprocessing
 import os
@@ -21,6 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -39,13 +41,15 @@ from rooflight.training.checkpoint import (
     load_latest,
     save_checkpoint,
 )
+from rooflight.training.config import TrainConfig
+from rooflight.training.loop import train
 from rooflight.training.optim import build_optimizers
 
 # Nothing divides by 3, the fused q, k and v have unequal rows, and the embedding is the output's matrix too.
 CONFIG = ModelConfig(32, 8, 2, 4, n_kv_head=2, d_model=16, d_ff=40, qk_norm=True, tie_embeddings=True)
 
 LAYOUTS = ("one", "fsdp", "ddp")
-PRELOADED = ["pytest", "torch._dynamo", "rooflight.training.checkpoint.shards", "rooflight.training.optim"]
+PRELOADED = ["pytest", "torch._dynamo", "rooflight.training.checkpoint.shards", "rooflight.training.loop"]
 STATES = {"AdamW": ("exp_avg", "exp_avg_sq", "step"), "Muon": ("momentum",)}
 
 
@@ -272,3 +276,9 @@ def fail(rank: int, folder: str) -> None:
         model(ids)
         load_checkpoint(directory, model, optimizers)
     assert wrong(model, optimizers, 3) == []
+
+
+def go_on(rank: int, config: TrainConfig) -> None:
+    """train(config) on the ranks that there are."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(dist.get_world_size()))
+    train(config, console=Console(file=io.StringIO()))

@@ -70,10 +70,11 @@ def test_the_step_is_found_and_replayed(config, tmp_path, monkeypatch, spoil, wh
     healthy = dataclasses.replace(config, out_dir=tmp_path / "healthy", checkpoint_every=BAD)
     train(healthy, console=quiet)
     dump = config.out_dir / "diverged" / f"step-{BAD:08d}"
+    changed = dataclasses.replace(config, async_checkpoints=what == "loss")
     with monkeypatch.context() as patch:
         spoil(patch, what)
         with pytest.raises(TrainingDiverged, match=rf"step {BAD + 1} is the first, which `rooflight replay {dump}`"):
-            train(dataclasses.replace(config, checkpoint_every=checkpoint_every), console=quiet)
+            train(dataclasses.replace(changed, checkpoint_every=checkpoint_every), console=quiet)
         shutil.move(dump, tmp_path / "dump")  # it needs nothing else of the run
         shutil.rmtree(config.out_dir)
         config.train_data.unlink()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from ...model import Transformer
 from ...model.transformer import unwrapped
 from ...model.typed import typed
+from ..distributed import TIMEOUT
 from ..files import remove_folder
 from .folder import MODEL, SHARDS, STATE, WEIGHTS, earlier_whole, file_entries, write_manifest
 from .ranks import Ranks
@@ -58,12 +59,14 @@ class BackgroundSaves:
     Where there are several ranks all of them make one and call it alike: their threads talk through a group of gloo of
     their own. A checkpoint is as atomic as any, and what a crash leaves is the one before it. Entered, it waits at the
     end for what it has begun.
+    saved: told, in that thread, the path of each that is whole.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, saved: Callable[[Path], object] = lambda path: None) -> None:
+        self._saved = saved
         self._ranks = Ranks()
         if self._ranks.size > 1:
-            self._ranks = Ranks(dist.new_group(backend="gloo"))
+            self._ranks = Ranks(dist.new_group(backend="gloo", timeout=TIMEOUT))
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._begun: Future[Path] | None = None
 
@@ -83,7 +86,13 @@ class BackgroundSaves:
         final = _new_name(directory, step, keep, self._ranks)
         snapshot = _snapshot(model, optimizers, step, extra, self._ranks)
         snapshot.copy()
-        self._begun = self._thread.submit(_write, final, snapshot, tokenizer_hash, keep, self._ranks)
+
+        def write() -> Path:
+            path = _write(final, snapshot, tokenizer_hash, keep, self._ranks)
+            self._saved(path)
+            return path
+
+        self._begun = self._thread.submit(write)
 
     def finish(self) -> Path | None:
         """Wait for the checkpoint that was begun last; its path, None where there is none since the last call.
