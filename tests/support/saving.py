@@ -41,9 +41,11 @@ from rooflight.training.checkpoint import (
     load_latest,
     save_checkpoint,
 )
+from rooflight.training.checkpoint.ranks import Ranks
 from rooflight.training.config import TrainConfig
 from rooflight.training.loop import train
 from rooflight.training.optim import build_optimizers
+from rooflight.training.stopping import TrainingDiverged
 
 # Nothing divides by 3, the fused q, k and v have unequal rows, and the embedding is the output's matrix too.
 CONFIG = ModelConfig(32, 8, 2, 4, n_kv_head=2, d_model=16, d_ff=40, qk_norm=True, tie_embeddings=True)
@@ -245,6 +247,15 @@ def fail(rank: int, folder: str) -> None:
         load_checkpoint(directory, model, optimizers[::-1])
     assert wrong(model, optimizers, 2) == []
 
+    class Odd(Exception):
+        """Of a function, so that it cannot be sent."""
+
+    def odd() -> None:
+        raise Odd("here")
+
+    with pytest.raises(RuntimeError, match="Odd: here"):
+        Ranks().first(odd)
+
     good, bad = directory / "good", directory / "step-00000002"
     for name in ("shards/__0_0.distcp", "shards/__1_0.distcp", "shards/.metadata", "state.pt"):
         dist.barrier()
@@ -282,3 +293,9 @@ def go_on(rank: int, config: TrainConfig) -> None:
     """train(config) on the ranks that there are."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(dist.get_world_size()))
     train(config, console=Console(file=io.StringIO()))
+
+
+def diverge(rank: int, config: TrainConfig) -> None:
+    """`go_on`, as far as it goes."""
+    with pytest.raises(TrainingDiverged, match="which `rooflight replay "):
+        go_on(rank, config)
