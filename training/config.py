@@ -30,8 +30,9 @@ MAY_CHANGE = frozenset((
     "train_data", "val_data", "out_dir",  # where they lie: their tokenizer and train_data's size must be the same
     "batch_size", "gradient_accumulation", "max_steps", "max_seconds",
     "lr", "muon_lr", "muon_momentum", "betas", "weight_decay", "schedule", "warmup", "decay", "min_lr_ratio",
-    "grad_clip", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard",
-    "wandb", "dtype", "device", "compile", "checkpointing", "kernels", "peak_flops", "resume", "overwrite",
+    "grad_clip", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "async_checkpoints",
+    "log_every", "tensorboard", "wandb", "dtype", "device", "compile", "checkpointing", "kernels", "peak_flops",
+    "resume", "overwrite",
     "cuda_graph", "init_from", "parallel", "reshard",
 ))  # fmt: skip
 _TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}
@@ -76,6 +77,7 @@ class TrainConfig:
         eval_batches            batches per validation, spread over the file; None: the whole file
         checkpoint_every        steps between checkpoints; there is always one after the last step
         keep_checkpoints        checkpoints to keep, the latest
+        async_checkpoints       write them while the run goes on, from a copy of their tensors in the host's memory
         log_every               steps between log records; the only steps that wait for the device
         tensorboard             the records to TensorBoard too, in out_dir/tensorboard; needs the package tensorboard
         wandb                   a project of Weights & Biases that gets the records too; needs the package wandb
@@ -130,6 +132,7 @@ class TrainConfig:
     eval_batches: int | None = None
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
+    async_checkpoints: bool = False
     log_every: int = 10
     tensorboard: bool = False
     wandb: str | None = None

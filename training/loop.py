@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ..model import estimate
 from ..model.typed import typed
-from .checkpoint import list_checkpoints, load_latest, save_checkpoint, set_aside
+from .checkpoint import BackgroundSaves, list_checkpoints, load_latest, save_checkpoint, set_aside
 from .config import TrainConfig
 from .data import Batches, end_of_document, open_corpus
 from .distributed import World, is_lost_peer, launched, process_group, tell_launcher
@@ -110,6 +110,7 @@ class _Run:
         if world.first:
             self.folder = RunFolder(config.out_dir, resume=config.resume, overwrite=config.overwrite, say=self._say)
         self.checkpoint: Path | None = None
+        self.saves: BackgroundSaves | None = None
         self.factors: list[float] = []  # of the learning rate, in each step since the checkpoint
         work = estimate(config.model, batch_size=config.batch_size, dtype=config.dtype)
         self.step_tokens = config.batch_size * config.model.context_length
@@ -198,6 +199,8 @@ class _Run:
         self.started = time.perf_counter() - totals.elapsed
         means: list[float] = []  # seconds per step, one mean per log interval
         with ExitStack() as stack:
+            if config.async_checkpoints:
+                self.saves = stack.enter_context(BackgroundSaves(self._saved))
             keep_to = self.step if self.checkpoint else None
             records = stack.enter_context(Records(config, keep_to=keep_to, silent=not self.world.first))
             signals = stack.enter_context(StopSignals(patient=self.world.size > 1))
@@ -293,8 +296,10 @@ class _Run:
 
     def _find_divergence(self) -> str:
         """Where the steps since the checkpoint stop being finite when they run again: a clause for the error."""
-        self._say(f"not finite by step {self.step}: running again from {self.checkpoint or 'the start'} to find where")
         try:
+            if self.saves is not None:
+                self.saves.finish()
+            self._say(f"not finite by step {self.step}: running again from {self.checkpoint or 'the start'}")
             found = find_divergence(
                 self.learner,
                 self.checkpoint,
@@ -332,21 +337,26 @@ class _Run:
 
     def _save(self) -> None:
         self.totals.elapsed = self._elapsed()
-        self.checkpoint = save_checkpoint(
-            self.directory,
-            self.learner.model,
-            self.learner.optimizers,
-            step=self.step,
-            extra={
+        model, optimizers = self.learner.model, self.learner.optimizers
+        content: dict[str, Any] = {
+            "step": self.step,
+            "extra": {
                 "totals": asdict(self.totals),
                 "config": self.config.to_dict(),
                 "tokenizer_hash": self.train_data.tokenizer_hash,
                 "n_tokens": self.train_data.n_tokens,
             },
-            tokenizer_hash=self.train_data.tokenizer_hash,
-            keep=self.config.keep_checkpoints,
-        )
+            "tokenizer_hash": self.train_data.tokenizer_hash,
+            "keep": self.config.keep_checkpoints,
+        }
+        if self.saves is None:
+            self._saved(save_checkpoint(self.directory, model, optimizers, **content))
+        else:
+            self.saves.begin(self.directory, model, optimizers, **content)
         self.factors.clear()
+
+    def _saved(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
 
     def _result(self, stopped: str, signal: int | None, means: list[float]) -> TrainResult:
         totals = self.totals

@@ -2,8 +2,9 @@
 
     <out_dir>/diverged/step-00000034/
 
-is a checkpoint (checkpoint.py): parameters, optimizers, random generators and step of that moment, with the step's
-batch, its loss and its gradient's norm beside them. It needs nothing else of the run, not even its tokens.
+is a checkpoint (checkpoint/): parameters, optimizers, random generators and step of that moment, with the step's
+batch, its loss and its gradient's norm beside them. It needs nothing else of the run, not even its tokens; the batch is
+that of all processes, so that one computes again what several had.
 """
 
 from __future__ import annotations

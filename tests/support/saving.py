@@ -6,6 +6,8 @@ what every tensor must be.
 
 from __future__ import annotations
 
+import io
+import itertools
 import multiprocessing
 import os
 import resource
@@ -20,6 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -31,18 +34,24 @@ from rooflight.kernels import reference
 from rooflight.model import ModelConfig, Transformer
 from rooflight.model.transformer import unwrapped
 from rooflight.training.checkpoint import (
+    BackgroundSaves,
     DamagedCheckpoint,
     list_checkpoints,
     load_checkpoint,
     load_latest,
     save_checkpoint,
 )
+from rooflight.training.checkpoint.ranks import Ranks
+from rooflight.training.config import TrainConfig
+from rooflight.training.loop import train
 from rooflight.training.optim import build_optimizers
+from rooflight.training.stopping import TrainingDiverged
 
 # Nothing divides by 3, the fused q, k and v have unequal rows, and the embedding is the output's matrix too.
 CONFIG = ModelConfig(32, 8, 2, 4, n_kv_head=2, d_model=16, d_ff=40, qk_norm=True, tie_embeddings=True)
 
 LAYOUTS = ("one", "fsdp", "ddp")
+PRELOADED = ["pytest", "torch._dynamo", "rooflight.training.checkpoint.shards", "rooflight.training.loop"]
 STATES = {"AdamW": ("exp_avg", "exp_avg_sq", "step"), "Muon": ("momentum",)}
 
 
@@ -89,6 +98,8 @@ def fill(model: nn.Module, optimizers: list[Optimizer], seed: int) -> None:
             p.copy_(_like(p, whole))
         else:
             place[0].state[p][place[1]] = _like(p, whole)
+            if place[1] == "step" and isinstance(p, DTensor) and not p.to_local().numel():
+                place[0].state[p]["step"] = torch.zeros(())  # AdamW does not step what it has no rows of
 
 
 def wrong(model: nn.Module, optimizers: list[Optimizer], seed: int) -> list[str]:
@@ -121,7 +132,7 @@ def start(world: int, folder: Path, work: Callable[..., None], *args: Any) -> An
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rendezvous").unlink(missing_ok=True)
     # they are forks of one process that has imported what takes seconds
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["rooflight.training.checkpoint.shards"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)  # the fast path of a plain CPU
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -141,14 +152,17 @@ def join(context: Any) -> None:
         pass
 
 
-def save_for_ever(rank: int, folder: str, layout: str) -> None:
-    """Save step after step, until somebody kills a rank."""
+def save_for_ever(rank: int, folder: str, layout: str, background: bool) -> None:
+    """Save step after step, until somebody kills a rank; folder/../<rank> says what the others then raise."""
     model, optimizers = build(layout)
-    step = 0
-    while True:
-        step += 1
-        fill(model, optimizers, step)
-        save_checkpoint(folder, model, optimizers, step=step)
+    saves = BackgroundSaves()
+    try:
+        for step in itertools.count(1):
+            fill(model, optimizers, step)
+            (saves.begin if background else save_checkpoint)(folder, model, optimizers, step=step)
+    except Exception as error:
+        Path(folder).with_name(str(rank)).write_text(f"{type(error).__name__}: {error}")
+        raise
 
 
 def _draws(seed: int) -> torch.Tensor:
@@ -158,14 +172,25 @@ def _draws(seed: int) -> torch.Tensor:
 
 def save_all(rank: int, folder: str, world: int) -> None:
     """Of each layout a checkpoint, whose numbers and step are its own."""
-    for layout in LAYOUTS[1:] if world > 1 else LAYOUTS[:1]:
-        model, optimizers = build(layout)
-        step = 10 * world + LAYOUTS.index(layout)
-        fill(model, optimizers, step)
-        torch.manual_seed(step + rank)
-        extra = {"step": step, "ids": torch.arange(step)} if rank == 0 else None
-        path = save_checkpoint(folder, model, optimizers, step=step, extra=extra, tokenizer_hash="ab" * 32, keep=99)
-        assert path.name == f"step-{step:08d}"
+    with BackgroundSaves() as saves:
+        for layout in LAYOUTS[1:] if world > 1 else LAYOUTS[:1]:
+            model, optimizers = build(layout)
+            step = 10 * world + LAYOUTS.index(layout)
+            fill(model, optimizers, step)
+            torch.manual_seed(step + rank)
+            extra = {"step": step, "ids": torch.arange(step)} if rank == 0 else None
+            options: Any = {"step": step, "extra": extra, "tokenizer_hash": "ab" * 32, "keep": 99}
+            if world == 2:
+                assert save_checkpoint(folder, model, optimizers, **options).name == f"step-{step:08d}"
+                continue
+            saves.begin(folder, model, optimizers, **options)
+            fill(model, optimizers, seed=2)  # the run goes on
+            torch.manual_seed(2)
+            if layout == "ddp":
+                path = saves.finish()
+                assert path is not None
+                assert path.name == f"step-{step:08d}"
+                assert saves.finish() is None
 
 
 def load_all(rank: int, folder: str, world: int) -> None:
@@ -205,6 +230,10 @@ def fail(rank: int, folder: str) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (9000, full[1]))
         with pytest.raises(OSError, match=rf"could not write .*step-00000003: rank {failing}: .*File too large"):
             save_checkpoint(directory, model, optimizers, step=3)
+        saves = BackgroundSaves()
+        saves.begin(directory, model, optimizers, step=3)
+        with pytest.raises(OSError, match=rf"could not write .*step-00000003: rank {failing}: .*File too large"):
+            saves.finish()
         resource.setrlimit(resource.RLIMIT_FSIZE, full)
         dist.barrier()  # rank 0 has removed what it began
         assert sorted(p.name for p in directory.iterdir()) == ["step-00000001", "step-00000002"]
@@ -218,22 +247,26 @@ def fail(rank: int, folder: str) -> None:
         load_checkpoint(directory, model, optimizers[::-1])
     assert wrong(model, optimizers, 2) == []
 
-    shard = directory / "step-00000002" / "shards" / "__1_0.distcp"
-    for name, reason in (("__1_0.distcp", "has other bytes"), ("__0_0.distcp", "is missing"), (".metadata", "1 bytes")):
+    class Odd(Exception):
+        """Of a function, so that it cannot be sent."""
+
+    def odd() -> None:
+        raise Odd("here")
+
+    with pytest.raises(RuntimeError, match="Odd: here"):
+        Ranks().first(odd)
+
+    good, bad = directory / "good", directory / "step-00000002"
+    for name in ("shards/__0_0.distcp", "shards/__1_0.distcp", "shards/.metadata", "state.pt"):
         dist.barrier()
-        good = directory / "good"
         if rank == 0:
-            shutil.copytree(directory / "step-00000002", good)
-            file = shard.with_name(name)
-            content = bytearray(file.read_bytes())
+            shutil.copytree(bad, good)
+            content = bytearray((bad / name).read_bytes())
             content[len(content) // 2] ^= 1
-            if reason == "is missing":
-                file.unlink()
-            else:
-                file.write_bytes(content if reason == "has other bytes" else b"x")
+            (bad / name).write_bytes(content)
         dist.barrier()
         fill(model, optimizers, 9)
-        with pytest.raises(DamagedCheckpoint, match=rf"step-00000002 is damaged: shards/{name} .*{reason}"):
+        with pytest.raises(DamagedCheckpoint, match=rf"step-00000002 is damaged: {name} has other bytes"):
             load_checkpoint(directory, model, optimizers)
         assert wrong(model, optimizers, 9) == []  # nothing was restored from it
         path, step, extra, damaged = load_latest(directory, model, optimizers)
@@ -242,8 +275,8 @@ def fail(rank: int, folder: str) -> None:
         assert wrong(model, optimizers, 1) == []
         dist.barrier()
         if rank == 0:
-            shutil.rmtree(directory / "step-00000002")
-            os.rename(good, directory / "step-00000002")
+            shutil.rmtree(bad)
+            os.rename(good, bad)
 
     ids = torch.zeros(1, 8, dtype=torch.long)
     with torch.no_grad():  # a forward pass without a backward one, after which FSDP leaves parameters whole
@@ -254,3 +287,15 @@ def fail(rank: int, folder: str) -> None:
         model(ids)
         load_checkpoint(directory, model, optimizers)
     assert wrong(model, optimizers, 3) == []
+
+
+def go_on(rank: int, config: TrainConfig) -> None:
+    """train(config) on the ranks that there are."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(dist.get_world_size()))
+    train(config, console=Console(file=io.StringIO()))
+
+
+def diverge(rank: int, config: TrainConfig) -> None:
+    """`go_on`, as far as it goes."""
+    with pytest.raises(TrainingDiverged, match="which `rooflight replay "):
+        go_on(rank, config)

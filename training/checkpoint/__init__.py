@@ -27,16 +27,11 @@ one: what an earlier rooflight wrote, before there were manifests, cannot be tol
 """
 
 from .folder import DamagedCheckpoint, check_tokenizer, find_checkpoint, list_checkpoints, set_aside
-from .state import (
-    load_checkpoint,
-    load_extra,
-    load_latest,
-    load_model,
-    read_model_config,
-    save_checkpoint,
-)
+from .loading import load_checkpoint, load_extra, load_latest, load_model, read_model_config
+from .saving import BackgroundSaves, save_checkpoint
 
 __all__ = [
+    "BackgroundSaves",
     "DamagedCheckpoint",
     "check_tokenizer",
     "find_checkpoint",

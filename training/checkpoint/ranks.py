@@ -32,17 +32,18 @@ class Ranks:
         """Do `work` on every rank; what it returned, by rank. What the first rank raised that failed, all raise."""
         if self.size == 1:
             return [work()]
-        mine: tuple[T | None, Exception | None]
+        result: T | None = None
+        mine: Exception | None = None
         try:
-            mine = work(), None
+            result = work()
         except Exception as error:
-            mine = None, error
+            mine = error
         told: list[tuple[T, Exception | None]] = [None] * self.size  # type: ignore[list-item]
-        dist.all_gather_object(told, (mine[0], _portable(mine[1])), group=self.group)
-        for rank, (_, error) in enumerate(told):
-            if error is not None:
-                raise error from (mine[1] if rank == self.rank else None)
-        return [result for result, _ in told]
+        dist.all_gather_object(told, (result, _portable(mine)), group=self.group)
+        for rank, (_, failed) in enumerate(told):
+            if failed is not None:
+                raise failed from (mine if rank == self.rank else None)
+        return [each for each, _ in told]
 
     def each(self, work: Callable[[], T]) -> T:
         """Do `work` on every rank; what it returned on this one. Errors as in `together`."""

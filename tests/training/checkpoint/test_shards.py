@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -92,30 +93,37 @@ def test_an_index_names_nothing_but_tensors(tmp_path, monkeypatch, name):
     assert not (tmp_path / "evil").exists()
 
 
+def _begun(directory: Path) -> list[Path]:
+    """The folders of checkpoints that are being written, and not those of old ones that are being removed."""
+    latest = list_checkpoints(directory)[-1].name
+    return [p for p in directory.glob(".tmp-step*") if p.name.removeprefix(".tmp-").rpartition("-")[0] > latest]
+
+
 def _kill_in_a_save(tmp_path: Path, kills: int, seed: int) -> None:
     """Ranks that do nothing but save, one of which is killed at a random moment of a write."""
     chance = random.Random(seed)
     for n in range(kills):
         directory = tmp_path / f"{n}" / "checkpoints"
-        context = start(2, tmp_path / f"{n}", save_for_ever, str(directory), ("fsdp", "ddp")[n % 2])
+        context = start(2, tmp_path / f"{n}", save_for_ever, str(directory), ("fsdp", "ddp")[n % 2], n % 3 == 1)
         while not list_checkpoints(directory):
             time.sleep(0.02)
         doomed = n // 2 % 2
         pid = context.processes[doomed].pid
         time.sleep(chance.uniform(0, 0.5))
-        while True:  # held still, to see whether it is within a write
+        for _ in range(1000):  # held still, to see whether it is within a write
             os.kill(pid, signal.SIGSTOP)
             time.sleep(0.01)
-            if list(directory.glob(".tmp-step*")):
+            if _begun(directory):
                 break
-            os.kill(pid, signal.SIGCONT)
+            os.kill(pid, signal.SIGCONT)  # between two
             time.sleep(chance.uniform(0, 0.05))
         os.kill(pid, signal.SIGKILL)
         context.processes[1 - doomed].join(60)  # it learns of it by the connection, and ends by itself
         assert context.processes[1 - doomed].exitcode == 1
+        assert re.match("RuntimeError: .*gloo", directory.with_name(str(1 - doomed)).read_text())  # no OSError
         with pytest.raises((ProcessExitedException, ProcessRaisedException)):
             join(context)
-        assert bool(list(directory.glob(".tmp-step*"))) == (doomed == 0)  # a living rank 0 removes what it began
+        assert bool(_begun(directory)) == (doomed == 0)  # a living rank 0 removes what it began
 
         for path in (paths := list_checkpoints(directory)):  # what has a checkpoint's name is whole
             model, optimizers = build()

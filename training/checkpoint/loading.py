@@ -1,4 +1,4 @@
-"""Saving and loading a checkpoint: by one process, or by all those of a run together."""
+"""Loading a checkpoint: by one process, or by all those of a run together."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
 
 from ...model import ModelConfig, Transformer
-from ...model.transformer import unwrapped
 from ...model.typed import typed
-from ..files import remove_folder
 from .folder import (
     MODEL,
     SHARDS,
@@ -24,123 +21,13 @@ from .folder import (
     WEIGHTS,
     DamagedCheckpoint,
     earlier_whole,
-    file_entries,
     find_checkpoint,
     is_sharded,
     list_checkpoints,
     verify_checkpoint,
-    write_manifest,
 )
 from .ranks import Ranks
-
-
-@typed
-def save_checkpoint(
-    directory: str | Path,
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    *,
-    step: int,
-    extra: dict[str, Any] | None = None,
-    tokenizer_hash: str | None = None,
-    keep: int = 2,
-) -> Path:
-    """Write `directory`/step-<step>, then remove all older whole checkpoints but keep - 1. Returns its path.
-
-    model: a Transformer, or one inside torch.compile or DistributedDataParallel, or sharded by fully_shard.
-    extra: further plain values and tensors for state.pt.  tokenizer_hash: of the tokenizer that made the data.
-    The states of torch's random generators, CPU and CUDA, are saved with it.
-    Where torch.distributed has several ranks, all of them call it, with the same arguments, on a file system that they
-    share; extra is rank 0's. An optimizer's state that several ranks hold must be the same on each.
-    Raises ValueError, before anything is written, when keep < 1, the step's checkpoint exists or the model is another
-    module; OSError when it cannot be written, a full disk say, with nothing left of it. All ranks raise what one does.
-    """
-    directory = Path(directory)
-    final = directory / f"step-{step:08d}"
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, got {keep}")
-    ranks = Ranks()
-    if ranks.first(final.exists):
-        raise ValueError(f"step {step} has a checkpoint already: {final}")
-    plain = _plain(model)
-    state = {"step": step, "extra": extra or {}}
-    save = _save_shards if ranks.size > 1 or _is_sharded(plain) else _save_whole
-    try:
-        with ranks.new_folder(final) as folder:
-            files = save(folder, plain, optimizers, state, ranks)
-            ranks.first(lambda: write_manifest(folder, step=step, tokenizer_hash=tokenizer_hash, files=files))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # torch and safetensors have errors of their own for a file that cannot be written; the cause is an OSError's
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(f"could not write {final}: {cause}") from error
-
-    def remove_old() -> None:
-        whole = earlier_whole(final)
-        for old in whole[: max(0, len(whole) - (keep - 1))]:
-            remove_folder(old)
-
-    ranks.first(remove_old)
-    return final
-
-
-def _save_whole(
-    folder: Path, model: Transformer, optimizers: Sequence[Optimizer], state: dict[str, Any], ranks: Ranks
-) -> dict[str, Any]:
-    """The files of one process; returns what is known of them by now: nothing."""
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    safetensors.torch.save_file(weights, folder / WEIGHTS)
-    _write_rest(
-        folder,
-        model,
-        {
-            **state,
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        },
-    )
-    return {}
-
-
-def _save_shards(
-    folder: Path, model: Transformer, optimizers: Sequence[Optimizer], state: dict[str, Any], ranks: Ranks
-) -> dict[str, Any]:
-    """The files of all ranks; returns what the manifest says of those that a rank has written and read again."""
-    from . import shards  # torch.distributed.checkpoint takes a second to import
-
-    parameters = shards.parameters_of(model)
-    names = shards.optimized_names(parameters, optimizers)
-    written = shards.write(folder / SHARDS, shards.tensors_of(parameters, optimizers), ranks)
-    entries = ranks.together(lambda: file_entries(folder, written))
-    cuda = torch.cuda.is_available()
-    generators = ranks.together(lambda: (torch.get_rng_state(), torch.cuda.get_rng_state() if cuda else None))
-    ranks.first(lambda: _write_rest(folder, model, {**state, "optimizers": names, "generators": generators}))
-    return {name: entry for found in entries for name, entry in found.items()}
-
-
-def _write_rest(folder: Path, model: Transformer, state: dict[str, Any]) -> None:
-    (folder / MODEL).write_text(json.dumps(model.config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    with (folder / STATE).open("wb") as file:
-        torch.save(state, file)
-
-
-def _plain(model: nn.Module) -> Transformer:
-    """The Transformer inside torch.compile's or DistributedDataParallel's wrappers, which share its parameters.
-
-    Raises ValueError on any other module, and on wrappers further inside, whose names a plain model would not know.
-    """
-    inner = unwrapped(model)
-    if inner is None:
-        raise ValueError(f"model must be a Transformer, got {type(model).__name__}")
-    with torch.device("meta"):
-        expected = Transformer(inner.config)
-    if odd := sorted(dict(inner.named_parameters()).keys() ^ dict(expected.named_parameters()).keys()):
-        raise ValueError(f"model must have the parameters of its config, got a difference in {odd[0]}")
-    return inner
-
-
-def _is_sharded(model: Transformer) -> bool:
-    return any(hasattr(p, "device_mesh") for p in model.parameters())
+from .saving import is_sharded_model, plain_model
 
 
 @typed
@@ -199,7 +86,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizers: Sequence[Opt
     ranks = Ranks()
     path = ranks.first(lambda: find_checkpoint(path))
     manifest = ranks.each(lambda: verify_checkpoint(path, ranks.rank, ranks.size))
-    plain = _plain(model)
+    plain = plain_model(model)
     state = ranks.each(lambda: _read_state(path, plain, optimizers))
     ranks.each(lambda: _restore(path, manifest, plain, optimizers, state))
     _restore_generators(state, ranks.rank)
@@ -227,7 +114,7 @@ def _restore(
 
         shards.read(path / SHARDS, model, optimizers, state["optimizers"])
         return
-    sharded = _is_sharded(model)
+    sharded = is_sharded_model(model)
     weights = safetensors.torch.load_file(path / WEIGHTS)
     if sharded:
         from . import shards
