@@ -11,6 +11,7 @@ import torch
 from rooflight import kernels
 from rooflight.kernels import reference
 from rooflight.model import ModelConfig, Transformer
+from rooflight.training.checkpoint import load_model
 from rooflight.training.data import (
     IGNORED,
     Batches,
@@ -198,6 +199,11 @@ def test_a_run_on_documents(config, write_tokens, quiet):
     assert runs["split"][1] == pytest.approx(runs["documents"][1], rel=1e-5)
     assert runs["split"][0].val_loss == pytest.approx(runs["documents"][0].val_loss, rel=1e-5)
     assert runs["windows"][1][0] != pytest.approx(runs["documents"][1][0], rel=1e-5)
+    batches = list(validation_batches(open_corpus(data).tokens, 8, 8, eod=EOD))
+    inputs, targets = (torch.cat([batch[i] for batch in batches]) for i in (0, 1))
+    with torch.no_grad():
+        apart = alone(load_model(runs["documents"][0].checkpoint, ops=reference), inputs, targets).item()
+    assert runs["documents"][0].val_loss == pytest.approx(apart, rel=1e-6)
     assert runs["windows"][0].tokens == runs["documents"][0].tokens
     a, b = (weights_of(runs[name][0]) for name in ("documents", "split"))
     assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-4
