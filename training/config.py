@@ -19,6 +19,7 @@ from .schedule import lr_factor
 
 DTYPES = ("float32", "bfloat16")
 KERNELS = ("auto", "triton", "eager")
+PARALLEL = ("none", "ddp", "fsdp")
 
 _COUNTS = (
     "batch_size", "gradient_accumulation", "max_steps", "eval_every", "eval_batches",
@@ -31,7 +32,7 @@ MAY_CHANGE = frozenset((
     "lr", "muon_lr", "muon_momentum", "betas", "weight_decay", "schedule", "warmup", "decay", "min_lr_ratio",
     "grad_clip", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard",
     "wandb", "dtype", "device", "compile", "checkpointing", "kernels", "peak_flops", "resume", "overwrite",
-    "cuda_graph", "init_from",
+    "cuda_graph", "init_from", "parallel", "reshard",
 ))  # fmt: skip
 _TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}
 _TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
@@ -52,7 +53,7 @@ class TrainConfig:
                                 token; else a window is one text
         eod                     id of the token that ends documents, where the token files do not say it
         out_dir                 folder that receives config.json, log.jsonl and checkpoints/
-        batch_size              sequences of model.context_length per optimizer step
+        batch_size              sequences of model.context_length per optimizer step, of all processes together
         gradient_accumulation   micro-batches that a step's batch is split into; divides batch_size
     Length: the run ends with whichever comes first, and its schedule with it
         max_steps               optimizer steps
@@ -86,6 +87,10 @@ class TrainConfig:
         checkpointing           recompute each block's activations in the backward pass instead of keeping them
         kernels                 "triton", "eager" (the oracle), or "auto": Triton on CUDA, else the fastest eager path
         peak_flops              FLOP/s that MFU is held against; None: measured by a short GEMM
+        parallel                what the processes of torchrun share, each with its rows of the batch: "none", so that
+                                there may be but one; "ddp", gradients, averaged; "fsdp", parameters and optimizer too
+        reshard                 with "fsdp", gather a block's parameters again in the backward pass instead of keeping
+                                them
         seed                    of initialisation and batches, below 2^64
         resume                  go on from out_dir's latest whole checkpoint, if there is one
         overwrite               begin anew in an out_dir that holds something, which moves to out_dir/previous-<n>
@@ -136,6 +141,8 @@ class TrainConfig:
     checkpointing: bool = False
     kernels: str = "auto"
     peak_flops: float | None = None
+    parallel: str = "none"
+    reshard: bool = True
     seed: int = 0
     resume: bool = False
     overwrite: bool = False
@@ -177,6 +184,7 @@ class TrainConfig:
             )
         self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         self._require("kernels", self.kernels in KERNELS, f"one of {', '.join(KERNELS)}")
+        self._require("parallel", self.parallel in PARALLEL, f"one of {', '.join(PARALLEL)}")
         self.lr_factor(0.0)  # checks schedule, warmup, decay and min_lr_ratio
 
     def _train_data(self) -> Path | list[Path] | dict[str, float]:

@@ -88,13 +88,13 @@ def find_divergence(
         if not is_finite(loss, norm):
             extra = {
                 "config": learner.config.to_dict(),
-                "inputs": inputs.to("cpu", torch.int32),
-                "targets": targets.to("cpu", torch.int32),
+                "inputs": learner.world.all_rows(inputs).to("cpu", torch.int32),
+                "targets": learner.world.all_rows(targets).to("cpu", torch.int32),
                 "loss": loss,
                 "grad_norm": norm,
             }
             directory = out_dir / DUMPS
-            if (earlier := directory / f"step-{done:08d}").exists():
+            if learner.world.first and (earlier := directory / f"step-{done:08d}").exists():
                 remove_folder(earlier)
             return done + 1, save_checkpoint(
                 directory, learner.model, learner.optimizers, step=done, extra=extra, tokenizer_hash=tokenizer_hash

@@ -98,6 +98,7 @@ def test_missing_toml(tmp_path):
         ({"dtype": "float16"}, "dtype float16 would need loss scaling to train; use bfloat16"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, got 'int8'"),
         ({"kernels": "cuda"}, "kernels must be one of auto, triton, eager, got 'cuda'"),
+        ({"parallel": "tp"}, "parallel must be one of none, ddp, fsdp, got 'tp'"),
         ({"schedule": "linear"}, "schedule must be one of cosine, trapezoid, constant, got 'linear'"),
         ({"warmup": 1.5}, r"warmup must be in \[0, 1\], got 1.5"),
         ({"train_data": None}, "train_data must be a path, a list of paths or a table of paths and weights, got None"),
@@ -127,7 +128,7 @@ def test_what_a_resumed_run_may_change():
         "eval_every": 1, "eval_batches": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "log_every": 1,
         "tensorboard": True, "wandb": "p", "dtype": "float32", "device": "cpu", "compile": True, "checkpointing": True,
         "kernels": "eager", "peak_flops": 1.0, "resume": True, "overwrite": True, "cuda_graph": False, "init_from": "m",
-        "order": "epochs", "documents": True, "eod": 1,
+        "parallel": "ddp", "reshard": False, "order": "epochs", "documents": True, "eod": 1,
     }  # fmt: skip
     assert others.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
     refused = set()

@@ -5,7 +5,7 @@ Training batches are a pure function of seed and step, so a resumed run needs no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -120,22 +120,15 @@ class Batches:
 
     def at(self, step: int) -> Batch:
         """The batch of that step, by the steps done before it."""
-        return self._at(step, self.rows)
-
-    def whole(self, step: int) -> Batch:
-        """The same with all rows of the batch."""
-        return self._at(step, range(self.batch_size))
-
-    def _at(self, step: int, rows: range) -> Batch:
-        windows = _rows(self.tokens, *self.places_of(step, rows), self.context_length, self.vocab_size)
+        rows = _rows(self.tokens, *self.places_of(step), self.context_length, self.vocab_size)
         if self.eod is None:
-            return _shifted(windows, self.device)
-        return _in_documents(windows, self.eod, self.device, self.micro_batches, self.room)
+            return _shifted(rows, self.device)
+        return _in_documents(rows, self.eod, self.device, self.micro_batches, self.room)
 
-    def places_of(self, step: int, rows: range) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(shard, first token) of each of these rows: the one place that says what a sample of the run is."""
+    def places_of(self, step: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(shard, first token) of each of the rows: the one place that says what a sample of the run is."""
         samples = self.before + self.batch_size * step + np.arange(self.batch_size)
-        mine = slice(rows.start, rows.stop)
+        mine = slice(self.rows.start, self.rows.stop)
         if self.order == "epochs":
             return self.places.draw(samples[mine], None)
         shards, starts = self.places.draw(samples, batch_generator(self.seed, step))
@@ -150,18 +143,19 @@ def validation_batches(
     device: str | torch.device = "cpu",
     *,
     max_batches: int | None = None,
-    rows: Callable[[int], slice] = slice,
     eod: int | None = None,
     vocab_size: int | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Batch]:
     """Non-overlapping windows in file order, as (inputs, targets); the last batch may have fewer rows.
 
     tokens: (n,), or several such, where no window goes from one to the next.
     Every position of each but the first and a tail shorter than a window is a target once. With max_batches, that many
-    batches of windows spread evenly over all, the same ones every time.  rows: of a batch with so many, those to yield;
-    where that is none, one whose targets are all IGNORED, for a sharded model's processes compute together.
-    eod: the id that ends documents, whose bounds a batch then has too (Batch); None: windows are whole.
-    vocab_size: the model's, to hold the ids to.
+    batches of windows spread evenly over all, the same ones every time.  eod: the id that ends documents, whose bounds
+    a batch then has too (Batch); None: windows are whole.  vocab_size: the model's, to hold the ids to.
+    rank, world: every world-th batch, from number rank on. Each rank has as many, as a sharded model's compute
+    together: where there is none left, the last one again, with targets that are all IGNORED.
     Raises ValueError when no window fits, or on an id that the model does not have.
     """
     shards = [tokens] if isinstance(tokens, np.ndarray) else tokens
@@ -172,18 +166,16 @@ def validation_batches(
     if max_batches is not None and max_batches * batch_size < len(chosen):
         chosen = np.linspace(0, len(chosen) - 1, max_batches * batch_size).round().astype(np.int64)
     room = 1 if eod is None else room_for(shards, eod, batch_size, context_length)
-    for first in range(0, len(chosen), batch_size):
+    firsts = range(0, len(chosen), batch_size)
+    for i in range(rank, -(-len(firsts) // world) * world, world):
+        first = firsts[min(i, len(firsts) - 1)]
         window = chosen[first : first + batch_size]
-        mine = window[rows(len(window))]
-        window, blank = (mine, False) if len(mine) else (window[:1], True)
         shard = np.searchsorted(ends, window, side="right")
         starts = (window - (ends - counts)[shard]) * context_length
-        windows = _rows(shards, shard, starts, context_length, vocab_size)
-        if eod is None:
-            batch: Batch = _shifted(windows, torch.device(device))
-        else:
-            batch = _in_documents(windows, eod, torch.device(device), 1, room)
-        yield (batch[0], torch.full_like(batch[1], IGNORED), *batch[2:]) if blank else batch
+        rows = _rows(shards, shard, starts, context_length, vocab_size)
+        there = torch.device(device)
+        batch: Batch = _shifted(rows, there) if eod is None else _in_documents(rows, eod, there, 1, room)
+        yield batch if i < len(firsts) else (batch[0], torch.full_like(batch[1], IGNORED), *batch[2:])
 
 
 def _rows(

@@ -70,9 +70,8 @@ def document_bounds(ends: npt.NDArray[np.bool_], micro_batches: int, room: int =
 
 
 def bounds_of(targets: Tensor, micro_batches: int) -> Tensor:
-    """document_bounds from targets alone, (rows, T): a document ends where its target is IGNORED."""
-    bounds = document_bounds((targets == IGNORED).numpy(force=True), micro_batches)
-    return torch.from_numpy(bounds).to(targets.device)
+    """document_bounds from targets alone, (rows, T) on the CPU: a document ends where its target is IGNORED."""
+    return torch.from_numpy(document_bounds((targets == IGNORED).numpy(), micro_batches))
 
 
 def room_for(tokens: Iterable[npt.NDArray], eod: int, rows: int, context_length: int) -> int:
