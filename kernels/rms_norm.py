@@ -281,7 +281,7 @@ def _rms_norm_fwd_fake(
     else:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         stream = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    rstd = x.new_empty(x.shape[:-1].numel(), dtype=statistics(stream.dtype)[0])
+    rstd = x.new_empty(math.prod(x.shape[:-1]), dtype=statistics(stream.dtype)[0])
     return torch.empty_like(x, memory_format=torch.contiguous_format), stream, rstd
 
 
