@@ -97,6 +97,10 @@ def _logits(*shape: int) -> Inputs:
     return {"logits": x, **_labelled(x)}
 
 
+def _classes() -> Inputs:
+    return {"class_weight": torch.arange(9.0)}
+
+
 def _projected(*shape: int) -> Inputs:
     x = _draw(*shape, 6)
     return {"x": x, "weight": _draw(9, 6, seed=1), **_labelled(x)}
@@ -159,9 +163,17 @@ CASES = (
     Case("gelu", "transposed", lambda n: _transposed(n, 3, 8, names=("x",)), "torch", (5, 8)),
     Case("gelu", "no rows", lambda n: {"x": _draw(0, 8)}, "torch"),
     Case("cross_entropy", "several lengths", _logits, "torch", (5, 8, 1), options={"z_loss": 0.1}),
+    Case("cross_entropy", "smoothed labels, weighted classes", lambda n: _logits(n) | _classes(), "torch", (5, 8),
+         options={"label_smoothing": 0.1, "z_loss": 0.1}, frozen=("class_weight",)),
     Case("cross_entropy", "no rows", lambda n: _logits(0), "torch"),
     Case("cross_entropy", "no rows, none", lambda n: _logits(2, 0), "torch", options={"reduction": "none"}),
     Case("linear_cross_entropy", "several lengths", _projected, "operator", (5, 8, 1), options={"softcap": 3.0}),
+    Case("linear_cross_entropy", "smoothed labels, weighted classes", lambda n: _projected(n) | _classes(), "operator",
+         (5, 8), options={"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0}, frozen=("class_weight",)),
+    Case("linear_cross_entropy", "smoothed labels, none", lambda n: _projected(n, 2), "operator", (5, 8),
+         options={"label_smoothing": 0.1, "reduction": "none"}),
+    Case("linear_cross_entropy", "weighted classes, recomputed", lambda n: _projected(n) | _classes(), "operator",
+         options={"keep_gradients": False}, frozen=("class_weight",)),
     Case("linear_cross_entropy", "no rows", lambda n: _projected(0), "operator"),
     Case("linear_cross_entropy", "no rows, sum, recomputed", lambda n: _projected(0), "operator",
          options={"reduction": "sum", "keep_gradients": False}),
@@ -194,6 +206,9 @@ def _without_overflow(q: Tensor, **rest: Any) -> Any:
     return reference.flash_attention(q / 16, scale=16 * q.shape[-1] ** -0.5, **rest)
 
 
+CONSTANT = ("cos", "sin", "class_weight")
+
+
 def _floats(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
@@ -216,7 +231,7 @@ def check(case: Case, device: Any = "cpu", *, compiled: bool = False, backend: s
             # where all keys are alike dq and dk are exactly 0, against which no rounding is to be measured
             frozen = (*case.frozen, "q", "k") if huge else case.frozen
             judge(op, oracle, inputs, eager=_without_overflow if huge else None, frozen=frozen, **case.options)
-        leaves = [x.requires_grad_() for n, x in inputs.items() if _floats(x) and n not in ("cos", "sin")]
+        leaves = [x.requires_grad_() for n, x in inputs.items() if _floats(x) and n not in CONSTANT]
         outputs, expected = (_as_tuple(f(**inputs, **case.options)) for f in (op, oracle))
         gradients = torch.autograd.grad(sum(o.sum() for o in outputs), leaves)
         assert all(g.isfinite().all() for g in gradients), f"{size}: a gradient is not finite"
@@ -237,7 +252,8 @@ PARAMETER = torch.nn.Parameter(torch.tensor(0.5))
 NO_NUMBERS = (PARAMETER, torch.tensor(0.5), True, None, "1")
 NUMBERS = {
     "flash_attention": ("scale", "softcap"), "flash_attention_varlen": ("scale", "softcap"),
-    "rms_norm": ("eps", "weight_offset"), "cross_entropy": ("z_loss",), "linear_cross_entropy": ("z_loss", "softcap"),
+    "rms_norm": ("eps", "weight_offset"), "cross_entropy": ("z_loss", "label_smoothing"),
+    "linear_cross_entropy": ("z_loss", "softcap", "label_smoothing"),
 }  # fmt: skip
 INTEGERS = {
     "flash_attention_varlen": ("max_seqlen_q", "max_seqlen_k"), "cross_entropy": ("ignore_index",),
@@ -247,12 +263,23 @@ FLAGS = {
     "flash_attention": ("causal", "return_lse"), "flash_attention_varlen": ("causal", "return_lse"),
     "rope": ("interleaved",), "linear_cross_entropy": ("keep_gradients",),
 }  # fmt: skip
-OPTIONAL = {"scale", "weight", "up", "mask", "residual", "sinks", "positions", "keep_gradients"}  # None is a choice
+OPTIONAL = {
+    "scale",
+    "weight",
+    "up",
+    "mask",
+    "residual",
+    "sinks",
+    "positions",
+    "keep_gradients",
+    "class_weight",
+}  # None is a choice
 TENSORS = {
     "flash_attention": ("q", "k", "v", "sinks", "mask"),
     "flash_attention_varlen": ("q", "k", "v", "sinks", "cu_seqlens_q", "cu_seqlens_k"),
     "rope": ("q", "k", "cos", "sin", "positions"), "rms_norm": ("x", "weight", "residual"), "swiglu": ("gate", "up"),
-    "gelu": ("x",), "cross_entropy": ("logits", "target"), "linear_cross_entropy": ("x", "weight", "target"),
+    "gelu": ("x",), "cross_entropy": ("logits", "target", "class_weight"),
+    "linear_cross_entropy": ("x", "weight", "target", "class_weight"),
 }  # fmt: skip
 WINDOWS = (2.0, True, "3", torch.tensor(3), (3, -1), (True, 2), (1.5, 2), (1, 2, 3), -1)
 
