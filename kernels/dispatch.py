@@ -9,6 +9,8 @@ from __future__ import annotations
 import numbers
 import threading
 from collections.abc import Callable
+from functools import cache, wraps
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ __all__ = [
     "check_integer",
     "check_number",
     "check_tensor",
+    "checked_once",
     "define_op",
     "in_layout_of",
     "known",
@@ -47,6 +50,7 @@ BFLOAT16_IS_EXACT: bool = not INTERPRETED or interpreter.correct()
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_transforms_are_active = torch._C._are_functorch_transforms_active
 _n_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 _library = torch.library.Library("rooflight", "FRAGMENT")
@@ -54,7 +58,7 @@ _library = torch.library.Library("rooflight", "FRAGMENT")
 
 def runs_triton(tensor: Tensor) -> bool:
     """Whether operations on this tensor run Triton kernels: a CUDA tensor, or a CPU tensor under the interpreter."""
-    return tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")
+    return tensor.is_cuda or (INTERPRETED and tensor.is_cpu)
 
 
 def define_op(
@@ -67,9 +71,10 @@ def define_op(
 ) -> torch._ops.OpOverload:
     """Register `launcher` as the torch operator `rooflight::<its name>` and return the operator.
 
-    launcher: its annotations give the schema; it mutates no argument and returns no view of one.  fake: same
-    signature, allocates the outputs and computes nothing.  flops: same signature with shapes in place of tensors plus
-    `out_shape`, the FLOPs that FlopCounterMode reports.  setup_context(ctx, inputs, output), backward(ctx, *grads): the
+    launcher: its annotations give the schema; it mutates no argument and returns no view of one. An output that there
+    is none of, `Tensor | None`, is an empty tensor where the operator returns it.  fake: same signature, allocates the
+    outputs and computes nothing.  flops: same signature with shapes in place of tensors plus `out_shape`, the FLOPs
+    that FlopCounterMode reports.  setup_context(ctx, inputs, output), backward(ctx, *grads): the
     derivative, as in torch.library.register_autograd; without one, differentiating the operator's outputs raises.
 
     torch.compile traces the operator and its derivative. Eager calls go through an autograd.Function and `call`, past
@@ -81,11 +86,10 @@ def define_op(
     def no_derivative(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(f"rooflight::{name} is not differentiable; second derivatives are not implemented")
 
-    schema = torch.library.infer_schema(launcher, mutates_args=())
-    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, launch, "CompositeExplicitAutograd")
+    _library.define(name + _schema(launcher), tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, _without_none(launch), "CompositeExplicitAutograd")
     qualified = f"rooflight::{name}"
-    torch.library.register_fake(qualified, fake, lib=_library)
+    torch.library.register_fake(qualified, _without_none(fake), lib=_library)
     torch.library.register_autograd(qualified, backward or no_derivative, setup_context=setup_context, lib=_library)
     packet = getattr(torch.ops.rooflight, name)
     if flops is not None:
@@ -94,18 +98,39 @@ def define_op(
     return packet.default
 
 
+def _schema(launcher: Callable[..., Any]) -> str:
+    """Of the operator, whose outputs are tensors all."""
+    function = FunctionType(launcher.__code__, launcher.__globals__, argdefs=launcher.__defaults__)  # type: ignore[attr-defined]
+    outputs = launcher.__annotations__["return"].replace("Tensor | None", "Tensor")
+    function.__annotations__ = launcher.__annotations__ | {"return": outputs}
+    return torch.library.infer_schema(function, mutates_args=())
+
+
+def _without_none(function: Callable[..., Any]) -> Callable[..., Any]:
+    """With an empty tensor for each output that is None."""
+
+    def filled(first: Tensor, *args: Any) -> Any:
+        outputs = function(first, *args)
+        if isinstance(outputs, tuple):
+            return tuple([first.new_empty(0) if x is None else x for x in outputs])
+        return outputs
+
+    return filled
+
+
 _launchers: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 # Arguments that no dispatch key but the device's and autograd's has a say in: no subclass of Tensor.
 _TENSORS = frozenset({Tensor, Parameter})
-_PLAIN = _TENSORS | {type(None), int, float, bool}
+_VALUES = frozenset({type(None), int, float, bool})
+_PLAIN = _TENSORS | _VALUES
 
 
 def call(op: torch._ops.OpOverload, *args: Any) -> Any:
     """op(*args) past its own derivative, from within an autograd.Function that supplies one; eager mode only.
 
-    Its launcher is called directly unless someone is to see the operator: a dispatch mode (FLOP counts, fake tensors),
-    a tensor subclass or a profiler.
+    Its launcher is called directly, and gives None for what the operator returns empty, unless someone is to see the
+    operator: a dispatch mode (FLOP counts, fake tensors), a tensor subclass or a profiler.
     """
     if torch.is_grad_enabled():  # a backward pass with create_graph=True: let the operator refuse
         return op(*args)
@@ -148,7 +173,7 @@ def _make_context_current(device: torch.device) -> None:
 
 def refuse_transforms(name: str) -> None:
     """Raise NotImplementedError under torch.func.vmap, grad and their kin, which cannot see into a kernel."""
-    if torch._C._are_functorch_transforms_active():
+    if _transforms_are_active():
         raise NotImplementedError(
             f"{name}: its Triton kernels do not run under torch.func transforms (vmap, grad, jvp); leading dimensions"
             " are batched already, and autograd differentiates it"
@@ -161,11 +186,17 @@ def apply(name: str, function: type[torch.autograd.Function], *args: Any) -> Any
     Function.apply itself looks for such transforms and unwraps what is left of past ones, in Python, for as long as a
     launch takes.
     """
-    refuse_transforms(name)
+    if _transforms_are_active():
+        refuse_transforms(name)
     for x in args:
         if type(x) in _TENSORS and _is_wrapped(x):  # by a transform that has ended
             return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    return _bare_apply(function)(*args)
+
+
+@cache
+def _bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def known(condition: Any) -> bool:
@@ -183,6 +214,46 @@ def in_layout_of(x: Tensor, result: Tensor) -> Tensor:
     if all(known(a == b) for a, b in zip(result.stride(), alike.stride(), strict=True)):
         return result
     return alike.copy_(result)
+
+
+# Kinds of calls that one check remembers; with more in turn, as with many lengths, they are checked anew.
+MOST_CHECKED = 4096
+
+
+def checked_once(check: Callable[..., Any]) -> Callable[..., Any]:
+    """check(*args), for a public function's checks: in eager mode once for each kind of call that passes them.
+
+    check: looks at nothing of a tensor but its dtype, shape and device, and what it returns holds no tensor. Calls are
+    of one kind when these and all numbers, with their types, are equal. What is not a plain tensor or a number is
+    checked in every call, and while tracing all is.
+    """
+    passed: dict[tuple[Any, ...], Any] = {}
+
+    @wraps(check)
+    def checked(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return check(*args)
+        key: list[Any] = []
+        for x in args:
+            kind = type(x)
+            if kind in _TENSORS:
+                key += x.dtype, x.shape, x.device
+            elif kind in _VALUES:
+                key += kind, x
+            else:
+                return check(*args)
+        known = tuple(key)
+        try:
+            return passed[known]
+        except KeyError:
+            pass
+        result = check(*args)
+        if len(passed) >= MOST_CHECKED:
+            passed.clear()
+        passed[known] = result
+        return result
+
+    return checked
 
 
 def _described(value: Any) -> str:

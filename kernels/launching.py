@@ -96,10 +96,7 @@ def variant(
 
     None where an argument is of a kind that is not known here, or a runtime argument is missing.
     """
-    try:
-        n_runtime = kernel.rooflight_n_runtime
-    except AttributeError:
-        n_runtime = _prepare(kernel)
+    n_runtime = _prepared(kernel)
     if len(args) < n_runtime:
         return None
     key: list[Any] = [device, knobs.runtime.debug, knobs.compilation.instrumentation_mode]
@@ -117,68 +114,72 @@ class Plan:
     """A launch but for its tensors: plan(*tensors) is launch(kernel, grid, *args, **constants) with them for TENSOR.
 
     What is the same for the same shapes, strides and options is worked out once; the caller keeps the plan by these.
-    A tensor's place may be empty (None), in the arguments or in a tuple among them.
+    Tensors, or None, come in the order of their places, in the arguments or in a tuple among them.
     """
 
-    __slots__ = ("_args", "_constants", "_grid", "_handles", "_kernel", "_nested", "_places", "_sizes")
+    __slots__ = ("_args", "_constants", "_grid", "_handles", "_kernel", "_places", "_sizes", "_tuples")
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        self._kernel, self._grid, self._args, self._constants = kernel, grid, args, constants
+        self._kernel, self._grid, self._constants = kernel, grid, constants
         self._sizes = (*grid, 1, 1)[:3]
         self._handles: dict[tuple[Any, ...], Launch] = {}
-        # (which list, where in it): list 0 is the arguments', the others those of tuples among them
-        self._places: list[tuple[int, int]] = []
-        self._nested: list[int] = []
+        # The arguments flat, tuples that hold tensors taken apart behind the others: (where it goes, type, from, to).
+        self._args = list(args)
+        self._tuples: list[tuple[int, Any, int, int]] = []
+        self._places: list[int] = []  # in the order of the arguments
         for i, arg in enumerate(args):
             if arg is TENSOR:
-                self._places.append((0, i))
+                self._places.append(i)
             elif isinstance(arg, tuple) and any(part is TENSOR for part in arg):
-                self._nested.append(i)
-                self._places += [(len(self._nested), j) for j, part in enumerate(arg) if part is TENSOR]
+                first = len(self._args)
+                self._places += [first + j for j, part in enumerate(arg) if part is TENSOR]
+                self._args += arg
+                self._tuples.append((i, type(arg), first, len(self._args)))
 
     def __call__(self, *tensors: Any) -> None:
         kernel = self._kernel
         if not (_direct and isinstance(kernel, JITFunction)) or _observed(kernel):
             self._through_triton(tensors)
             return
-        device = driver.active.get_current_device()
+        active = driver.active
+        device = active.get_current_device()
         key: list[Any] = [device, knobs.runtime.debug, knobs.compilation.instrumentation_mode]
-        given: list[Any] = []
-        for x in tensors:
+        given = self._args.copy()
+        for at, x in zip(self._places, tensors, strict=True):
             if x is None:
                 key.append(None)
-                given.append(None)
+                given[at] = None
             elif type(x) in _TENSORS:
-                address = x.data_ptr()
-                key.append(x.dtype)
-                key.append(not address & 15)
-                given.append(address)
+                given[at] = address = x.data_ptr()
+                key += x.dtype, address & 15 == 0
             else:
                 key.append(x.described.variant)
-                given.append(x)
+                given[at] = x
         variant = tuple(key)
         handle = self._handles.get(variant)
         if handle is not None:
-            handle(*self._sizes, driver.active.get_current_stream(device), self._filled(given))
+            if self._tuples:
+                given = self._together(given)
+            handle(*self._sizes, active.get_current_stream(device), given)
             return
         compiled = self._through_triton(tensors)
-        n_runtime = _prepare(kernel)
-        if len(self._args) >= n_runtime and (handle := _handle(compiled, len(kernel.params) - len(self._args))):
+        n_runtime = _prepared(kernel)
+        n_given = len(self._args) if not self._tuples else self._tuples[0][2]
+        if n_given >= n_runtime and (handle := _handle(compiled, len(kernel.params) - n_given)):
             self._handles[variant] = handle
 
-    def _filled(self, tensors: Any, kept: bool = False) -> list[Any]:
-        """The arguments with these in the tensors' places. kept: tuples keep their types, which Triton tells apart."""
-        filled = list(self._args)
-        lists = [filled, *(list(filled[i]) for i in self._nested)]
-        for (which, at), x in zip(self._places, tensors, strict=True):
-            lists[which][at] = x
-        for i, parts in zip(self._nested, lists[1:], strict=True):
-            kind = type(filled[i])
-            filled[i] = kind(*parts) if kept and kind is not tuple else tuple(parts)
-        return filled
+    def _together(self, flat: list[Any], kept: bool = False) -> list[Any]:
+        """The arguments with their tuples. kept: these keep their types, which Triton tells apart."""
+        for i, kind, start, stop in self._tuples:
+            parts = flat[start:stop]
+            flat[i] = kind(*parts) if kept and kind is not tuple else tuple(parts)
+        return flat[: self._tuples[0][2]] if self._tuples else flat
 
     def _through_triton(self, tensors: tuple[Any, ...]) -> Any:
-        return self._kernel[self._grid](*self._filled(tensors, kept=True), **self._constants)
+        flat = self._args.copy()
+        for at, x in zip(self._places, tensors, strict=True):
+            flat[at] = x
+        return self._kernel[self._grid](*self._together(flat, kept=True), **self._constants)
 
 
 def _observed(kernel: Any) -> bool:
@@ -190,8 +191,12 @@ def _observed(kernel: Any) -> bool:
     return bool(kernel.pre_run_hooks) or getattr(runtime, "add_stages_inspection_hook", None) is not None
 
 
-def _prepare(kernel: Any) -> int:
-    """How many parameters come before the constants, which must be the last; makes the place for the handles."""
+def _prepared(kernel: Any) -> int:
+    """How many parameters come before the constants, which must be the last; makes the place for the handles, once."""
+    try:
+        return kernel.rooflight_n_runtime
+    except AttributeError:
+        pass
     constant = [param.is_constexpr for param in kernel.params]
     n_runtime = constant.index(True) if True in constant else len(constant)
     if not all(constant[n_runtime:]):

@@ -11,7 +11,6 @@ longer than a tile a kernel before it computes mean(xhat g), so that a program c
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any
 
@@ -20,21 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import cost, reference
-from .dispatch import apply, call, check_device, check_dtype, check_number, define_op, refuse_transforms, runs_triton
+from . import cost, dispatch, reference
+from . import rms_norm_tiles as tiles
+from .dispatch import apply, call, check_device, check_dtype, check_number, checked_once, define_op, runs_triton
 from .launching import TENSOR, Plan
-from .rms_norm_tiles import (
-    BACKWARD_TILE,
-    FORWARD_BYTES,
-    LOOP_TILE,
-    LOOP_WARPS,
-    REDUCE_ROWS,
-    REDUCE_WARPS,
-    RESIDENT_WARPS,
-    backward_tile,
-    forward_tile,
-    reduced_columns,
-)  # fmt: skip
 from .rows import Layout, multiprocessors, row_layout, statistics, tile_offsets
 
 __all__ = ["RMSNormFunction", "rms_norm"]
@@ -51,10 +39,9 @@ def _load_scale(w_ptr, offset, cols, N, DTYPE: tl.constexpr):
 
 @triton.jit
 def _load_h(
-    x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE: tl.constexpr, KEEP: tl.constexpr
+    x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE: tl.constexpr, KEPT: tl.constexpr
 ):
-    """h (ROWS, BLOCK_N): x, or x + residual rounded to the stream's dtype. KEEP: it will be read again."""
-    KEPT: tl.constexpr = "evict_last" if KEEP else "evict_first"
+    """h (ROWS, BLOCK_N): x, or x + residual rounded to the stream's dtype. KEPT: a policy of eviction."""
     h = tl.load(x_ptr + tile_offsets(row, x_layout, cols), mask=mask, other=0.0, eviction_policy=KEPT).to(DTYPE)
     if residual_ptr is not None:
         at = residual_ptr + tile_offsets(row, residual_layout, cols)
@@ -78,31 +65,35 @@ def _store_normed(y_ptr, stream_ptr, scale, h, rstd, row, cols, mask, N, HAS_RES
 def _rms_norm_fwd_kernel(
     x_ptr, x_layout, residual_ptr, residual_layout, w_ptr, y_ptr, stream_ptr, rstd_ptr, M, N, eps, offset,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    SCALE_FIRST: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK_N)
-    held = _load_scale(w_ptr, offset, cols, N, DTYPE) if w_ptr is not None and STAGES > 1 else None
+    held = _load_scale(w_ptr, offset, cols, N, DTYPE) if w_ptr is not None and SCALE_FIRST else None
     for tile in tl.range(tl.program_id(0), (M - 1) // ROWS + 1, tl.num_programs(0), num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS)
         live = (row >= 0) & (row < M)  # row wraps below 0 when M is within a tile of 2^31
         mask = live[:, None] & (cols < N)[None, :]
-        h = _load_h(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE, not ONE_TILE)
+        KEPT: tl.constexpr = ONCE if ONE_TILE else "evict_last"
+        h = _load_h(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE, KEPT)
         squares = h * h
         if not ONE_TILE:
             for start in range(BLOCK_N, N, BLOCK_N):
                 at = start + cols
                 mask = live[:, None] & (at < N)[None, :]
-                h = _load_h(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE, True)
+                h = _load_h(
+                    x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE, "evict_last"
+                )
                 squares += h * h
         rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / N + eps)
         tl.store(rstd_ptr + row, rstd, mask=live)
         if ONE_TILE:
-            scale = _load_scale(w_ptr, offset, cols, N, DTYPE) if w_ptr is not None and STAGES == 1 else held
+            scale = held if SCALE_FIRST or w_ptr is None else _load_scale(w_ptr, offset, cols, N, DTYPE)
             _store_normed(y_ptr, stream_ptr, scale, h, rstd, row, cols, mask, N, residual_ptr is not None)
         else:
             for start in range(0, N, BLOCK_N):
                 at = start + cols
                 mask = live[:, None] & (at < N)[None, :]
-                h = _load_h(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE, False)
+                h = _load_h(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE, ONCE)
                 scale = _load_scale(w_ptr, offset, at, N, DTYPE) if w_ptr is not None else None
                 _store_normed(y_ptr, stream_ptr, scale, h, rstd, row, at, mask, N, residual_ptr is not None)
 
@@ -184,19 +175,19 @@ def _rms_norm_dw_kernel(partial_ptr, dw_ptr, PROGRAMS, N, ROWS: tl.constexpr, BL
 
 def rms_norm_fwd(
     x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the stream x + residual (empty without a residual) and rstd (rows,)."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """y, the stream x + residual (none without a residual) and rstd (rows,)."""
     N = x.shape[-1]
     y, stream, rstd = _rms_norm_fwd_fake(x, weight, eps, residual, weight_offset)
-    M = rstd.numel()
+    M = rstd.shape[0]
     if M == 0:
         return y, stream, rstd
     x, x_layout = row_layout(x)
     residual, residual_layout = (None, None) if residual is None else row_layout(residual)
     weight = None if weight is None else weight.contiguous()
-    plan = _forward_plan(
-        M, N, x.dtype, stream.element_size(), x.device, x_layout, residual_layout, float(eps), float(weight_offset)
-    )
+    element_size = (x if stream is None else stream).dtype.itemsize
+    tile = tiles.forward_tile(N, element_size, residual is not None)
+    plan = _forward_plan(M, N, x.dtype, element_size, x.device, x_layout, residual_layout, eps, weight_offset, tile)
     plan(x, residual, weight, y, stream, rstd)
     return y, stream, rstd
 
@@ -204,39 +195,43 @@ def rms_norm_fwd(
 @lru_cache(maxsize=512)
 def _forward_plan(
     M: int, N: int, dtype: torch.dtype, element_size: int, device: torch.device, x_layout: Layout,
-    residual_layout: Layout | None, eps: float, weight_offset: float,
+    residual_layout: Layout | None, eps: float, weight_offset: float, tile: tiles.Tile,
 ) -> Plan:  # fmt: skip
-    rows, columns, warps, stages = forward_tile(N, element_size, residual_layout is not None)
+    rows, columns, warps, stages, scale_first, once, _ = tile
     programs = -(-M // rows)
     if stages > 1:
-        programs = min(programs, multiprocessors(device) * max(1, FORWARD_BYTES // (rows * columns * element_size)))
+        programs = min(
+            programs, multiprocessors(device) * max(1, tiles.FORWARD_BYTES // (rows * columns * element_size))
+        )
     return Plan(
         _rms_norm_fwd_kernel, (programs,),
-        TENSOR, x_layout, TENSOR, residual_layout, TENSOR, TENSOR, TENSOR, TENSOR, M, N, eps, weight_offset,
-        ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, STAGES=stages, DTYPE=statistics(dtype)[1], num_warps=warps,
+        TENSOR, x_layout, TENSOR, residual_layout, *(TENSOR,) * 4, M, N, float(eps), float(weight_offset),
+        ROWS=rows, BLOCK_N=columns, ONE_TILE=columns >= N, STAGES=stages, DTYPE=statistics(dtype)[1],
+        SCALE_FIRST=columns >= N and (stages > 1 or scale_first), ONCE="evict_first" if once else "", num_warps=warps,
     )  # fmt: skip
 
 
 def rms_norm_bwd(
     dy: Tensor, dstream: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, weight_offset: float,
     needs_dw: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dh, contiguous in h's dtype, and dw (empty unless needed)."""
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """dh, contiguous in h's dtype, and dw, where it is needed."""
     N, M = h.shape[-1], rstd.numel()
     dh, dw = _rms_norm_bwd_fake(dy, dstream, h, weight, rstd, weight_offset, needs_dw)
     if M == 0:
-        return dh, dw.zero_()
+        return dh, None if dw is None else dw.zero_()
     h, h_layout = row_layout(h)
     dy, dy_layout = row_layout(dy)
     dstream, dstream_layout = (None, None) if dstream is None else row_layout(dstream)
     weight = None if weight is None else weight.contiguous()
+    tile = tiles.backward_tile(M, N, multiprocessors(h.device), h.dtype.itemsize, dstream is not None)
     programs, mean_plan, plan, dw_plan = _backward_plans(
-        M, N, h.dtype, h.device, h_layout, dy_layout, dstream_layout, float(weight_offset)
+        M, N, h.dtype, h.device, h_layout, dy_layout, dstream_layout, float(weight_offset), tile
     )
-    mean = None if mean_plan is None else torch.empty_like(rstd)
+    mean = None
     if mean_plan is not None:
-        mean_plan(h, dy, weight, rstd, mean)
-    partial = torch.empty((programs, N), dtype=rstd.dtype, device=h.device) if needs_dw else None
+        mean_plan(h, dy, weight, rstd, mean := torch.empty_like(rstd))
+    partial = torch.empty_strided((programs, N), (N, 1), dtype=rstd.dtype, device=h.device) if dw is not None else None
     plan(h, dy, dstream, weight, rstd, mean, dh, partial)
     if partial is not None:
         dw_plan(partial, dw)
@@ -246,91 +241,92 @@ def rms_norm_bwd(
 @lru_cache(maxsize=512)
 def _backward_plans(
     M: int, N: int, dtype: torch.dtype, device: torch.device, h_layout: Layout, dy_layout: Layout,
-    dstream_layout: Layout | None, weight_offset: float,
+    dstream_layout: Layout | None, weight_offset: float, tile: tiles.Tile,
 ) -> tuple[int, Plan | None, Plan, Plan]:  # fmt: skip
     """Programs, each with partial sums of its own; the rows' means, where a row has several panels; dh; dw."""
-    processors, DTYPE = multiprocessors(device), statistics(dtype)[1]
-    many = processors * BACKWARD_TILE <= M * N
-    rows, columns, warps, stages = backward_tile(N, many, dtype.itemsize, dstream_layout is not None)
+    DTYPE = statistics(dtype)[1]
+    rows, columns, warps, stages, *_, resident = tile
     panels = -(-N // columns)
-    programs = max(1, min(-(-M // rows), processors * max(1, RESIDENT_WARPS // warps) // panels))
+    programs = max(1, min(-(-M // rows), multiprocessors(device) * max(1, resident // warps) // panels))
     mean_plan = Plan(
-        _rms_norm_mean_kernel, (M,),
-        TENSOR, h_layout, TENSOR, dy_layout, TENSOR, TENSOR, TENSOR, N, weight_offset,
-        BLOCK_N=LOOP_TILE, DTYPE=DTYPE, num_warps=LOOP_WARPS,
+        _rms_norm_mean_kernel, (M,), TENSOR, h_layout, TENSOR, dy_layout, *(TENSOR,) * 3, N, weight_offset,
+        BLOCK_N=tiles.LOOP_TILE, DTYPE=DTYPE, num_warps=tiles.LOOP_WARPS,
     )  # fmt: skip
     plan = Plan(
         _rms_norm_bwd_kernel, (programs, panels),
-        TENSOR, h_layout, TENSOR, dy_layout, TENSOR, dstream_layout, TENSOR, TENSOR, TENSOR, TENSOR, TENSOR,
-        M, N, weight_offset,
-        ROWS=rows, BLOCK_N=columns, HOLD_SCALE=columns <= BACKWARD_TILE, STAGES=stages, DTYPE=DTYPE, num_warps=warps,
+        TENSOR, h_layout, TENSOR, dy_layout, TENSOR, dstream_layout, *(TENSOR,) * 5, M, N, weight_offset,
+        ROWS=rows, BLOCK_N=columns, HOLD_SCALE=columns <= tiles.BACKWARD_TILE, STAGES=stages, DTYPE=DTYPE,
+        num_warps=warps,
     )  # fmt: skip
-    columns = reduced_columns(N)
+    columns = tiles.reduced_columns(N)
     dw_plan = Plan(
-        _rms_norm_dw_kernel, (-(-N // columns),),
-        TENSOR, TENSOR, programs, N, ROWS=REDUCE_ROWS, BLOCK_N=columns, num_warps=REDUCE_WARPS,
+        _rms_norm_dw_kernel, (-(-N // columns),), TENSOR, TENSOR, programs, N,
+        ROWS=tiles.REDUCE_ROWS, BLOCK_N=columns, num_warps=tiles.REDUCE_WARPS,
     )  # fmt: skip
     return programs, mean_plan if panels > 1 else None, plan, dw_plan
 
 
 def _rms_norm_fwd_fake(
     x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    if residual is None:
-        stream = x.new_empty(0)
-    else:
-        dtype = torch.promote_types(x.dtype, residual.dtype)
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    stream, dtype = None, x.dtype
+    if residual is not None:
+        dtype = torch.promote_types(dtype, residual.dtype)
         stream = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    rstd = x.new_empty(x.shape[:-1].numel(), dtype=statistics(stream.dtype)[0])
+    rows = math.prod(x.shape[:-1])  # of symbolic sizes too, which .numel() would fix
+    rstd = torch.empty_strided((rows,), (1,), dtype=statistics(dtype)[0], device=x.device)
     return torch.empty_like(x, memory_format=torch.contiguous_format), stream, rstd
 
 
 def _rms_norm_bwd_fake(
     dy: Tensor, dstream: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, weight_offset: float,
     needs_dw: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dw = weight.new_empty(weight.shape) if needs_dw and weight is not None else h.new_empty(0)
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    dw = None
+    if needs_dw and weight is not None:
+        dw = torch.empty_strided(weight.shape, (1,), dtype=weight.dtype, device=h.device)
     return torch.empty_like(h, memory_format=torch.contiguous_format), dw
 
 
 def _fwd_flops(x: Any, weight: Any, eps: float, residual: Any, *args: Any, **kwargs: Any) -> int:
-    M, N = _matrix(x)
+    M, N = torch.Size(x[:-1]).numel(), x[-1]
     return cost.rms_norm_cost(M, N, residual=residual is not None, weight=weight is not None).flops
 
 
 def _bwd_flops(dy: Any, dstream: Any, h: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
-    M, N = _matrix(h)
+    M, N = torch.Size(h[:-1]).numel(), h[-1]
     return cost.rms_norm_cost(M, N, residual=dstream is not None, weight=weight is not None, backward=True).flops
 
 
-def _matrix(shape: Any) -> tuple[int, int]:
-    return torch.Size(shape[:-1]).numel(), shape[-1]
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     x, weight, _, residual, ctx.weight_offset = inputs
-    _, stream, rstd = output
-    ctx.save_for_backward(x if residual is None else stream, weight, rstd)
-    ctx.mark_non_differentiable(*((stream, rstd) if residual is None else (rstd,)))
-    ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+    ctx.save_for_backward(x if residual is None else output[1], weight, output[2])
+    ctx.dtypes = None if residual is None else (x.dtype, residual.dtype)
     ctx.set_materialize_grads(False)
+
+
+def _save_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Of the operator, which returns more than an eager call."""
+    _save(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[1 if ctx.dtypes is None else 2 :])
 
 
 def _backward(ctx: Any, dy: Tensor | None, dstream: Tensor | None = None, drstd: Tensor | None = None) -> Any:
     h, weight, rstd = ctx.saved_tensors
     needs_dx, needs_dw, _, needs_dresidual, _ = ctx.needs_input_grad
-    if ctx.dtypes[1] is None:
+    if ctx.dtypes is None:
         dstream = None  # of the empty output, whatever its gradient
     dh, dw = dstream, None
     if dy is not None:
         dh, dw = call(_bwd, dy, dstream, h, weight, rstd, ctx.weight_offset, needs_dw)
-    dx = dh.to(ctx.dtypes[0]) if needs_dx and dh is not None else None
-    dresidual = dh.to(ctx.dtypes[1]) if needs_dresidual and dh is not None else None
+    dx, dresidual = (dh if needs else None for needs in (needs_dx, needs_dresidual))
+    if ctx.dtypes is not None:
+        dx, dresidual = (x if x is None else x.to(to) for x, to in zip((dx, dresidual), ctx.dtypes, strict=True))
     return dx, dw if needs_dw else None, None, dresidual, None
 
 
 _bwd = define_op(rms_norm_bwd, _rms_norm_bwd_fake, _bwd_flops)
-_fwd = define_op(rms_norm_fwd, _rms_norm_fwd_fake, _fwd_flops, setup_context=_save, backward=_backward)
+_fwd = define_op(rms_norm_fwd, _rms_norm_fwd_fake, _fwd_flops, setup_context=_save_operator, backward=_backward)
 
 # ---------------------------------------------------------------- public
 
@@ -345,6 +341,29 @@ class RMSNormFunction(torch.autograd.Function):
         return output[0] if inputs[3] is None else output[:2]
 
     backward = staticmethod(_backward)
+
+
+@checked_once
+def _checked(
+    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float
+) -> tuple[float, float]:
+    """eps and weight_offset, once everything is as rms_norm wants it."""
+    check_dtype("x", x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected shape (..., N) with N >= 1, got {tuple(x.shape)}")
+    eps, weight_offset = check_number("eps", eps), check_number("weight_offset", weight_offset)
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"eps: expected > 0 and finite, got {eps}")
+    if weight is not None:
+        check_dtype("weight", weight)
+        if weight.shape != x.shape[-1:]:
+            raise ValueError(f"weight: expected shape ({x.shape[-1]},), the last of x, got {tuple(weight.shape)}")
+    if residual is not None:
+        check_dtype("residual", residual)
+        if residual.shape != x.shape:
+            raise ValueError(f"residual: expected x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
+    check_device(("x", x), ("weight", weight), ("residual", residual))
+    return eps, weight_offset
 
 
 def rms_norm(
@@ -367,21 +386,7 @@ def rms_norm(
     oracle. Under the kernels a second derivative and torch.func transforms raise NotImplementedError.
     Raises ValueError on a shape, dtype or device mismatch, on eps <= 0 and on a tensor for a number.
     """
-    check_dtype("x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: expected shape (..., N) with N >= 1, got {tuple(x.shape)}")
-    eps, weight_offset = check_number("eps", eps), check_number("weight_offset", weight_offset)
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps: expected > 0 and finite, got {eps}")
-    if weight is not None:
-        check_dtype("weight", weight)
-        if weight.shape != x.shape[-1:]:
-            raise ValueError(f"weight: expected shape ({x.shape[-1]},), the last of x, got {tuple(weight.shape)}")
-    if residual is not None:
-        check_dtype("residual", residual)
-        if residual.shape != x.shape:
-            raise ValueError(f"residual: expected x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
-    check_device(("x", x), ("weight", weight), ("residual", residual))
+    eps, weight_offset = _checked(x, weight, eps, residual, weight_offset)
     if not runs_triton(x):
         result = reference.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)
         return result.contiguous() if isinstance(result, Tensor) else (result[0].contiguous(), result[1].contiguous())
@@ -389,7 +394,7 @@ def rms_norm(
         y, stream, _ = _fwd(x, weight, eps, residual, weight_offset)
         return y if residual is None else (y, stream)
     if not torch.is_grad_enabled():  # nothing to save
-        refuse_transforms("rms_norm")
+        dispatch.refuse_transforms("rms_norm")
         y, stream, _ = call(_fwd, x, weight, eps, residual, weight_offset)
         return y if residual is None else (y, stream)
     return apply("rms_norm", RMSNormFunction, x, weight, eps, residual, weight_offset)

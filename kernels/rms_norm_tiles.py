@@ -1,8 +1,14 @@
-"""RMSNorm's tiles: rows and columns of a program, its warps and stages, each with what chose it (bench/NOTES.md)."""
+"""RMSNorm's tiles: rows and columns of a program, its warps and stages, each with what chose it (bench/NOTES.md).
+
+`use` puts another one in a tile's place: `python -m rooflight.bench.measure.norms` times those that may be faster.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import NamedTuple
 
 import triton
 
@@ -10,7 +16,7 @@ from .rows import is_blackwell, most_warps
 
 __all__ = [
     "BACKWARD_LONGEST", "BACKWARD_TILE", "FORWARD_BYTES", "FORWARD_TILE", "LOOP_TILE", "LOOP_WARPS", "REDUCE_ROWS",
-    "REDUCE_WARPS", "RESIDENT_WARPS", "backward_tile", "forward_tile", "reduced_columns",
+    "REDUCE_WARPS", "RESIDENT_WARPS", "Tile", "backward_tile", "forward_tile", "reduced_columns", "use",
 ]  # fmt: skip
 
 # Elements of a tile of short rows: 16 a thread over 4 warps, two 16-byte loads of a 2-byte type.
@@ -30,22 +36,70 @@ BACKWARD_LONGEST = 16384
 REDUCE_ROWS, REDUCE_WARPS = 256, 8
 
 
+class Tile(NamedTuple):
+    """What a program works on. stages: of its loop over tiles; one: a program a tile, in the forward.
+
+    scale_first, once: of the forward's program a tile, whether it fetches the weight before its rows, not after their
+    sum, and whether it marks the rows as read once.  resident: warps of the backward's programs on a multiprocessor.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    scale_first: bool = False
+    once: bool = True
+    resident: int = RESIDENT_WARPS
+
+
+_asked: dict[str, Tile] = {}  # by pass
+
+
+@contextmanager
+def use(pass_: str, tile: Tile) -> Iterator[None]:
+    """Within the block a pass ("forward" or "backward") has this tile whatever its rows; for the whole process.
+
+    A row must fit the tile. Raises ValueError on another pass.
+    """
+    if pass_ not in ("forward", "backward"):
+        raise ValueError(f"pass_: expected forward or backward, got {pass_!r}")
+    before = _asked.get(pass_)
+    _asked[pass_] = tile
+    try:
+        yield
+    finally:
+        _asked.pop(pass_)
+        if before is not None:
+            _asked[pass_] = before
+
+
+def forward_tile(N: int, element_size: int, residual: bool) -> Tile:
+    """The forward's tile for rows of N elements of which the widest tensor has so many bytes each."""
+    return _asked["forward"] if "forward" in _asked else _forward_tile(N, element_size, residual)
+
+
 @cache
-def forward_tile(N: int, element_size: int, residual: bool) -> tuple[int, int, int, int]:
-    """Rows and columns of a tile, the warps that work on it and the loop's stages; one stage: a program a tile."""
+def _forward_tile(N: int, element_size: int, residual: bool) -> Tile:
     columns = max(triton.next_power_of_2(N), 16)
     if columns > (FORWARD_TILE // 2 if residual else FORWARD_TILE):  # a residual is a second row in registers
-        return 1, LOOP_TILE, LOOP_WARPS, 1
+        return Tile(1, LOOP_TILE, LOOP_WARPS, 1)
     rows = max(1, SHORT_TILE // columns)
     warps = min(max(rows * columns // 512, 4), most_warps())
     if most_warps() < 32 or columns * element_size > FORWARD_BYTES:
-        return rows, columns, warps, 1
-    return rows, columns, warps, 2 if residual or element_size > 2 else 3
+        return Tile(rows, columns, warps, 1)
+    return Tile(rows, columns, warps, 2 if residual or element_size > 2 else 3)
+
+
+def backward_tile(M: int, N: int, processors: int, element_size: int, residual: bool) -> Tile:
+    """The backward's for M rows of N, as forward_tile."""
+    if "backward" in _asked:
+        return _asked["backward"]
+    return _backward_tile(N, processors * BACKWARD_TILE <= M * N, element_size, residual)
 
 
 @cache
-def backward_tile(N: int, many: bool, element_size: int, residual: bool) -> tuple[int, int, int, int]:
-    """The backward's, as forward_tile. many: elements for a whole tile on every multiprocessor."""
+def _backward_tile(N: int, many: bool, element_size: int, residual: bool) -> Tile:
+    """many: elements for a whole tile on every multiprocessor."""
     two_bytes, amd = element_size <= 2, most_warps() < 32
     columns = max(triton.next_power_of_2(N), 16)
     fits = two_bytes and not amd and not (residual and is_blackwell())  # where it compiles without a spill
@@ -55,7 +109,7 @@ def backward_tile(N: int, many: bool, element_size: int, residual: bool) -> tupl
     warps = min(max(rows * columns // 512, 4), most_warps())
     # The buffers fit the shared memory of every GPU, with a residual 96 KiB of 99, and of AMD's 64 KiB a half.
     stages = (2 if two_bytes else 1) if amd else 3 if two_bytes and columns <= BACKWARD_TILE else 2
-    return rows, columns, warps, stages
+    return Tile(rows, columns, warps, stages)
 
 
 @cache

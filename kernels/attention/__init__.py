@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import apply, in_layout_of, runs_triton
+from ..dispatch import apply, check_tensor, checked_once, in_layout_of, runs_triton
 from .checks import Window, check_inputs, check_mask, check_sequences, check_types, reach, score_numbers
 from .launch import FlashAttentionFunction, fwd_op
 from .plain import scaled_dot_product, sdpa_serves
@@ -17,13 +17,31 @@ from .plain import scaled_dot_product, sdpa_serves
 __all__ = ["FlashAttentionFunction", "flash_attention", "flash_attention_varlen"]
 
 
+_autocasts_anywhere = torch._C._is_any_autocast_enabled
+
+
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Inside torch.autocast, the tensors in its dtype, as scaled_dot_product_attention takes them."""
+    if not (torch.compiler.is_compiling() or _autocasts_anywhere()):
+        return tensors
+    for name, x in zip("qkv", tensors, strict=True):
+        check_tensor(name, x)
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+@checked_once
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, causal: bool, window: Window, scale: float | None,
+    softcap: float, return_lse: bool, varlen: bool,
+) -> tuple[int | None, int | None, float, float]:  # fmt: skip
+    """How far a query sees to the left and right, scale and softcap, once everything fits."""
+    check_types(q, k, v, sinks, return_lse)
+    check_inputs(q, k, v, sinks, varlen=varlen)
+    return *reach(causal, window), *score_numbers(scale, softcap, q.shape[-1])
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -82,11 +100,8 @@ def flash_attention(
     Raises ValueError on a shape, dtype or device mismatch, on D or H out of range, on a scale <= 0, a softcap < 0 or a
     window < 0, and on a tensor where a number is expected: it would receive no gradient.
     """
-    check_types(q, k, v, sinks, return_lse)
     q, k, v = _autocast(q, k, v)
-    check_inputs(q, k, v, sinks, varlen=False)
-    left, right = reach(causal, window)
-    scale, softcap = score_numbers(scale, softcap, q.shape[-1])
+    left, right, scale, softcap = _checked(q, k, v, sinks, causal, window, scale, softcap, return_lse, False)
     if mask is not None:
         return _masked(q, k, v, mask, causal, scale, window, softcap, sinks, return_lse)
     plain = left is None and right in (None, 0) and softcap == 0 and sinks is None and not return_lse
@@ -137,19 +152,16 @@ def flash_attention_varlen(
 
     Raises ValueError as flash_attention does, and on cu_seqlens or max_seqlen that do not fit; the values of cu_seqlens
     are checked on the CPU alone, since reading them from a GPU would stall it in every call: there rows of a sequence
-    past max_seqlen are left out as padding is, by the portable kernels.
+    past max_seqlen are left out as padding is.
     """
-    check_types(q, k, v, sinks, return_lse)
     q, k, v = _autocast(q, k, v)
-    check_inputs(q, k, v, sinks, varlen=True)
+    left, right, scale, softcap = _checked(q, k, v, sinks, causal, window, scale, softcap, return_lse, True)
     max_seqlen_q = check_sequences("q", cu_seqlens_q, max_seqlen_q, q)
     max_seqlen_k = check_sequences("k", cu_seqlens_k, max_seqlen_k, q)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         raise ValueError(
             f"cu_seqlens_k: expected cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}, got {tuple(cu_seqlens_k.shape)}"
         )
-    left, right = reach(causal, window)
-    scale, softcap = score_numbers(scale, softcap, q.shape[-1])
     options = (max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
     out, lse = _attend(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *options)
     return (out, lse) if return_lse else out

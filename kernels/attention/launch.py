@@ -43,16 +43,17 @@ def _statistic_like(q: Tensor, varlen: bool) -> Tensor:
     return torch.empty_strided((B, H, T), (H * n_row, n_row, 1), dtype=dtype, device=q.device)
 
 
-def _outputs(q: Tensor, varlen: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """out, lse, and the factor for the backward that undoes the rounding of lse: empty for fp16 and bf16, where p
-    itself rounds to far less.
+def _outputs(q: Tensor, varlen: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """out, lse, and the factor for the backward that undoes the rounding of lse: None for fp16 and bf16, where p itself
+    rounds to far less.
     """
-    lse = _statistic_like(q, varlen)
-    return torch.empty_like(q), lse, _statistic_like(q, varlen) if q.dtype.itemsize > 2 else lse.new_empty(0)
+    unround = _statistic_like(q, varlen) if q.dtype.itemsize > 2 else None
+    return torch.empty_like(q), _statistic_like(q, varlen), unround
 
 
-def _given(unround: Tensor) -> Tensor | None:
-    return unround if unround.dim() > 1 else None
+def _given(unround: Tensor | None) -> Tensor | None:
+    """Of what the operator returns, where None is an empty tensor."""
+    return None if unround is None or unround.dim() == 1 else unround
 
 
 def _problem(
@@ -106,7 +107,7 @@ def flash_attention_fwd(
     right: int | None,
     scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     out, lse, unround = _outputs(q, cu_seqlens_q is not None)
     p = _problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
     if not runs_triton(q):
@@ -118,13 +119,13 @@ def flash_attention_fwd(
         and _by_hopper("forward", (q, k, v, p.ends_q, softcap, sinks is not None), (q, k, v, out, lse, *bounds))
     ):
         sinks = None if sinks is None else sinks.contiguous()
-        portable.launch_forward(q, k, v, sinks, out, lse, _given(unround), p)
+        portable.launch_forward(q, k, v, sinks, out, lse, unround, p)
     if p.ends_q is not None:
         padding.clear(p, (out, lse, -math.inf))
     return out, lse, unround
 
 
-def _fake_fwd(q: Tensor, k: Any, v: Any, sinks: Any, cu_seqlens_q: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_fwd(q: Tensor, k: Any, v: Any, sinks: Any, cu_seqlens_q: Any, *args: Any) -> Any:
     return _outputs(q, cu_seqlens_q is not None)
 
 
@@ -136,7 +137,7 @@ def flash_attention_bwd(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    unround: Tensor,
+    unround: Tensor | None,
     sinks: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
@@ -146,7 +147,7 @@ def flash_attention_bwd(
     right: int | None,
     scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     p = _problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = None
@@ -155,7 +156,7 @@ def flash_attention_bwd(
     if not runs_triton(q):
         plain.launch_backward(q, k, v, dout, dlse, sinks, dq, dk, dv, delta, p)
         if sinks is None or delta is None:
-            return dq, dk, dv, q.new_empty(0)
+            return dq, dk, dv, None
         return dq, dk, dv, _sink_gradient(sinks, lse, delta, p.ends_q is not None)
     bounds = (p.ends_q, p.ends_k, p.T, p.S, left, right, scale)
     written = (q, k, v, out, dout, lse, dlse, dq, dk, dv, delta, *bounds)
@@ -167,7 +168,7 @@ def flash_attention_bwd(
     if p.ends_q is not None:
         padding.clear(p, (dq, None if sinks is None else delta, 0.0), (dk, dv))
     if sinks is None or delta is None:
-        return dq, dk, dv, q.new_empty(0)
+        return dq, dk, dv, None
     return dq, dk, dv, _sink_gradient(sinks, lse, delta, cu_seqlens_q is not None)
 
 
@@ -180,8 +181,8 @@ def _sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor, varlen: bool) -> T
 
 def _fake_bwd(
     dout: Any, dlse: Any, q: Tensor, k: Tensor, v: Tensor, out: Any, lse: Any, unround: Any, sinks: Any, *args: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    dsinks = None if sinks is None else torch.empty_like(sinks)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
 
 
@@ -205,11 +206,16 @@ def _lengths(cu_seqlens: Tensor, longest: int) -> list[int]:
     return [longest] * (cu_seqlens.shape[0] - 1)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *ctx.options = inputs
     ctx.save_for_backward(q, k, v, *output, sinks, cu_seqlens_q, cu_seqlens_k)
-    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
+
+
+def _save_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Of the operator, which returns more than an eager call."""
+    _save(ctx, inputs, output)
+    ctx.mark_non_differentiable(output[2])
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
@@ -223,7 +229,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None = None
 
 
 bwd_op = define_op(flash_attention_bwd, _fake_bwd)
-fwd_op = define_op(flash_attention_fwd, _fake_fwd, setup_context=_save, backward=_backward)
+fwd_op = define_op(flash_attention_fwd, _fake_fwd, setup_context=_save_operator, backward=_backward)
 
 
 class FlashAttentionFunction(torch.autograd.Function):
@@ -271,7 +277,7 @@ def _short_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     if len(shape) == 3:
         dout, *saved = (x[:, None] for x in (dout, *saved))
     q, k, v, out, lse = saved
-    if unround is not None:
+    if runs_triton(q):
         gradients = call(bwd_op, dout, None, q, k, v, out, lse, unround, None, None, None, *ctx.options)[:3]
     else:
         H, K = q.shape[1], k.shape[1]

@@ -10,6 +10,7 @@ import threading
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -131,6 +132,43 @@ def test_eager_calls_go_past_the_dispatcher_unless_someone_looks(device):
         fake = torch.ones(2, 8)
     y = kernels.swiglu(fake, fake)  # outside its mode: a subclass by itself
     assert isinstance(y, FakeTensor)
+
+
+def test_a_check_is_made_once_for_each_kind_of_call():
+    made = []
+
+    @dispatch.checked_once
+    def check(x, n):
+        made.append((tuple(x.shape), n))
+        if isinstance(n, bool) or n < 0:
+            raise ValueError("n")
+        return n
+
+    x = torch.ones(2, 8)
+    for _ in range(2):  # a tensor by dtype, shape and device, a number by its type and value
+        assert [check(y, n) for y, n in ((x, 1), (x + 1, 1), (x[:1], 1), (x.half(), 1), (x, 1.0), (x, 2))]
+    assert len(made) == 5
+    for _ in range(2):  # what is refused is looked at again, and True is no 1
+        with pytest.raises(ValueError, match="n"):
+            check(x, True)
+    assert len(made) == 7
+    for _ in range(2):  # a subclass, and what is no plain number
+        check(torch.nn.Buffer(x).as_subclass(torch.nn.parameter.Buffer), 1)
+        check(x, np.int64(1))
+    assert len(made) == 11
+    torch.compile(lambda x: x + check(x, 1), backend="eager", fullgraph=True)(x)
+    assert len(made) == 12
+
+
+def test_an_operator_returns_an_empty_tensor_for_what_there_is_none_of(device):
+    x, w = torch.ones(2, 8, device=device), torch.ones(8, device=device)
+    y, stream, _ = torch.ops.rooflight.rms_norm_fwd(x, w, 1e-6, None, 0.0)
+    assert stream.shape == (0,)
+    assert dispatch.call(torch.ops.rooflight.rms_norm_fwd.default, x, w, 1e-6, None, 0.0)[1].shape == (0,)  # with grad
+    with torch.no_grad():
+        ours = dispatch.call(torch.ops.rooflight.rms_norm_fwd.default, x, w, 1e-6, None, 0.0)
+    assert ours[1] is None
+    assert torch.equal(ours[0], y)
 
 
 def test_a_thread_has_a_context_before_its_first_product(monkeypatch):

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from rooflight import kernels
+from support.recorder import REFUSED
+
 CASES = Path(__file__).parents[1] / "support" / "launches.py"
 
 
@@ -44,9 +47,23 @@ def test_triton_launches_where_it_does_more(results):
 
 
 def test_lengths_that_change_do_not_compile_anew(results):
-    for counts in results["variants"].values():
-        assert len(counts) >= 4
-        assert max(counts.values()) <= 2, counts
+    """300 tokens generated, and each function over 50 lengths: at most two variants a kernel."""
+    assert len(results["variants"]) == 1 + len(results["what_a_capture_sees"])
+    for name, counts in results["variants"].items():
+        assert counts, name
+        assert max(counts.values()) <= 2, (name, counts)
+
+
+def test_what_a_graph_captures_neither_waits_nor_compiles(results):
+    """Of every public function, a call after the first; utils: encodes a descriptor, on the host."""
+    seen = results["what_a_capture_sees"]
+    assert {name.split(",")[0].split(" of ")[0] for name in seen} >= {
+        name for name in kernels.__all__ if callable(getattr(kernels, name)) and name.islower() and "tables" not in name
+    } - {"flash_attention", "flash_attention_varlen"} | {"attention", "packed attention", "adamw"}
+    for name, found in seen.items():
+        assert found["launches"] >= 2, name
+        assert set(found["asked"]) <= {"get_current_device", "get_current_stream", "utils"}, name
+        assert not set(found["ops"]) & {*REFUSED, "aten::_to_copy", "aten::is_pinned", "aten::record_stream"}, name
 
 
 def test_a_known_launch_neither_allocates_nor_waits(results):

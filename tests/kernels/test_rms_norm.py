@@ -118,7 +118,7 @@ def test_the_longest_row(device):
 
 def test_more_partial_sums_than_the_reduction_reads_at_once(device, monkeypatch):
     module = import_module("rooflight.kernels.rms_norm")
-    monkeypatch.setattr(module, "REDUCE_ROWS", 2)
+    monkeypatch.setattr(module.tiles, "REDUCE_ROWS", 2)
     module._backward_plans.cache_clear()
     judge(rms_norm, reference.rms_norm, case(device, torch.float32, (200, 40)))
     module._backward_plans.cache_clear()

@@ -10,8 +10,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
+from calls import ADDRESSES, comparable, passes, random_call
+
 CASES: dict[str, Callable[[Any], Any]] = {}
-ADDRESSES: set[int] = set()  # that tensors have told; where they lie is up to this Python
 
 
 def apart(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -25,13 +26,13 @@ def apart(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 @apart
 def variants(stand_in: Any) -> dict[str, dict[str, int]]:
-    """How many variants of each kernel a generation of 300 tokens compiles, and passes over 50 lengths."""
+    """How many variants of each kernel a generation of 300 tokens compiles, and each function over 50 lengths. What the
+    calls before it compiled counts there.
+    """
     import random
 
     import torch
 
-    from rooflight import kernels
-    from rooflight.kernels.attention import paths
     from rooflight.model import ModelConfig, Transformer, generate
 
     known = dict(stand_in.kernels)
@@ -47,21 +48,12 @@ def variants(stand_in: Any) -> dict[str, dict[str, int]]:
     with torch.no_grad():
         generate(model, torch.zeros(1, 7, dtype=torch.int64), 300, temperature=0.0)
     found = {"generation": compiled()}
-    rng = random.Random(0)
-    for T in rng.sample(range(2, 3000), 50):
-        q, k, v = (
-            torch.empty(1, T, heads, 64, dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)
-        )
-        for path in ("portable", "hopper"):
-            with paths.use(path):
-                kernels.flash_attention(q, k, v).backward(torch.empty_like(q))
-        x = torch.empty(1, T, 256, dtype=torch.bfloat16).requires_grad_()
-        for y in (kernels.rms_norm(x, torch.ones(256).requires_grad_()), kernels.swiglu(x, x)):
-            y.backward(torch.empty_like(y))
-        angles = torch.empty(3000, 32)
-        torch.autograd.backward(kernels.rope(q, k, angles, angles), (torch.empty_like(q), torch.empty_like(k)))
-        kernels.cross_entropy(x[0], torch.zeros(T, dtype=torch.int64)).backward()
-    return found | {"lengths": compiled()}
+    lengths = random.Random(0).sample(range(2, 3000), 50)
+    for name in passes(2):
+        for T in lengths:
+            passes(T)[name]()
+        found[name] = compiled()
+    return found
 
 
 # ---------------------------------------------------------------- the key
@@ -106,97 +98,6 @@ def random_arguments(stand_in: Any) -> list[int]:
 # ---------------------------------------------------------------- the arguments
 
 
-def calls(rng: Any) -> Callable[[], None]:
-    """One random call of a random public function, forward and backward."""
-    import torch
-
-    from rooflight import kernels
-    from rooflight.kernels.attention import paths
-
-    def tensor(*shape: int) -> torch.Tensor:
-        dtype = rng.choice([torch.bfloat16, torch.float16])
-        shift = rng.choice([0, 0, 1])
-        flat = torch.zeros(torch.Size(shape).numel() + shift, dtype=dtype)
-        return flat[shift:].view(shape).requires_grad_()
-
-    def attention(path: str | None, head_dim: int, varlen: bool) -> None:
-        dtype, shift = rng.choice([torch.bfloat16, torch.float16]), rng.choice([0, 0, 1]) if path is None else 0
-        T, S, H, K = rng.choice([1, 5, 16, 128]), rng.choice([1, 16, 100]), 4, rng.choice([1, 2, 4])
-
-        def make(heads: int, rows: int) -> torch.Tensor:
-            shape = (rows, heads, head_dim) if varlen else (2, rows, heads, head_dim)
-            flat = torch.zeros(torch.Size(shape).numel() + shift, dtype=dtype)
-            x = flat[shift:].view(shape)
-            return (x if varlen else x.transpose(1, 2)).requires_grad_()
-
-        q, k, v = make(H, T), make(K, S), make(K, S)
-        options = {"causal": rng.choice([True, False]), "window": rng.choice([None, 3])}
-        if path is None:
-            options |= {"softcap": rng.choice([0.0, 3.0]), "sinks": rng.choice([None, torch.zeros(H)])}
-        with paths.use(path or "portable"):
-            if varlen:
-                ends = [torch.tensor([0, n], dtype=torch.int32) for n in (T, S)]
-                out = kernels.flash_attention_varlen(q, k, v, *ends, T, S, **options)
-            else:
-                out = kernels.flash_attention(q, k, v, **options)
-            out.backward(torch.zeros_like(out))
-
-    def rms_norm() -> None:
-        N = rng.choice([1, 8, 16, 100, 4096, 40000])
-        x = tensor(rng.choice([1, 3, 16]), N)
-        residual = rng.choice([None, torch.zeros_like(x).requires_grad_()])
-        out = kernels.rms_norm(x, rng.choice([None, tensor(N)]), residual=residual)
-        (out if residual is None else out[0]).sum().backward()
-
-    def swiglu() -> None:
-        gate, up = tensor(rng.choice([1, 5]), 2 * rng.choice([16, 33])).chunk(2, dim=1)
-        kernels.swiglu(gate, up).sum().backward()
-
-    def rope() -> None:
-        q, k = tensor(1, 2, rng.choice([1, 16]), 16), None
-        k = torch.zeros_like(q).requires_grad_()
-        positions = rng.choice([None, torch.zeros(q.shape[2], dtype=torch.int64)])
-        angles = torch.zeros(32, 8)
-        sum(x.sum() for x in kernels.rope(q, k, angles, angles, positions=positions)).backward()
-
-    def cross_entropy() -> None:
-        x = tensor(rng.choice([1, 4]), rng.choice([16, 1000]))
-        kernels.cross_entropy(x, torch.zeros(x.shape[0], dtype=torch.int64), z_loss=rng.choice([0.0, 1.0])).backward()
-
-    choices: list[Callable[[], None]] = [rms_norm, swiglu, rope, cross_entropy]
-    for varlen in (False, True):
-        for path, head_dim in ((None, 40), (None, 64), ("hopper", 64), ("hopper", 128)):
-            choices.append(lambda *args, given=(path, head_dim, varlen): attention(*given))
-    return rng.choice(choices)
-
-
-def comparable(stand_in: Any, call: tuple[Any, ...]) -> Any:
-    """A call of the C launcher as what it makes of it: constants stepped over, tensors as addresses.
-
-    Addresses differ from run to run, since each allocates anew: they count by their value modulo 16.
-    """
-
-    def plain(x: Any) -> Any:
-        if hasattr(x, "data_ptr"):
-            x = x.data_ptr()
-        if isinstance(x, (tuple, list)):
-            return [plain(part) for part in x]
-        return ["address", x % 16] if type(x) is int and x > 0 and x in ADDRESSES else repr(x)
-
-    def taken(annotations: Any, args: Any) -> list[Any]:
-        pairs = zip(annotations, args, strict=True)
-        return [taken(a.nested_tuple, x) if a.type == 2 else plain(x) for a, x in pairs if a.type > 0]
-
-    grid, stream, function, flags = call[:3], call[3], call[4], call[5:7]
-    if len(call) == 16 and isinstance(call[14], bytes):  # from 3.7 on
-        scratch, packed, signature = call[11:13], call[7], call[14]
-        args = taken(call[13], call[15])
-    else:
-        scratch, packed, signature = call[7:9], call[9], b""
-        args = plain(call[13 : len(call) - len(stand_in.kernels[function].src.fn.constexprs)])
-    return [repr(part) for part in (grid, stream, function, flags, scratch, packed, signature)] + args
-
-
 @apart
 def what_reaches_the_driver(stand_in: Any) -> dict[str, Any]:
     """Random calls, through Triton and through handles: how many launches, and the first that differs."""
@@ -227,7 +128,7 @@ def what_reaches_the_driver(stand_in: Any) -> dict[str, Any]:
             for direct in (False, True, True):
                 stand_in.launched.clear()
                 with launching.direct(direct):
-                    calls(random.Random(seed))()
+                    random_call(random.Random(seed))()
                 traces.append([comparable(stand_in, call) for call in stand_in.launched])
             n_launched += len(traces[0])
             for trace in traces[1:]:
@@ -325,23 +226,64 @@ def a_known_launch(stand_in: Any) -> dict[str, Any]:
             asked.add(name)
             return getattr(stand_in, name)
 
-    x, y = torch.zeros(16), torch.zeros(16)
+    x, y = torch.zeros(17)[1:], torch.zeros(16)  # told apart by their addresses modulo 16
     plan = launching.Plan(
-        _every_kind, (1,), launching.TENSOR, 3, 4, 0.5, (launching.TENSOR, 2), FIRST=1, SECOND=2
+        _every_kind, (1,), (launching.TENSOR, 2), 3, 4, 0.5, launching.TENSOR, FIRST=1, SECOND=2
     )  # fmt: skip
     for _ in range(2):
-        launching.launch(_every_kind, (1,), x, 3, 4, 0.5, (y, 2), FIRST=1, SECOND=2)
+        launching.launch(_every_kind, (1,), (x, 2), 3, 4, 0.5, y, FIRST=1, SECOND=2)
         plan(x, y)
     stand_in.launched.clear()
     import triton
 
     triton.runtime.driver.set_active(Asked())
     with Seen():
-        launching.launch(_every_kind, (1,), x, 3, 4, 0.5, (y, 2), FIRST=1, SECOND=2)
+        launching.launch(_every_kind, (1,), (x, 2), 3, 4, 0.5, y, FIRST=1, SECOND=2)
         plan(x, y)
     triton.runtime.driver.set_active(stand_in)
     first, second = (comparable(stand_in, call) for call in stand_in.launched)
     return {"ops": ops, "asked": sorted(asked), "alike": first == second}
+
+
+@apart
+def what_a_capture_sees(stand_in: Any) -> dict[str, dict[str, Any]]:
+    """By function, of a call of both passes that was made before: its operators, its launches, and what it asks of the
+    driver.
+    """
+    import triton
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from rooflight.kernels import dispatch
+
+    ops: set[str] = set()
+    asked: set[str] = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            ops.add(func._schema.name)
+            if func not in dispatch._launchers:
+                return func(*args, **(kwargs or {}))
+            with self:  # what it calls in turn
+                return dispatch._launchers[func](*args)
+
+    class Asked:
+        def __getattr__(self, name: str) -> Any:
+            asked.add(name)
+            return getattr(stand_in, name)
+
+    found = {}
+    for name, call in passes(200).items():
+        for _ in range(2):
+            call()
+        ops.clear()
+        asked.clear()
+        n = len(stand_in.launched)
+        triton.runtime.driver.set_active(Asked())
+        with Seen():
+            call()
+        triton.runtime.driver.set_active(stand_in)
+        found[name] = {"ops": sorted(ops), "asked": sorted(asked), "launches": len(stand_in.launched) - n}
+    return found
 
 
 @apart

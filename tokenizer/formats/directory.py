@@ -67,7 +67,7 @@ def read_directory(directory: Path) -> tuple[Definition, str, bool | None]:
         return Definition(*_read_tables(directory / TABLES), *rest), config["hash"], config["by_rank"]
     vocab, pairs = read_gpt2(directory / VOCAB, directory / MERGES, specials)
     vocab |= {i: text.encode() for text, i in specials.items()}
-    definition = define(vocab, pairs, *rest)
+    definition = define(vocab, pairs, *rest, all_bytes=False)
     if definition.hash != config["hash"]:
         raise ValueError(f"directory: the files of {directory} were changed after saving: their hash differs")
     return definition, config["hash"], None

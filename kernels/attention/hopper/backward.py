@@ -30,25 +30,27 @@ program stands is therefore worked out once, and read from shared memory before 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
 from torch import Tensor
 
-from ...launching import launch
+from ...launching import TENSOR, Plan
 from ..portable.backward import _flash_attention_delta_kernel
 from .blocks import (
     ELEMENT,
     LINE,
-    as_heads,
     describe,
     describe_lines,
     describe_rows,
+    extents,
     fence_async_shared,
     gl,
     gluon,
     mbarrier,
     new_barriers,
+    planned,
     slot,
     tma,
     tma_obstacle,
@@ -56,7 +58,7 @@ from .blocks import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .gradients import round_dq, store_rows, to_fragments
+from .gradients import rounding_plan, store_rows, to_fragments
 from .loads import Problem, with_lengths
 from .place import find_place, place_of, unknown_zero
 from .turns import produce
@@ -325,54 +327,73 @@ def launch_backward(
     n_sequence = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
     block_m = BLOCK_M[head_dim]
     n_row_tile = _count_row_tiles(q, cu_seqlens_q, T)
-    n_tile = triton.cdiv(S, BLOCK_N)
-    allocate = torch.empty if ordered else torch.zeros
-    accumulator = allocate((H, n_row_tile, block_m * head_dim), dtype=torch.float32, device=q.device)
-    rows = torch.empty((H, n_row_tile, 2, block_m), dtype=torch.float32, device=q.device)
-    added = torch.empty((H, n_row_tile), dtype=torch.int32, device=q.device) if ordered else None
+
+    def allocate(n: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided((n,), (1,), dtype=dtype, device=q.device)
+
+    accumulator = allocate(H * n_row_tile * block_m * head_dim, torch.float32)
+    rows = allocate(H * n_row_tile * 2 * block_m, torch.float32)
+    added = allocate(H * n_row_tile, torch.int32) if ordered else None
+    if not ordered:
+        accumulator.zero_()
 
     # TMA writes these; where it cannot, as in gradients of another layout than k's, they are copied
     tiles_dk, tiles_dv = (
         x if tma_obstacle("x", x, varlen) is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in (dk, dv)
     )
+    strides = tuple([extents(x, varlen)[1] for x in (out, dout, dq, tiles_dk, tiles_dv)])
+    row_strides = tuple([None if x is None else (0, *x.stride()) if varlen else x.stride() for x in (dlse, lse)])
+    delta_plan, plan, dq_plan = planned(_plans, q)(
+        n_sequence, n_row_tile, H, K, head_dim, strides, row_strides, T, S, left, right, scale, ordered, group
+    )
+    delta_plan(out, dout, lse, dlse, delta, rows, added, cu_seqlens_q)
+    plan(
+        describe(q, block_m, varlen), describe(dout, block_m, varlen),
+        describe(k, BLOCK_N, varlen), describe(v, BLOCK_N, varlen),
+        describe_rows(rows, 2 * block_m), describe_lines(accumulator, block_m * head_dim // LINE.value),
+        describe(tiles_dk, BLOCK_N // 2, varlen), describe(tiles_dv, BLOCK_N // 2, varlen),
+        tiles_dk, tiles_dv, added, cu_seqlens_q, cu_seqlens_k,
+    )  # fmt: skip
+    dq_plan(accumulator, added, dq, cu_seqlens_q)
+    for written, x in ((tiles_dk, dk), (tiles_dv, dv)):
+        if written is not x:
+            x.copy_(written)
 
-    def strides(x: Tensor) -> tuple[int, ...]:
-        b, h, row, d = as_heads(x, varlen).stride()
-        return 0 if varlen else b, h, row, d
 
-    def row_strides(x: Tensor) -> tuple[int, ...]:
-        return (0, *x.stride()) if varlen else x.stride()
-
-    launch(
+@lru_cache(maxsize=512)
+def _plans(
+    n_sequence: int, n_row_tile: int, H: int, K: int, head_dim: int, strides: tuple[tuple[int, ...], ...],
+    row_strides: tuple[tuple[int, ...] | None, ...], T: int, S: int, left: int | None, right: int | None,
+    scale: float, ordered: bool, group: int,
+) -> tuple[Plan, Plan, Plan]:  # fmt: skip
+    """The statistics, the gradients, the rounding of dq. strides: (b, h, row, d) of out, dout, dq and the tiles of dk
+    and dv; row_strides: (b, h, row) of dlse, or None, and of lse.
+    """
+    block_m, n_tile = BLOCK_M[head_dim], triton.cdiv(S, BLOCK_N)
+    of_out, of_dout, of_dq, of_dk, of_dv = strides
+    of_dlse, of_lse = row_strides
+    delta_plan = Plan(
         _flash_attention_delta_kernel,
         (n_sequence * H * triton.cdiv(T, block_m),),
-        out, dout, lse, dlse, None, delta, rows, added, cu_seqlens_q, strides(out), strides(dout),
-        None if dlse is None else row_strides(dlse), row_strides(lse), H, T, n_row_tile, head_dim, head_dim, block_m,
+        *(TENSOR,) * 4, None, *(TENSOR,) * 4, of_out, of_dout, of_dlse, of_lse,
+        H, T, n_row_tile, head_dim, head_dim, block_m,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     # past both lengths a window is none; as they stand, the kernel counts in 32 bits
     left, right = (None if n is None else min(n, T + S) for n in (left, right))
-    problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, None, None, n_sequence * K, None, None)
-    launch(
+    plan = Plan(
         _flash_attention_bwd_hopper_kernel,
         (n_sequence * K * n_tile,),
-        *(describe(x, block_m, varlen) for x in (q, dout)),
-        *(describe(x, BLOCK_N, varlen) for x in (k, v)),
-        describe_rows(rows, 2 * block_m),
-        describe_lines(accumulator, block_m * head_dim // LINE.value),
-        *(describe(x, BLOCK_N // 2, varlen) for x in (tiles_dk, tiles_dv)),
-        (tiles_dk, tiles_dv, strides(tiles_dk), strides(tiles_dv)),
-        added,
+        *(TENSOR,) * 8,
+        (TENSOR, TENSOR, of_dk, of_dv),
+        TENSOR,
         n_row_tile,
-        problem,
+        Problem(TENSOR, TENSOR, left, right, H, K, None, None, n_sequence * K, None, None),
         T, S, n_tile, group,
         scale,
         scale * math.log2(math.e),
         block_m, BLOCK_N, head_dim, STAGES, ordered, CONSUMER_REGISTERS,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    round_dq(accumulator, added, dq, strides(dq), cu_seqlens_q, n_sequence, T, scale, block_m)
-    for written, x in ((tiles_dk, dk), (tiles_dv, dv)):
-        if written is not x:
-            x.copy_(written)
+    return delta_plan, plan, rounding_plan(of_dq, H, n_row_tile, n_sequence, T, scale, block_m, head_dim)

@@ -51,6 +51,7 @@ __all__ = [
     "mbarrier",
     "new_barriers",
     "new_numbers",
+    "planned",
     "row_layout",
     "sequence",
     "share_numbers",
@@ -139,6 +140,11 @@ def _prototype(dtype: torch.dtype, rows: int, head_dim: int) -> dict[str, Any]:
 def _on_gpu(x: Tensor) -> bool:
     """Whether x's descriptors are kept, by its address; on the CPU a kernel is emulated on the tensor itself."""
     return x.is_cuda
+
+
+def planned(plan: Any, x: Tensor) -> Any:
+    """plan, a function under lru_cache, with its memory on a GPU alone: an emulated kernel is another one each time."""
+    return plan if _on_gpu(x) else plan.__wrapped__
 
 
 def describe_rows(x: Tensor, rows: int) -> Any:

@@ -45,11 +45,13 @@ so the consumers zero them in shared memory; and a tile of rows that crosses the
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from ...launching import launch
+from ...launching import TENSOR, Plan
 from .blocks import (
     ELEMENT,
     describe,
@@ -61,6 +63,7 @@ from .blocks import (
     mbarrier,
     new_barriers,
     new_numbers,
+    planned,
     row_layout,
     shared_number,
     slot,
@@ -335,21 +338,9 @@ def supports(
 
 
 def launch_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    T: int,
-    S: int,
-    left: int | None,
-    right: int | None,
-    scale: float,
-    *,
-    schedule: Schedule | None = None,
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    T: int, S: int, left: int | None, right: int | None, scale: float, *, schedule: Schedule | None = None,
+) -> None:  # fmt: skip
     """Write out and lse (natural log, fp32) for inputs that `supports` accepts; out = torch.empty_like(q).
 
     Shapes as in launch.py: (B, H, T, D), (B, K, S, D), lse (B, H, T), or packed (total, H, D), (total, K, D), lse
@@ -358,31 +349,39 @@ def launch_forward(
     schedule: how programs take tiles; None is what schedule.py chooses.
     """
     varlen = cu_seqlens_q is not None
-    block_n, stages, q_stages = TILES[q.shape[-1]]
     n_batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
-    H, K = q.shape[1], k.shape[1]
-    n_head, n_tile = n_batch * H, -(-T // BLOCK_M)
-    if n_head * n_tile == 0:
+    H, K, head_dim = q.shape[1], k.shape[1], q.shape[-1]
+    n_tile = n_batch * H * -(-T // BLOCK_M)
+    if n_tile == 0:
         return
+    schedule = schedule or choose(head_dim, n_tile, q.device)
+    strides = extents(out, varlen)[1][:3], (0, *lse.stride()) if varlen else lse.stride()
+    of = (q.dtype, q.device, n_batch, H, K, head_dim)
+    plan = planned(_plan, q)(*of, *strides, T, S, left, right, scale, schedule)
+    block_n = TILES[head_dim][0]
+    plan(
+        describe(q, 64, varlen), describe(k, block_n, varlen), describe(v, block_n, varlen), describe(out, 64, varlen),
+        out, lse, cu_seqlens_q, cu_seqlens_k, tile_counter(q.device) if schedule.kind == "dynamic" else None,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=512)
+def _plan(
+    dtype: torch.dtype, device: torch.device, n_batch: int, H: int, K: int, head_dim: int,
+    out_strides: tuple[int, ...], lse_strides: tuple[int, ...],
+    T: int, S: int, left: int | None, right: int | None, scale: float, schedule: Schedule,
+) -> Plan:  # fmt: skip
+    """The launch but for descriptors of q, k, v and out, then out, lse, both cu_seqlens and the tiles' counter."""
+    block_n, stages, q_stages = TILES[head_dim]
+    n_head, n_tile = n_batch * H, -(-T // BLOCK_M)
     left, right = (None if bound is None else min(bound, T + S) for bound in (left, right))  # 32 bits
-    section = section_heads(S, k.shape[-1], k.element_size(), H // K, n_head)
-    problem = Problem(cu_seqlens_q, cu_seqlens_k, left, right, H, K, None, None, n_head, None, None)
-    lse_strides = (0, *lse.stride()) if varlen else lse.stride()
-    schedule = schedule or choose(q.shape[-1], n_head * n_tile, q.device)
-    launch(
-        _flash_attention_fwd_hopper_kernel,
-        (schedule.programs(n_head * n_tile, q.device),),
-        describe(q, 64, varlen),
-        describe(k, block_n, varlen),
-        describe(v, block_n, varlen),
-        describe(out, 64, varlen),
-        Output(out, extents(out, varlen)[1][:3], lse, lse_strides),
-        problem,
-        T, S, n_tile, section,
-        scale * math.log2(math.e),
-        tile_counter(q.device) if schedule.kind == "dynamic" else None,
+    return Plan(
+        _flash_attention_fwd_hopper_kernel, (schedule.programs(n_head * n_tile, device),),
+        *(TENSOR,) * 4, Output(TENSOR, out_strides, TENSOR, lse_strides),
+        Problem(TENSOR, TENSOR, left, right, H, K, None, None, n_head, None, None),
+        T, S, n_tile, section_heads(S, head_dim, dtype.itemsize, H // K, n_head),
+        scale * math.log2(math.e), TENSOR,
         BLOCK_M=BLOCK_M, BLOCK_N=block_n, STAGES=stages, Q_STAGES=q_stages, SCHEDULE=schedule.kind,
         PRODUCER_REGISTERS=PRODUCER_REGISTERS, CONSUMER_REGISTERS=CONSUMER_REGISTERS,
-        num_warps=4,  # of a consumer
-        enable_fp_fusion=True,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -9,13 +9,10 @@ To TMA the accumulator is a matrix of LINE numbers a row, one row of shared memo
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...launching import launch
+from ...launching import TENSOR, Plan
 from .. import blocks
 from ..blocks import first_row_tile, head_pointer, sequence, store_tile
 from .blocks import gl, gluon
@@ -90,22 +87,21 @@ def _flash_attention_dq_kernel(
             store_tile(dq_ptr, dq_strides, first, c * 64 + rows, cols, length, x, HEAD_DIM)
 
 
-def round_dq(
-    accumulator: Tensor,
-    added: Tensor | None,
-    dq: Tensor,
+def rounding_plan(
     strides: tuple[int, ...],
-    cu_seqlens_q: Tensor | None,
+    H: int,
+    n_row_tile: int,
     n_sequence: int,
     T: int,
     scale: float,
     block_m: int,
-) -> None:
-    """dq, by its strides (b, h, row, d), from the accumulator; added: how many programs added to each row tile."""
-    H, n_row_tile, size = accumulator.shape
-    grid: Any = (n_sequence * H * triton.cdiv(T, block_m),)
-    launch(
-        _flash_attention_dq_kernel, grid,
-        accumulator, added, dq, cu_seqlens_q, strides, H, T, n_row_tile, scale, block_m, size // block_m,
+    head_dim: int,
+) -> Plan:
+    """dq, by its strides (b, h, row, d), from the accumulator; for these two, how many programs added to each row tile
+    between them, and cu_seqlens_q: plan(accumulator, added, dq, cu_seqlens_q).
+    """
+    return Plan(
+        _flash_attention_dq_kernel, (n_sequence * H * triton.cdiv(T, block_m),),
+        *(TENSOR,) * 4, strides, H, T, n_row_tile, scale, block_m, head_dim,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
