@@ -20,11 +20,13 @@ from ..pretokenize import is_vectorised
 from .long import MergeWords
 
 # Classes that patterns tell apart, and Unicode's categories of them.
-_CLASSES = [*((name, (name,)) for name in ("Lu", "Ll", "Lt", "Lm", "Lo"))]
-_CLASSES += [("M", ("Mn", "Mc", "Me")), ("N", ("Nd", "Nl", "No")), ("Z", ("Zs", "Zl", "Zp"))]
-_CLASSES += [("Cc", ("Cc",)), ("Cf", ("Cf",))]
-_OTHER = ("Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Sm", "Sc", "Sk", "So")
-
+_CLASSES = {
+    **{name: (name,) for name in ("Lu", "Ll", "Lt", "Lm", "Lo", "Cc", "Cf")},
+    "M": ("Mn", "Mc", "Me"),
+    "N": ("Nd", "Nl", "No"),
+    "Z": ("Zs", "Zl", "Zp"),
+    "P}\\p{S": ("Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Sm", "Sc", "Sk", "So"),
+}
 _POSSESSIVE = re.compile(r"([+*?]|\{\d,\d\})\+")
 
 
@@ -38,15 +40,15 @@ class Core(NamedTuple):
 def compiled_core(definition: Definition) -> Core | None:
     """The engine for a definition that is_by_rank(); None without tiktoken."""
     try:
-        from tiktoken import _tiktoken
+        from tiktoken._tiktoken import CoreBPE  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:
         return None
-    whole = isinstance(definition.pattern, str) and is_vectorised(definition.pattern)
-    # Possessive quantifiers change nothing in patterns with a name, and take its engine longer. Of any other pattern
-    # only words are asked for.
-    pattern = _POSSESSIVE.sub(r"\1", definition.pattern) if whole else "a"
-    core = _tiktoken.CoreBPE(definition.ordinary, {}, pattern)
-    return Core(core.encode_single_piece, core.encode_ordinary if whole else None)
+    if not isinstance(definition.pattern, str) or not is_vectorised(definition.pattern):
+        # Only words are asked for.
+        return Core(CoreBPE(definition.ordinary, {}, "a").encode_single_piece, None)
+    # Possessive quantifiers change nothing in patterns with a name, and take its engine longer.
+    core = CoreBPE(definition.ordinary, {}, _POSSESSIVE.sub(r"\1", definition.pattern))
+    return Core(core.encode_single_piece, core.encode_ordinary)
 
 
 def is_by_rank(definition: Definition, merge_words: MergeWords) -> bool:
@@ -79,7 +81,7 @@ def disputed() -> re.Pattern:
     for character in map(chr, [*range(0x80, 0x3400), *range(0xA000, 0xAC00), *range(0xF900, 0x10000)]):
         members.setdefault(old.category(character), []).append(character)
     found = []
-    for class_, categories in [*_CLASSES, ("P}\\p{S", _OTHER)]:
+    for class_, categories in _CLASSES.items():
         then = "".join("".join(members.get(category, "")) for category in categories)
         found += regex.findall(rf"[\p{{{class_}}}]+", then)
     codes = np.sort(np.frombuffer("".join(found).encode("utf-32-le"), np.uint32))

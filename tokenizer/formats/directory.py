@@ -14,6 +14,7 @@ import numpy as np
 
 from ..definition import PLAIN, Definition, Options, define
 from ..files import atomic, read_json, write_json
+from ..pretokenize import Pattern
 from .printable import parse_merges, parse_vocab, printable_merges, printable_vocab
 
 VOCAB, MERGES, CONFIG = "vocab.json", "merges.txt", "tokenizer_config.json"
@@ -61,16 +62,20 @@ def read_directory(directory: Path) -> tuple[Definition, str, bool | None]:
     """What save() wrote, its hash, and Tokenizer.is_by_rank, if known. Raises ValueError when it is another by now."""
     config = read_config(directory)
     specials = config["special_tokens"]
-    pattern = config["pattern"] if isinstance(config["pattern"], str) else tuple(config["pattern"])
-    rest = specials, pattern, config["ignore_merges"], Options(**config.get("options", {}))
-    if config.get("checksum") == _checksum(directory, config) and (directory / TABLES).exists():
-        return Definition(*_read_tables(directory / TABLES), *rest), config["hash"], config["by_rank"]
+    pattern: Pattern = config["pattern"] if isinstance(config["pattern"], str) else tuple(config["pattern"])
+    ignore_merges, options = config["ignore_merges"], Options(**config.get("options", {}))
+    same = config.get("checksum") == _checksum(directory, config)
+    if same and (directory / TABLES).exists():
+        vocab, pairs = _read_tables(directory / TABLES)
+        definition = Definition(vocab, pairs, specials, pattern, ignore_merges, options)
+        return definition, config["hash"], config["by_rank"]
     vocab, pairs = read_gpt2(directory / VOCAB, directory / MERGES, specials)
     vocab |= {i: text.encode() for text, i in specials.items()}
-    definition = define(vocab, pairs, *rest, all_bytes=False)
-    if definition.hash != config["hash"]:
+    definition = define(vocab, pairs, specials, pattern, ignore_merges, options, all_bytes=False)
+    # The files are those that were written, or they mean the same.
+    if not same and definition.hash != config["hash"]:
         raise ValueError(f"directory: the files of {directory} were changed after saving: their hash differs")
-    return definition, config["hash"], None
+    return definition, config["hash"], config.get("by_rank") if same else None
 
 
 def _read_tables(path: Path) -> tuple[dict[int, bytes], np.ndarray]:

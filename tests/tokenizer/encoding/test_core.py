@@ -118,7 +118,7 @@ def test_it_is_used_only_where_ranks_say_the_same(ignore_merges: bool, tmp_path:
 
 
 def test_without_the_package_all_works_as_before(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
-    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    monkeypatch.setitem(sys.modules, "tiktoken._tiktoken", None)
     plain = Tokenizer(tokenizer.vocab, tokenizer.merges, [END, PAD], pattern=tokenizer.pattern)
     assert not uses_core(plain)
     assert plain.encode(f"the cat{END}日本") == tokenizer.encode(f"the cat{END}日本")
