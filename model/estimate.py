@@ -351,7 +351,7 @@ def estimate(
     _check_optimizer(optimizer, gpus)
     itemsize(dtype)
     shards = gpus if parallel == "fsdp" else 1
-    copies, low = in_low_precision(dtype, ops, optimizer, gpus, shards)
+    copies, low = in_low_precision(dtype, ops, optimizer, gpus, parallel)
     rows = parts(
         config, batch_size, T, dtype, checkpointing=checkpointing, gpus=shards, optimizer=optimizer,
         copies=copies, low_gradients=low,
