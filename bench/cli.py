@@ -18,6 +18,7 @@ import typer
 
 from .. import __version__
 from ..tokenizer.commands import app as tokenizer
+from ..tokenizer.commands import data
 from ..training.commands import replay, train
 from .bench_commands import bench
 from .commands import bench_tokenizer, demo, estimate
@@ -32,7 +33,7 @@ app = typer.Typer(
 tokenizer.command("bench")(bench_tokenizer)  # here, as the tokenizer imports no other room
 app.add_typer(tokenizer, name="tokenizer")
 app.add_typer(bench, name="bench")
-for command in (train, replay, generate, plot, import_hf, export_hf, estimate, demo):
+for command in (data, train, replay, generate, plot, import_hf, export_hf, estimate, demo):
     app.command()(command)
 app.command("eval")(evaluate)
 

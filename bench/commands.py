@@ -42,7 +42,14 @@ def estimate(
     dtype: Annotated[str, typer.Option(help="Of activations and products.")] = "bfloat16",
     causal: Annotated[str, typer.Option(help="exact: visible pairs only; full: T^2, the usual convention.")] = "exact",
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations per block.")] = False,
-    gpus: Annotated[int, typer.Option(min=1, help="Devices that parameters and optimizer are sharded over.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="Devices that share a step, each with a batch of its own.")] = 1,
+    parallel: Annotated[
+        str, typer.Option(help="fsdp: parameters and optimizer are sharded; ddp: each has all.")
+    ] = "fsdp",
+    reshard: Annotated[bool, typer.Option(help="fsdp frees a block's weights between its passes.")] = True,
+    link: Annotated[
+        float | None, typer.Option(help="GB/s that a device can send: is the link or compute the bound?")
+    ] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, or muon for the blocks' matrices.")] = "adamw",
     ops: Annotated[
         str | None,
@@ -79,6 +86,9 @@ def estimate(
         causal=causal,
         checkpointing=checkpointing,
         gpus=gpus,
+        parallel=parallel,
+        reshard=reshard,
+        link=None if link is None else link * 1e9,
         ceilings=measured,
         ops=ops or (ops_on(place)[0] if measured else "triton"),
         optimizer=optimizer,

@@ -223,15 +223,17 @@ def import_hf(
 
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: expected a Hugging Face folder, with a config.json")
-    save_checkpoint(out, load_hf(path), [], step=0)
-    if not (path / "tokenizer.json").is_file():
-        typer.echo(f"{out}: the model; {path} has no tokenizer.json", err=True)
+    words, without = None, f"; {path} has no tokenizer.json"
+    if (path / "tokenizer.json").is_file():
+        try:
+            words = Tokenizer.from_hf(path / "tokenizer.json")
+        except ValueError as error:
+            without = f", without its tokenizer: {error}"
+    save_checkpoint(out, load_hf(path), [], step=0, tokenizer_hash=None if words is None else words.hash)
+    if words is None:
+        typer.echo(f"{out}: the model{without}", err=True)
         return
-    try:
-        Tokenizer.from_hf(path / "tokenizer.json").save(out / OWN_TOKENIZER)
-    except ValueError as error:
-        typer.echo(f"{out}: the model, without its tokenizer: {error}", err=True)
-        return
+    words.save(out / OWN_TOKENIZER)
     typer.echo(f"{out}: the model and its tokenizer")
 
 

@@ -264,24 +264,37 @@ def gelu_cost(M: int, N: int, dtype: DType = "bfloat16", *, backward: bool = Fal
     return Cost(flops * elements, moved * elements * itemsize(dtype), (1 + backward) * elements)
 
 
-def cross_entropy_cost(M: int, V: int, dtype: DType = "bfloat16", *, backward: bool = False) -> Cost:
+def _class_weights(M: int, V: int, label_smoothing: bool) -> int:
+    """Bytes of the fp32 weights that M rows read: every class's under smoothed labels, else the targets' own."""
+    return (V if label_smoothing else min(M, V)) * STATISTIC
+
+
+def cross_entropy_cost(
+    M: int, V: int, dtype: DType = "bfloat16", *, backward: bool = False, label_smoothing: bool = False,
+    class_weight: bool = False,
+) -> Cost:  # fmt: skip
     """Softmax cross-entropy of M rows of V logits; one fp32 log-sum-exp per row, losses fp32.
 
-    Forward per logit: maximum, difference, exponential, sum. Backward: difference, exponential, scale. Unfused, the
-    backward also fills the gathered logits' gradient with zeros, adds to it, and adds the two gradients.
+    Forward per logit: maximum, difference, exponential, sum. Backward: difference, exponential, scale. Smoothed labels
+    add a sum forward and a difference backward, weighted ones (fp32, per class) a product to each; weights without
+    them concern the rows alone. Unfused, the backward also fills the gathered logits' gradient with zeros, adds to it,
+    and adds the two gradients. Smoothed forward lse - x is made and summed, weighted in between; backward the sum's
+    gradient is spread (and weighted) to lse and, negated, to x.
     """
     size = itemsize(dtype)
     logits = M * V * size
-    rows = M * (INDEX + STATISTIC)
-    unfused = _eager(M * V, 12 if backward else 1, size, casts=1)
+    rows = M * (INDEX + STATISTIC) + class_weight * _class_weights(M, V, label_smoothing)
+    more = label_smoothing * (1 + class_weight)
+    passes = (12 if backward else 1) + label_smoothing * ((7 if backward else 3) + 2 * class_weight)
+    unfused = _eager(M * V, passes, size, casts=1)
     if backward:
-        return Cost(3 * M * V, 2 * logits + rows, M * V, unfused)
-    return Cost(4 * M * V, logits + rows + M * STATISTIC, M * V, unfused)
+        return Cost((3 + more) * M * V, 2 * logits + rows, M * V, unfused)
+    return Cost((4 + more) * M * V, logits + rows + M * STATISTIC, M * V, unfused)
 
 
 def linear_cross_entropy_cost(
     M: int, N: int, V: int, dtype: DType = "bfloat16", *, backward: bool = False, recompute: bool = True,
-    keep_gradients: bool = False,
+    keep_gradients: bool = False, label_smoothing: bool = False, class_weight: bool = False,
 ) -> Cost:  # fmt: skip
     """x (M, N) @ weight (V, N)ᵀ and the cross-entropy of the result, whose logits are never in memory.
 
@@ -290,13 +303,16 @@ def linear_cross_entropy_cost(
     """
     product = 2 * M * N * V
     operands = (M + V) * N * itemsize(dtype)
-    rows = M * (INDEX + STATISTIC)
-    apart = matmul_cost(M, V, N, dtype, backward=backward) + cross_entropy_cost(M, V, dtype, backward=backward)
+    classes = class_weight * _class_weights(M, V, label_smoothing)
+    rows = M * (INDEX + STATISTIC) + classes
+    options = {"label_smoothing": label_smoothing, "class_weight": class_weight}
+    loss = cross_entropy_cost(M, V, dtype, backward=backward, **options)
+    apart = matmul_cost(M, V, N, dtype, backward=backward) + loss
     if keep_gradients:
         moved = 2 * operands + STATISTIC  # the loss, or its gradient
         if backward:
             return Cost(0, moved, 0, apart.unfused)
-        return Cost(3 * product, moved + M * INDEX, 2 * M * V, apart.unfused)
+        return Cost(3 * product, moved + M * INDEX + classes, 2 * M * V, apart.unfused)
     if backward:
         exps = M * V if recompute else 0
         return Cost((3 if recompute else 2) * product, 2 * operands + rows, exps, apart.unfused)

@@ -1,6 +1,10 @@
 """Softmax cross-entropy with z-loss: per row, loss = lse - x[target] + z lse^2, lse = log sum exp x.
 
 dx = dloss ((1 + 2 z lse) softmax(x) - onehot(target)). z-loss: Chowdhery et al. 2022, "PaLM", section 5.
+Smoothed labels (Szegedy et al. 2016, section 7), e of the target's spread evenly over the V classes, and weights w of
+the classes, u the target's own, as torch.nn.functional.cross_entropy has both:
+    loss = u ((1 - e) (lse - x[target]) + z lse^2) + e / V sum_c w_c (lse - x_c)
+    dx   = dloss ((u (1 - e + 2 z lse) + e / V sum_c w_c) softmax(x) - u (1 - e) onehot(target) - e / V w)
 Forward: one program a row, with a running maximum and sum (Milakov & Gimelshein 2018, algorithm 3), so that the logits
 are read once. Backward: elementwise, from the saved lse. With a softcap c > 0 every x is c tanh(x / c) of what is
 stored; linear_cross_entropy uses that on logits that it computes a chunk at a time.
@@ -8,7 +12,7 @@ stored; linear_cross_entropy uses that on logits that it computes a chunk at a t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,17 +27,17 @@ from .dispatch import (
     check_dtype,
     check_integer,
     check_number,
-    check_tensor,
     define_op,
     runs_triton,
 )
 from .elementwise import tanh
+from .labels import check_labels, check_target
 from .launching import launch
 from .rows import row_layout, statistics, tile_offsets
 
 __all__ = [
     "CrossEntropyFunction",
-    "check_target",
+    "RowOptions",
     "count_targets",
     "cross_entropy",
     "reduce_losses",
@@ -56,19 +60,30 @@ def _load_logits(x_ptr, offsets, mask, softcap, CAPPED: tl.constexpr, DTYPE: tl.
     return x
 
 
+# class_weight_ptr and smoothing are None where nobody asks for them, mass_ptr (the weights' sum) if either is.
+
+
 @triton.jit
 def _cross_entropy_fwd_kernel(
-    x_ptr, x_layout, target_ptr, loss_ptr, lse_ptr, V, ignore_index, z_loss, softcap,
-    BLOCK_V: tl.constexpr, CAPPED: tl.constexpr, DTYPE: tl.constexpr,
+    x_ptr, x_layout, target_ptr, class_weight_ptr, mass_ptr, loss_ptr, lse_ptr, V, ignore_index, z_loss, softcap,
+    smoothing, BLOCK_V: tl.constexpr, CAPPED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) + tl.arange(0, 1)
     cols = tl.arange(0, BLOCK_V)
     top = tl.full((1,), float("-inf"), DTYPE)
     total = tl.zeros((1,), DTYPE)
+    if smoothing is not None:
+        weighted = tl.zeros((1,), DTYPE)  # the sum of w x
     for start in range(0, V, BLOCK_V):
         at = start + cols
         mask = (at < V)[None, :]
         x = _load_logits(x_ptr, tile_offsets(row, x_layout, at), mask, softcap, CAPPED, DTYPE)
+        if smoothing is not None:
+            if class_weight_ptr is not None:
+                w = tl.load(class_weight_ptr + at, mask=at < V, other=0.0).to(DTYPE)
+                weighted += tl.sum(x * w[None, :], axis=1)
+            else:
+                weighted += tl.sum(x, axis=1)
         x = tl.where(mask, x, float("-inf"))
         new_top = tl.maximum(top, tl.max(x, axis=1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # every logit so far may be -inf
@@ -79,7 +94,15 @@ def _cross_entropy_fwd_kernel(
     kept = target != ignore_index
     inside = kept & (target >= 0) & (target < V)
     picked = _load_logits(x_ptr, tile_offsets(row, x_layout, target), inside[:, None], softcap, CAPPED, DTYPE)
-    loss = lse - tl.sum(picked, axis=1) + z_loss * lse * lse
+    loss = lse - tl.sum(picked, axis=1)
+    if smoothing is not None:
+        loss *= 1.0 - smoothing
+    loss += z_loss * lse * lse
+    if class_weight_ptr is not None:
+        loss *= tl.load(class_weight_ptr + target, mask=inside, other=0.0).to(DTYPE)
+    if smoothing is not None:
+        mass = V if mass_ptr is None else tl.load(mass_ptr).to(DTYPE)
+        loss += smoothing / V * (mass * lse - weighted)
     loss = tl.where(inside, loss, tl.where(kept, float("nan"), 0.0))
     tl.store(loss_ptr + row, loss)
     tl.store(lse_ptr + row, lse)
@@ -87,8 +110,8 @@ def _cross_entropy_fwd_kernel(
 
 @triton.jit
 def _cross_entropy_bwd_kernel(
-    x_ptr, x_layout, target_ptr, lse_ptr, dloss_ptr, dx_ptr, stride_dx, width, V, ignore_index, z_loss, softcap,
-    BLOCK_V: tl.constexpr, CAPPED: tl.constexpr, DTYPE: tl.constexpr,
+    x_ptr, x_layout, target_ptr, class_weight_ptr, mass_ptr, lse_ptr, dloss_ptr, dx_ptr, stride_dx, width, V,
+    ignore_index, z_loss, softcap, smoothing, BLOCK_V: tl.constexpr, CAPPED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(width, BLOCK_V)
     row = tl.program_id(0) // tiles + tl.arange(0, 1)
@@ -98,8 +121,26 @@ def _cross_entropy_bwd_kernel(
     lse = tl.load(lse_ptr + row)
     dloss = tl.load(dloss_ptr + row).to(DTYPE)
     x = _load_logits(x_ptr, tile_offsets(row, x_layout, cols), mask, softcap, CAPPED, DTYPE)
-    dx = tl.exp(x - lse[:, None]) * (1.0 + 2.0 * z_loss * lse)[:, None]
-    dx = (dx - tl.where(cols[None, :] == target[:, None], 1.0, 0.0)) * dloss[:, None]
+    dx = tl.exp(x - lse[:, None])
+    slope, hit = 1.0 + 2.0 * z_loss * lse, 1.0  # the loss's derivatives by lse and by -x[target]
+    if smoothing is not None:
+        hit -= smoothing
+    if class_weight_ptr is not None:
+        own = tl.load(class_weight_ptr + target, mask=(target >= 0) & (target < V), other=0.0).to(DTYPE)
+        if smoothing is not None:
+            slope = own * (slope - smoothing) + smoothing / V * tl.load(mass_ptr).to(DTYPE)
+            hit = (own * hit)[:, None]
+        else:
+            dloss *= own
+    dx *= slope[:, None]
+    dx -= tl.where(cols[None, :] == target[:, None], hit, 0.0)
+    if smoothing is not None:
+        if class_weight_ptr is not None:
+            w = tl.load(class_weight_ptr + cols, mask=cols < V, other=0.0).to(DTYPE)
+            dx -= smoothing / V * w[None, :]
+        else:
+            dx -= smoothing / V
+    dx *= dloss[:, None]
     if CAPPED:
         ratio = x / softcap
         dx *= 1.0 - ratio * ratio
@@ -111,45 +152,81 @@ def _cross_entropy_bwd_kernel(
 # ---------------------------------------------------------------- launchers
 
 
-def row_losses(
-    x: Tensor, target: Tensor, ignore_index: int, z_loss: float, softcap: float = 0.0
-) -> tuple[Tensor, Tensor]:
+class RowOptions(NamedTuple):
+    """What a row's loss depends on beside its logits and target. softcap, label_smoothing: 0 for none."""
+
+    ignore_index: int
+    softcap: float
+    z_loss: float
+    label_smoothing: float = 0.0
+    class_weight: Tensor | None = None  # (V,)
+
+    def for_kernels(self) -> tuple[Tensor | None, Tensor | None, float | None]:
+        """The kernels' class_weight, mass and smoothing, None where nobody asks for them."""
+        smoothing, weight = self.label_smoothing or None, self.class_weight
+        if weight is None:
+            return None, None, smoothing
+        mass = weight.sum(dtype=statistics(weight.dtype)[0]) if smoothing else None
+        return weight.contiguous(), mass, smoothing
+
+
+def row_losses(x: Tensor, target: Tensor, options: RowOptions) -> tuple[Tensor, Tensor]:
     """Losses and log-sum-exps (rows,) of logits (..., V); on plain CPU tensors by eager PyTorch."""
+    ignore_index, softcap, z_loss, smoothing, weight = options
+    V = x.shape[-1]
     if not runs_triton(x):
-        wide = x.reshape(-1, x.shape[-1]).to(statistics(x.dtype)[0])
+        wide = x.reshape(-1, V).to(statistics(x.dtype)[0])
         wide = softcap * torch.tanh(wide / softcap) if softcap > 0 else wide
         kept = (target := target.reshape(-1)) != ignore_index
+        index = target.masked_fill(~kept, 0)
         lse = torch.logsumexp(wide, -1)
-        picked = wide.gather(-1, target.masked_fill(~kept, 0)[:, None]).squeeze(-1)
-        return (lse - picked + z_loss * lse.square()).masked_fill_(~kept, 0), lse
-    loss, lse = _cross_entropy_fwd_fake(x, target, ignore_index, z_loss)
-    M, V = loss.numel(), x.shape[-1]
+        loss = lse - wide.gather(-1, index[:, None]).squeeze(-1)
+        if smoothing:
+            loss *= 1 - smoothing
+        loss += z_loss * lse.square()
+        if weight is not None:
+            weight = weight.to(lse.dtype)
+            loss *= weight[index]
+        if smoothing:
+            spread = V * lse - wide.sum(-1) if weight is None else weight.sum() * lse - wide @ weight
+            loss += smoothing / V * spread
+        return loss.masked_fill_(~kept, 0), lse
+    loss, lse = (x.new_empty(target.numel(), dtype=statistics(x.dtype)[0]) for _ in range(2))
+    M = loss.numel()
     if M > 0:
         x, x_layout = row_layout(x)
+        weight, mass, smoothed = options.for_kernels()
         launch(
             _cross_entropy_fwd_kernel, (M,),
-            x, x_layout, target.contiguous(), loss, lse, V, ignore_index, z_loss, softcap,
+            x, x_layout, target.contiguous(), weight, mass, loss, lse, V, ignore_index, z_loss, softcap, smoothed,
             BLOCK_V=_tile(V), CAPPED=softcap > 0, DTYPE=statistics(x.dtype)[1], num_warps=WARPS,
         )  # fmt: skip
     return loss, lse
 
 
-def row_gradients(
-    dloss: Tensor, x: Tensor, target: Tensor, lse: Tensor, ignore_index: int, z_loss: float, softcap: float, out: Tensor
-) -> Tensor:
+def row_gradients(dloss: Tensor, x: Tensor, target: Tensor, lse: Tensor, options: RowOptions, out: Tensor) -> Tensor:
     """out (rows, width >= V), its rows contiguous, filled with the gradient of logits x (..., V), and zeros past V.
 
     out may begin where x does: then the gradient takes the place of the logits.
     """
+    ignore_index, softcap, z_loss, smoothing, weight = options
     V, width = x.shape[-1], out.shape[1]
     if not runs_triton(x):
         wide = x.reshape(-1, V).to(lse.dtype)
         wide = softcap * torch.tanh(wide / softcap) if softcap > 0 else wide
         kept = target.reshape(-1, 1) != ignore_index
+        index = target.reshape(-1, 1).masked_fill(~kept, 0)
+        slope, hit = 1 + 2 * z_loss * lse[:, None], torch.full_like(lse, 1 - smoothing)[:, None]
+        if weight is not None:
+            weight = weight.to(lse.dtype)
+            slope = weight[index] * (slope - smoothing) + smoothing / V * weight.sum()
+            hit *= weight[index]
         dx = (wide - lse[:, None]).exp_()
-        if z_loss:
-            dx *= (1 + 2 * z_loss * lse)[:, None]
-        dx.scatter_add_(1, target.reshape(-1, 1).masked_fill(~kept, 0), torch.full_like(lse, -1.0)[:, None])
+        if z_loss or weight is not None:
+            dx *= slope
+        dx.scatter_add_(1, index, -hit)
+        if smoothing:
+            dx -= smoothing / V * (1 if weight is None else weight)
         if softcap > 0:
             dx *= 1 - (wide / softcap).square()
         dx *= dloss.reshape(-1, 1)
@@ -160,10 +237,11 @@ def row_gradients(
     if M > 0:
         x, x_layout = row_layout(x)
         tile = _tile(width)
+        weight, mass, smoothed = options.for_kernels()
         launch(
             _cross_entropy_bwd_kernel, (M * triton.cdiv(width, tile),),
-            x, x_layout, target.contiguous(), lse, dloss.contiguous(), out, out.stride(0), width, V, ignore_index,
-            z_loss, softcap,
+            x, x_layout, target.contiguous(), weight, mass, lse, dloss.contiguous(), out, out.stride(0), width, V,
+            ignore_index, z_loss, softcap, smoothed,
             BLOCK_V=tile, CAPPED=softcap > 0, DTYPE=statistics(x.dtype)[1], num_warps=WARPS,
         )  # fmt: skip
     return out
@@ -173,45 +251,58 @@ def _tile(V: int) -> int:
     return min(max(triton.next_power_of_2(V), 16), TILE)
 
 
-def cross_entropy_fwd(x: Tensor, target: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor]:
-    return row_losses(x, target, ignore_index, z_loss)
+def cross_entropy_fwd(
+    x: Tensor, target: Tensor, ignore_index: int, z_loss: float, label_smoothing: float, class_weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return row_losses(x, target, RowOptions(ignore_index, 0.0, z_loss, label_smoothing, class_weight))
 
 
 def cross_entropy_bwd(
-    dloss: Tensor, x: Tensor, target: Tensor, lse: Tensor, ignore_index: int, z_loss: float
-) -> Tensor:
-    dx = _cross_entropy_bwd_fake(dloss, x, target, lse, ignore_index, z_loss)
-    row_gradients(dloss, x, target, lse, ignore_index, z_loss, 0.0, dx.view(lse.numel(), x.shape[-1]))
+    dloss: Tensor, x: Tensor, target: Tensor, lse: Tensor, ignore_index: int, z_loss: float, label_smoothing: float,
+    class_weight: Tensor | None,
+) -> Tensor:  # fmt: skip
+    dx = x.new_empty(x.shape)
+    options = RowOptions(ignore_index, 0.0, z_loss, label_smoothing, class_weight)
+    row_gradients(dloss, x, target, lse, options, dx.view(lse.numel(), x.shape[-1]))
     return dx
 
 
-def _cross_entropy_fwd_fake(x: Tensor, target: Tensor, ignore_index: int, z_loss: float) -> tuple[Tensor, Tensor]:
+def _cross_entropy_fwd_fake(
+    x: Tensor, target: Tensor, ignore_index: int, z_loss: float, label_smoothing: float, class_weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
     dtype = statistics(x.dtype)[0]
     return x.new_empty(target.numel(), dtype=dtype), x.new_empty(target.numel(), dtype=dtype)
 
 
 def _cross_entropy_bwd_fake(
-    dloss: Tensor, x: Tensor, target: Tensor, lse: Tensor, ignore_index: int, z_loss: float
-) -> Tensor:
+    dloss: Tensor, x: Tensor, target: Tensor, lse: Tensor, ignore_index: int, z_loss: float, label_smoothing: float,
+    class_weight: Tensor | None,
+) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape)
 
 
-def _fwd_flops(x: Any, target: Any, *args: Any, **kwargs: Any) -> int:
-    return cost.cross_entropy_cost(torch.Size(target).numel(), x[-1]).flops
+def _flops(x: Any, smoothing: float, weight: Any, *, backward: bool = False) -> int:
+    labels = {"label_smoothing": smoothing > 0, "class_weight": weight is not None, "backward": backward}
+    return cost.cross_entropy_cost(torch.Size(x[:-1]).numel(), x[-1], "float32", **labels).flops
 
 
-def _bwd_flops(dloss: Any, x: Any, *args: Any, **kwargs: Any) -> int:
-    return cost.cross_entropy_cost(torch.Size(x[:-1]).numel(), x[-1], backward=True).flops
+def _fwd_flops(x: Any, target: Any, ignore_index: int, z_loss: float, *labels: Any, **kwargs: Any) -> int:
+    return _flops(x, *labels)
+
+
+def _bwd_flops(dloss: Any, x: Any, target: Any, lse: Any, *options: Any, **kwargs: Any) -> int:
+    return _flops(x, *options[2:], backward=True)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, target, ctx.ignore_index, ctx.z_loss = inputs
-    ctx.save_for_backward(x, target, output[1])
+    x, target, *ctx.options, class_weight = inputs
+    ctx.save_for_backward(x, target, output[1], class_weight)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, dloss: Tensor, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-    return call(_bwd, dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.z_loss), None, None, None
+    *saved, class_weight = ctx.saved_tensors
+    return call(_bwd, dloss, *saved, *ctx.options, class_weight), *[None] * 5
 
 
 _bwd = define_op(cross_entropy_bwd, _cross_entropy_bwd_fake, _bwd_flops)
@@ -221,7 +312,7 @@ _fwd = define_op(cross_entropy_fwd, _cross_entropy_fwd_fake, _fwd_flops, setup_c
 
 
 class CrossEntropyFunction(torch.autograd.Function):
-    """apply(logits, target, ignore_index, z_loss): the losses of the rows (rows,), without checks, always in Triton."""
+    """apply(logits, target, ignore_index, z_loss, label_smoothing, class_weight): rows' losses, unchecked."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -232,28 +323,29 @@ class CrossEntropyFunction(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-def check_target(target: Tensor, shape: torch.Size, reduction: str) -> None:
-    """Raise ValueError unless target is an int64 tensor of the given shape and reduction a known one."""
-    check_tensor("target", target)
-    if target.shape != shape:
-        raise ValueError(f"target: expected shape {tuple(shape)}, got {tuple(target.shape)}")
-    if target.dtype != torch.int64:
-        raise ValueError(f"target: expected dtype int64, got {str(target.dtype).removeprefix('torch.')}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
-
-
-def reduce_losses(losses: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """The rows' losses (rows,) by `reduction`; the mean is over the rows whose target is not ignore_index."""
+def reduce_losses(
+    losses: Tensor, target: Tensor, ignore_index: int, reduction: str, class_weight: Tensor | None = None
+) -> Tensor:
+    """The rows' losses (rows,) by `reduction`; the mean is over count_targets."""
     if reduction == "none":
         return losses.view(target.shape)
     total = losses.sum()
-    return total if reduction == "sum" else total / count_targets(target, ignore_index)
+    return total if reduction == "sum" else total / count_targets(target, ignore_index, class_weight)
 
 
-def count_targets(target: Tensor, ignore_index: int) -> Tensor:
-    """What the mean divides by: the targets that are not ignore_index, one at least; a scalar on their device."""
-    return (target != ignore_index).sum().clamp(min=1)
+def count_targets(target: Tensor, ignore_index: int = -100, class_weight: Tensor | None = None) -> Tensor:
+    """What the mean divides by, a scalar on the targets' device: how many are not ignore_index, or the sum of their
+    classes' weights; 1 where that is 0.
+
+    A batch in parts, as gradient accumulation takes it, has its mean in their "sum"s over the count of all its targets:
+    the parts' own means would weigh a target the more, the fewer there are beside it.
+    """
+    kept = target != ignore_index
+    if class_weight is None:
+        return kept.sum().clamp(min=1)
+    own = class_weight.to(statistics(class_weight.dtype)[0])[target.clamp(0, class_weight.shape[0] - 1)]
+    total = own.masked_fill(~kept, 0).sum()
+    return total.masked_fill(total == 0, 1)
 
 
 def cross_entropy(
@@ -262,6 +354,8 @@ def cross_entropy(
     *,
     ignore_index: int = -100,
     z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """-log softmax(logits)[target] + z_loss * logsumexp(logits)^2 per row  (z-loss: Chowdhery et al. 2022, section 5).
@@ -269,10 +363,17 @@ def cross_entropy(
     logits: (..., V), fp32, fp16 or bf16, any strides; never written.  target: (...), int64.  Rows whose target is
     ignore_index count neither in the loss nor in the mean; a batch with no other row gives 0.  Any other target outside
     0 .. V-1 makes its row's loss NaN (on plain CPU tensors, PyTorch's own error).
+    label_smoothing: e in [0, 1] puts e / V of the target on each class and leaves it 1 - e (Szegedy et al. 2016).
+    class_weight: (V,), fp32, fp16 or bf16, without a gradient of its own: what each class counts.
+    Both as in torch.nn.functional.cross_entropy, whose `weight` the latter is; the z-loss is weighted by w[target] as
+    the row is. With n_c = -log softmax(logits)[c] a row's loss is
+    w[target] ((1 - e) n_target + z_loss logsumexp(logits)^2) + e / V sum_c w[c] n_c,
+    and the mean divides the rows' sum by the sum of their w[target] (by 1 where that is 0).
     Returns fp32: a scalar for "mean" and "sum", (...) for "none". Under autocast nothing is cast.
     Runs Triton on CUDA tensors and, under TRITON_INTERPRET=1, on CPU tensors (fp64 too); on plain CPU tensors the eager
     oracle. Under the kernels a second derivative and torch.func transforms raise NotImplementedError.
-    Raises ValueError on a shape, dtype or device mismatch and on an unknown reduction.
+    Raises ValueError on a shape, dtype or device mismatch, on a label_smoothing outside [0, 1], on a class_weight that
+    requires a gradient and on an unknown reduction.
     """
     check_dtype("logits", logits)
     ignore_index, z_loss = check_integer("ignore_index", ignore_index), check_number("z_loss", z_loss)
@@ -280,10 +381,15 @@ def cross_entropy(
         raise ValueError(f"logits: expected shape (..., V) with V >= 1, got {tuple(logits.shape)}")
     check_target(target, logits.shape[:-1], reduction)
     check_device(("logits", logits), ("target", target))
+    label_smoothing = check_labels(label_smoothing, class_weight, ("logits", logits), logits.shape[-1])
     if not runs_triton(logits):
-        return reference.cross_entropy(logits, target, ignore_index=ignore_index, z_loss=z_loss, reduction=reduction)
+        return reference.cross_entropy(
+            logits, target, ignore_index=ignore_index, z_loss=z_loss, label_smoothing=label_smoothing,
+            class_weight=class_weight, reduction=reduction,
+        )  # fmt: skip
+    args = (logits, target, ignore_index, z_loss, label_smoothing, class_weight)
     if torch.compiler.is_compiling():
-        losses, _ = _fwd(logits, target, ignore_index, z_loss)
+        losses, _ = _fwd(*args)
     else:
-        losses = apply("cross_entropy", CrossEntropyFunction, logits, target, ignore_index, z_loss)
-    return reduce_losses(losses, target, ignore_index, reduction)
+        losses = apply("cross_entropy", CrossEntropyFunction, *args)
+    return reduce_losses(losses, target, ignore_index, reduction, class_weight)

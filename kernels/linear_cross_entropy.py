@@ -24,7 +24,13 @@ import torch
 from torch import Tensor
 
 from . import cost
-from .cross_entropy import check_target, count_targets, reduce_losses, row_gradients, row_losses
+from .cross_entropy import (
+    RowOptions,
+    count_targets,
+    reduce_losses,
+    row_gradients,
+    row_losses,
+)
 from .dispatch import (
     call,
     check_device,
@@ -35,6 +41,7 @@ from .dispatch import (
     define_op,
     refuse_transforms,
 )
+from .labels import check_labels, check_target
 from .rows import statistics
 
 __all__ = [
@@ -144,45 +151,49 @@ class _Gradients:
 
 
 def linear_cross_entropy_fwd(
-    x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, softcap: float, z_loss: float
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, softcap: float, z_loss: float,
+    label_smoothing: float, class_weight: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Losses and log-sum-exps (rows,)."""
-    loss, lse = _linear_cross_entropy_fwd_fake(x, weight, target, ignore_index, softcap, z_loss)
+    options = RowOptions(ignore_index, softcap, z_loss, label_smoothing, class_weight)
+    loss, lse = _linear_cross_entropy_fwd_fake(x, weight, target, *options)
     x, target, V = x.reshape(-1, x.shape[-1]), target.reshape(-1), weight.shape[0]
     for rows, logits in _chunk_logits(x, _in_dtype(weight, x.dtype)):
-        loss[rows], lse[rows] = row_losses(logits[:, :V], target[rows], ignore_index, z_loss, softcap)
+        loss[rows], lse[rows] = row_losses(logits[:, :V], target[rows], options)
     return loss, lse
 
 
 def linear_cross_entropy_bwd(
     dloss: Tensor, x: Tensor, weight: Tensor, target: Tensor, lse: Tensor, ignore_index: int, softcap: float,
-    z_loss: float, needs_dx: bool, needs_dweight: bool,
+    z_loss: float, label_smoothing: float, class_weight: Tensor | None, needs_dx: bool, needs_dweight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dx and dweight (empty where not needed) from the gradients of the rows' losses (rows,)."""
+    options = RowOptions(ignore_index, softcap, z_loss, label_smoothing, class_weight)
     target, V = target.reshape(-1), weight.shape[0]
     gradients = _Gradients(x, weight, needs_dx, needs_dweight)
     for rows, logits in _chunk_logits(gradients.x, gradients.cast):
         z, t = logits[:, :V], target[rows]
-        gradients.add(rows, row_gradients(dloss[rows], z, t, lse[rows], ignore_index, z_loss, softcap, out=logits))
+        gradients.add(rows, row_gradients(dloss[rows], z, t, lse[rows], options, out=logits))
     return gradients.result(x.shape)
 
 
 def linear_cross_entropy_kept(
-    x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, softcap: float, z_loss: float, reduction: str,
-    needs_dx: bool, needs_dweight: bool,
+    x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, softcap: float, z_loss: float,
+    label_smoothing: float, class_weight: Tensor | None, reduction: str, needs_dx: bool, needs_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The mean or sum of the losses, its dx and dweight (empty where not needed)."""
+    options = RowOptions(ignore_index, softcap, z_loss, label_smoothing, class_weight)
     target, V = target.reshape(-1), weight.shape[0]
     gradients = _Gradients(x, weight, needs_dx, needs_dweight)
     loss = x.new_empty(target.shape, dtype=statistics(x.dtype)[0])
     dloss = torch.ones_like(loss)
     if reduction == "mean":
-        dloss /= count_targets(target, ignore_index)
+        dloss /= count_targets(target, ignore_index, class_weight)
     for rows, logits in _chunk_logits(gradients.x, gradients.cast):
         z, t = logits[:, :V], target[rows]
-        loss[rows], lse = row_losses(z, t, ignore_index, z_loss, softcap)
-        gradients.add(rows, row_gradients(dloss[rows], z, t, lse, ignore_index, z_loss, softcap, out=logits))
-    return reduce_losses(loss, target, ignore_index, reduction), *gradients.result(x.shape)
+        loss[rows], lse = row_losses(z, t, options)
+        gradients.add(rows, row_gradients(dloss[rows], z, t, lse, options, out=logits))
+    return reduce_losses(loss, target, ignore_index, reduction, class_weight), *gradients.result(x.shape)
 
 
 def linear_cross_entropy_scale(dloss: Tensor, loss: Tensor, dx: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,22 +204,23 @@ def linear_cross_entropy_scale(dloss: Tensor, loss: Tensor, dx: Tensor, dweight:
 
 
 def _linear_cross_entropy_fwd_fake(
-    x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, softcap: float, z_loss: float
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, softcap: float, z_loss: float,
+    label_smoothing: float, class_weight: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = statistics(x.dtype)[0]
     return x.new_empty(target.numel(), dtype=dtype), x.new_empty(target.numel(), dtype=dtype)
 
 
 def _linear_cross_entropy_bwd_fake(
     dloss: Tensor, x: Tensor, weight: Tensor, target: Tensor, lse: Tensor, ignore_index: int, softcap: float,
-    z_loss: float, needs_dx: bool, needs_dweight: bool,
+    z_loss: float, label_smoothing: float, class_weight: Tensor | None, needs_dx: bool, needs_dweight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape if needs_dx else 0), weight.new_empty(weight.shape if needs_dweight else 0)
 
 
 def _linear_cross_entropy_kept_fake(
-    x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, softcap: float, z_loss: float, reduction: str,
-    needs_dx: bool, needs_dweight: bool,
+    x: Tensor, weight: Tensor, target: Tensor, ignore_index: int, softcap: float, z_loss: float,
+    label_smoothing: float, class_weight: Tensor | None, reduction: str, needs_dx: bool, needs_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     loss = x.new_empty((), dtype=statistics(x.dtype)[0])
     return loss, x.new_empty(x.shape if needs_dx else 0), weight.new_empty(weight.shape if needs_dweight else 0)
@@ -236,17 +248,16 @@ def _kept_flops(x: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, target, ctx.ignore_index, ctx.softcap, ctx.z_loss = inputs
-    ctx.save_for_backward(x, weight, target, output[1])
+    x, weight, target, *ctx.options, class_weight = inputs
+    ctx.save_for_backward(x, weight, target, output[1], class_weight)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, dloss: Tensor, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
     needs_dx, needs_dweight = ctx.needs_input_grad[:2]
-    dx, dweight = call(
-        _bwd, dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.softcap, ctx.z_loss, needs_dx, needs_dweight
-    )
-    return dx if needs_dx else None, dweight if needs_dweight else None, None, None, None, None
+    *saved, class_weight = ctx.saved_tensors
+    dx, dweight = call(_bwd, dloss, *saved, *ctx.options, class_weight, needs_dx, needs_dweight)
+    return dx if needs_dx else None, dweight if needs_dweight else None, *[None] * 6
 
 
 def _save_kept(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -257,7 +268,7 @@ def _save_kept(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, 
 def _backward_kept(ctx: Any, dloss: Tensor, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     needs_dx, needs_dweight = ctx.needs_input_grad[:2]
     dx, dweight = call(_scale, dloss, *ctx.saved_tensors)
-    return dx if needs_dx else None, dweight if needs_dweight else None, *[None] * 7
+    return dx if needs_dx else None, dweight if needs_dweight else None, *[None] * 9
 
 
 _bwd = define_op(linear_cross_entropy_bwd, _linear_cross_entropy_bwd_fake, _bwd_flops)
@@ -272,7 +283,7 @@ _kept = define_op(
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
-    """apply(x, weight, target, ignore_index, softcap, z_loss): the losses of the rows (rows,), without checks."""
+    """apply(x, weight, target, *RowOptions): the losses of the rows (rows,), without checks."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -284,7 +295,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
 
 class KeptLinearCrossEntropyFunction(torch.autograd.Function):
-    """apply(x, weight, target, ignore_index, softcap, z_loss, reduction, needs_dx, needs_dweight): the reduced loss."""
+    """apply(x, weight, target, *RowOptions, reduction, needs_dx, needs_dweight): the reduced loss."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -303,6 +314,8 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     softcap: float = 0.0,
     z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
     reduction: str = "mean",
     keep_gradients: bool | None = None,
 ) -> Tensor:
@@ -321,7 +334,7 @@ def linear_cross_entropy(
     The same chunks on every device: the rows' losses and gradients are Triton's on CUDA tensors and, under
     TRITON_INTERPRET=1, on CPU tensors, eager PyTorch's on plain CPU tensors. A second derivative and torch.func
     transforms raise NotImplementedError.
-    Raises ValueError on a shape, dtype or device mismatch, on softcap < 0, on an unknown reduction and on
+    Raises ValueError on a shape, dtype or device mismatch, as cross_entropy does, on softcap < 0 and on
     keep_gradients=True with reduction "none".
     """
     check_dtype("x", x)
@@ -342,7 +355,9 @@ def linear_cross_entropy(
         raise ValueError("keep_gradients: expected None or False with reduction 'none', got True")
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    compiling, options = torch.compiler.is_compiling(), (ignore_index, softcap, z_loss)
+    label_smoothing = check_labels(label_smoothing, class_weight, ("x", x), weight.shape[0])
+    options = RowOptions(ignore_index, softcap, z_loss, label_smoothing, class_weight)
+    compiling = torch.compiler.is_compiling()
     if not compiling:
         refuse_transforms("linear_cross_entropy")
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
@@ -351,4 +366,4 @@ def linear_cross_entropy(
         return _kept(*args)[0] if compiling else KeptLinearCrossEntropyFunction.apply(*args)
     rows = (x, weight, target, *options)
     losses = _fwd(*rows)[0] if compiling else LinearCrossEntropyFunction.apply(*rows)
-    return reduce_losses(losses, target, ignore_index, reduction)
+    return reduce_losses(losses, target, ignore_index, reduction, class_weight)

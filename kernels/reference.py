@@ -224,22 +224,36 @@ def cross_entropy(
     *,
     ignore_index: int = -100,
     z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """-log softmax(logits)[target] + z_loss * logsumexp(logits)^2 per row  (z-loss: Chowdhery et al. 2022, section 5).
 
     logits: (..., V).  target: (...), int64.  Rows whose target is ignore_index count neither in the loss nor in the
-    mean; a batch with no other row gives 0.  Returns fp32 (fp64 for fp64): a scalar for "mean" and "sum", (...) for
-    "none".
+    mean; a batch with no other row gives 0.  label_smoothing: of the target, spread over all classes (Szegedy et al.
+    2016, section 7).  class_weight: (V,), what each class counts; the mean is over the sum of the targets' own.
+    Returns fp32 (fp64 for fp64): a scalar for "mean" and "sum", (...) for "none".
     """
     x = _statistics(logits)
     lse = torch.logsumexp(x, -1)
     kept = target != ignore_index
-    picked = x.gather(-1, target.masked_fill(~kept, 0)[..., None]).squeeze(-1)
-    loss = (lse - picked + z_loss * lse.square()).masked_fill(~kept, 0)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / kept.sum().clamp(min=1)
+    index = target.masked_fill(~kept, 0)
+    nll = lse - x.gather(-1, index[..., None]).squeeze(-1)
+    loss = (1 - label_smoothing) * nll + z_loss * lse.square()
+    weight = None if class_weight is None else class_weight.to(x.dtype)
+    if weight is not None:
+        loss = weight[index] * loss
+    if label_smoothing > 0:
+        each = lse[..., None] - x
+        loss = loss + label_smoothing * (each if weight is None else weight * each).mean(-1)
+    loss = loss.masked_fill(~kept, 0)
+    if reduction != "mean":
+        return loss if reduction == "none" else loss.sum()
+    if weight is None:
+        return loss.sum() / kept.sum().clamp(min=1)
+    total = weight[index].masked_fill(~kept, 0).sum()
+    return loss.sum() / total.masked_fill(total == 0, 1)
 
 
 def linear_cross_entropy(
@@ -250,6 +264,8 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     softcap: float = 0.0,
     z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
     reduction: str = "mean",
     keep_gradients: bool | None = None,
 ) -> Tensor:
@@ -261,4 +277,7 @@ def linear_cross_entropy(
     logits = _statistics(F.linear(x, weight.to(x.dtype)))
     if softcap > 0:
         logits = softcap * torch.tanh(logits / softcap)
-    return cross_entropy(logits, target, ignore_index=ignore_index, z_loss=z_loss, reduction=reduction)
+    return cross_entropy(
+        logits, target, ignore_index=ignore_index, z_loss=z_loss, label_smoothing=label_smoothing,
+        class_weight=class_weight, reduction=reduction,
+    )  # fmt: skip

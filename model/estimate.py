@@ -19,6 +19,7 @@ sum.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,9 +29,10 @@ from rich.table import Table
 
 from ..kernels.cost import Cost, itemsize
 from .ceilings import Ceilings
+from .communication import PARALLEL, Communication, Overlap, communication, sentences
 from .config import ModelConfig
-from .memory import OPS, OPTIMIZERS, Memory, keeps_copies, memory, saved_activations
-from .parts import LEDGERS, PARAMETER_BYTES, Work, parts
+from .memory import OPS, OPTIMIZERS, Memory, keeps_copies, largest, largest_batch, memory, saved_activations
+from .parts import LEDGERS, Work, parts
 from .quantities import duration, figures, in_unit, quantity
 from .typed import typed
 
@@ -110,11 +112,14 @@ class Estimate:
     causal: str
     checkpointing: bool
     gpus: int
+    parallel: str
+    reshard: bool
     ops: str
     optimizer: str
     components: tuple[Component, ...]
     memory: Memory
     ceilings: Ceilings | None = None
+    link: float | None = None
 
     @property
     def parameters(self) -> int:
@@ -155,7 +160,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float | None:
-        """Predicted time of one step, forward, backward and update; None without ceilings."""
+        """Predicted time of one step's computation, forward, backward and update; None without ceilings."""
         return sum(c.seconds or 0.0 for c in self.components) if self.ceilings else None
 
     @property
@@ -172,14 +177,43 @@ class Estimate:
         return {ledger: sum(flops.values()) / possible for ledger, flops in self.ledgers.items()}
 
     @property
+    def communication(self) -> Communication:
+        return communication(
+            self.config, self.parameters, gpus=self.gpus, dtype=self.dtype, parallel=self.parallel, reshard=self.reshard
+        )
+
+    @property
     def communication_bytes(self) -> int:
-        """What each device sends in a step when sharded, as FSDP2 does it: blocks are gathered for each pass, the
-        embedding, the last norm and the output matrix once for both, and gradients are scattered in fp32.
-        """
-        c = self.config
-        kept = c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2) + c.d_model
-        gathered = (2 * self.parameters - kept) * itemsize(self.dtype)
-        return (gathered + self.parameters * PARAMETER_BYTES) * (self.gpus - 1) // self.gpus
+        """What each device sends in a step."""
+        return self.communication.step
+
+    @property
+    def overlap(self) -> Overlap | None:
+        """The link's time beside the computation's; None without either rate."""
+        if self.ceilings is None or self.link is None:
+            return None
+        forward, backward, update = (
+            sum(p.seconds or 0.0 for p in passes) for passes in zip(*(c.passes for c in self.components), strict=True)
+        )
+        sent = self.communication
+        return Overlap((forward, backward, update), (sent.forward / self.link, sent.backward / self.link))
+
+    def covering_batch(self) -> int | None:
+        """The fewest sequences per device whose computation can hide the link; None without either rate."""
+        if self.overlap is None:
+            return None
+
+        def bound(batch_size: int) -> bool:
+            other = estimate(
+                self.config, batch_size=batch_size, ceilings=self.ceilings, link=self.link, **self._settings()
+            )
+            return other.overlap is not None and other.overlap.bound_by != ""
+
+        return largest(bound) + 1
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("context_length", "dtype", "checkpointing", "gpus", "parallel", "reshard", "ops", "optimizer")
+        return {name: getattr(self, name) for name in names}
 
     def table(self) -> Table:
         """For rich.print: components, totals and what follows from them, a column in the unit that its head names."""
@@ -236,21 +270,20 @@ class Estimate:
             f"peak memory {quantity(m.peak, 'B')}, at {m.peak_at}: {parts}",
         ]
         if self.gpus > 1:
-            sent = quantity(self.communication_bytes, "B")
-            lines.append(f"sharded over {self.gpus}: each sends {sent} a step, in no time given here")
+            lines += sentences(self.communication, self.gpus, self.parallel, self.reshard, self.link, self.overlap)
         if self.ceilings is None or self.utilization is None:
             command = f"`rooflight bench ceilings --dtype {self.dtype}` measures them"
             return [*lines, f"no times: this machine's {self.dtype} ceilings are not measured yet; {command}"]
         used, peak = self.utilization, quantity(self.ceilings.gemm_rate(self.dtype), "FLOP/s")
+        without = " without communication" if self.gpus > 1 else ""
         lines.append(
-            f"step {duration(self.seconds)}, {self.tokens_per_second:,.0f} tokens/s; of {peak}: MFU {used['full']:.1%} "
-            f"(full) or {used['exact']:.1%} (exact), HFU {used['executed']:.1%}"
+            f"step{without} {duration(self.seconds)}, {self.tokens_per_second:,.0f} tokens/s; of {peak}: MFU "
+            f"{used['full']:.1%} (full) or {used['exact']:.1%} (exact), HFU {used['executed']:.1%}"
         )
+        if (covering := self.covering_batch()) is not None:
+            lines.append(f"smallest batch per GPU at which compute can hide the link: {covering}")
         if self.ceilings.memory_bytes is not None:
-            fits = largest_batch(
-                self.config, self.ceilings.memory_bytes, context_length=self.context_length, dtype=self.dtype,
-                checkpointing=self.checkpointing, gpus=self.gpus, ops=self.ops, optimizer=self.optimizer,
-            )  # fmt: skip
+            fits = largest_batch(self.config, self.ceilings.memory_bytes, **self._settings())
             lines.append(f"largest batch in the device's {quantity(self.ceilings.memory_bytes, 'B')}: {fits}")
         return lines
 
@@ -261,7 +294,13 @@ class Estimate:
         fields["ceilings"] = self.ceilings.to_dict() if self.ceilings else None
         totals = ("parameters", "forward_flops", "backward_flops", "ledgers", "memory_bytes", "tokens", "seconds")
         rates = ("tokens_per_second", "utilization", "communication_bytes")
-        return fields | {name: getattr(self, name) for name in (*totals, *rates)}
+        fields |= {name: getattr(self, name) for name in (*totals, *rates)}
+        fields["communication"] = asdict(self.communication)
+        if self.overlap is not None:
+            times = {"apart": self.overlap.apart, "overlapped": self.overlap.overlapped}
+            fields["overlap"] = asdict(self.overlap) | times | {"bound_by": self.overlap.bound_by}
+            fields["covering_batch"] = self.covering_batch()
+        return fields
 
 
 @typed
@@ -275,6 +314,9 @@ def estimate(
     checkpointing: bool = False,
     ceilings: Ceilings | None = None,
     gpus: int = 1,
+    parallel: str = "fsdp",
+    reshard: bool = True,
+    link: float | None = None,
     ops: str = "triton",
     optimizer: str = "adamw",
 ) -> Estimate:
@@ -282,8 +324,11 @@ def estimate(
 
     batch_size: sequences per device.  context_length: tokens in each; None: the configuration's.  dtype: of
     products and activations; parameters, gradients and moments are fp32.  causal: the ledger of the totals,
-    "exact" or "full".  checkpointing: blocks keep their input only.  gpus: devices that parameters, gradients and
-    moments are sharded over.  ceilings: measured rates; without them no time is predicted.
+    "exact" or "full".  checkpointing: blocks keep their input only.  ceilings: measured rates; without them no time is
+    predicted.
+    gpus: devices, each with a batch of its own.  parallel: "fsdp", parameters, gradients and moments are sharded over
+    them, or "ddp", each has all.  reshard: fsdp frees a block's weights after its forward pass.  link: bytes per second
+    that each device can send; with ceilings, its time stands beside the computation's.
     ops: whose memory and casts they are, "triton" (rooflight.kernels on a GPU), "cpu" (the same on a plain CPU) or
     "eager" (the oracles).
     optimizer: "adamw" for every parameter, or "muon" for the blocks' matrices beside it, on one device.
@@ -299,10 +344,15 @@ def estimate(
         raise ValueError(f"causal: expected 'exact' or 'full', got {causal!r}")
     if ops not in OPS:
         raise ValueError(f"ops: expected one of {', '.join(OPS)}, got {ops!r}")
+    if parallel not in PARALLEL:
+        raise ValueError(f"parallel: expected one of {', '.join(PARALLEL)}, got {parallel!r}")
+    if link is not None and not (0 < link < math.inf and gpus > 1):
+        raise ValueError(f"link: expected bytes per second > 0, between 2 gpus or more, got {link:g} and gpus {gpus}")
     _check_optimizer(optimizer, gpus)
     itemsize(dtype)
+    shards = gpus if parallel == "fsdp" else 1
     rows = parts(
-        config, batch_size, T, dtype, checkpointing=checkpointing, gpus=gpus, optimizer=optimizer,
+        config, batch_size, T, dtype, checkpointing=checkpointing, gpus=shards, optimizer=optimizer,
         copies=keeps_copies(dtype, ops, gpus),
     )  # fmt: skip
     parameters = sum(row.parameters for row in rows)
@@ -323,11 +373,12 @@ def estimate(
     )
     held = memory(
         config, parameters, batch_size=batch_size, context_length=T, dtype=dtype, checkpointing=checkpointing,
-        gpus=gpus, ops=ops, optimizer=optimizer,
+        gpus=gpus, parallel=parallel, reshard=reshard, ops=ops, optimizer=optimizer,
     )  # fmt: skip
     return Estimate(
-        config, batch_size, T, dtype, causal, checkpointing, gpus, ops, optimizer, components, held, ceilings
-    )
+        config, batch_size, T, dtype, causal, checkpointing, gpus, parallel, reshard, ops, optimizer, components, held,
+        ceilings, link,
+    )  # fmt: skip
 
 
 def _check_optimizer(optimizer: str, gpus: int) -> None:
@@ -344,34 +395,3 @@ def _roofline(works: Sequence[Work], ceilings: Ceilings, dtype: str) -> tuple[fl
         seconds, limit = work.seconds(ceilings, dtype)
         by_limit[limit] = by_limit.get(limit, 0.0) + seconds
     return sum(by_limit.values()), max(by_limit, key=by_limit.__getitem__)
-
-
-def largest_batch(
-    config: ModelConfig,
-    memory_bytes: int,
-    *,
-    context_length: int | None = None,
-    dtype: str = "bfloat16",
-    checkpointing: bool = False,
-    gpus: int = 1,
-    ops: str = "triton",
-    optimizer: str = "adamw",
-) -> int:
-    """The most sequences per device whose training step fits in `memory_bytes`; 0 when one does not."""
-    parameters = sum(part.parameters for part in parts(config, 1, 1, dtype, checkpointing=False, gpus=1))
-    T = config.context_length if context_length is None else context_length
-
-    def fits(batch_size: int) -> bool:
-        held = memory(
-            config, parameters, batch_size=batch_size, context_length=T, dtype=dtype, checkpointing=checkpointing,
-            gpus=gpus, ops=ops, optimizer=optimizer,
-        )  # fmt: skip
-        return held.peak <= memory_bytes
-
-    low, high = 0, 1
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low

@@ -13,6 +13,7 @@ Three implementations of the operations differ in what they save:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ import torch
 from ..kernels.cost import INDEX, STATISTIC, itemsize
 from ..kernels.linear_cross_entropy import chunk_rows, keeps_gradients, padded
 from .config import ModelConfig, hidden_matrices
+from .parts import parts
 
 FP32 = 4
 OPS = ("triton", "cpu", "eager")
@@ -28,7 +30,7 @@ OPTIMIZERS = ("adamw", "muon")
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. Parameters, gradients and moments (AdamW's two, Muon's one) are fp32, sharded.
+    """Bytes on one device. Parameters, gradients and moments (AdamW's two, Muon's one) are fp32, by fsdp sharded.
 
     Where the optimizer keeps copies of the blocks' matrices (`keeps_copies`), AdamW's have gradients in their dtype.
 
@@ -182,17 +184,20 @@ def memory(
     dtype: str,
     checkpointing: bool = False,
     gpus: int = 1,
+    parallel: str = "fsdp",
+    reshard: bool = True,
     ops: str = "triton",
     optimizer: str = "adamw",
 ) -> Memory:
     """The memory of one training step of a model with that many parameters; see Memory."""
+    shards = gpus if parallel == "fsdp" else 1
     n_token, size = batch_size * context_length, itemsize(dtype)
     copies = keeps_copies(dtype, ops, gpus)
     gradient = size if copies and optimizer == "adamw" else FP32  # bytes, of a parameter of the blocks' matrices
-    cast = size if size < FP32 and gpus == 1 and not copies else 0  # of one weight, until its gradient is there
+    cast = size if size < FP32 and shards == 1 and not copies else 0  # of one weight, until its gradient is there
     embedding, block, last = stages(config, n_token, context_length, dtype, ops, gradient - cast)
     stream = n_token * config.d_model * size
-    state = -(-parameters * FP32 // gpus)
+    state = -(-parameters * FP32 // shards)
     block_saved, block_weights = sum(stage.saved for stage in block), sum(stage.weights for stage in block)
     activations = sum(stage.saved for stage in last) + config.n_layer * (stream if checkpointing else block_saved)
     # a norm that keeps the block's own input keeps no second copy of it
@@ -200,7 +205,9 @@ def memory(
     hidden = config.n_layer * block_weights  # the loss casts its weight by itself
     kept, casts = size * hidden if copies else 0, cast * hidden
     gradients = state - hidden * (FP32 - gradient)
-    gathered = 0 if gpus == 1 else size * (2 * block_weights + last[-1].weights)  # this block's weights and the next's
+    gathered = 0
+    if shards > 1:  # this block's weights and the next's; without resharding those of all
+        gathered = size * ((2 if reshard else config.n_layer) * block_weights + last[-1].weights)
 
     peak, peak_at = 0, ""
     matrices = hidden_matrices(config) if optimizer == "muon" else {}
@@ -213,7 +220,7 @@ def memory(
     def backward(stage: Stage, cast: int, gradient: int) -> None:
         nonlocal held
         see(held + stage.working, stage.name)
-        held += stage.weights * gradient // gpus - stage.weights * cast - stage.saved
+        held += stage.weights * gradient // shards - stage.weights * cast - stage.saved
 
     def see(bytes_held: int, name: str) -> None:
         nonlocal peak, peak_at
@@ -243,3 +250,41 @@ def memory(
         normalised = stack * (FP32 + size * (size < FP32))
         see(update + turned + stack * FP32 + max(normalised, 2 * (stack + square) * size), "Muon")
     return Memory(state, gradients, moments, kept or casts or gathered, activations, peak, peak_at)
+
+
+def largest_batch(
+    config: ModelConfig,
+    memory_bytes: int,
+    *,
+    context_length: int | None = None,
+    dtype: str = "bfloat16",
+    checkpointing: bool = False,
+    gpus: int = 1,
+    parallel: str = "fsdp",
+    reshard: bool = True,
+    ops: str = "triton",
+    optimizer: str = "adamw",
+) -> int:
+    """The most sequences per device whose training step fits in `memory_bytes`; 0 when one does not."""
+    parameters = sum(part.parameters for part in parts(config, 1, 1, dtype, checkpointing=False, gpus=1))
+    T = config.context_length if context_length is None else context_length
+
+    def fits(batch_size: int) -> bool:
+        held = memory(
+            config, parameters, batch_size=batch_size, context_length=T, dtype=dtype, checkpointing=checkpointing,
+            gpus=gpus, parallel=parallel, reshard=reshard, ops=ops, optimizer=optimizer,
+        )  # fmt: skip
+        return held.peak <= memory_bytes
+
+    return largest(fits)
+
+
+def largest(holds: Callable[[int], bool]) -> int:
+    """The largest n of which holds(n) is true, where it is true up to some n and false from there on; 0 if of none."""
+    low, high = 0, 1
+    while holds(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

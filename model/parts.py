@@ -32,7 +32,6 @@ from .config import ModelConfig, hidden_matrices
 
 LEDGERS = ("full", "exact", "executed")
 FP32 = "float32"  # parameters, gradients and both moments; products run in the estimate's dtype
-PARAMETER_BYTES = 4
 BACKWARD = " backward"
 ATTENTION_TILE = (128, 128)  # queries, keys: what one program of the attention kernel takes at a time
 

@@ -142,7 +142,8 @@ class Transformer(nn.Module):
         cu_seqlens: (documents + 1,), int32, from 0 to B T: bounds of the documents packed in the flattened tokens, none
         longer than context_length. A token attends within its document, and positions start anew in each.
         cache: the tokens follow those already in it.
-        reduction: of the loss: "mean", "sum", or "none" for each token's own, (B, T), 0 where the target is -100.
+        reduction: of the loss: "mean", "none" for each token's own, (B, T), 0 where the target is -100, or "sum": those
+        of a step's micro-batches, over kernels.cross_entropy.count_targets of its whole batch, add up to its mean.
         Raises ValueError on a shape mismatch or on more tokens than context_length.
         """
         x = self.hidden_states(tokens, cu_seqlens=cu_seqlens, cache=cache)

@@ -3,6 +3,15 @@
 from .decode import IncrementalDecoder
 from .pretokenize import GPT2_PATTERN, PATTERNS
 from .tokenizer import Tokenizer
-from .training import train_bpe, train_bpe_from_iterator
+from .training import count_words, train_bpe, train_bpe_from_counts, train_bpe_from_iterator
 
-__all__ = ["GPT2_PATTERN", "PATTERNS", "IncrementalDecoder", "Tokenizer", "train_bpe", "train_bpe_from_iterator"]
+__all__ = [
+    "GPT2_PATTERN",
+    "PATTERNS",
+    "IncrementalDecoder",
+    "Tokenizer",
+    "count_words",
+    "train_bpe",
+    "train_bpe_from_counts",
+    "train_bpe_from_iterator",
+]

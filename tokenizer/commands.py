@@ -1,9 +1,10 @@
-"""`rooflight tokenizer train|encode|decode|header|inspect`: the tokenizer's command line."""
+"""`rooflight tokenizer train|count|encode|decode|header|inspect` and `rooflight data`: the tokenizer's command line."""
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,51 +20,142 @@ END_OF_TEXT = "<|endoftext|>"
 TokenizerPath = Annotated[
     Path, typer.Option("--tokenizer", "-t", help="A folder that `train` wrote, or a Hugging Face tokenizer.json.")
 ]
+SpecialTokens = Annotated[list[str], typer.Option(help="Bounds documents; may be given several times.")]
+PatternOption = Annotated[str, typer.Option(help="gpt2, cl100k, o200k, llama3, ... or a regular expression.")]
+Field = Annotated[str, typer.Option(help="Of each line of .jsonl, and the column of .parquet.")]
+Shard = Annotated[str, typer.Option(metavar="I/N", help="Of N jobs that share the work, the one numbered I, from 0.")]
 Workers = Annotated[int | None, typer.Option(help="Processes; default, one for each CPU core.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
 @app.command()
 def train(
-    text: Annotated[list[Path], typer.Argument(help="Text files, UTF-8.")],
     out: Annotated[Path, typer.Option(help="Folder to write the tokenizer to.")],
+    text: Annotated[
+        list[Path] | None, typer.Argument(help="Text, .jsonl or .parquet; .gz and .zst; folders of them.")
+    ] = None,
+    counts: Annotated[
+        list[Path] | None, typer.Option(help="Instead, files that `count` wrote; may be given several times.")
+    ] = None,
     vocab_size: Annotated[int, typer.Option(help="Ids in all: special tokens, 256 bytes, merges.")] = 10_000,
-    special_token: Annotated[list[str], typer.Option(help="Bounds documents; may be given several times.")] = [  # noqa: B006
-        END_OF_TEXT
-    ],
-    pattern: Annotated[str, typer.Option(help="gpt2, cl100k, o200k, llama3, ... or a regular expression.")] = "gpt2",
+    special_token: SpecialTokens = [END_OF_TEXT],  # noqa: B006
+    pattern: PatternOption = "gpt2",
+    field: Field = "text",
     max_words: Annotated[int | None, typer.Option(help="Merge only so many of the most frequent words.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the tokenizer that OUT holds.")] = False,
     num_workers: Workers = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train a tokenizer on text files."""
+    """Train a tokenizer on text, or on word counts."""
     import time
 
-    from . import Tokenizer, train_bpe
+    from . import Tokenizer, train_bpe, train_bpe_from_counts
+    from .corpus.parts import find_files
     from .files import refuse_same_file
     from .formats.directory import FILES
 
+    if bool(text) == bool(counts):
+        raise ValueError(f"text: got {'both text and' if text else 'neither text nor'} --counts, expected one of them")
+    # (A pipe is read too.)
+    files = [file for path in text or [] for file in (find_files([path])[0] if path.is_dir() else [path])]
     for name in FILES:
-        refuse_same_file("out", out / name, *text)
+        refuse_same_file("out", out / name, *files, *(counts or []))
         if (out / name).exists() and not overwrite:
             raise ValueError(f"out: {out} holds {name} already, expected another folder or --overwrite")
     start = time.perf_counter()
-    vocab, merges = train_bpe(
-        text,
-        vocab_size,
+    options: dict[str, Any] = {"pattern": pattern, "progress": not quiet, "max_words": max_words}
+    if counts:
+        vocab, merges = train_bpe_from_counts(counts, vocab_size, special_token, **options)
+    else:
+        vocab, merges = train_bpe(files, vocab_size, special_token, num_workers=num_workers, field=field, **options)
+    tokenizer = Tokenizer(vocab, merges, special_token, pattern=pattern)
+    tokenizer.save(out)
+    seconds = time.perf_counter() - start
+    size = sum(path.stat().st_size for path in counts or files)
+    what = f"{len(counts)} files of counts" if counts else f"{size / 1e6:,.1f} MB"
+    print(f"{out}: {tokenizer.vocab_size:,} tokens from {what} in {seconds:.1f} s")
+    print(f"longest token: {_longest(tokenizer)[0]!r}")
+
+
+@app.command()
+def count(
+    inputs: Annotated[list[Path], typer.Argument(help="As of `train`.")],
+    out: Annotated[Path, typer.Option(help="File to write the counts to.")],
+    special_token: SpecialTokens = [END_OF_TEXT],  # noqa: B006
+    pattern: PatternOption = "gpt2",
+    field: Field = "text",
+    shard: Shard = "0/1",
+    num_workers: Workers = None,
+    quiet: Quiet = False,
+) -> None:
+    """Count the words of a corpus, or of a part of it, for `train --counts`."""
+    from . import count_words
+
+    n_words, n_bytes = count_words(
+        inputs,
+        out,
         special_token,
         num_workers=num_workers,
         pattern=pattern,
         progress=not quiet,
-        max_words=max_words,
+        field=field,
+        shard=_shard(shard),
     )
-    tokenizer = Tokenizer(vocab, merges, special_token, pattern=pattern)
-    tokenizer.save(out)
-    seconds = time.perf_counter() - start
-    size = sum(path.stat().st_size for path in text)
-    print(f"{out}: {tokenizer.vocab_size:,} tokens from {size / 1e6:,.1f} MB in {seconds:.1f} s")
-    print(f"longest token: {_longest(tokenizer)[0]!r}")
+    print(f"{out}: {n_words:,} different words in {n_bytes / 1e6:,.1f} MB")
+
+
+def data(
+    inputs: Annotated[list[Path], typer.Argument(help="Text, .jsonl or .parquet; .gz and .zst; folders of them.")],
+    tokenizer: TokenizerPath,
+    out: Annotated[Path, typer.Option(help="Folder to write the token files to; an interrupted run goes on.")],
+    eod: Annotated[str, typer.Option(help='Special token behind each document; "" for none.')] = END_OF_TEXT,
+    field: Field = "text",
+    allow_special: Annotated[
+        bool, typer.Option("--allow-special", help="Special tokens in the text become their ids.")
+    ] = False,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens of a token file, at most.")] = 100_000_000,
+    shard: Shard = "0/1",
+    num_workers: Workers = None,
+    quiet: Quiet = False,
+) -> None:
+    """Encode a corpus into token files for `train`, a document's end behind each."""
+    import time
+
+    from .corpus.prepare import prepare
+
+    began = time.perf_counter()
+    prepared = prepare(
+        load(tokenizer),
+        inputs,
+        out,
+        eod=eod or None,
+        field=field,
+        allow_special=allow_special,
+        shard_tokens=shard_tokens,
+        shard=_shard(shard),
+        num_workers=num_workers,
+        progress=not quiet,
+    )
+    total = Counter[str]()
+    for header in prepared.headers:
+        total.update({name: header[name] for name in ("n_tokens", "n_bytes", "n_documents")})
+    print(
+        f"{out}: {len(prepared.headers):,} files, {total['n_tokens']:,} tokens of "
+        f"{total['n_bytes'] / max(total['n_tokens'], 1):.3f} bytes, {total['n_documents']:,} documents, "
+        f"in {time.perf_counter() - began:.1f} s"
+    )
+    if prepared.n_empty:
+        print(f"left out: {prepared.n_empty:,} documents without text")
+    if prepared.left_out:
+        suffixes = ", ".join(sorted({path.suffix or path.name for path in prepared.left_out})[:8])
+        print(f"left out: {len(prepared.left_out):,} files ({suffixes}); a file that is named is read as text")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdecimal() and n.isdecimal()):
+        raise ValueError(f"shard: got {text!r}, expected I/N with 0 <= I < N, as 0/8")
+    return int(i), int(n)
 
 
 @app.command()
@@ -82,6 +174,8 @@ def encode(
     """Encode text files into a token file each (.bin and .bin.json), or --text to the screen."""
     import time
 
+    from .files import header_path, read_json
+
     loaded = load(tokenizer)
     if text is not None:
         if offsets:
@@ -96,7 +190,9 @@ def encode(
     for file, written in zip(files, outs, strict=True):
         began = time.perf_counter()
         n = loaded.encode_file(file, written, num_workers=num_workers, progress=not quiet)
-        seconds, size = time.perf_counter() - began, file.stat().st_size
+        seconds = time.perf_counter() - began
+        has_header = header_path(written).exists()  # a pipe has none
+        size = read_json(header_path(written))["n_bytes"] if has_header else file.stat().st_size
         print(f"{written}: {n:,} tokens of {size / max(n, 1):.3f} bytes, {size / 1e6 / seconds:.1f} MB/s")
 
 

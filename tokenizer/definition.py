@@ -69,7 +69,8 @@ class Definition(NamedTuple):
         ids = {token: i for i, token in self.vocab.items() if len(token) == 1 and i not in special_ids}
         # (A special token may be the only one of its byte.)
         ids = {token: i for i, token in self.vocab.items() if len(token) == 1} | ids
-        return [ids[bytes([byte])] for byte in range(256)]
+        # (One that a tokenizer.json lacks gets an id that no token has.)
+        return [ids.get(bytes([byte]), self.vocab_size) for byte in range(256)]
 
     @property
     def ordinary(self) -> dict[bytes, int]:
@@ -85,14 +86,19 @@ def define(
     pattern: Pattern,
     ignore_merges: bool,
     options: Options = PLAIN,
+    *,
+    all_bytes: bool = True,
 ) -> Definition:
-    """A definition, all of it checked. merges: tokens, or as Definition.pairs has them. Raises ValueError."""
+    """A definition, all of it checked. merges: tokens, or as Definition.pairs has them. Raises ValueError.
+
+    all_bytes: each byte must be a token.
+    """
     pattern = resolve(pattern)
     vocab = dict(vocab)
     specials = _special_ids(special_tokens, vocab)
     vocab = dict(sorted(vocab.items()))
     special_ids = set(specials.values())
-    id_of = _check_vocab(vocab, special_ids)
+    id_of = _check_vocab(vocab, special_ids, all_bytes)
     _check_holes(vocab, special_ids)
     pairs = merges if isinstance(merges, np.ndarray) else _pairs(list(merges), id_of)
     keys = np.sort(pairs[:, 0].astype(np.int64) << 32 | pairs[:, 1])
@@ -118,7 +124,7 @@ def _special_ids(special_tokens: Sequence[str] | Mapping[str, int], vocab: dict[
     return ids
 
 
-def _check_vocab(vocab: Mapping[int, bytes], special_ids: set[int]) -> dict[bytes, int]:
+def _check_vocab(vocab: Mapping[int, bytes], special_ids: set[int], all_bytes: bool) -> dict[bytes, int]:
     """The id of each token, of an ordinary one where a special one has the same bytes."""
     types = {*map(type, vocab)}, {*map(type, vocab.values())}
     if types != ({int}, {bytes}) or min(vocab) < 0 or not all(vocab.values()):
@@ -133,7 +139,7 @@ def _check_vocab(vocab: Mapping[int, bytes], special_ids: set[int]) -> dict[byte
             i, token = twice[0]
             raise ValueError(f"vocab: ids {i} and {id_of[token]} are both {token!r}")
     for byte in range(256):
-        if bytes([byte]) not in id_of:
+        if all_bytes and bytes([byte]) not in id_of:
             raise ValueError(f"vocab: the single byte {bytes([byte])!r} is missing, expected all 256")
     return id_of
 

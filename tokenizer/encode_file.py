@@ -10,7 +10,7 @@ import numpy as np
 
 from .encoding import cut_stream
 from .files import header_path, refuse_same_file, token_dtype, token_file
-from .inputs import is_regular, open_text
+from .inputs import is_cuttable, open_text, refuse_documents
 from .pretokenize import Cutter, file_ranges
 from .progress import progress_bars
 from .workers import Crew, check_num_workers
@@ -37,7 +37,8 @@ def encode_file(
     num_workers = check_num_workers(num_workers)
     refuse_same_file("out_path", out_path, path)
     refuse_same_file("out_path", header_path(out_path), path)
-    n_bytes = path.stat().st_size if is_regular(path) else None
+    refuse_documents(path)
+    n_bytes = path.stat().st_size if is_cuttable(path) else None
     n_done = 0
     make = partial(_FileWorker, encode, token_dtype(vocab_size))
     with progress_bars(progress) as bar, token_file(out_path, vocab_size, tokenizer_hash) as (out, header):
@@ -52,7 +53,7 @@ def encode_file(
 
 
 def _tasks(path: Path, cutter: Cutter) -> Iterable[bytes | tuple[Path, int, int]]:
-    if is_regular(path):
+    if is_cuttable(path):
         return [(path, *span) for span in file_ranges(path, cutter, _TASK)]
     return _pieces(path, cutter)
 

@@ -107,6 +107,15 @@ def refuse_same_file(argument: str, path: Path, *inputs: Path) -> None:
                 raise ValueError(f"{argument}: {path} is the input {source}, expected another file")
 
 
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Removes what writers of files of such names in the folder left there when they were killed."""
+    for path in folder.glob(f"{pattern}*.tmp"):
+        # A writer holds a lock on what it writes.
+        with suppress(OSError), path.open("rb") as leftover:
+            fcntl.flock(leftover, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
 def write_json(path: Path, content: Any) -> None:
     with atomic(path) as out:
         out.write(_json(content))
@@ -134,6 +143,8 @@ def _written(path: Path) -> Iterator[IO[bytes]]:
     temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as out:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)  # see remove_leftovers
             yield out
     finally:
         temporary.unlink(missing_ok=True)

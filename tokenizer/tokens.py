@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 from collections.abc import Iterable, Mapping
 from itertools import repeat
@@ -44,6 +45,13 @@ class TokenBytes:
     def edges(self) -> tuple[np.ndarray, np.ndarray]:
         """Each token's first and last byte (uint8); anything where the vocabulary has no such id."""
         return self._heads.astype(np.uint8), self._loads.take(self._offsets + self.sizes - 1).astype(np.uint8)
+
+    def missing(self) -> re.Pattern[bytes] | None:
+        """A byte of UTF-8 that is no token; None where every byte is one."""
+        there = {self._tokens[i][0] for i in np.flatnonzero(self.sizes == 1)}
+        # 0xff, which stands for special tokens in a text, is in no UTF-8
+        found = b"".join(rb"\x%02x" % byte for byte in range(0xFF) if byte not in there)
+        return re.compile(b"[%s]" % found) if found else None
 
     def join(self, ids: Iterable[int]) -> bytes:
         """The tokens' bytes, one after another, of arrays and tensors row after row.

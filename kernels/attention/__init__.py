@@ -152,7 +152,7 @@ def flash_attention_varlen(
 
     Raises ValueError as flash_attention does, and on cu_seqlens or max_seqlen that do not fit; the values of cu_seqlens
     are checked on the CPU alone, since reading them from a GPU would stall it in every call: there rows of a sequence
-    past max_seqlen are left out as padding is, by the portable kernels.
+    past max_seqlen are left out as padding is.
     """
     q, k, v = _autocast(q, k, v)
     left, right, scale, softcap = _checked(q, k, v, sinks, causal, window, scale, softcap, return_lse, True)

@@ -130,6 +130,14 @@ def test_estimate_prints_the_published_figures():
     assert '"forward_flops": 3506703564800' in result.stdout
 
 
+def test_estimate_takes_a_link_in_gigabytes_per_second():
+    asked = ("estimate", "gpt2-xl", "--gpus", "8", "--parallel", "ddp", "--link", "50")
+    result = rooflight(*asked)
+    assert "ddp over 8 GPUs: each sends 10.9 GB a step" in result.stdout
+    assert "at 50.0 GB/s that takes 217.72 ms" in result.stdout
+    assert '"link": 50000000000.0' in rooflight(*asked, "--json").stdout
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can be tuned for")
 def test_tuning_without_a_gpu_is_one_sentence():
     result = rooflight("bench", "tune")

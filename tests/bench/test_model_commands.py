@@ -73,6 +73,10 @@ def test_out_and_in_again(run: Path, tokenizer: Tokenizer, tmp_path: Path) -> No
 
     rooflight("import-hf", tmp_path / "hf", "--out", tmp_path / "back")
     assert load_model(tmp_path / "back").config == model.config
+    other = Tokenizer({i: bytes([i]) for i in range(256)}, [])
+    other.save(tmp_path / "other")
+    refused = CliRunner().invoke(app, ["generate", str(tmp_path / "back"), "--tokenizer", str(tmp_path / "other")])
+    assert f"was trained on tokens of the tokenizer {tokenizer.hash[:12]}" in str(refused.exception)
     seen = [
         rooflight(
             "generate", folder, "--prompt", "the caf\u00e9", "--max-new-tokens", 40, "--temperature", 2, "--seed", 1

@@ -127,11 +127,15 @@ class TestUnfusedBytesAreWhatEagerOperatorsMove:
         M, N, V = 64, 96, 8192
         x, weight = torch.ones(M, N, dtype=dtype), torch.ones(V, N, dtype=dtype)
         logits, target = torch.ones(M, V, dtype=dtype), torch.zeros(M, dtype=torch.long)
-        self._hold(
-            lambda backward: cost.cross_entropy_cost(M, V, dtype, backward=backward),
-            lambda: reference.cross_entropy(logits, target),
-            logits,
-        )
+        for smoothed, weights in ((0.0, None), (0.1, None), (0.1, torch.ones(V))):
+            options = {"label_smoothing": smoothed > 0, "class_weight": weights is not None}
+            self._hold(
+                lambda backward, o=options: cost.cross_entropy_cost(M, V, dtype, backward=backward, **o),
+                lambda e=smoothed, w=weights: reference.cross_entropy(
+                    logits, target, label_smoothing=e, class_weight=w
+                ),
+                logits,
+            )
         self._hold(
             lambda backward: cost.linear_cross_entropy_cost(M, N, V, dtype, backward=backward),
             lambda: reference.linear_cross_entropy(x, weight, target),
@@ -224,6 +228,13 @@ class TestBytesAreTheInputsAndTheOutputs:
         assert backward.bytes == _weigh(x, w, target, lse, x, w)
         kept = [cost.linear_cross_entropy_cost(M, N, V, dtype, backward=b, keep_gradients=True) for b in (False, True)]
         assert [k.bytes for k in kept] == [_weigh(x, w, target, loss[0], x, w), _weigh(loss[0], x, w, x, w)]
+        own, every = loss, torch.ones(V)  # what is read of the classes' weights
+        for smoothed, read in ((False, own), (True, every)):
+            options = {"label_smoothing": smoothed, "class_weight": True}
+            weighted = cost.cross_entropy_cost(M, V, dtype, backward=True, **options)
+            assert weighted.bytes == _weigh(logits, target, lse, logits, read)
+            weighted = cost.linear_cross_entropy_cost(M, N, V, dtype, keep_gradients=True, **options)
+            assert weighted.bytes == _weigh(x, w, target, loss[0], x, w, read)
 
     def test_embedding(self, dtype: torch.dtype) -> None:
         M, N, V = 6, 10, 40

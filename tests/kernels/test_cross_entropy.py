@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rooflight.kernels import cross_entropy, reference
-from rooflight.kernels.cross_entropy import TILE, row_gradients, row_losses
-from support.losses import DTYPES, draw, targets
+from rooflight.kernels.cross_entropy import TILE, RowOptions, row_gradients, row_losses
+from support.losses import DTYPES, class_weights, draw, targets
 from support.tolerance import judge
 
 REDUCTIONS = ["mean", "sum", "none"]
@@ -36,6 +36,55 @@ def test_z_loss_and_ignore_index(device, z_loss):
 def test_agrees_with_torch(device):
     logits, target = draw(6, 50, device=device), targets((6,), 50, device)
     torch.testing.assert_close(cross_entropy(logits, target), torch.nn.functional.cross_entropy(logits, target))
+
+
+# label_smoothing, whether the classes have weights
+LABELS = [(0.1, False), (0.0, True), (0.1, True), (1.0, True)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("smoothing", "weighted"), LABELS)
+@pytest.mark.parametrize("V", [90, TILE + 17])  # the second: weights of a second tile
+def test_smoothed_and_weighted_labels(device, V, smoothing, weighted, dtype):
+    inputs = {"logits": draw(4, V, dtype=dtype, device=device), "target": targets((4,), V, device)}
+    weights = class_weights(V, device, dtype) if weighted else None  # in 2 bytes too
+    inputs["class_weight"] = None if weights is None else torch.stack([weights, weights], 1)[:, 0]  # strided
+    options = {"label_smoothing": smoothing, "z_loss": 0.01, "reduction": REDUCTIONS[int(V > TILE) + weighted]}
+    judge(cross_entropy, reference.cross_entropy, inputs, frozen=("class_weight",), **options)
+
+
+@pytest.mark.parametrize("op", [cross_entropy, reference.cross_entropy], ids=["kernels", "oracle"])
+def test_labels_are_torchs(device, op):
+    """Losses and gradients by every reduction; one target is another ignore_index, one class has no weight."""
+    logits, target = draw(5, 20, device=device).requires_grad_(), targets((5,), 20, device, ignore_index=8)
+    target[2] = 14  # of weight 0
+    for reduction in REDUCTIONS:
+        for smoothing, weighted in [(0.0, False), *LABELS]:
+            options = {"label_smoothing": smoothing, "ignore_index": 8, "reduction": reduction}
+            weights = class_weights(20, device) if weighted else None
+            ours = op(logits, target, class_weight=weights, **options)
+            theirs = torch.nn.functional.cross_entropy(logits, target, weights, **options)
+            torch.testing.assert_close(ours, theirs)
+            dours, dtheirs = (torch.autograd.grad(loss.square().sum(), logits) for loss in (ours, theirs))
+            torch.testing.assert_close(dours, dtheirs)
+
+
+@pytest.mark.parametrize("op", [cross_entropy, reference.cross_entropy], ids=["kernels", "oracle"])
+def test_labels_at_the_edges(device, op):
+    """A masked class has an infinite share of a smoothed target, as in torch; a z-loss is weighted as its row is."""
+    logits, target = draw(3, 20, device=device), torch.tensor([1, -100, 3], device=device)
+    weights = torch.ones(20, device=device)
+    weights[3] = 0
+    masked = logits.clone()
+    masked[0, 5] = float("-inf")
+    for w in (None, weights):
+        ours = op(masked, target, label_smoothing=0.1, class_weight=w, reduction="none")
+        theirs = torch.nn.functional.cross_entropy(masked, target, w, label_smoothing=0.1, reduction="none")
+        torch.testing.assert_close(ours, theirs)
+    extra = op(logits, target, z_loss=0.5, class_weight=weights) - op(logits, target, class_weight=weights)
+    torch.testing.assert_close(extra, 0.5 * logits[0].logsumexp(-1).square())
+    for nothing in (target[1:], target[1:2].expand(2)):  # of weight 0, and ignored
+        assert op(logits[1:], nothing, class_weight=weights).item() == 0
 
 
 @pytest.mark.parametrize(
@@ -77,8 +126,11 @@ def test_every_row_ignored(device):
 
 
 def test_a_target_outside_the_vocabulary_gives_nan_not_a_stray_read(device):
-    loss = cross_entropy(draw(3, 20, device=device), torch.tensor([20, 3, -1], device=device), reduction="none")
-    assert loss.isnan().tolist() == [True, False, True]
+    logits, target = draw(3, 20, device=device), torch.tensor([20, 3, -1], device=device)
+    for weights in (None, class_weights(20, device)):
+        options = {"class_weight": weights, "label_smoothing": 0.1}
+        assert cross_entropy(logits, target, reduction="none", **options).isnan().tolist() == [True, False, True]
+        assert cross_entropy(logits, target, **options).isnan()
 
 
 @pytest.mark.parametrize("triton", [True, False], ids=["triton", "eager"])
@@ -95,9 +147,12 @@ def test_what_lies_past_the_vocabulary_is_not_read_and_its_gradient_is_zero(devi
     out = buffer[:M, :width]
     out[:, :V] = logits
 
+    weights = torch.cat([class_weights(V, device), logits.new_full((width,), float("nan"))])[:V]
+    options = RowOptions(-100, softcap, 0.1, *((0.2, weights) if softcap else ()))
+
     def run(z, out):
-        loss, lse = row_losses(z, target, -100, 0.1, softcap)
-        return loss, lse, row_gradients(dloss, z, target, lse, -100, 0.1, softcap, out=out)
+        loss, lse = row_losses(z, target, options)
+        return loss, lse, row_gradients(dloss, z, target, lse, options, out=out)
 
     loss, lse, dlogits = run(out[:, :V], out)
     expected = run(logits, torch.empty_like(logits))
@@ -118,6 +173,12 @@ X, T = torch.ones(3, 8), torch.zeros(3, dtype=torch.int64)
         ({"target": T[:2]}, r"target: expected shape \(3,\), got \(2,\)"),
         ({"target": T.int()}, "target: expected dtype int64, got int32"),
         ({"target": T.to("meta")}, "target: expected device cpu, as logits, got meta"),
+        ({"label_smoothing": 1.1}, r"label_smoothing: expected a number in \[0, 1\], got 1.1"),
+        ({"label_smoothing": float("nan")}, r"label_smoothing: expected a number in \[0, 1\], got nan"),
+        ({"class_weight": X[0, :7]}, r"class_weight: expected shape \(8,\), got \(7,\)"),
+        ({"class_weight": X[0].long()}, "class_weight: expected dtype float32, float16, bfloat16, got int64"),
+        ({"class_weight": X[0].to("meta")}, "class_weight: expected device cpu, as logits, got meta"),
+        ({"class_weight": torch.ones(8, requires_grad=True)}, "class_weight: expected a tensor that requires no"),
         ({"reduction": "avg"}, "reduction: expected 'mean', 'sum' or 'none', got 'avg'"),
     ],
 )

@@ -25,7 +25,7 @@ from rooflight.kernels.linear_cross_entropy import (
     pad_rows,
     padded,
 )
-from support.losses import DTYPES, draw, targets
+from support.losses import DTYPES, class_weights, draw, targets
 from support.tolerance import judge
 
 # None stands for True where there is a reduction, but for fp16
@@ -61,6 +61,19 @@ def test_against_the_oracle(device, chunked, dtype, way, softcap):
     reduction, keep = WAYS[way]
     options = {"reduction": reduction, "keep_gradients": keep, "softcap": softcap, "z_loss": 0.01}
     judge(linear_cross_entropy, reference.linear_cross_entropy, inputs_of(7, 24, 60, device, dtype), **options)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("weighted", [False, True], ids=["smoothed", "smoothed, weighted"])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_smoothed_and_weighted_labels(device, softcap, weighted, way, monkeypatch):
+    monkeypatch.setitem(CHUNK_LOGITS, device.type, 3 * padded(60))
+    reduction, keep = WAYS[way]
+    options = {"reduction": reduction, "keep_gradients": keep, "softcap": softcap, "z_loss": 0.01}
+    inputs = inputs_of(7, 24, 60, device, torch.bfloat16, torch.float32)
+    inputs["class_weight"] = class_weights(60, device) if weighted else None
+    options["label_smoothing"] = 0.1
+    judge(linear_cross_entropy, reference.linear_cross_entropy, inputs, frozen=("class_weight",), **options)
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -226,9 +239,9 @@ def test_the_logits_are_never_whole(device, monkeypatch):
         reference.linear_cross_entropy(x, weight, target)
     assert eager.elements == M * V
     with _Largest() as chunked:  # the launchers: a dispatch mode sees an operator's call, not its inside
-        loss, lse = linear_cross_entropy_fwd(x, weight, target, -100, 0.0, 0.0)
-        linear_cross_entropy_bwd(torch.ones_like(loss), x, weight, target, lse, -100, 0.0, 0.0, True, True)
-        linear_cross_entropy_kept(x, weight, target, -100, 0.0, 0.0, "mean", True, True)
+        loss, lse = linear_cross_entropy_fwd(x, weight, target, -100, 0.0, 0.0, 0.0, None)
+        linear_cross_entropy_bwd(torch.ones_like(loss), x, weight, target, lse, -100, 0.0, 0.0, 0.0, None, True, True)
+        linear_cross_entropy_kept(x, weight, target, -100, 0.0, 0.0, 0.0, None, "mean", True, True)
     assert chunked.elements == max(4 * padded(V), M * N, V * N)
 
 
@@ -298,6 +311,9 @@ X, W, T = torch.ones(3, 8), torch.ones(5, 8), torch.zeros(3, dtype=torch.int64)
     [
         ({"x": torch.ones(())}, r"x: expected shape \(\.\.\., N\)"),
         ({"weight": torch.ones(5, 7)}, r"weight: expected shape \(V, 8\) with V >= 1, got \(5, 7\)"),
+        ({"label_smoothing": -0.1}, r"label_smoothing: expected a number in \[0, 1\], got -0.1"),
+        ({"class_weight": W[:4, 0]}, r"class_weight: expected shape \(5,\), got \(4,\)"),
+        ({"class_weight": W[:, 0].to("meta")}, "class_weight: expected device cpu, as x, got meta"),
         ({"softcap": -1.0}, "softcap: expected a finite number, at least 0 .*, got -1.0"),
         ({"target": T[:2]}, r"target: expected shape \(3,\), got \(2,\)"),
         ({"weight": W.to("meta")}, "weight: expected device cpu, as x, got meta"),

@@ -13,6 +13,7 @@ from rooflight.kernels import cost, cross_entropy, gelu, linear_cross_entropy, r
 INTERPRETED = triton.knobs.runtime.interpret
 ANGLES = torch.arange(5.0)[:, None] / torch.arange(1.0, 5.0)
 TARGET = torch.tensor([3, -100, 7, 1])
+LABELS = {"label_smoothing": 0.2, "class_weight": torch.arange(9.0)}
 
 
 def _rope(q, k):
@@ -24,11 +25,13 @@ def _rope_qkv(qkv):
 
 
 def _cross_entropy(logits):
-    return cross_entropy(logits, TARGET.to(logits.device), z_loss=0.1)
+    labels = LABELS | {"class_weight": LABELS["class_weight"].to(logits.device)}
+    return cross_entropy(logits, TARGET.to(logits.device), z_loss=0.1, **labels)
 
 
 def _linear_cross_entropy(x, weight):
-    return linear_cross_entropy(x, weight, TARGET.to(x.device), softcap=3.0, z_loss=0.1)
+    labels = LABELS | {"class_weight": LABELS["class_weight"].to(x.device)}
+    return linear_cross_entropy(x, weight, TARGET.to(x.device), softcap=3.0, z_loss=0.1, **labels)
 
 
 # name: (function, shapes of the tensors that need a gradient)
@@ -47,9 +50,11 @@ COSTS = {
     "swiglu": lambda backward: cost.swiglu_cost(4, 6, backward=backward),
     "swiglu joined": lambda backward: cost.swiglu_cost(4, 6, backward=backward),
     "gelu": lambda backward: cost.gelu_cost(4, 6, backward=backward),
-    "cross_entropy": lambda backward: cost.cross_entropy_cost(4, 9, backward=backward),
+    "cross_entropy": lambda backward: cost.cross_entropy_cost(
+        4, 9, backward=backward, label_smoothing=True, class_weight=True
+    ),
     "linear_cross_entropy": lambda backward: cost.linear_cross_entropy_cost(
-        4, 6, 9, backward=backward, keep_gradients=True
+        4, 6, 9, backward=backward, keep_gradients=True, label_smoothing=True, class_weight=True
     ),
 }
 
@@ -86,15 +91,15 @@ def test_opcheck(device):
     gate, up = draw("swiglu", device)
     torch.library.opcheck(ops.swiglu_fwd.default, (gate, up))
     torch.library.opcheck(ops.swiglu_bwd.default, (gate.detach(), gate.detach(), up.detach()))
-    (logits,) = draw("cross_entropy", device)
-    torch.library.opcheck(ops.cross_entropy_fwd.default, (logits, target, -100, 0.1))
-    loss, lse = (t.detach() for t in ops.cross_entropy_fwd(logits, target, -100, 0.1))
-    torch.library.opcheck(ops.cross_entropy_bwd.default, (loss, logits.detach(), target, lse, -100, 0.1))
+    (logits,), classes = draw("cross_entropy", device), torch.arange(9.0, device=device)
+    torch.library.opcheck(ops.cross_entropy_fwd.default, (logits, target, -100, 0.1, 0.2, classes))
+    loss, lse = (t.detach() for t in ops.cross_entropy_fwd(logits, target, -100, 0.1, 0.2, classes))
+    torch.library.opcheck(ops.cross_entropy_bwd.default, (loss, logits.detach(), target, lse, -100, 0.1, 0.2, classes))
     x, weight = draw("linear_cross_entropy", device)
-    torch.library.opcheck(ops.linear_cross_entropy_fwd.default, (x, weight, target, -100, 0.0, 0.1))
-    args = (loss, x.detach(), weight.detach(), target, lse, -100, 0.0, 0.1, True, False)
+    torch.library.opcheck(ops.linear_cross_entropy_fwd.default, (x, weight, target, -100, 0.0, 0.1, 0.2, classes))
+    args = (loss, x.detach(), weight.detach(), target, lse, -100, 0.0, 0.1, 0.2, classes, True, False)
     torch.library.opcheck(ops.linear_cross_entropy_bwd.default, args)
-    args = (x, weight, target, -100, 0.0, 0.1, "mean", True, True)
+    args = (x, weight, target, -100, 0.0, 0.1, 0.2, classes, "mean", True, True)
     torch.library.opcheck(ops.linear_cross_entropy_kept.default, args)
     total, dx, dweight = (t.detach() for t in ops.linear_cross_entropy_kept(*args))
     torch.library.opcheck(ops.linear_cross_entropy_scale.default, (total, total, dx, dweight))

@@ -306,19 +306,6 @@ class TestCeilings:
             Ceilings.from_dict({"gemm_flops": {}})
 
 
-class TestSharding:
-    def test_states_are_divided_and_activations_are_not(self) -> None:
-        one, eight = (estimate(XL, batch_size=1, gpus=n) for n in (1, 8))
-        assert eight.memory.parameters == -(-one.memory.parameters // 8)
-        assert eight.memory.optimizer == -(-one.memory.optimizer // 8)
-        assert eight.memory.activations == one.memory.activations
-        assert one.communication_bytes == 0
-        # 7/8 of the blocks' weights in bf16 twice, of the others once, of all gradients in fp32
-        others = 50257 * 1600 + 1600
-        assert eight.communication_bytes == (XL_PARAMETERS * (2 + 2 + 4) - others * 2) * 7 // 8
-        assert eight.components[-1].bytes == -(-XL_PARAMETERS // 8) * 28
-
-
 XL_PARAMETERS = 1_555_126_400
 
 
@@ -387,6 +374,9 @@ class TestOutput:
         ({"gpus": 0}, "gpus: expected a whole number >= 1, got 0"),
         ({"optimizer": "sgd"}, "optimizer: expected one of adamw, muon, got 'sgd'"),
         ({"optimizer": "muon", "gpus": 8}, "optimizer: expected 'adamw' on 8 GPUs, got 'muon'"),
+        ({"gpus": 8, "parallel": "dp"}, "parallel: expected one of ddp, fsdp, got 'dp'"),
+        ({"link": 5e10}, r"link: expected bytes per second > 0, between 2 gpus or more, got 5e\+10 and gpus 1"),
+        ({"gpus": 2, "link": 0.0}, "link: expected bytes per second > 0, between 2 gpus or more, got 0 and gpus 2"),
         ({"causal": "yes"}, "causal: expected 'exact' or 'full', got 'yes'"),
         ({"dtype": "int8"}, "dtype: expected a floating-point dtype such as 'bfloat16', got 'int8'"),
         ({"dtype": "float16", "ceilings": TestOutput.ceilings}, "ceilings: no GEMM rate for dtype 'float16'"),

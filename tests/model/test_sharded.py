@@ -1,4 +1,4 @@
-"""The model sharded by FSDP2, in two processes: what the estimate says each holds and sends, and the same training."""
+"""DDP and FSDP2 in three processes: what the estimate says each holds and sends, and the same training."""
 
 from __future__ import annotations
 
@@ -10,44 +10,74 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from rooflight.kernels import dispatch
 from rooflight.model import ModelConfig, Transformer, estimate
-from support.sharded import batch, step
+from support.sharded import Case, batch, steps
 
 pytestmark = pytest.mark.cpu
 
-WORLD, BATCH = 2, 2
-CONFIG = ModelConfig(64, 16, 3, 4, n_kv_head=2, d_model=32, d_ff=48, qk_norm=True)
+WORLD, BATCH = 3, 2  # of two a ring's (N - 1) / N could be other things; all first dimensions are multiples of 3
+CONFIG = ModelConfig(192, 16, 3, 6, n_kv_head=3, d_model=96, d_ff=192, head_dim=16, qk_norm="all")
+HEADERS = 10_000  # bytes of gloo's own in a step: half a percent
+CASES = [
+    Case("fsdp", CONFIG),
+    Case("tied", replace(CONFIG, tie_embeddings=True)),
+    Case("checkpointing", CONFIG, checkpointing=True),
+    Case("kept", CONFIG, reshard=False),
+    Case("fp32", CONFIG, dtype=torch.float32),
+    Case("ddp", CONFIG, parallel="ddp", dtype=torch.float32),
+]
 
 
-def run(folder: Path, config: ModelConfig, dtype: torch.dtype) -> list[dict]:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All cases, run once."""
+    folder = tmp_path_factory.mktemp("sharded")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)  # the processes take the fast path of a plain CPU
-        mp.spawn(step, (WORLD, str(folder), config, BATCH, dtype), nprocs=WORLD)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+        mp.spawn(steps, (WORLD, str(folder), CASES, BATCH), nprocs=WORLD)
+    return folder
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_each_process_holds_and_sends_what_the_estimate_says(tmp_path: Path, tied: bool) -> None:
-    config = replace(CONFIG, tie_embeddings=tied)
-    e = estimate(config, batch_size=BATCH, gpus=WORLD)
-    for told in run(tmp_path, config, torch.bfloat16):
-        assert told["held"] == {
+def told(folder: Path, case: Case) -> list[dict]:
+    return [json.loads((folder / f"{case.name}-{rank}.json").read_text()) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_each_process_holds_and_sends_what_the_estimate_says(folder: Path, case: Case) -> None:
+    dtype = str(case.dtype).removeprefix("torch.")
+    e = estimate(
+        case.config, batch_size=BATCH, gpus=WORLD, dtype=dtype, parallel=case.parallel, reshard=case.reshard, ops="cpu",
+        checkpointing=case.checkpointing,
+    )  # fmt: skip
+    for rank, process in enumerate(told(folder, case)):
+        assert process["held"] == {
             "parameters": e.memory.parameters,
             "gradients": e.memory.gradients,
             "optimizer": e.memory.optimizer,
         }
-        assert sum(told["sent"].values()) == e.communication_bytes
+        if case.parallel == "fsdp":
+            assert sum(process["sent"].values()) == e.communication.step
+        if process["written"] is None:
+            continue
+        # gloo's reduce-scatter is an all-reduce, which sends twice the share (torch 2.13); DDP's goes around a ring
+        sent = e.communication.step + process["sent"].get("scattered", 0)
+        assert sent <= process["written"]["step"] <= sent + HEADERS
+        # rank 0's parameters reach the others; gloo's rank 0 sends them to each, not around the ring that is estimated
+        start = e.communication.start * (WORLD - 1) * (rank == 0)
+        assert start <= process["written"]["start"] <= start + HEADERS
 
 
-def test_a_sharded_step_is_the_step_of_all_batches_together(tmp_path: Path) -> None:
-    told = run(tmp_path, CONFIG, torch.float32)
+@pytest.mark.parametrize("case", [c for c in CASES if c.dtype == torch.float32], ids=lambda case: case.name)
+def test_a_step_is_that_of_all_batches_together(folder: Path, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
     torch.manual_seed(0)
-    model = Transformer(CONFIG)
-    tokens = torch.cat([batch(rank, CONFIG, BATCH) for rank in range(WORLD)])
+    model = Transformer(case.config)
+    tokens = torch.cat([batch(rank, case.config, BATCH) for rank in range(WORLD)])
     loss = model(tokens, tokens)
     loss.backward()
-    assert sum(t["loss"] for t in told) / WORLD == pytest.approx(loss.item(), rel=1e-6)
-    gradients = torch.load(tmp_path / "gradients.pt")
+    assert sum(process["loss"] for process in told(folder, case)) / WORLD == pytest.approx(loss.item(), rel=1e-6)
+    gradients = torch.load(folder / f"{case.name}.pt")
     assert gradients.keys() == dict(model.named_parameters()).keys()
     for name, p in model.named_parameters():
         scale = p.grad.abs().max().item()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rooflight import kernels
 from rooflight.kernels import reference
+from rooflight.kernels.cross_entropy import count_targets
 from rooflight.model import ModelConfig, Transformer
 from rooflight.model.layers import Embedding, Linear
 from rooflight.model.transformer import OPS
@@ -309,14 +310,46 @@ def test_an_empty_batch_gives_empty_logits_and_a_loss_of_zero(shape: tuple[int, 
     assert all(p.grad.eq(0).all() for p in model.parameters())
 
 
-def test_each_tokens_own_loss() -> None:
-    model, tokens, targets = _model(CONFIG), _tokens(2, 7), _tokens(2, 7, seed=2)
-    targets[0, 3] = -100
-    losses = model(tokens, targets, reduction="none")
-    assert losses.shape == targets.shape
-    assert losses[0, 3] == 0
-    torch.testing.assert_close(losses.sum(), model(tokens, targets, reduction="sum"))
-    torch.testing.assert_close(losses.sum() / 13, model(tokens, targets))
+@pytest.mark.filterwarnings("default")  # torch's own
+@pytest.mark.parametrize(("ops", "compiled"), [(kernels, False), (reference, True)], ids=["eager", "compiled"])
+def test_each_tokens_own_loss(ops, compiled: bool, device: torch.device) -> None:
+    """And gradients: each token has its own that arrives."""
+    model = _model(replace(CONFIG, n_layer=1, n_head=2, n_kv_head=1, head_dim=16), ops).to(device)
+    tokens, targets = _tokens(2, 3).to(device), _tokens(2, 3, seed=2).to(device)
+    targets[0, 1] = -100
+    upstream = torch.linspace(-1, 2, 6, device=device).view(2, 3)
+    logits = model(tokens).float()
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 3)
+    gradients = torch.autograd.grad(expected, list(model.parameters()), upstream)
+    forward = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    losses = forward(tokens, targets, reduction="none")
+    torch.testing.assert_close(losses, expected)
+    assert losses[0, 1] == 0
+    for ours, theirs in zip(torch.autograd.grad(losses, list(model.parameters()), upstream), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    if not compiled:
+        torch.testing.assert_close(model(tokens, targets, reduction="sum"), expected.sum())
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "documents"])
+def test_micro_batches_of_unequal_counts_add_up_to_the_whole_batch(packed: bool, device: torch.device) -> None:
+    """Their sums over the step's count of targets; one of them has none."""
+    model = _model(replace(CONFIG, n_layer=1)).to(device)
+    tokens, targets = _tokens(3, 6).to(device), _tokens(3, 6, seed=2).to(device)
+    targets[0, 2:], targets[1] = -100, -100
+    ends = [torch.tensor(e, dtype=torch.int32, device=device) for e in ([0, 4, 6], [0, 6], [0, 1, 6])]
+    whole = torch.cat([e[(i > 0) :] + 6 * i for i, e in enumerate(ends)]).int()
+    expected = _gradients(model, tokens, targets, cu_seqlens=whole if packed else None)
+    mean = model(tokens, targets, cu_seqlens=whole if packed else None).detach()
+    model.zero_grad()
+    counted, total = count_targets(targets), 0.0
+    for i in range(3):
+        part = model(tokens[i : i + 1], targets[i : i + 1], cu_seqlens=ends[i] if packed else None, reduction="sum")
+        (part / counted).backward()
+        total += part.detach() / counted
+    torch.testing.assert_close(total, mean)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_padding_of_packed_documents_changes_nothing(device: torch.device) -> None:

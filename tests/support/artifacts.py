@@ -99,14 +99,15 @@ def swiglu(N: int, dtype: str) -> None:
     swiglu_bwd(swiglu_fwd(gate, up), gate, up)
 
 
-def cross_entropy(V: int, dtype: str, softcap: float = 0.0) -> None:
+def cross_entropy(V: int, dtype: str, softcap: float = 0.0, labels: bool = False) -> None:
     import torch
 
-    from rooflight.kernels.cross_entropy import row_gradients, row_losses
+    from rooflight.kernels.cross_entropy import RowOptions, row_gradients, row_losses
 
     x, target = torch.empty(512, V, dtype=getattr(torch, dtype)), torch.zeros(512, dtype=torch.int64)
-    loss, lse = row_losses(x, target, -100, 1e-4, softcap)
-    row_gradients(loss, x, target, lse, -100, 1e-4, softcap, x)
+    options = RowOptions(-100, softcap, 1e-4, *((0.1, torch.empty(V)) if labels else ()))
+    loss, lse = row_losses(x, target, options)
+    row_gradients(loss, x, target, lse, options, x)
 
 
 CASES: list[Case] = [
@@ -137,6 +138,7 @@ CASES: list[Case] = [
     (adamw, {"gradient": "float32", "size": 4095}),
     (cross_entropy, {"V": 128256, "dtype": "bfloat16"}),
     (cross_entropy, {"V": 50257, "dtype": "float32", "softcap": 30.0}),
+    (cross_entropy, {"V": 128256, "dtype": "bfloat16", "labels": True}),
 ]
 
 

@@ -66,6 +66,22 @@ def draw_packed(
     return packed
 
 
+def draw_past_longest(
+    lengths_q: Sequence[int], lengths_k: Sequence[int], longest_q: int, longest_k: int, *args: Any
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """Packed sequences of which some are longer than max_seqlen, NaN from there on; the same cut off there; and which
+    rows (of q, k and v) those keep.  args: draw_packed's after the lengths.
+    """
+    longest = {"q": longest_q, "k": longest_k, "v": longest_k}
+    short = draw_packed([min(n, longest_q) for n in lengths_q], [min(n, longest_k) for n in lengths_k], *args)
+    long = draw_packed(lengths_q, lengths_k, *args) | {f"max_seqlen_{n}": longest[n] for n in "qk"}
+    kept = {}
+    for name, lengths in (("q", lengths_q), ("k", lengths_k), ("v", lengths_k)):
+        kept[name] = torch.cat([torch.arange(n) < longest[name] for n in lengths])
+        long[name].fill_(torch.nan)[kept[name]] = short[name]
+    return long, short, kept
+
+
 def _fused(x: Tensor) -> Tensor:
     """A slice of one wide (B, T, heads, D) buffer, as a fused qkv projection gives."""
     B, H, T, D = x.shape

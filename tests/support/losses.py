@@ -19,6 +19,13 @@ def draw(
     return (scale * torch.randn(*shape, generator=generator)).to(device, dtype)
 
 
+def class_weights(V: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
+    """(V,) of 0 to 2, every seventh 0."""
+    weights = 2 * torch.rand(V, generator=torch.Generator().manual_seed(3))
+    weights[::7] = 0
+    return weights.to(device, dtype)
+
+
 def targets(
     shape: tuple[int, ...], V: int, device: torch.device | str, ignored: float = 0.3, ignore_index: int = -100
 ) -> Tensor:

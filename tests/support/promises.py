@@ -34,7 +34,7 @@ class Case:
     """name: what is special of the call.  build(size): its inputs; one compiled function serves all sizes in turn.
 
     plain: what serves it on a plain CPU: "sdpa", "operator" (rooflight's own, in eager products) or "torch" (the
-    oracle, operation by operation).  layout: the input in whose layout each output is, or None for contiguous.
+    oracle, operation by operation).  layout: the input in whose layout each output is, None for contiguous, "any".
     """
 
     function: str
@@ -86,6 +86,11 @@ def _turned(B: int, H: int, K: int, T: int, D: int = 8) -> Inputs:
     return {"q": q, "k": k, "cos": angle.cos(), "sin": angle.sin()}
 
 
+def _joined(n: int) -> Inputs:
+    rotation = {name: x for name, x in _turned(1, 1, 1, n).items() if name in ("cos", "sin")}
+    return {"qkv": _draw(2, n, 40), **rotation, "n_head": 3, "n_kv_head": 1}
+
+
 def _labelled(x: Tensor, *, V: int = 9, **more: Any) -> Inputs:
     target = torch.arange(x.shape[:-1].numel()).view(x.shape[:-1]) % V
     target.view(-1)[1::3] = -100
@@ -95,6 +100,10 @@ def _labelled(x: Tensor, *, V: int = 9, **more: Any) -> Inputs:
 def _logits(*shape: int) -> Inputs:
     x = _draw(*shape, 9)
     return {"logits": x, **_labelled(x)}
+
+
+def _classes() -> Inputs:
+    return {"class_weight": torch.arange(9.0)}
 
 
 def _projected(*shape: int) -> Inputs:
@@ -149,6 +158,7 @@ CASES = (
     Case("rope", "no batch", lambda n: _turned(0, 3, 1, n), "torch", layout=("q", "k"), frozen=("cos", "sin")),
     Case("rope", "no tokens", lambda n: _turned(2, 3, 1, 0), "torch", layout=("q", "k"), frozen=("cos", "sin")),
     Case("rope", "no key heads", lambda n: _turned(2, 3, 0, n), "torch", layout=("q", "k"), frozen=("cos", "sin")),
+    Case("rope_qkv", "several lengths", _joined, "torch", (5, 8), ("any",) * 3, frozen=("cos", "sin")),
     Case("rms_norm", "transposed, residual", lambda n: _transposed(n, 3, 8, names=("x", "residual"))
          | {"weight": _draw(8)}, "torch", (5, 8), (None, None)),
     Case("rms_norm", "no rows", lambda n: {"x": _draw(0, 8), "weight": _draw(8)}, "torch"),
@@ -159,9 +169,17 @@ CASES = (
     Case("gelu", "transposed", lambda n: _transposed(n, 3, 8, names=("x",)), "torch", (5, 8)),
     Case("gelu", "no rows", lambda n: {"x": _draw(0, 8)}, "torch"),
     Case("cross_entropy", "several lengths", _logits, "torch", (5, 8, 1), options={"z_loss": 0.1}),
+    Case("cross_entropy", "smoothed labels, weighted classes", lambda n: _logits(n) | _classes(), "torch", (5, 8),
+         options={"label_smoothing": 0.1, "z_loss": 0.1}, frozen=("class_weight",)),
     Case("cross_entropy", "no rows", lambda n: _logits(0), "torch"),
     Case("cross_entropy", "no rows, none", lambda n: _logits(2, 0), "torch", options={"reduction": "none"}),
     Case("linear_cross_entropy", "several lengths", _projected, "operator", (5, 8, 1), options={"softcap": 3.0}),
+    Case("linear_cross_entropy", "smoothed labels, weighted classes", lambda n: _projected(n) | _classes(), "operator",
+         (5, 8), options={"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0}, frozen=("class_weight",)),
+    Case("linear_cross_entropy", "smoothed labels, none", lambda n: _projected(n, 2), "operator", (5, 8),
+         options={"label_smoothing": 0.1, "reduction": "none"}),
+    Case("linear_cross_entropy", "weighted classes, recomputed", lambda n: _projected(n) | _classes(), "operator",
+         options={"keep_gradients": False}, frozen=("class_weight",)),
     Case("linear_cross_entropy", "no rows", lambda n: _projected(0), "operator"),
     Case("linear_cross_entropy", "no rows, sum, recomputed", lambda n: _projected(0), "operator",
          options={"reduction": "sum", "keep_gradients": False}),
@@ -194,11 +212,14 @@ def _without_overflow(q: Tensor, **rest: Any) -> Any:
     return reference.flash_attention(q / 16, scale=16 * q.shape[-1] ** -0.5, **rest)
 
 
-def _floats(x: Any) -> bool:
+CONSTANT = ("cos", "sin", "class_weight")
+
+
+def is_float(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -216,8 +237,8 @@ def check(case: Case, device: Any = "cpu", *, compiled: bool = False, backend: s
             # where all keys are alike dq and dk are exactly 0, against which no rounding is to be measured
             frozen = (*case.frozen, "q", "k") if huge else case.frozen
             judge(op, oracle, inputs, eager=_without_overflow if huge else None, frozen=frozen, **case.options)
-        leaves = [x.requires_grad_() for n, x in inputs.items() if _floats(x) and n not in ("cos", "sin")]
-        outputs, expected = (_as_tuple(f(**inputs, **case.options)) for f in (op, oracle))
+        leaves = [x.requires_grad_() for n, x in inputs.items() if is_float(x) and n not in CONSTANT]
+        outputs, expected = (as_tuple(f(**inputs, **case.options)) for f in (op, oracle))
         gradients = torch.autograd.grad(sum(o.sum() for o in outputs), leaves)
         assert all(g.isfinite().all() for g in gradients), f"{size}: a gradient is not finite"
         if size == 1:  # nor where there is one key alone
@@ -237,7 +258,8 @@ PARAMETER = torch.nn.Parameter(torch.tensor(0.5))
 NO_NUMBERS = (PARAMETER, torch.tensor(0.5), True, None, "1")
 NUMBERS = {
     "flash_attention": ("scale", "softcap"), "flash_attention_varlen": ("scale", "softcap"),
-    "rms_norm": ("eps", "weight_offset"), "cross_entropy": ("z_loss",), "linear_cross_entropy": ("z_loss", "softcap"),
+    "rms_norm": ("eps", "weight_offset"), "cross_entropy": ("z_loss", "label_smoothing"),
+    "linear_cross_entropy": ("z_loss", "softcap", "label_smoothing"),
 }  # fmt: skip
 INTEGERS = {
     "flash_attention_varlen": ("max_seqlen_q", "max_seqlen_k"), "cross_entropy": ("ignore_index",),
@@ -247,12 +269,24 @@ FLAGS = {
     "flash_attention": ("causal", "return_lse"), "flash_attention_varlen": ("causal", "return_lse"),
     "rope": ("interleaved",), "linear_cross_entropy": ("keep_gradients",),
 }  # fmt: skip
-OPTIONAL = {"scale", "weight", "up", "mask", "residual", "sinks", "positions", "keep_gradients"}  # None is a choice
+OPTIONAL = {
+    "scale",
+    "weight",
+    "up",
+    "mask",
+    "residual",
+    "sinks",
+    "positions",
+    "keep_gradients",
+    "class_weight",
+}  # None is a choice
 TENSORS = {
     "flash_attention": ("q", "k", "v", "sinks", "mask"),
     "flash_attention_varlen": ("q", "k", "v", "sinks", "cu_seqlens_q", "cu_seqlens_k"),
-    "rope": ("q", "k", "cos", "sin", "positions"), "rms_norm": ("x", "weight", "residual"), "swiglu": ("gate", "up"),
-    "gelu": ("x",), "cross_entropy": ("logits", "target"), "linear_cross_entropy": ("x", "weight", "target"),
+    "rope": ("q", "k", "cos", "sin", "positions"), "rope_qkv": ("qkv", "cos", "sin", "positions"),
+    "rms_norm": ("x", "weight", "residual"), "swiglu": ("gate", "up"),
+    "gelu": ("x",), "cross_entropy": ("logits", "target", "class_weight"),
+    "linear_cross_entropy": ("x", "weight", "target", "class_weight"),
 }  # fmt: skip
 WINDOWS = (2.0, True, "3", torch.tensor(3), (3, -1), (True, 2), (1.5, 2), (1, 2, 3), -1)
 

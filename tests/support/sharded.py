@@ -1,24 +1,38 @@
-"""One training step of a model sharded by FSDP2, on CPU processes that talk through gloo."""
+"""Training steps in processes that talk through gloo: by DDP, and by FSDP2 with and without resharding."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rooflight.model import ModelConfig, Transformer
 from rooflight.training.optim import AdamW
 
 
+@dataclass(frozen=True)
+class Case:
+    name: str
+    config: ModelConfig
+    parallel: str = "fsdp"
+    reshard: bool = True
+    dtype: torch.dtype = torch.bfloat16
+    checkpointing: bool = False
+
+
 class Sent(TorchDispatchMode):
-    """Bytes that this process sends in collectives: of what is gathered or reduced, all but its own share."""
+    """Bytes that a ring sends in the collectives that FSDP2 asks for: of the whole, all but this process's share."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,8 +42,17 @@ class Sent(TorchDispatchMode):
         name = func._schema.name
         if name in ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_"):
             sizes = [x.nbytes for x in args[:2]]  # the whole and a share, in either order
-            self.bytes[name] += max(sizes) - min(sizes)
+            self.bytes["gathered" if "gather" in name else "scattered"] += max(sizes) - min(sizes)
         return func(*args, **(kwargs or {}))
+
+
+def written() -> int | None:
+    """Bytes that this process has written so far, to sockets too; None where the system does not count them."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) for line in lines if line.startswith("wchar:"))
 
 
 def batch(rank: int, config: ModelConfig, batch_size: int) -> torch.Tensor:
@@ -37,35 +60,67 @@ def batch(rank: int, config: ModelConfig, batch_size: int) -> torch.Tensor:
     return torch.randint(config.vocab_size, (batch_size, config.context_length), generator=generator)
 
 
-def step(rank: int, world: int, folder: str, config: ModelConfig, batch_size: int, dtype: torch.dtype) -> None:
-    """Process `rank` of `world`: writes what it held and sent to folder/<rank>.json, rank 0 the gradients too."""
+def wrap(model: Transformer, case: Case, world: int) -> nn.Module:
+    if case.parallel == "ddp":
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    mesh = init_device_mesh("cpu", (world,))
+    policy = MixedPrecisionPolicy(param_dtype=case.dtype, reduce_dtype=torch.float32)
+    # FSDP2's own choice where nothing is said: to reshard the blocks, and not the outermost module
+    reshard = {} if case.reshard else {"reshard_after_forward": False}
+    for block in model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy, **reshard)
+    return fully_shard(model, mesh=mesh, mp_policy=policy, **reshard)
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def step(rank: int, world: int, folder: Path, case: Case, batch_size: int) -> None:
+    """One step; writes what this process held and sent to folder/<case>-<rank>.json, rank 0 the gradients too."""
+    torch.manual_seed(0)
+    model = Transformer(case.config, checkpointing=case.checkpointing)
+    names = [name for name, _ in model.named_parameters()]
+    dist.barrier()
+    before = written()
+    wrapped = wrap(model, case, world)
+    dist.barrier()
+    built = written()
+    optimizer = AdamW(wrapped.parameters(), lr=1e-2)
+    tokens = batch(rank, case.config, batch_size)
+    with Sent() as sent:
+        loss = wrapped(tokens, tokens)
+        loss.backward()
+        optimizer.step()
+    dist.barrier()
+    after = written()
+    params = dict(zip(names, wrapped.parameters(), strict=True))
+    report = {
+        "held": {
+            "parameters": sum(local(p).nbytes for p in params.values()),
+            "gradients": sum(local(p.grad).nbytes for p in params.values()),
+            "optimizer": sum(
+                local(state[key]).nbytes for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")
+            ),
+        },
+        "sent": sent.bytes,
+        "written": None if before is None else {"start": built - before, "step": after - built},
+        "loss": loss.item(),
+    }
+    gradients = {name: p.grad.full_tensor() if case.parallel == "fsdp" else p.grad for name, p in params.items()}
+    if rank == 0:
+        torch.save(gradients, folder / f"{case.name}.pt")
+    Path(folder, f"{case.name}-{rank}.json").write_text(json.dumps(report))
+
+
+def steps(rank: int, world: int, folder: str, cases: list[Case], batch_size: int) -> None:
+    """Process `rank` of `world`: every case in turn."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # torch's names change, its own calls too
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     try:
-        mesh = init_device_mesh("cpu", (world,))
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        torch.manual_seed(0)
-        model = Transformer(config)
-        for block in model.layers:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
-        optimizer = AdamW(model.parameters(), lr=1e-2)
-        tokens = batch(rank, config, batch_size)
-        with Sent() as sent:
-            loss = model(tokens, tokens)
-            loss.backward()
-            optimizer.step()
-        held = {
-            "parameters": sum(p.to_local().nbytes for p in model.parameters()),
-            "gradients": sum(p.grad.to_local().nbytes for p in model.parameters()),
-            "optimizer": sum(
-                state[key].to_local().nbytes for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")
-            ),
-        }
-        gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-        if rank == 0:
-            torch.save(gradients, Path(folder) / "gradients.pt")
-        Path(folder, f"{rank}.json").write_text(json.dumps({"held": held, "sent": sent.bytes, "loss": loss.item()}))
+        for case in cases:
+            step(rank, world, Path(folder), case, batch_size)
         dist.barrier()  # a process that leaves early breaks the others' connections
     finally:
         dist.destroy_process_group()

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from rooflight.tokenizer import Tokenizer
-from rooflight.tokenizer.commands import app
+from rooflight.tokenizer.commands import app, data
+from rooflight.tokenizer.files import read_token_file
 
 TEXT = "the cat sat on the mat<|endoftext|>naïve 日本語, they'll see 1234\n" * 200
 
@@ -118,6 +120,50 @@ def test_token_files_of_another_tokenizer_are_refused(folder: Path) -> None:
         run("encode", "-t", folder / "tk")
     with pytest.raises(ValueError, match="neither a file nor --ids"):
         run("decode", "-t", folder / "tk")
+
+
+def test_a_corpus_counted_trained_on_and_encoded(folder: Path) -> None:
+    texts = [text for text in TEXT.split("<|endoftext|>") if text]
+    (folder / "in").mkdir()
+    (folder / "in" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*texts, ""]))
+    (folder / "in" / "README.md").write_text("No corpus.")
+    run("train", folder / "in", "--out", folder / "tk1", "--vocab-size", 285, "-q")
+    for i in range(2):
+        assert f"{i}.counts: " in run(
+            "count", folder / "in", "--out", folder / f"{i}.counts", "--shard", f"{i}/2", "-q"
+        )
+    counts = [argument for i in range(2) for argument in ("--counts", folder / f"{i}.counts")]
+    assert "from 2 files of counts" in run("train", *counts, "--out", folder / "tk2", "--vocab-size", 285, "-q")
+    names = [path.name for path in (folder / "tk1").iterdir()]
+    assert names
+    for name in names:
+        assert (folder / "tk1" / name).read_bytes() == (folder / "tk2" / name).read_bytes()
+
+    tokenizer = Tokenizer.load(folder / "tk1")
+    ids = [i for text in texts for i in (*tokenizer.encode(text, allowed_special="none"), 0)]
+    alone = typer.Typer()
+    alone.command()(data)
+    for arguments, of in (((), "1 files"), (("--eod", ""), "1 files"), (("--shard", "1/2"), "0 files")):
+        out = folder / f"out{len(of)}{len(arguments)}{arguments[:1]}"
+        result = CliRunner().invoke(
+            alone, [*map(str, (folder / "in", "-t", folder / "tk1", "--out", out, "-q")), *arguments]
+        )
+        assert result.exit_code == 0, result.output
+        found = [i for path in sorted(out.glob("*.bin")) for i in read_token_file(path)[0].tolist()]
+        assert found == ([] if "--shard" in arguments else [i for i in ids if i] if arguments else ids)
+        assert f"{of}, {len(found):,} tokens of" in result.output
+        if not arguments:
+            assert "left out: 1 documents without text" in result.output
+        assert "left out: 1 files (.md)" in result.output
+    for arguments, message in (
+        (("train", "--out", folder / "tk3"), "neither text nor --counts"),
+        (("train", folder / "x.txt", *counts, "--out", folder / "tk3"), "both text and --counts"),
+        (("train", "--counts", folder / "tk2" / "vocab.json", "--out", folder / "tk2", "--overwrite"), "is the input"),
+        (("count", folder / "in", "--out", folder / "c", "--shard", "1-2"), "shard: got '1-2', expected I/N"),
+        (("count", folder / "in", "--out", folder / "c", "--shard", "2/2"), "shard: got 2/2, expected I/N"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(*arguments)
 
 
 def test_the_commands_do_without_torch() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import json
 import lzma
 import os
 import threading
@@ -22,15 +23,12 @@ END = "<|endoftext|>"
 @pytest.mark.parametrize(
     ("name", "data", "what"),
     [
-        ("x.gz", gzip.compress(TEXT.encode()), "gzip"),
-        ("x.txt", gzip.compress(TEXT.encode()), "gzip"),
-        ("x.zst", b"\x28\xb5\x2f\xfd" + bytes(100), "zstd"),
         ("x.bz2", bz2.compress(TEXT.encode()), "bzip2"),
         ("x.xz", lzma.compress(TEXT.encode()), "xz"),
         ("x.txt", TEXT.encode("utf-16"), "UTF-16"),
         ("x.txt", b"\xfe\xff" + TEXT.encode("utf-16-be"), "UTF-16"),
         ("x.txt", TEXT.encode("utf-32"), "UTF-32"),
-        ("x.jsonl", b'{"text": "the cat"}\n' * 100, "JSON lines"),
+        ("x.txt", b"PAR1", "Parquet"),
     ],
 )
 def test_what_is_no_text_is_refused(tmp_path: Path, name: str, data: bytes, what: str) -> None:
@@ -42,6 +40,33 @@ def test_what_is_no_text_is_refused(tmp_path: Path, name: str, data: bytes, what
     with pytest.raises(ValueError, match=what):
         tokenizer.encode_file(path, tmp_path / "x.bin")
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("name", ["x.txt.gz", "x.txt"])  # known by its first bytes
+def test_compressed_text_is_read(tmp_path: Path, name: str, num_workers: int) -> None:
+    (tmp_path / "plain").write_bytes(TEXT.encode() * 20)
+    (tmp_path / name).write_bytes(gzip.compress(TEXT.encode() * 20))
+    trained = train_bpe(tmp_path / "plain", 300, [END])
+    assert train_bpe(tmp_path / name, 300, [END], num_workers=num_workers) == trained
+    tokenizer = Tokenizer(*trained, [END])
+    tokenizer.encode_file(tmp_path / "plain", tmp_path / "plain.bin")
+    tokenizer.encode_file(tmp_path / name, tmp_path / "x.bin", num_workers=num_workers)
+    (ids, header), (ids_of_gz, header_of_gz) = (read_token_file(tmp_path / f) for f in ("plain.bin", "x.bin"))
+    assert np.array_equal(ids, ids_of_gz)
+    assert header == header_of_gz
+
+
+def test_documents_are_trained_on_and_not_encoded_without_ends(tmp_path: Path) -> None:
+    texts = TEXT.split("\n")
+    (tmp_path / "x.txt").write_text(END.join(texts))
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    trained = train_bpe(tmp_path / "x.txt", 300, [END])
+    assert train_bpe(tmp_path / "x.jsonl", 300, [END]) == trained
+    with pytest.raises(ValueError, match=r"x\.jsonl' holds JSON lines, .*`rooflight data`"):
+        Tokenizer(*trained, [END]).encode_file(tmp_path / "x.jsonl", tmp_path / "x.bin")
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 1: has no field 'body'"):
+        train_bpe(tmp_path / "x.jsonl", 300, [END], field="body")
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -83,8 +108,10 @@ def test_pipes(tmp_path: Path) -> None:
     (ids, header), (ids_of_pipe, header_of_pipe) = map(read_token_file, (tmp_path / "x.bin", tmp_path / "y.bin"))
     assert np.array_equal(ids, ids_of_pipe)
     assert header == header_of_pipe
-    feed(gzip.compress(TEXT.encode()))
-    with pytest.raises(ValueError, match="gzip"):
+    feed(gzip.compress(TEXT.encode() * 20))
+    assert train_bpe(pipe, 300, [END]) == trained
+    feed(bz2.compress(TEXT.encode()))
+    with pytest.raises(ValueError, match="bzip2"):
         train_bpe(pipe, 300, [END])
 
     # A pipe to write to gets the ids alone, and stays a pipe.

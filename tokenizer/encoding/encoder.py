@@ -3,6 +3,7 @@ dictionary, long ones through the arrays of text.py; the ids are the same."""
 
 from __future__ import annotations
 
+import re
 import threading
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -81,7 +82,7 @@ class Encoder:
         self._ascii = for_ascii(pattern)
         self._expression = compile_pattern(pattern)[0]
         self._word_encoder = words
-        self._words = _Words(words)
+        self._words = _Words(words, tokens.missing())
         # One int for each id. A list of ints made anew would take five times the memory, and mostly page faults' time.
         self._ints = np.array(range(len(tokens.sizes)), object)
         # One for each thread: its tables are written to by every call. No lock, which a fork might copy while held.
@@ -89,7 +90,9 @@ class Encoder:
         self._local.text_encoder = TextEncoder(words, pattern)
         # What is made at the first use is made now, so that a stream takes next to no memory (see STREAM_PIECE): the
         # allocator too then has room for a piece's arrays.
+        self._missing: re.Pattern[bytes] | None = None  # not in that text
         self._encode_masked((" é" * (STREAM_PIECE // 3)).encode(), np.empty(0, np.int32))
+        self._missing = self._words.missing
 
     def encode_short(self, text: str, allowed: SpecialIds) -> list[int]:
         parts = allowed.split(text)
@@ -151,6 +154,7 @@ class Encoder:
             data = SEPARATOR.join(self._prepare(part.decode()).encode() for part in data.split(SEPARATOR))
         if not hasattr(self._local, "text_encoder"):
             self._local.text_encoder = TextEncoder(self._word_encoder, self.pattern)
+        check(data, self._missing)  # before any of its words has a number
         return self._local.text_encoder.encode(data, special_ids)
 
     def encode_with_offsets(self, text: str, allowed: SpecialIds) -> tuple[list[int], list[tuple[int, int]]]:
@@ -190,12 +194,20 @@ class Encoder:
         return [text[start:end] for start, end in find_pretokens(text, self.pattern)]
 
 
+def check(data: bytes, missing: re.Pattern[bytes] | None) -> None:
+    """Raise ValueError where a byte of UTF-8 text is one of those that are no token."""
+    if missing and (found := missing.search(data)):
+        near = data[max(0, found.start() - 20) : found.end() + 20]
+        raise ValueError(f"text: the byte {found[0]!r} has no token in this vocabulary, in {near!r}")
+
+
 class _Words(dict[str, tuple[int, ...]]):
     """Words and their ids, filled as words are asked for. Those not asked for in a long time are forgotten."""
 
-    def __init__(self, encoder: WordEncoder) -> None:
+    def __init__(self, encoder: WordEncoder, missing: re.Pattern[bytes] | None) -> None:
         super().__init__()
         self._encoder = encoder
+        self.missing = missing
         self._old: dict[str, tuple[int, ...]] = {}  # the generation before
         self._dropped: dict[str, tuple[int, ...]] = {}  # the one before that: freed at once it would take milliseconds
 
@@ -205,7 +217,8 @@ class _Words(dict[str, tuple[int, ...]]):
                 self._dropped.popitem()
         ids = self._old.get(word)
         if ids is None:
-            ids = tuple(self._encoder.encode_word(utf8(word)))
+            check(data := utf8(word), self.missing)
+            ids = tuple(self._encoder.encode_word(data))
         if len(word) <= MAX_WORD_CHARACTERS:
             if len(self) >= MAX_WORDS // 2:
                 self._dropped, self._old = self._old, dict(self)

@@ -54,7 +54,8 @@ def read_directory(directory: Path) -> tuple[Definition, str]:
     vocab, pairs = read_gpt2(directory / VOCAB, directory / MERGES, specials)
     vocab |= {i: text.encode() for text, i in specials.items()}
     pattern = config["pattern"] if isinstance(config["pattern"], str) else tuple(config["pattern"])
-    definition = define(vocab, pairs, specials, pattern, config["ignore_merges"], Options(**config.get("options", {})))
+    options = Options(**config.get("options", {}))
+    definition = define(vocab, pairs, specials, pattern, config["ignore_merges"], options, all_bytes=False)
     # The files are those that were written, or they mean the same.
     if config.get("checksum") != _checksum(directory, config) and definition.hash != config["hash"]:
         raise ValueError(f"directory: the files of {directory} were changed after saving: their hash differs")

@@ -13,6 +13,7 @@ from typing import Any
 from ..definition import Definition, Options, define
 from ..files import read_json, write_json
 from ..pretokenize import GPT2_PATTERN, PATTERNS, Pattern, for_oniguruma, is_gpt2, is_vectorised, pretokenize
+from ..tokens import TokenBytes
 from .printable import parse_merges, parse_vocab, printable_merges, printable_vocab
 
 _FLAGS = ("single_word", "lstrip", "rstrip")
@@ -92,7 +93,10 @@ def _try(content: dict[str, Any], definition: Definition, encode: Callable[[str]
         from tokenizers import Tokenizer
 
         peer = Tokenizer.from_str(json.dumps(content))
+        missing = TokenBytes(definition.vocab).missing()
         for text in SAMPLES:
+            if missing and missing.search(text.encode()):
+                continue  # tokenizers leaves such bytes out
             if definition.options.prefix_space or definition.options.nfc:
                 text = f" {unicodedata.normalize('NFC', text)}"
             ours = pretokenize(text.encode(), definition.pattern).lengths
@@ -126,7 +130,7 @@ def read_hf(path: Path) -> Definition:
     pattern, prefix_space = _read_pre_tokenizer(content.get("pre_tokenizer"), path)
     merges = parse_merges(model["merges"], model["vocab"], f"path: {path}")
     options = Options(nfc, prefix_space, flags)
-    return define(vocab, merges, added, pattern, bool(model.get("ignore_merges")), options)
+    return define(vocab, merges, added, pattern, bool(model.get("ignore_merges")), options, all_bytes=False)
 
 
 def _read_normalizer(written: Any, path: Path) -> bool:

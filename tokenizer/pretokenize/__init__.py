@@ -1,6 +1,6 @@
 """Text to pre-tokens: special tokens, patterns, safe cuts."""
 
-from .chunks import Cutter, document_chunks, file_ranges, read_chunks, stream_chunks
+from .chunks import RANGE_SIZE, Cutter, document_chunks, file_ranges, read_chunks, stream_chunks
 from .cut import pretokenize
 from .patterns import (
     GPT2_PATTERN,
@@ -21,6 +21,7 @@ __all__ = [
     "GPT2_PATTERN",
     "PADDING",
     "PATTERNS",
+    "RANGE_SIZE",
     "SEPARATOR",
     "Cutter",
     "Pattern",

@@ -77,27 +77,36 @@ class Cutter:
         return self.specials.mask(repair(data))
 
 
-def file_ranges(path: str | os.PathLike[str], cutter: Cutter, size: int = RANGE_SIZE) -> list[tuple[int, int]]:
+def file_ranges(
+    path: str | os.PathLike[str], cutter: Cutter, size: int = RANGE_SIZE, part: int = 0, n_parts: int = 1
+) -> list[tuple[int, int]]:
     """The file as consecutive (start, stop) in bytes, each about `size` long, with safe cuts between.
 
+    part, n_parts: of so many parts of the file, about equal, the one with this number, from 0.
     Raises FileNotFoundError when there is no such file, ValueError when it is no text.
     """
     size = max(size, cutter.margin)
-    cuts = [0]
     with open_text(path) as file:
         n_bytes = os.fstat(file.fileno()).st_size
-        at = size
-        while at < n_bytes:
-            file.seek(at - cutter.margin)
-            window = file.read(cutter.margin + _WINDOW)
-            cut = cutter.find(window, cutter.margin)
-            if cut >= 0:
-                cuts.append(at - cutter.margin + cut)
-                at = cuts[-1] + size
-            else:
-                at += max(1, len(window) - 2 * cutter.margin)
-    cuts.append(n_bytes)
+        cuts = [_cut_after(file, n_bytes * part // n_parts, n_bytes, cutter)]
+        end = _cut_after(file, n_bytes * (part + 1) // n_parts, n_bytes, cutter)
+        while (cut := _cut_after(file, cuts[-1] + size, n_bytes, cutter)) < end:
+            cuts.append(cut)
+    cuts.append(end)
     return [(start, stop) for start, stop in pairwise(cuts) if start < stop]
+
+
+def _cut_after(file: IO[bytes], at: int, n_bytes: int, cutter: Cutter) -> int:
+    """The file's first safe cut at or after `at`: its beginning and its end are cuts too."""
+    at = max(at, cutter.margin) if at else 0
+    while 0 < at < n_bytes:
+        file.seek(at - cutter.margin)
+        window = file.read(cutter.margin + _WINDOW)
+        cut = cutter.find(window, cutter.margin)
+        if cut >= 0:
+            return at - cutter.margin + cut
+        at += max(1, len(window) - 2 * cutter.margin)
+    return min(at, n_bytes)
 
 
 def read_chunks(

@@ -1,6 +1,8 @@
 """Training: files or documents in, vocabulary and merges out.
 
 count words in every process (pretokenize/, count.py, workers.py)  ->  merge in one (merge.py)
+
+Words counted elsewhere, on other machines too, are merged likewise (counts.py).
 """
 
 from __future__ import annotations
@@ -8,13 +10,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..inputs import count_odd, is_regular, warn_of_odd
+from ..corpus.documents import Lines, Rows, blocks, documents
+from ..corpus.parts import Span, check_shard, find_files, parts
+from ..files import refuse_same_file
+from ..inputs import count_odd, is_cuttable, kind_of, warn_of_odd
 from ..pretokenize import (
     GPT2_PATTERN,
+    RANGE_SIZE,
     Cutter,
     Pattern,
     Specials,
@@ -25,13 +32,17 @@ from ..pretokenize import (
     resolve,
     stream_chunks,
 )
-from ..progress import progress_bars
+from ..progress import Advance, progress_bars
 from ..workers import Crew, check_num_workers
 from .count import Tally, WordCounter, Words
+from .counts import read_counts, write_counts
 from .merge import MAX_TOKENS, learn_merges
 
 Vocabulary = dict[int, bytes]
 Merges = list[tuple[bytes, bytes]]
+
+# Bytes of text that one of several jobs counts at a time.
+_PART = 1 << 28
 
 
 def train_bpe(
@@ -43,11 +54,13 @@ def train_bpe(
     pattern: Pattern = GPT2_PATTERN,
     progress: bool = False,
     max_words: int | None = None,
+    field: str = "text",
 ) -> tuple[Vocabulary, Merges]:
     """Byte-level BPE from text files (Sennrich et al. 2016; Radford et al. 2019).
 
     input_path: a path or a list of paths, pipes too; larger than memory is fine. UTF-8; each invalid sequence counts as
-        U+FFFD, as in bytes.decode("utf-8", errors="replace"). A file's end is a document's end.
+        U+FFFD, as in bytes.decode("utf-8", errors="replace"). A file's end is a document's end. Also .jsonl, .parquet,
+        and text or .jsonl that gzip or zstd compressed.
     vocab_size: number of ids: the special tokens in the order given, the 256 bytes, then the merges. A text that runs
         out of pairs gives fewer.
     special_tokens: bound documents; nothing is learned from them or across them. Longest first where they overlap.
@@ -55,6 +68,7 @@ def train_bpe(
     pattern: see Tokenizer. Another than those known by name runs slower, and holds a document at a time in memory.
     progress: progress bars on standard error.
     max_words: merge only that many of the most frequent pre-tokens, to bound memory; default, all of them.
+    field: of each line of .jsonl, and the column of .parquet; a document each.
 
     Merges take the most frequent pair, and of equally frequent ones the greatest pair of bytes.
 
@@ -66,10 +80,12 @@ def train_bpe(
     if not paths:
         raise ValueError("input_path: got an empty list, expected a path or a list of paths")
     trainer = _Trainer(vocab_size, special_tokens, num_workers, pattern, max_words)
-    if all(map(is_regular, paths)):
-        tasks = [(path, *piece) for path in paths for piece in file_ranges(path, trainer.cutter)]
-        return trainer.train(tasks, sum(stop - start for _, start, stop in tasks), progress)
-    return trainer.train(_tasks_of_streams(paths, trainer.cutter), None, progress)
+    tasks: Iterable[Any] = _tasks([Span(os.fspath(path)) for path in paths], trainer.cutter, field)
+    n_bytes = None
+    if all(kind_of(path) == "text" and is_cuttable(path) for path in paths):
+        tasks = list(tasks)
+        n_bytes = sum(stop - start for _, start, stop in tasks)
+    return trainer.train(tasks, n_bytes, progress, field)
 
 
 def train_bpe_from_iterator(
@@ -92,12 +108,68 @@ def train_bpe_from_iterator(
     return trainer.train(document_chunks(documents, trainer.cutter), None, progress)
 
 
-def _tasks_of_streams(paths: Iterable[str | os.PathLike[str]], cutter: Cutter) -> Iterator[Any]:
-    for path in paths:
-        if is_regular(path):
-            yield from [(path, *piece) for piece in file_ranges(path, cutter)]
+def train_bpe_from_counts(
+    paths: Sequence[str | os.PathLike[str]],
+    vocab_size: int,
+    special_tokens: Sequence[str],
+    *,
+    pattern: Pattern = GPT2_PATTERN,
+    progress: bool = False,
+    max_words: int | None = None,
+) -> tuple[Vocabulary, Merges]:
+    """train_bpe from files of counts, equal to training on all the text that they were counted in.
+
+    Raises ValueError on counts of another pattern or other special tokens, on a damaged file, and one given twice.
+    """
+    if isinstance(paths, str | os.PathLike) or not paths:
+        raise ValueError(f"paths: got {paths!r}, expected a list of files")
+    trainer = _Trainer(vocab_size, special_tokens, 1, pattern, max_words)
+    words, _ = read_counts(paths, trainer.specials.tokens, trainer.cutter.pattern)
+    with progress_bars(progress) as bar:
+        return trainer.merge(words, bar)
+
+
+def count_words(
+    inputs: Sequence[str | os.PathLike[str]],
+    out_path: str | os.PathLike[str],
+    special_tokens: Sequence[str],
+    *,
+    num_workers: int | None = None,
+    pattern: Pattern = GPT2_PATTERN,
+    progress: bool = False,
+    field: str = "text",
+    shard: tuple[int, int] = (0, 1),
+) -> tuple[int, int]:
+    """Write how often each pre-token occurs in files, and folders of them, for train_bpe_from_counts.
+
+    shard: (i, n), of n jobs the one with number i, from 0: each counts every n-th part of the files.
+    The other arguments are train_bpe's. The file depends neither on num_workers nor on the order of the inputs.
+    Returns the number of different pre-tokens and of the bytes that were counted.
+    """
+    i, n = check_shard(shard)
+    out_path = Path(out_path)
+    if out_path.is_dir():
+        raise ValueError(f"out_path: {out_path} is a folder, expected a file")
+    files, _ = find_files(inputs)
+    refuse_same_file("out_path", out_path, *files)
+    cutter = Cutter(Specials(special_tokens), resolve(pattern))
+    out_path.parent.mkdir(parents=True, exist_ok=True)
+    spans = [span for part in parts(files, _PART)[i::n] for span in part]
+    with progress_bars(progress) as bar:
+        advance = bar("Counting words", None)
+        words, n_bytes = _count(_tasks(spans, cutter, field), cutter, check_num_workers(num_workers), advance, field)
+    write_counts(out_path, words, cutter.specials.tokens, cutter.pattern, n_bytes)
+    return len(words.counts), n_bytes
+
+
+def _tasks(spans: Iterable[Span], cutter: Cutter, field: str) -> Iterator[Any]:
+    for span in spans:
+        if kind_of(span.path) != "text":
+            yield from (block for block, _ in blocks(span, cutter, RANGE_SIZE, field))
+        elif is_cuttable(span.path):
+            yield from [(span.path, *piece) for piece in file_ranges(span.path, cutter, part=span.k, n_parts=span.n)]
         else:
-            yield from stream_chunks(path, cutter)
+            yield from stream_chunks(span.path, cutter)
 
 
 class _Trainer:
@@ -125,38 +197,49 @@ class _Trainer:
         self.cutter = Cutter(self.specials, resolve(pattern))
         self.max_words = max_words
 
-    def train(self, tasks: Iterable[Any], n_bytes: int | None, progress: bool) -> tuple[Vocabulary, Merges]:
+    def train(
+        self, tasks: Iterable[Any], n_bytes: int | None, progress: bool, field: str = ""
+    ) -> tuple[Vocabulary, Merges]:
         with progress_bars(progress) as bar:
-            words = self._count(tasks, bar("Counting words", n_bytes))
-            if self.max_words is not None:
-                words = words.most_frequent(self.max_words)
-            merges = learn_merges(words, self.n_merges, bar("Merging pairs", self.n_merges))
+            words, _ = _count(tasks, self.cutter, self.num_workers, bar("Counting words", n_bytes), field)
+            return self.merge(words, bar)
+
+    def merge(self, words: Words, bar: Callable[[str, int | None], Advance]) -> tuple[Vocabulary, Merges]:
+        if self.max_words is not None:
+            words = words.most_frequent(self.max_words)
+        merges = learn_merges(words, self.n_merges, bar("Merging pairs", self.n_merges))
         tokens = [*self.specials.encoded, *(bytes([byte]) for byte in range(256)), *(a + b for a, b in merges)]
         return dict(enumerate(tokens)), merges
 
-    def _count(self, tasks: Iterable[Any], advance: Callable[[int], None]) -> Words:
-        make = partial(_Counting, self.specials.tokens, self.cutter.pattern)
-        with Crew(make, self.num_workers) as crew:
-            for n_bytes in crew.map(tasks):
-                advance(n_bytes)
-            counting = crew.finish()
-        n_nul, n_replaced = counting.n_odd.tolist()
-        warn_of_odd(n_nul, n_replaced, counting.n_bytes)
-        return counting.counter.words()
+
+def _count(tasks: Iterable[Any], cutter: Cutter, num_workers: int, advance: Advance, field: str) -> tuple[Words, int]:
+    """The words, and in how many bytes of text."""
+    make = partial(_Counting, cutter.specials.tokens, cutter.pattern, field)
+    with Crew(make, num_workers) as crew:
+        for n_bytes in crew.map(tasks):
+            advance(n_bytes)
+        counting = crew.finish()
+    n_nul, n_replaced = counting.n_odd.tolist()
+    warn_of_odd(n_nul, n_replaced, counting.n_bytes)
+    return counting.counter.words(), counting.n_bytes
 
 
 class _Counting:
-    """A worker that counts words, in pieces of files and in masked chunks of text."""
+    """A worker that counts words, in pieces of files, in documents, and in masked chunks of text."""
 
-    def __init__(self, special_tokens: Sequence[str], pattern: Pattern) -> None:
+    def __init__(self, special_tokens: Sequence[str], pattern: Pattern, field: str) -> None:
+        self._field = field
         self._cutter = Cutter(Specials(special_tokens), pattern)
         self.counter = WordCounter()
         self.n_bytes = 0
         self.n_odd = np.zeros(2, np.int64)
 
-    def run(self, task: bytes | tuple[str, int, int]) -> int:
+    def run(self, task: bytes | Lines | Rows | tuple[str, int, int]) -> int:
         """Returns the number of bytes read."""
-        chunks = [task] if isinstance(task, bytes) else read_chunks(*task, self._cutter)
+        if isinstance(task, Lines | Rows):
+            chunks: Iterable[bytes] = document_chunks(documents(task, self._field), self._cutter)
+        else:
+            chunks = [task] if isinstance(task, bytes) else read_chunks(*task, self._cutter)
         before = self.n_bytes
         for chunk in chunks:
             self.n_bytes += len(chunk)

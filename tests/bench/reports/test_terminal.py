@@ -77,6 +77,7 @@ TABLES = {
     "failures": lambda: [kernel_tables.failures_table([{"case": "c" * 50, "provider": "p" * 30, "error": HOW}])],
     "estimate": lambda: [estimate(PRESETS["gpt2-xl"], batch_size=16, ceilings=RATES).table()],
     "estimate, no ceilings": lambda: [estimate(PRESETS["llama-8b"], batch_size=16, gpus=8).table()],
+    "estimate, link": lambda: [estimate(PRESETS["gpt2-xl"], batch_size=16, ceilings=RATES, gpus=8, link=5e10).table()],
     "validate": validation,
     "steps": lambda: [steps()],
     "tokenizer bench": lambda: [compared()],

@@ -20,7 +20,7 @@ from rooflight.kernels.attention.hopper import backward as hopper_backward
 from rooflight.kernels.attention.hopper import gradients as hopper_gradients
 from rooflight.kernels.attention.hopper import place as hopper_place
 from rooflight.kernels.attention.hopper import turns as hopper_turns
-from support.attention import DTYPES, LAYOUTS, draw, draw_packed, lay_out_grad
+from support.attention import DTYPES, LAYOUTS, draw, draw_packed, draw_past_longest, lay_out_grad
 from support.gluon_emulator import DeadlockError, EmulationError, emulated, from_sources
 from support.tolerance import judge
 
@@ -166,6 +166,35 @@ def test_lengths_that_are_no_multiple_of_four(T: int, D: int) -> None:
 @pytest.mark.parametrize("lengths", [[300, 129], [1, 7, 128]], ids=str)
 def test_packed_lengths_that_are_no_multiple_of_four(lengths: list[int], D: int) -> None:
     judge_backward(draw_packed(lengths, lengths, 2, 1, D, BF16), causal=True)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("D", [64, 128])
+def test_a_max_seqlen_below_the_longest_leaves_the_rest_alone(D: int, causal: bool) -> None:
+    """A GPU's values are not checked: what lies past it is neither read, NaN that it is, nor written."""
+    long, short, kept = draw_past_longest([130, 40, 200], [140, 7, 90], 100, 80, 2, 1, D, BF16)
+    q, k, v = (short[name] for name in "qkv")
+    args = (*(short[name] for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")),)
+    out, lse = reference.flash_attention_varlen(q, k, v, *args, causal=causal, return_lse=True)
+    dout = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def widened(x: Tensor) -> Tensor:
+        return x.new_full((*x.shape[:-3], len(kept["q"]), *x.shape[-2:]), torch.nan).index_put((kept["q"],), x)
+
+    def gradients(inputs: dict[str, Any], out: Tensor, dout: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        grads = tuple(torch.full_like(inputs[name], torch.nan) for name in "qkv")
+        bounds = (inputs[name] for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"))
+        with emulated(hopper_backward, hopper_gradients):
+            hopper_backward.launch_backward(
+                *(inputs[name] for name in "qkv"), out, dout, lse, None, *grads, None, *bounds, None,
+                0 if causal else None, D**-0.5,
+            )  # fmt: skip
+        return grads
+
+    ours = gradients(long, widened(out), widened(dout), widened(lse.T[..., None])[..., 0].T)
+    for name, long_grad, grad in zip("qkv", ours, gradients(short, out, dout, lse), strict=True):
+        assert torch.equal(long_grad[kept[name]], grad), name
+        assert long_grad[~kept[name]].isnan().all(), name
 
 
 @pytest.mark.parametrize("D", [64, 128])

@@ -13,7 +13,7 @@ from rooflight.kernels.attention.hopper import blocks as hopper_blocks
 from rooflight.kernels.attention.hopper import forward as hopper_forward
 from rooflight.kernels.attention.hopper import schedule as hopper_schedule
 from rooflight.kernels.attention.hopper.schedule import TILE, Schedule
-from support.attention import LAYOUTS, draw, draw_packed, draw_sinks
+from support.attention import LAYOUTS, draw, draw_packed, draw_past_longest, draw_sinks
 from support.gluon_emulator import emulated
 from support.hopper_forward import attend, judge_forward
 
@@ -131,6 +131,18 @@ def test_a_launch_leaves_the_counter_at_zero(n_program: int, monkeypatch: pytest
 def test_layouts(layout: str) -> None:
     inputs = {name: LAYOUTS[layout](x) for name, x in draw(2, 2, 2, 140, 140, 64, BF16).items()}
     judge_forward(inputs, seed=8)
+
+
+@pytest.mark.parametrize("mask", ["causal", "full"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_max_seqlen_below_the_longest_leaves_the_rest_alone(head_dim: int, mask: str) -> None:
+    """A GPU's values are not checked: what lies past it is neither read, NaN that it is, nor written."""
+    long, short, kept = draw_past_longest([130, 40, 200], [140, 7, 90], 100, 80, 2, 1, head_dim, BF16)
+    (out, lse), expected = (attend(**inputs, **MASKS[mask]) for inputs in (long, short))
+    assert torch.equal(out[kept["q"]], expected[0])
+    assert torch.equal(lse[:, kept["q"]], expected[1])
+    assert out[~kept["q"]].isnan().all()
+    assert lse[:, ~kept["q"]].isnan().all()
 
 
 def test_rows_past_a_packed_end_are_left_alone() -> None:

@@ -20,7 +20,6 @@ from rooflight.kernels import reference
 from rooflight.model import generate, load_hf
 from rooflight.model.evaluate import negative_log_likelihood
 from rooflight.tokenizer import Tokenizer
-from rooflight.tokenizer.formats.printable import printable
 from rooflight.tokenizer.pretokenize import GPT2_PATTERN
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -61,8 +60,6 @@ def _tokenizer_json(tokens: list[str], kinds: list[int], merges: list[str]) -> d
         for pattern in (r"\p{N}", GPT2_PATTERN)
     ]
     vocab = {token: i for i, token in enumerate(tokens)}
-    for byte in range(256):  # it has no token for some, which our tokenizer demands: past the model's ids
-        vocab.setdefault(printable(bytes([byte])), len(vocab))
     return {
         "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
         "added_tokens": [{"id": i, "content": tokens[i]} | flags for i, kind in enumerate(kinds) if kind == 3],

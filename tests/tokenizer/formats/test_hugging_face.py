@@ -12,6 +12,7 @@ import tokenizers
 import transformers
 
 from rooflight.tokenizer import PATTERNS, Tokenizer
+from rooflight.tokenizer.formats.printable import printable
 from support import bpe_reference
 
 CORPUS = (
@@ -102,6 +103,41 @@ def test_ids_are_those_of_tokenizers(case: str, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text(together, encoding="utf-8", newline="")
     tokenizer.encode_file(tmp_path / "x.txt", tmp_path / "x.bin", num_workers=1)
     assert np.fromfile(tmp_path / "x.bin", "<u2").tolist() == whole
+
+
+def test_a_vocabulary_may_lack_single_bytes(tmp_path: Path) -> None:
+    """SmolLM2's lacks six control characters, four bytes of rare planes, and those that are in no UTF-8."""
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(VOCAB, MERGES, []).export_hf(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    lacking = [0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)]
+    model = content["model"]
+    tokens = [token for token in model["vocab"] if token not in {printable(bytes([byte])) for byte in lacking}]
+    model["vocab"] = {token: i for i, token in enumerate(tokens)}
+    content["added_tokens"] = [added("<|end|>\x04", len(tokens))]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    peer, tokenizer = tokenizers.Tokenizer.from_file(str(path)), Tokenizer.from_hf(path)
+    samples = [text for text in texts(3) if not set(text.encode()) & {*lacking}]
+    samples += ["a<|end|>\x04b", "the " * 500]
+    assert len(samples) > 50
+    for text in samples:
+        assert tokenizer.encode(text) == peer.encode(text, add_special_tokens=False).ids, text
+    for text in ("the\x04cat", "the cat " * 5000 + "\x04", "\U00040000", "x" * 300 + "\x16"):
+        for encode in (tokenizer.encode, lambda text: list(tokenizer.encode_iterable([text]))):
+            with pytest.raises(ValueError, match=r"text: the byte b'.*' has no token in this vocabulary, in b'"):
+                encode(text)
+        assert peer.encode(text).ids  # which drops it
+        # and nothing of it is remembered
+        assert tokenizer.encode(samples[0] + "the cat " * 5000) == peer.encode(samples[0] + "the cat " * 5000).ids
+    tokenizer.save(tmp_path / "own")
+    tokenizer.export_hf(tmp_path / "again.json")
+    for copy in (Tokenizer.load(tmp_path / "own"), Tokenizer.load(tmp_path / "again.json")):
+        assert copy.hash == tokenizer.hash
+        assert copy.decode(copy.encode(samples[1])) == samples[1]
+    with pytest.raises(ValueError, match="is missing, expected all 256"):
+        tokenizer.export_tiktoken(tmp_path / "ranks")
+    with pytest.raises(ValueError, match="is missing, expected all 256"):  # which nobody else wrote
+        Tokenizer(tokenizer.vocab, tokenizer.merges)
 
 
 def test_what_cannot_be_expressed_is_refused(tmp_path: Path) -> None:

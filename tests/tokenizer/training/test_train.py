@@ -33,7 +33,7 @@ def corpus(tmp_path) -> Path:
 @pytest.fixture
 def small_ranges(monkeypatch):
     """Tasks of 4 KB, so that a small file occupies several processes."""
-    monkeypatch.setattr(train, "file_ranges", lambda path, cutter: file_ranges(path, cutter, 4_000))
+    monkeypatch.setattr(train, "file_ranges", lambda path, cutter, **part: file_ranges(path, cutter, 4_000, **part))
 
 
 def write(path: Path, data: bytes) -> Path:

@@ -1,0 +1,112 @@
+"""What devices send in a step, and when a link between them bounds it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from rooflight.model import PRESETS, Ceilings, Estimate, estimate
+
+XL = PRESETS["gpt2-xl"]
+PARAMETERS = 1_555_126_400
+OUTERMOST = 50257 * 1600 + 1600  # the embedding, which is the output matrix too, and the last norm
+RATES = Ceilings({"bfloat16": 8e14}, 4e12, memory_bytes=141 * 10**9, device="a GPU")
+
+
+def told(e: Estimate) -> str:
+    return "\n".join(e.summary())
+
+
+def test_sharding_divides_states_and_no_activations() -> None:
+    one, eight = (estimate(XL, batch_size=1, gpus=n) for n in (1, 8))
+    assert eight.memory.parameters == -(-one.memory.parameters // 8)
+    assert eight.memory.optimizer == -(-one.memory.optimizer // 8)
+    assert eight.memory.activations == one.memory.activations
+    assert eight.components[-1].bytes == -(-PARAMETERS // 8) * 28
+    # without resharding the weights of all 48 blocks stay, not those of two
+    kept = estimate(XL, batch_size=1, gpus=8, reshard=False)
+    assert kept.memory.casts - eight.memory.casts == (48 - 2) * 12 * 1600**2 * 2
+
+
+def test_ddp_divides_nothing() -> None:
+    one, eight = (estimate(XL, batch_size=1, gpus=n, parallel="ddp", ops="cpu") for n in (1, 8))
+    assert (eight.memory, eight.components) == (one.memory, one.components)
+    on_gpus = estimate(XL, batch_size=1, gpus=8, parallel="ddp")  # no copies: gradients are fp32, weights are cast
+    assert on_gpus.memory.gradients == on_gpus.memory.parameters == 4 * PARAMETERS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "forward", "backward", "start"),
+    [
+        ({"gpus": 1}, 0, 0, 0),
+        ({"gpus": 1, "parallel": "ddp"}, 0, 0, 0),
+        ({"gpus": 8, "parallel": "ddp"}, 0, 2 * 4 * PARAMETERS * 7 // 8, 4 * PARAMETERS),
+        # 7/8 of all weights in bf16, of the blocks' once more, of all gradients in fp32
+        ({"gpus": 8}, 2 * PARAMETERS * 7 // 8, (2 * (PARAMETERS - OUTERMOST) + 4 * PARAMETERS) * 7 // 8, 0),
+        ({"gpus": 8, "reshard": False}, 2 * PARAMETERS * 7 // 8, 4 * PARAMETERS * 7 // 8, 0),
+        ({"gpus": 2, "reshard": False, "dtype": "float32"}, 2 * PARAMETERS, 2 * PARAMETERS, 0),
+    ],
+)
+def test_bytes_are_the_closed_forms(arguments: dict, forward: int, backward: int, start: int) -> None:
+    sent = estimate(XL, batch_size=1, **arguments).communication
+    assert (sent.forward, sent.backward, sent.start) == (forward, backward, start)
+
+
+class TestLink:
+    @pytest.mark.parametrize(
+        ("parallel", "rate", "bound_by"),
+        [
+            ("ddp", 2e9, "backward"),
+            ("ddp", 400e9, ""),
+            ("fsdp", 50e9, "forward and backward"),
+            ("fsdp", 150e9, "backward"),
+            ("fsdp", 400e9, ""),
+        ],
+    )
+    def test_bounds_the_step_where_it_takes_longer_than_a_pass(self, parallel: str, rate: float, bound_by: str) -> None:
+        e = estimate(XL, batch_size=4, gpus=8, parallel=parallel, link=rate, ceilings=RATES)
+        assert e.overlap is not None
+        (forward, backward, update), (gathered, reduced) = e.overlap.compute, e.overlap.link
+        assert forward + backward + update == pytest.approx(e.seconds)
+        assert (gathered, reduced) == (e.communication.forward / rate, e.communication.backward / rate)
+        assert e.overlap.bound_by == bound_by
+        assert e.overlap.apart == pytest.approx(e.seconds + e.communication_bytes / rate)
+        assert e.overlap.overlapped == pytest.approx(max(forward, gathered) + max(backward, reduced) + update)
+        assert (e.overlap.overlapped == pytest.approx(e.seconds)) == (not bound_by)
+        assert (f"the link is the bound in the {bound_by} pass" if bound_by else "compute is the bound") in told(e)
+
+    @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+    def test_the_covering_batch_is_the_first_that_does(self, parallel: str) -> None:
+        e = estimate(XL, batch_size=4, gpus=8, parallel=parallel, link=50e9, ceilings=RATES)
+        n = e.covering_batch()
+        assert n is not None
+        bounds = [
+            estimate(XL, batch_size=b, gpus=8, parallel=parallel, link=50e9, ceilings=RATES).overlap.bound_by
+            for b in (n - 1, n)
+        ]
+        assert bounds[0]
+        assert not bounds[1]
+        assert f"smallest batch per GPU at which compute can hide the link: {n}" in told(e)
+        # twice the link, half the batch
+        half = replace(e, link=100e9).covering_batch()
+        assert half == pytest.approx(n / 2, abs=1)
+
+    def test_without_ceilings_its_own_time_is_told(self) -> None:
+        e = estimate(XL, batch_size=4, gpus=8, link=50e9)
+        assert (e.overlap, e.covering_batch()) == (None, None)
+        assert "at 50.0 GB/s that takes 214.90 ms: the link is the bound where" in told(e)
+        assert "; --link GB/s says" in told(estimate(XL, batch_size=4, gpus=8, ceilings=RATES))
+
+    def test_json_has_its_times(self) -> None:
+        e = estimate(XL, batch_size=4, gpus=8, link=50e9, ceilings=RATES)
+        fields = json.loads(json.dumps(e.to_dict()))
+        assert fields["communication"] == {
+            "forward": e.communication.forward,
+            "backward": e.communication.backward,
+            "start": 0,
+        }
+        assert fields["overlap"]["overlapped"] == e.overlap.overlapped
+        assert (fields["overlap"]["bound_by"], fields["covering_batch"]) == ("forward and backward", e.covering_batch())
+        assert "overlap" not in estimate(XL, batch_size=4, gpus=8, link=50e9).to_dict()
