@@ -100,7 +100,7 @@ class _Run:
         self.eod = end_of_document(corpora, config.eod) if config.documents else None
         if self.val_data and self.val_data.tokenizer_hash != self.train_data.tokenizer_hash:
             raise ValueError(
-                f"train_data {config.train_data} and val_data {config.val_data} come from different tokenizers"
+                f"train_data {self.train_data} and val_data {self.val_data} come from different tokenizers"
             )
         check_sinks(config)
         if self.device.type == "cpu":
@@ -162,10 +162,10 @@ class _Run:
         if "config" not in extra:
             raise ValueError(f"{path} was not saved by a run, and cannot be gone on from")
         if extra["tokenizer_hash"] != self.train_data.tokenizer_hash:
-            raise ValueError(f"{path} was trained on tokens of another tokenizer than {config.train_data}")
+            raise ValueError(f"{path} was trained on tokens of another tokenizer than {self.train_data}")
         if extra["n_tokens"] != self.train_data.n_tokens:
             raise ValueError(
-                f"train_data must be the {extra['n_tokens']:,} tokens that the run began with, {config.train_data} has "
+                f"train_data must be the {extra['n_tokens']:,} tokens that the run began with, {self.train_data} has "
                 f"{self.train_data.n_tokens:,}"
             )
         changed = config.changes_since(extra["config"])

@@ -41,6 +41,8 @@ def test_what_may_be_trained_on(shards, paths, sizes):
     else:
         corpus = open_corpus([shards / p for p in paths] if isinstance(paths, list) else shards / paths)
     assert [([f.n_tokens for f in s.files], s.weight) for s in corpus.sources] == sizes
+    more = sum(len(some) for some, _ in sizes) - 1
+    assert str(corpus) == f"{corpus.files[0].path}" + (f" and {more} more" if more else "")
     assert corpus.n_tokens == sum(n for some, _ in sizes for n in some)
     n_bytes = sum(10 if n == 30 else 2 * n for some, _ in sizes for n in some)
     assert corpus.bits_per_byte(math.log(2)) == pytest.approx(corpus.n_tokens / n_bytes)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 
 import numpy as np
 import pytest
@@ -11,6 +13,10 @@ import torch
 from rooflight import kernels
 from rooflight.kernels import reference
 from rooflight.model import ModelConfig, Transformer
+from rooflight.tokenizer import Tokenizer
+from rooflight.tokenizer.corpus.prepare import prepare
+from rooflight.training import learner
+from rooflight.training.checkpoint import load_model
 from rooflight.training.data import (
     IGNORED,
     Batches,
@@ -24,6 +30,8 @@ from rooflight.training.graph import CudaGraphs, TrainStep, make_rates_tensors
 from rooflight.training.learner import evaluate
 from rooflight.training.loop import train
 from rooflight.training.optim import build_optimizers
+from rooflight.training.replay import replay
+from rooflight.training.stopping import TrainingDiverged
 from support.recorder import Recorder
 from support.runs import log_of, weights_of
 
@@ -198,6 +206,11 @@ def test_a_run_on_documents(config, write_tokens, quiet):
     assert runs["split"][1] == pytest.approx(runs["documents"][1], rel=1e-5)
     assert runs["split"][0].val_loss == pytest.approx(runs["documents"][0].val_loss, rel=1e-5)
     assert runs["windows"][1][0] != pytest.approx(runs["documents"][1][0], rel=1e-5)
+    batches = list(validation_batches(open_corpus(data).tokens, 8, 8, eod=EOD))
+    inputs, targets = (torch.cat([batch[i] for batch in batches]) for i in (0, 1))
+    with torch.no_grad():
+        apart = alone(load_model(runs["documents"][0].checkpoint, ops=reference), inputs, targets).item()
+    assert runs["documents"][0].val_loss == pytest.approx(apart, rel=1e-6)
     assert runs["windows"][0].tokens == runs["documents"][0].tokens
     a, b = (weights_of(runs[name][0]) for name in ("documents", "split"))
     assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-4
@@ -236,3 +249,46 @@ def test_documents_in_a_graph(device, write_tokens, micro_batches):
             assert graphs.replays == (5 if micro_batches == 1 else 2 * 5 + 5)
     assert results[0][:7] == results[1][:7]
     assert all(torch.equal(a, b) for a, b in zip(results[0][7:], results[1][7:], strict=True))
+
+
+def test_what_rooflight_data_writes(tmp_path):
+    """Every document once, whole or cut by windows, by the header's own word for where it ends."""
+    texts = ["one text", "another", "é", "a much longer text, in windows", "the last"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": some}) + "\n" for some in texts))
+    tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [], ["<|endoftext|>"])
+    prepare(tokenizer, [tmp_path / "in.jsonl"], tmp_path / "shards", shard_tokens=30, num_workers=1)
+    corpus = open_corpus(tmp_path / "shards")
+    assert len(corpus.files) > 1
+    eod = end_of_document([corpus], None)
+    assert eod == tokenizer.special_tokens["<|endoftext|>"]
+    ids = np.concatenate(corpus.tokens)
+    assert tokenizer.decode(ids.tolist()) == "".join(some + "<|endoftext|>" for some in texts)
+    for inputs, targets, bounds in validation_batches(corpus.tokens, 2, 8, eod=eod):
+        parts = [inputs.flatten()[a:b].tolist() for a, b in itertools.pairwise(bounds.flatten().tolist())]
+        assert all(eod not in part[:-1] for part in parts)
+        assert sum(part[-1:] == [eod] for part in parts) == int((targets == IGNORED).sum())
+
+
+def test_a_step_on_documents_is_replayed(config, write_tokens, quiet, monkeypatch):
+    """The dump has the batch's tokens alone, from whose targets the bounds are found again."""
+    data = write_tokens(text(400) % 32, "documents.bin", eod=EOD)
+    config = dataclasses.replace(
+        config, train_data=data, val_data=None, max_steps=5, documents=True, gradient_accumulation=2
+    )
+    bad = Batches(open_corpus(data), 8, 8, CPU, seed=0, eod=EOD, micro_batches=2).at(3)
+    seen = []
+
+    class Model(learner.Transformer):
+        def forward(self, inputs, targets, cu_seqlens):
+            loss = super().forward(inputs, targets, cu_seqlens=cu_seqlens)
+            if torch.equal(inputs, bad[0][4:]):
+                seen.append(sorted(set(cu_seqlens.tolist())))
+                loss = loss * torch.inf
+            return loss
+
+    monkeypatch.setattr(learner, "Transformer", Model)
+    with pytest.raises(TrainingDiverged, match="step 4 is the first, which"):
+        train(config, console=quiet)
+    assert replay(config.out_dir / "diverged" / "step-00000003").reproduced
+    assert len(seen) == 4  # the run, the search, the replay and its search of a module
+    assert all(bounds == sorted(set(bad[2][1].tolist())) for bounds in seen)

@@ -72,6 +72,23 @@ def test_the_order_stays_what_it_is():
     assert turns([3.0, 2.0])[0][:10].tolist() == [0, 1, 0, 1, 0, 0, 1, 0, 1, 0]
 
 
+def test_sources_have_epochs_of_their_own(write_tokens):
+    """11 and 12 windows, two samples in three of the first source; not a turn is lost."""
+    paths = [
+        write_tokens(range(1, 47), "a.bin", vocab_size=200),
+        write_tokens(range(101, 153), "b.bin", vocab_size=200),
+    ]
+    corpus = open_corpus({str(paths[0]): 2.0, str(paths[1]): 1.0})
+    batches = Batches(corpus, 9, 4, CPU, seed=5, order="epochs", step=1110)  # the table of turns ends at sample 10,000
+    seen = torch.cat([next(batches)[0][:, 0] for _ in range(20)])
+    for mine, n in ((seen[seen < 100], 11), (seen[seen > 100], 12)):
+        first = next(i for i in range(n) if len(set(mine[i : i + n].tolist())) == n)
+        epochs = [frozenset(mine[i : i + n].tolist()) for i in range(first, len(mine) - n, n)]
+        assert len(epochs) >= 4
+        assert len(set(epochs)) == 1
+        assert len(epochs[0]) == n
+
+
 @pytest.mark.parametrize("batch_size", [1, 6, 64])
 def test_every_window_once_an_epoch(write_tokens, tmp_path, batch_size):
     """23 windows of 4 in two shards, whose tails of 1 and 3 tokens are in none; epochs end within batches."""

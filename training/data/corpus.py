@@ -39,6 +39,11 @@ class Corpus:
 
     sources: tuple[Source, ...]
 
+    def __str__(self) -> str:
+        """Its first file, and how many more there are."""
+        more = len(self.files) - 1
+        return f"{self.files[0].path}" + (f" and {more} more" if more else "")
+
     @cached_property
     def files(self) -> tuple[TokenFile, ...]:
         return tuple(file for source in self.sources for file in source.files)
