@@ -2,7 +2,8 @@
 
 portable: the Triton kernels of portable/; every call on every GPU, and under the interpreter.
 hopper: the Gluon kernels of hopper/; what `_obstacle` leaves to them.
-sdpa, eager: a plain CPU tensor runs torch's scaled_dot_product_attention where it has the semantics, else the oracle.
+sdpa, eager: a plain CPU tensor runs torch's scaled_dot_product_attention where it has the semantics, else the operator
+in eager fp32 products (plain.py).
 
 A path is the default only where it was measured to win (MEASURED). A user's own measurement (`rooflight bench tune`)
 goes before that, and `use` before both. Where the hopper path cannot run on a machine after all (a triton without
@@ -118,7 +119,7 @@ def decide(call: Call, *, asked: str | None = None, measured: str | None = None,
     if call.architecture == "cpu":
         if call.options - {"short"}:
             return Choice("eager", "torch's scaled_dot_product_attention has no window, packing, softcap or sinks")
-        return Choice("sdpa", "torch's own, where causal lengths agree and no log-sum-exp is asked for; else eager")
+        return Choice("sdpa", "torch's own, unless a log-sum-exp is asked for or causal lengths differ (then eager)")
     obstacle = _obstacle(call)
     if asked == "hopper" and obstacle:
         raise ValueError(f"use('hopper'): expected a call that path serves, but {obstacle}; got {call}")

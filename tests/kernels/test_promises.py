@@ -8,22 +8,25 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from rooflight import kernels
 from rooflight.kernels import flash_attention_varlen
-from support import promises
+from support import promises, semantics
 from support.attention import tile
 from support.promises import CASES
+from support.semantics import FUNCTIONS
 
 SEMANTICS = Path(__file__).parents[2] / "docs" / "semantics.md"
 
 
-def on_a_plain_cpu(what: str) -> None:
+def on_a_plain_cpu(module: ModuleType, *arguments: str) -> None:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, "-W", "error", promises.__file__, what]
+    command = [sys.executable, "-W", "error", str(module.__file__), *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -48,13 +51,13 @@ def test_compiled_kernels(case, device):
 
 @pytest.mark.cpu
 def test_plain_cpu():
-    on_a_plain_cpu("eager")
+    on_a_plain_cpu(promises, "eager")
 
 
 @pytest.mark.cpu
 @pytest.mark.slow
 def test_compiled_plain_cpu():
-    on_a_plain_cpu("compiled")
+    on_a_plain_cpu(promises, "compiled")
 
 
 def test_what_is_not_a_tensor_a_number_or_a_flag_is_refused_by_name():
@@ -62,8 +65,29 @@ def test_what_is_not_a_tensor_a_number_or_a_flag_is_refused_by_name():
     promises.check_numpy_numbers()
 
 
-def test_the_page_shows_the_table():
-    assert promises.table() in SEMANTICS.read_text(), "docs/semantics.md: run `python tests/support/promises.py table`"
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_functions_row(function, device):
+    semantics.check(function, device)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the exporter's own
+@pytest.mark.parametrize("function", [name for name, promise in FUNCTIONS.items() if promise.export == "yes"])
+def test_one_export_serves_every_length(function, device):
+    semantics.check_function_exports(function, device)
+
+
+@pytest.mark.cpu
+@pytest.mark.slow
+def test_the_rows_the_exports_and_the_model_on_a_plain_cpu():
+    on_a_plain_cpu(semantics)
+
+
+def test_the_page_shows_every_function_and_the_tables():
+    public = {name for name in kernels.__all__ if callable(getattr(kernels, name)) and name.islower()}
+    assert set(FUNCTIONS) == {case.function for case in CASES} == public - {"rope_tables"}
+    for module in (semantics, promises):
+        assert module.table() in SEMANTICS.read_text(), f"docs/semantics.md: run `python {module.__file__} table`"
 
 
 def packed(total, *ends, device):

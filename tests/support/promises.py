@@ -34,7 +34,7 @@ class Case:
     """name: what is special of the call.  build(size): its inputs; one compiled function serves all sizes in turn.
 
     plain: what serves it on a plain CPU: "sdpa", "operator" (rooflight's own, in eager products) or "torch" (the
-    oracle, operation by operation).  layout: the input in whose layout each output is, or None for contiguous.
+    oracle, operation by operation).  layout: the input in whose layout each output is, None for contiguous, "any".
     """
 
     function: str
@@ -84,6 +84,11 @@ def _turned(B: int, H: int, K: int, T: int, D: int = 8) -> Inputs:
     angle = torch.arange(float(T))[:, None] / torch.arange(1.0, 4.0)
     q, k = _tokens_first(_draw(B, H, T, D)), _tokens_first(_draw(B, K, T, D, seed=1))
     return {"q": q, "k": k, "cos": angle.cos(), "sin": angle.sin()}
+
+
+def _joined(n: int) -> Inputs:
+    rotation = {name: x for name, x in _turned(1, 1, 1, n).items() if name in ("cos", "sin")}
+    return {"qkv": _draw(2, n, 40), **rotation, "n_head": 3, "n_kv_head": 1}
 
 
 def _labelled(x: Tensor, *, V: int = 9, **more: Any) -> Inputs:
@@ -153,6 +158,7 @@ CASES = (
     Case("rope", "no batch", lambda n: _turned(0, 3, 1, n), "torch", layout=("q", "k"), frozen=("cos", "sin")),
     Case("rope", "no tokens", lambda n: _turned(2, 3, 1, 0), "torch", layout=("q", "k"), frozen=("cos", "sin")),
     Case("rope", "no key heads", lambda n: _turned(2, 3, 0, n), "torch", layout=("q", "k"), frozen=("cos", "sin")),
+    Case("rope_qkv", "several lengths", _joined, "torch", (5, 8), ("any",) * 3, frozen=("cos", "sin")),
     Case("rms_norm", "transposed, residual", lambda n: _transposed(n, 3, 8, names=("x", "residual"))
          | {"weight": _draw(8)}, "torch", (5, 8), (None, None)),
     Case("rms_norm", "no rows", lambda n: {"x": _draw(0, 8), "weight": _draw(8)}, "torch"),
@@ -209,11 +215,11 @@ def _without_overflow(q: Tensor, **rest: Any) -> Any:
 CONSTANT = ("cos", "sin", "class_weight")
 
 
-def _floats(x: Any) -> bool:
+def is_float(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
-def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -231,8 +237,8 @@ def check(case: Case, device: Any = "cpu", *, compiled: bool = False, backend: s
             # where all keys are alike dq and dk are exactly 0, against which no rounding is to be measured
             frozen = (*case.frozen, "q", "k") if huge else case.frozen
             judge(op, oracle, inputs, eager=_without_overflow if huge else None, frozen=frozen, **case.options)
-        leaves = [x.requires_grad_() for n, x in inputs.items() if _floats(x) and n not in CONSTANT]
-        outputs, expected = (_as_tuple(f(**inputs, **case.options)) for f in (op, oracle))
+        leaves = [x.requires_grad_() for n, x in inputs.items() if is_float(x) and n not in CONSTANT]
+        outputs, expected = (as_tuple(f(**inputs, **case.options)) for f in (op, oracle))
         gradients = torch.autograd.grad(sum(o.sum() for o in outputs), leaves)
         assert all(g.isfinite().all() for g in gradients), f"{size}: a gradient is not finite"
         if size == 1:  # nor where there is one key alone
@@ -277,7 +283,8 @@ OPTIONAL = {
 TENSORS = {
     "flash_attention": ("q", "k", "v", "sinks", "mask"),
     "flash_attention_varlen": ("q", "k", "v", "sinks", "cu_seqlens_q", "cu_seqlens_k"),
-    "rope": ("q", "k", "cos", "sin", "positions"), "rms_norm": ("x", "weight", "residual"), "swiglu": ("gate", "up"),
+    "rope": ("q", "k", "cos", "sin", "positions"), "rope_qkv": ("qkv", "cos", "sin", "positions"),
+    "rms_norm": ("x", "weight", "residual"), "swiglu": ("gate", "up"),
     "gelu": ("x",), "cross_entropy": ("logits", "target", "class_weight"),
     "linear_cross_entropy": ("x", "weight", "target", "class_weight"),
 }  # fmt: skip

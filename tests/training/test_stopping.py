@@ -109,8 +109,10 @@ def test_ids_past_the_vocabulary_end_the_run(config, quiet, write_tokens):
         train(dataclasses.replace(config, train_data=data, val_data=None), console=quiet)
 
 
-def test_a_disk_that_fills_up_ends_the_run_with_its_last_checkpoint(config, quiet, monkeypatch):
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_that_fills_up_ends_the_run_with_its_last_checkpoint(config, quiet, monkeypatch, background):
     """The log may be what does not fit, too; the same command with resume goes on."""
+    config = dataclasses.replace(config, async_checkpoints=background)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -18,6 +18,9 @@ def export_tiktoken(definition: Definition, path: Path) -> None:
     """See Tokenizer.export_tiktoken."""
     special_ids = set(definition.special_tokens.values())
     ranks = {token: i for i, token in definition.vocab.items() if i not in special_ids}
+    for byte in range(256):
+        if bytes([byte]) not in ranks:
+            raise ValueError(f"vocab: the single byte {bytes([byte])!r} is missing, expected all 256")
     merges, whole = merges_of_ranks(ranks)
     for rank, (ours, theirs) in enumerate(zip_longest(definition.merges, merges)):
         if ours != theirs:
