@@ -273,7 +273,7 @@ def _rms_norm_fwd_fake(
     if residual is not None:
         dtype = torch.promote_types(dtype, residual.dtype)
         stream = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    rows = math.prod(x.shape[:-1])  # of symbolic sizes too, which .numel() would fix
+    rows = x.numel() // x.shape[-1]  # x.shape[:-1].numel() would make a constant of a symbolic size
     rstd = torch.empty_strided((rows,), (1,), dtype=statistics(dtype)[0], device=x.device)
     return torch.empty_like(x, memory_format=torch.contiguous_format), stream, rstd
 
