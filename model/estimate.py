@@ -386,7 +386,7 @@ def _check_optimizer(optimizer: str, gpus: int) -> None:
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     if optimizer == "muon" and gpus > 1:
-        raise ValueError(f"optimizer: expected 'adamw' on {gpus} GPUs, got 'muon', which needs whole matrices")
+        raise ValueError(f"optimizer: expected 'adamw' on {gpus} GPUs, got 'muon', whose exchange is not counted yet")
 
 
 def _roofline(works: Sequence[Work], ceilings: Ceilings, dtype: str) -> tuple[float, str]:
