@@ -188,20 +188,30 @@ def step(
     require(files=[json_path])
     place = resolve_device(device)
     console = Console()
-    name, config = read_model(model)
+    model_name, config = read_model(model)
     length, kind = context_length or config.context_length, getattr(torch, dtype)
-    title = f"{name}, {batch_size} x {length:,}, {dtype}, AdamW"
-    done = []
+    title = f"{model_name}, {batch_size} x {length:,}, {dtype}, AdamW"
+    done: list[Any] = []
+    failures: dict[str, str] = {}
+
+    def keep() -> None:
+        if json_path:  # what is measured stays measured, whatever comes
+            write_json(json_path, as_results(machine(place), title, done, failures))
+
     with console.status("the peak rate of a product") as status:
         peak = measure_peak_flops(place, kind)
         for one in measure_steps(
             config, batch_size, length, kind, place,
-            ways=way, seconds=seconds, peak_flops=peak, progress=status.update,
+            ways=way, seconds=seconds, peak_flops=peak, progress=status.update, failures=failures,
         ):  # fmt: skip
             done.append(one)
-            if json_path:  # what is measured stays measured, whatever comes
-                write_json(json_path, as_results(machine(place), title, done))
-    show(console, steps_table(f"{title}; MFU of {peak / 1e12:,.1f} TFLOP/s, measured", done))
+            keep()
+    keep()
+    if done:
+        show(console, steps_table(f"{title}; MFU of {peak / 1e12:,.1f} TFLOP/s, measured", done))
+    for name, why in failures.items():
+        console.print(f"{name}: {why}", soft_wrap=True)
+    raise typer.Exit(0 if done else 1)
 
 
 @bench.command()

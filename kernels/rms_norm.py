@@ -11,6 +11,7 @@ longer than a tile a kernel before it computes mean(xhat g), so that a program c
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -197,7 +198,7 @@ def _forward_plan(
     M: int, N: int, dtype: torch.dtype, element_size: int, device: torch.device, x_layout: Layout,
     residual_layout: Layout | None, eps: float, weight_offset: float, tile: tiles.Tile,
 ) -> Plan:  # fmt: skip
-    rows, columns, warps, stages, scale_first, once = tile
+    rows, columns, warps, stages, scale_first, once, _ = tile
     programs = -(-M // rows)
     if stages > 1:
         programs = min(
@@ -245,9 +246,9 @@ def _backward_plans(
 ) -> tuple[int, Plan | None, Plan, Plan]:  # fmt: skip
     """Programs, each with partial sums of its own; the rows' means, where a row has several panels; dh; dw."""
     DTYPE = statistics(dtype)[1]
-    rows, columns, warps, stages, *_ = tile
+    rows, columns, warps, stages, *_, resident = tile
     panels = -(-N // columns)
-    programs = max(1, min(-(-M // rows), multiprocessors(device) * max(1, tiles.RESIDENT_WARPS // warps) // panels))
+    programs = max(1, min(-(-M // rows), multiprocessors(device) * max(1, resident // warps) // panels))
     mean_plan = Plan(
         _rms_norm_mean_kernel, (M,), TENSOR, h_layout, TENSOR, dy_layout, *(TENSOR,) * 3, N, weight_offset,
         BLOCK_N=tiles.LOOP_TILE, DTYPE=DTYPE, num_warps=tiles.LOOP_WARPS,
@@ -273,8 +274,7 @@ def _rms_norm_fwd_fake(
     if residual is not None:
         dtype = torch.promote_types(dtype, residual.dtype)
         stream = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    rows = x.numel() // x.shape[-1]  # x.shape[:-1].numel() would make a constant of a symbolic size
-    rstd = torch.empty_strided((rows,), (1,), dtype=statistics(dtype)[0], device=x.device)
+    rstd = torch.empty_strided((math.prod(x.shape[:-1]),), (1,), dtype=statistics(dtype)[0], device=x.device)
     return torch.empty_like(x, memory_format=torch.contiguous_format), stream, rstd
 
 
@@ -352,7 +352,7 @@ def _checked(
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected shape (..., N) with N >= 1, got {tuple(x.shape)}")
     eps, weight_offset = check_number("eps", eps), check_number("weight_offset", weight_offset)
-    if not 0 < eps < float("inf"):
+    if not 0 < eps < math.inf:
         raise ValueError(f"eps: expected > 0 and finite, got {eps}")
     if weight is not None:
         check_dtype("weight", weight)

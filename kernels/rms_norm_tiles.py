@@ -40,7 +40,7 @@ class Tile(NamedTuple):
     """What a program works on. stages: of its loop over tiles; one: a program a tile, in the forward.
 
     scale_first, once: of the forward's program a tile, whether it fetches the weight before its rows, not after their
-    sum, and whether it marks the rows as read once.
+    sum, and whether it marks the rows as read once.  resident: warps of the backward's programs on a multiprocessor.
     """
 
     rows: int
@@ -49,6 +49,7 @@ class Tile(NamedTuple):
     stages: int
     scale_first: bool = False
     once: bool = True
+    resident: int = RESIDENT_WARPS
 
 
 _asked: dict[str, Tile] = {}  # by pass

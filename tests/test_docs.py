@@ -5,6 +5,7 @@ The README's path from a text to a model makes a folder; every other command run
 
 from __future__ import annotations
 
+import gzip
 import io
 import re
 import shlex
@@ -91,6 +92,8 @@ def check(line: str, parse) -> None:
     words = shlex.split(line)
     if words[:3] == ["python", "-m", "rooflight"]:
         words = words[2:]
+    if words[0] == "torchrun":
+        words = words[words.index("-m") + 1 :]  # what each process runs
     if words[0] == "rooflight":
         values = parse(words[1:])
         models = [values[k] for k in ("config", "model") if isinstance(values.get(k), str)] + (
@@ -167,6 +170,8 @@ INSTEAD = {
     "FOLDER": "hf",
     "MODEL": "tiny",
     "-t tk": "-t tokenizer",
+    "--tokenizer tk": "--tokenizer tokenizer",
+    "$SLURM_ARRAY_TASK_ID/16": "3/16",
     "--out tk": "--out made",
     "decode -t tokenizer corpus.bin": "decode -t tokenizer train.bin",
     "--vocab-size 10000": "--vocab-size 300",
@@ -174,11 +179,13 @@ INSTEAD = {
     "validate tiny": "validate small.toml",
     "python -m rooflight": "python -m rooflight --help",
     "step gpt2-xl": "step small.toml",
+    "--nproc-per-node 8": "--nproc-per-node 2",
 }
 ALSO = {
     "rooflight generate": "--max-new-tokens 5",
     "rooflight train --config run.toml": "--out-dir made",
     "rooflight train --preset": "--batch-size 2 --model.context_length 32 --model.vocab_size 300 --dtype float32",
+    "torchrun --standalone": "--out-dir made",
     "rooflight demo": "--text corpus.txt --steps 2 --vocab-size 300",
     "rooflight tokenizer bench": "--megabytes 0.01 --repeats 1 --peer tokenizers",
     "rooflight bench ceilings": "--seconds 0.01",
@@ -194,10 +201,14 @@ NOT_RUN = {
     "make test-slow": "sets an environment up from the network, and is what runs this",
     "pytest --benchmark": "tests/bench/test_benchmarks.py runs it",
     "bench/on_gpu.sh OUT": "needs a GPU; tests/bench/test_on_gpu.py runs what does not",
+    "torchrun --nnodes 4 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-id run --rdzv-endpoint "
+    "HOST:29400 -m rooflight train --config run.toml --parallel fsdp": "needs four machines; "
+    "tests/training/test_distributed.py restarts processes of one",
     "rooflight bench tune": "needs a GPU; tests/bench/test_cli.py holds what it says without one",
     "python tests/support/artifacts.py": "takes minutes; tests/kernels/test_artifacts.py compiles what it does",
 }
 SLOW = (
+    "torchrun",
     "rooflight demo",
     "rooflight tokenizer bench",
     "rooflight bench ceilings",
@@ -268,6 +279,12 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         # what the other pages speak of
         run("rooflight export-hf run --tokenizer tokenizer --out hf")
         Path("corpus.txt").write_text("\n".join(page.read_text("utf-8") for page in PAGES), encoding="utf-8")
+        Path("corpus").mkdir()
+        shutil.copy("corpus.txt", "corpus/corpus.txt")
+        with gzip.open("more.jsonl.gz", "wt", encoding="utf-8") as file:
+            file.write('{"text": "Once upon a time."}\n' * 10)
+        for i in range(2):
+            run(f"rooflight tokenizer count corpus/ --out counts/{i} --shard {i}/2")
         shutil.copy("train.bin", "bare.bin")
         shutil.copy("run.toml", "small.toml")
         shutil.copy(ROOT / "README.md", "README.md")

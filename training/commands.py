@@ -55,6 +55,7 @@ def train(config: Path | None = None, preset: str | None = None, **flags: Any) -
     # Before torch is imported: OpenMP threads that spin while they wait cost up to 10x on a shared machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from .config import TrainConfig, read_toml
+    from .distributed import launched
     from .loop import train as run
 
     given, shape = overrides(flags)
@@ -65,13 +66,14 @@ def train(config: Path | None = None, preset: str | None = None, **flags: Any) -
         model = values.get("model", {})
         values["model"] = {**model, **shape} if isinstance(model, dict) else model  # from_dict refuses that
     result = run(TrainConfig.from_dict(values | given))
-    loss = ""
-    if result.val_loss is not None:
-        loss = f"validation loss {result.val_loss:.4f}, {result.val_bits_per_byte:.4f} bits per byte; "
-    typer.echo(
-        f"{result.step} steps, {result.tokens:,} tokens in {result.seconds:.0f} s ({result.stopped}); {loss}"
-        f"{result.tokens_per_second:,.0f} tokens/s, MFU {result.mfu:.1%}; {result.checkpoint}"
-    )
+    if launched().first:
+        loss = ""
+        if result.val_loss is not None:
+            loss = f"validation loss {result.val_loss:.4f}, {result.val_bits_per_byte:.4f} bits per byte; "
+        typer.echo(
+            f"{result.step} steps, {result.tokens:,} tokens in {result.seconds:.0f} s ({result.stopped}); {loss}"
+            f"{result.tokens_per_second:,.0f} tokens/s, MFU {result.mfu:.1%}; {result.checkpoint}"
+        )
     if result.signal == signal.SIGINT:
         raise typer.Exit(130)
 

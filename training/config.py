@@ -12,12 +12,14 @@ from typing import Any
 
 from ..model import ModelConfig, preset
 from ..model.typed import typed
+from .data import ORDERS
 from .optim import OPTIMIZERS
 from .pretrained import read_config
 from .schedule import lr_factor
 
 DTYPES = ("float32", "bfloat16")
 KERNELS = ("auto", "triton", "eager")
+PARALLEL = ("none", "ddp", "fsdp")
 
 _COUNTS = (
     "batch_size", "gradient_accumulation", "max_steps", "eval_every", "eval_batches",
@@ -28,9 +30,10 @@ MAY_CHANGE = frozenset((
     "train_data", "val_data", "out_dir",  # where they lie: their tokenizer and train_data's size must be the same
     "batch_size", "gradient_accumulation", "max_steps", "max_seconds",
     "lr", "muon_lr", "muon_momentum", "betas", "weight_decay", "schedule", "warmup", "decay", "min_lr_ratio",
-    "grad_clip", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "log_every", "tensorboard",
-    "wandb", "dtype", "device", "compile", "checkpointing", "kernels", "peak_flops", "resume", "overwrite",
-    "cuda_graph", "init_from",
+    "grad_clip", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "async_checkpoints",
+    "log_every", "tensorboard", "wandb", "dtype", "device", "compile", "checkpointing", "kernels", "peak_flops",
+    "resume", "overwrite",
+    "cuda_graph", "init_from", "parallel", "reshard",
 ))  # fmt: skip
 _TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}
 _TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
@@ -41,10 +44,17 @@ class TrainConfig:
     """Everything that decides a training run.
 
     Data and model
-        train_data              token file to train on: x.bin beside x.bin.json, as `tokenizer encode` writes them
-        val_data                token file to validate on; None: no validation
+        train_data              token files to train on: x.bin beside x.bin.json, as `tokenizer encode` writes them, or
+                                a folder of such shards; several in a list; in a table path = weight, each has that
+                                share of the windows
+        val_data                token file or folder to validate on; None: no validation
+        order                   "random": windows begin anywhere; "epochs": each of the windows that stand one after
+                                another is seen once an epoch, in an order by seed and epoch
+        documents               attention and positions begin anew with each document, and nothing predicts its first
+                                token; else a window is one text
+        eod                     id of the token that ends documents, where the token files do not say it
         out_dir                 folder that receives config.json, log.jsonl and checkpoints/
-        batch_size              sequences of model.context_length per optimizer step
+        batch_size              sequences of model.context_length per optimizer step, of all processes together
         gradient_accumulation   micro-batches that a step's batch is split into; divides batch_size
     Length: the run ends with whichever comes first, and its schedule with it
         max_steps               optimizer steps
@@ -67,6 +77,7 @@ class TrainConfig:
         eval_batches            batches per validation, spread over the file; None: the whole file
         checkpoint_every        steps between checkpoints; there is always one after the last step
         keep_checkpoints        checkpoints to keep, the latest
+        async_checkpoints       write them while the run goes on, from a copy of their tensors in the host's memory
         log_every               steps between log records; the only steps that wait for the device
         tensorboard             the records to TensorBoard too, in out_dir/tensorboard; needs the package tensorboard
         wandb                   a project of Weights & Biases that gets the records too; needs the package wandb
@@ -78,19 +89,26 @@ class TrainConfig:
         checkpointing           recompute each block's activations in the backward pass instead of keeping them
         kernels                 "triton", "eager" (the oracle), or "auto": Triton on CUDA, else the fastest eager path
         peak_flops              FLOP/s that MFU is held against; None: measured by a short GEMM
+        parallel                what the processes of torchrun share, each with its rows of the batch: "none", so that
+                                there may be but one; "ddp", gradients, averaged; "fsdp", parameters and optimizer too
+        reshard                 with "fsdp", gather a block's parameters again in the backward pass instead of keeping
+                                them
         seed                    of initialisation and batches, below 2^64
         resume                  go on from out_dir's latest whole checkpoint, if there is one
         overwrite               begin anew in an out_dir that holds something, which moves to out_dir/previous-<n>
         init_from               begin with the weights of this checkpoint, run or Hugging Face folder; its model too,
                                 where `model` says nothing, or but some of its fields (another context_length, say)
-    A resumed run has the model, optimizer and seed, and train_data the tokens, that it began with; MAY_CHANGE lists
-    what may be another, and the run says what is.
+    A resumed run has the model, optimizer, seed, order and documents, and train_data the tokens, that it began with;
+    MAY_CHANGE lists what may be another, and the run says what is.
     Raises ValueError on a value out of range.
     """
 
     model: ModelConfig
-    train_data: Path
+    train_data: Path | list[Path] | dict[str, float]
     val_data: Path | None = None
+    order: str = "random"
+    documents: bool = False
+    eod: int | None = None
     out_dir: Path
     batch_size: int = 32
     gradient_accumulation: int = 1
@@ -114,6 +132,7 @@ class TrainConfig:
     eval_batches: int | None = None
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
+    async_checkpoints: bool = False
     log_every: int = 10
     tensorboard: bool = False
     wandb: str | None = None
@@ -125,13 +144,16 @@ class TrainConfig:
     checkpointing: bool = False
     kernels: str = "auto"
     peak_flops: float | None = None
+    parallel: str = "none"
+    reshard: bool = True
     seed: int = 0
     resume: bool = False
     overwrite: bool = False
     init_from: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("train_data", "val_data", "out_dir", "init_from"):  # strings are welcome; TOML has nothing else
+        object.__setattr__(self, "train_data", self._train_data())
+        for name in ("val_data", "out_dir", "init_from"):  # strings are welcome; TOML has nothing else
             value, optional = getattr(self, name), name in ("val_data", "init_from")
             self._require(name, isinstance(value, str | Path) or (optional and value is None), "a path")
             if value is not None:
@@ -156,6 +178,8 @@ class TrainConfig:
         self._require("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite")
         self._require("muon_momentum", 0 <= self.muon_momentum < 1, "in [0, 1)")
         self._require("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
+        self._require("order", self.order in ORDERS, f"one of {', '.join(ORDERS)}")
+        self._require("eod", self.eod is None or self.eod >= 0, "an id, at least 0")
         self._require("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         if self.dtype == "float16":
             raise ValueError(
@@ -163,7 +187,21 @@ class TrainConfig:
             )
         self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         self._require("kernels", self.kernels in KERNELS, f"one of {', '.join(KERNELS)}")
+        self._require("parallel", self.parallel in PARALLEL, f"one of {', '.join(PARALLEL)}")
         self.lr_factor(0.0)  # checks schedule, warmup, decay and min_lr_ratio
+
+    def _train_data(self) -> Path | list[Path] | dict[str, float]:
+        given: Any = self.train_data
+        if isinstance(given, dict):
+            weights = all(isinstance(w, int | float) and not isinstance(w, bool) for w in given.values())
+            paths = all(isinstance(path, str | Path) for path in given)
+            fits = weights and paths and len(given) > 0 and all(0 < w < math.inf for w in given.values())
+            self._require("train_data", fits, "a table of paths and their weights, positive and finite")
+            return {str(path): float(weight) for path, weight in given.items()}
+        several = given if isinstance(given, list | tuple) else [given]
+        fits = len(several) > 0 and all(isinstance(path, str | Path) for path in several)
+        self._require("train_data", fits, "a path, a list of paths or a table of paths and weights")
+        return [Path(path) for path in several] if len(several) > 1 else Path(several[0])
 
     def _check_types(self) -> None:
         if not isinstance(self.model, ModelConfig):
@@ -194,6 +232,8 @@ class TrainConfig:
         """Plain values only, as for JSON; `from_dict` reads it back."""
         values = dataclasses.asdict(self)
         values["betas"] = list(self.betas)
+        if isinstance(self.train_data, list):
+            values["train_data"] = [str(path) for path in self.train_data]
         return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
     def changes_since(self, began: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -12,7 +12,7 @@ what one leaves to be read (losses, norms) is kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .data import IGNORED
+from .distributed import ALONE, World
 from .optim import clip_grad_norm
 
 __all__ = ["Captured", "CudaGraphs", "Graphs", "TrainStep", "autocast", "make_rates_tensors", "set_rates"]
@@ -105,27 +107,36 @@ class Captured:
 class TrainStep:
     """step(inputs, targets): forward, backward, clipping and update; returns (mean loss, gradient norm) on the device.
 
-    forward: (inputs, targets) to a mean loss.  dtype: autocast's.  micro_batches: equal parts of a batch that follow
-    each other, with gradients added up.  max_norm: of all gradients together.
+    forward: (inputs, targets) to a mean loss; a batch of more tensors gives it those too.  dtype: autocast's.
+    micro_batches: equal parts of a batch that follow each other, with gradients added up.  by_tokens: the step's loss
+    is the mean over its targets that are not IGNORED, of which micro-batches may have more or fewer; else over
+    micro-batches.  max_norm: of all gradients together.
     graphs: where to capture the step; None: it always runs as it is.  say: told in a sentence why it cannot be.
+    world: the processes that each give the step their rows of a batch; loss and norm are of all rows.  no_sync: a
+    context for the backward passes before a step's last, whose gradients are not to be exchanged yet.
     """
 
     def __init__(
         self,
-        forward: Callable[[Tensor, Tensor], Tensor],
+        forward: Callable[..., Tensor],
         parameters: Iterable[Tensor],
         optimizers: Sequence[Optimizer],
         *,
         device: torch.device,
         dtype: torch.dtype,
         micro_batches: int = 1,
+        by_tokens: bool = False,
         max_norm: float = math.inf,
         graphs: Graphs | None = None,
         say: Callable[[str], object] = print,
+        world: World = ALONE,
+        no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
+        self.world, self.no_sync = world, no_sync
         self.forward, self.parameters, self.optimizers = forward, list(parameters), optimizers
         self.device, self.dtype, self.max_norm, self.say = device, dtype, max_norm, say
         self.micro_batches = micro_batches
+        self.weighs = by_tokens and (micro_batches > 1 or world.size > 1)
         self.total = torch.zeros((), device=device)
         self.keeps_gradients = graphs is not None and micro_batches > 1
         self._whole: Callable[..., Any] = self._run_whole
@@ -140,21 +151,40 @@ class TrainStep:
             self._micro = Captured(self._run_micro, graphs, warmup=WARMUP * micro_batches, failed=self._failed)
             self._update = Captured(self._run_update, graphs, failed=self._failed)
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        n = self.micro_batches
-        if n == 1:
-            return self._whole(inputs, targets)
-        for some_inputs, some_targets in zip(inputs.chunk(n), targets.chunk(n), strict=True):
-            self._micro(some_inputs, some_targets)
+    def __call__(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        if self.micro_batches == 1 and self.world.size == 1:
+            return self._whole(*batch)
+        self._accumulate(self._micro, *batch)
         return self._update()
 
-    def _run_whole(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        self._run_micro(inputs, targets)
+    def _accumulate(self, micro: Callable[..., Any], *batch: Tensor) -> None:
+        *others, last = self.split(*batch)
+        for micro_batch in others:
+            with self.no_sync():
+                micro(*micro_batch)
+        micro(*last)
+
+    def split(self, *batch: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The arguments of the micro-batches: parts of the batch's tensors and, by tokens, each one's share."""
+        n = self.micro_batches
+        if self.weighs:
+            counts = (batch[1] != IGNORED).reshape(n, -1).sum(1)
+            # the processes' gradients are averaged, so that the shares of all add up to their number
+            whole = self.world.mean(counts.sum().double()) if self.world.size > 1 else counts.sum()
+            batch = (*batch, (counts / whole.clamp(min=1 / self.world.size)).float())
+        return zip(*(x.chunk(n) for x in batch), strict=True)
+
+    def _run_whole(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        self._run_micro(*batch)
         return self._run_update()
 
-    def _run_micro(self, inputs: Tensor, targets: Tensor) -> None:
+    def _run_micro(self, *micro_batch: Tensor) -> None:
         with autocast(self.device, self.dtype):
-            loss = self.forward(inputs, targets) / self.micro_batches
+            if self.weighs:
+                *tensors, share = micro_batch
+                loss = self.forward(*tensors) * share.squeeze()
+            else:
+                loss = self.forward(*micro_batch) / self.micro_batches
         loss.backward()
         self.total += loss.detach()
 
@@ -165,15 +195,13 @@ class TrainStep:
 
     def _measured(self) -> tuple[Tensor, Tensor]:
         norm = clip_grad_norm(self.parameters, self.max_norm, self.optimizers)
-        loss = self.total.clone()
+        loss = self.world.mean(self.total.clone())
         self.total.zero_()
         return loss, norm
 
-    def gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """The step's first half, never captured: its loss and norm, with the gradients left for `update`."""
-        n = self.micro_batches
-        for some_inputs, some_targets in zip(inputs.chunk(n), targets.chunk(n), strict=True):
-            self._run_micro(some_inputs, some_targets)
+        self._accumulate(self._run_micro, *batch)
         return self._measured()
 
     def update(self) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels import dispatch, reference
 from ..model import Transformer
 from ..model.typed import typed
 from .config import TrainConfig
-from .data import TokenFile, validation_batches
+from .data import IGNORED, Corpus, validation_batches
+from .distributed import ALONE, World, copy_parameters, data_parallel, fully_sharded
 from .graph import Captured, CudaGraphs, Graphs, TrainStep, autocast, set_rates
 from .optim import build_optimizers, low_precision
 from .pretrained import copy_weights
@@ -24,18 +27,37 @@ class Learner:
     """A model and optimizers as `config` has them begin, and their step.
 
     Building seeds torch's generators with config.seed.  fresh: begin with init_from's weights, if any; a run
-    that resumes has others anyway.  say: told in a sentence why the step cannot be captured.
+    that resumes has others anyway.  say: told in a sentence why the step cannot be captured.  world: the processes
+    that learn together, by config.parallel; each builds its own, all at once.
     """
 
     def __init__(
-        self, config: TrainConfig, device: torch.device, *, fresh: bool = True, say: Callable[[str], object] = print
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        fresh: bool = True,
+        say: Callable[[str], object] = print,
+        world: World = ALONE,
     ) -> None:
+        self.world, self.parallel = world, config.parallel if world.size > 1 else "none"
         self.config, self.device, self.dtype = config, device, getattr(torch, config.dtype)
         self.ops, self.fresh = choose_ops(config.kernels, device), fresh
         self.model = self._begun()
+        engine: nn.Module = self.model
+        no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if self.parallel == "fsdp":
+            low = None if self.dtype == torch.float32 else self.dtype
+            fully_sharded(self.model, self.model.layers, dtype=low, cast_inputs=False, reshard=config.reshard)
+        elif self.parallel == "ddp":
+            engine = ddp = data_parallel(self.model)
+            no_sync = ddp.no_sync
         # compiled code casts weights by itself, and the oracles' optimizer is torch's
         plain = config.compile or self.ops is reference
-        copies = {} if plain else low_precision(device, self.dtype, config.gradient_accumulation)
+        plain = plain or self.parallel == "fsdp"  # whose parameters are gathered in that dtype
+        # DDP's buckets have the parameters' dtype, as accumulated gradients have
+        several = config.gradient_accumulation > 1 or self.parallel == "ddp"
+        copies = {} if plain else low_precision(device, self.dtype, accumulates=several)
         self.optimizers = build_optimizers(
             self.model,
             optimizer=config.optimizer,
@@ -46,11 +68,15 @@ class Learner:
             weight_decay=config.weight_decay,
             muon_dtype=self.dtype,
             triton=False if self.ops is reference else None,
+            world=world,
             **copies,
         )
         self._peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
-        self.forward: Callable[..., Tensor] = torch.compile(self.model) if config.compile else self.model
+        self.forward = self._on_batches(torch.compile(engine) if config.compile else engine)
         graphs = graphs_for(config, device)
+        if graphs is not None and self.parallel != "none":
+            say("the step runs without a CUDA graph: other processes take part in it")
+            graphs = None
         self.take_step = TrainStep(
             self.forward,
             self.model.parameters(),
@@ -58,15 +84,24 @@ class Learner:
             device=device,
             dtype=self.dtype,
             micro_batches=config.gradient_accumulation,
+            by_tokens=config.documents,
             max_norm=config.grad_clip or math.inf,
             graphs=graphs,
             say=say,
+            world=world,
+            no_sync=no_sync,
         )
         # Not compiled: without gradients, and with the last batch's rows, it would be twice more. In a graph it says
         # nothing of its own: what cannot be captured there could not be in the step either.
-        self.validated: Callable[..., Tensor] = self.model
+        self.validated = self._on_batches(self.model)
         if graphs is not None:
-            self.validated = Captured(self.model, graphs, warmup=1, failed=lambda error: None)
+            self.validated = Captured(self.validated, graphs, warmup=1, failed=lambda error: None)
+
+    def _on_batches(self, model: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The mean loss of a batch as Batches has it."""
+        if not self.config.documents:
+            return model
+        return lambda inputs, targets, bounds: model(inputs, targets, cu_seqlens=bounds.flatten())
 
     def _begun(self) -> Transformer:
         torch.manual_seed(self.config.seed)
@@ -83,37 +118,53 @@ class Learner:
     def restart(self) -> None:
         """Model, optimizers and random generators as they began, in place; the step is captured no more."""
         self.take_step.forget_graphs()
-        self.validated = self.model
-        self.model.load_state_dict(self._begun().state_dict())
+        self.validated = self._on_batches(self.model)
+        copy_parameters(self._begun(), self.model)
         for optimizer in self.optimizers:
             optimizer.state.clear()
 
 
 @torch.no_grad()
 def evaluate(
-    model: Callable[[Tensor, Tensor], Tensor],
-    data: TokenFile,
+    model: Callable[..., Tensor],
+    data: Corpus,
     *,
     batch_size: int,
     context_length: int,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     max_batches: int | None = None,
+    eod: int | None = None,
     vocab_size: int | None = None,
+    world: World = ALONE,
 ) -> float:
-    """Mean loss in nats per token over the file's non-overlapping windows, or over max_batches batches of them.
+    """Mean loss in nats per token over the files' non-overlapping windows, or over max_batches batches of them.
 
-    vocab_size: the model's, to hold the ids to. Raises ValueError on one that the model does not have.
+    model: of a batch's tensors.  eod: the id that ends documents, as in validation_batches.
+    vocab_size: the model's, to hold the ids to.  world: the processes that share the batches; each calls it, and gets
+    the mean of all.
+    Raises ValueError on an id that the model does not have.
     """
     total = torch.zeros((), dtype=torch.float64, device=device)
-    count = 0
-    for inputs, targets in validation_batches(
-        data.tokens, batch_size, context_length, device, max_batches=max_batches, vocab_size=vocab_size
-    ):
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    batches = validation_batches(
+        data.tokens,
+        batch_size,
+        context_length,
+        device,
+        max_batches=max_batches,
+        eod=eod,
+        vocab_size=vocab_size,
+        rank=world.rank,
+        world=world.size,
+    )
+    for batch in batches:
+        counted = (batch[1] != IGNORED).sum()
         with autocast(device, dtype):
-            total += model(inputs, targets).double() * targets.numel()
-        count += targets.numel()
-    return total.item() / count
+            loss = model(*batch).double()
+        total += torch.where(counted > 0, loss * counted, 0.0)
+        count += counted
+    return world.sum(total).item() / max(1, world.sum(count).item())
 
 
 @typed

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import math
-import os
 import statistics
 import time
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from ..model import estimate
 from ..model.typed import typed
-from .checkpoint import list_checkpoints, load_latest, save_checkpoint, set_aside
+from .checkpoint import BackgroundSaves, list_checkpoints, load_latest, save_checkpoint, set_aside
 from .config import TrainConfig
-from .data import Batches, TokenFile, batch_generator, check_window, get_batch, open_tokens
+from .data import Batches, end_of_document, open_corpus
+from .distributed import World, is_lost_peer, launched, process_group, tell_launcher
 from .files import write_json
 from .graph import autocast
 from .learner import Learner, choose_ops, evaluate, resolve_device, whose_memory
 from .progress import Display, Records, check_sinks
 from .replay import find_divergence, is_finite
+from .result import Interval, Totals, TrainResult
 from .run_folder import CHECKPOINTS, RunFolder
 from .stopping import (
+    LostPeer,
     StopSignals,
     TrainingDiverged,
     TrainingFailed,
@@ -40,44 +40,13 @@ from .throughput import PeakMemory, device_memory, keep_freed_memory, measure_pe
 _UNTOLD = ("out_dir", "resume", "overwrite")  # changes that a resumed run does not speak of
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    """How a run ended. Counters and times include the earlier parts of a resumed run, peak memory does not."""
-
-    step: int
-    train_loss: float  # nats per token, mean of the last log interval
-    val_loss: float | None  # nats per token, latest; None without validation data
-    first_val_loss: float | None  # before the first step
-    val_bits_per_byte: float | None
-    seconds: float  # in all: steps, validation, checkpoints
-    tokens: int  # trained on
-    tokens_per_second: float  # of the steps alone
-    mfu: float  # of the steps alone; model FLOPs, causal attention counted exactly
-    peak_flops: float  # FLOP/s, what mfu is held against
-    peak_memory_bytes: int  # CUDA: allocated by torch; CPU: resident, beyond what the process held before
-    step_seconds: float  # median
-    stopped: str  # "steps", "time" or "interrupted"
-    checkpoint: Path
-    signal: int | None = None  # what interrupted it
-
-
-@dataclass
-class _Totals:
-    """What a checkpoint carries beside the weights, so that a resumed run reports on the whole."""
-
-    tokens: int = 0  # counted: the batch size may change when a run resumes
-    elapsed: float = 0.0  # seconds, all of the run
-    stepping: float = 0.0  # seconds in steps
-    train_loss: float = math.nan
-    val_loss: float | None = None
-    first_val_loss: float | None = None
-
-
 @typed
 def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult:
     """Train a model as `config` says; see TrainConfig for every option. Writes out_dir/config.json, log.jsonl,
     checkpoints/.
 
+    Started by torchrun, with config.parallel "ddp" or "fsdp", every process calls it: each trains on its rows of the
+    batches, and the first writes and tells. Processes that torchrun has restarted go on from the latest checkpoint.
     Ctrl-C, SIGTERM or SIGHUP ends the step in hand, saves a checkpoint and returns with stopped "interrupted"; a second
     Ctrl-C raises KeyboardInterrupt at once. console: where progress goes (default: standard error).
     Raises ValueError when data, checkpoint and configuration do not fit together, the batch does not fit the machine or
@@ -85,36 +54,63 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     the run had begun: TrainingDiverged when the loss or the gradient stops being finite, or a full disk, or memory
     (checkpoints stay as they were).
     """
-    _refuse_ranks()
-    return _Run(config, console or Console(stderr=True)).train()
+    world = launched()
+    _refuse_ranks(config, world)
+    if world.restarts:
+        config = replace(config, resume=True, overwrite=False)
+    console = (console or Console(stderr=True)) if world.first else Console(quiet=True, force_terminal=False)
+    try:
+        return _Run(config, console, world).train()
+    except LostPeer:
+        raise  # what torchrun is to name is the other's error
+    except Exception as error:
+        tell_launcher(error)
+        raise
 
 
-def _refuse_ranks() -> None:
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+def _refuse_ranks(config: TrainConfig, world: World) -> None:
+    if world.size == 1:
+        return
+    if config.parallel == "none":
         raise ValueError(
-            f"a launcher started this process as one of WORLD_SIZE {os.environ['WORLD_SIZE']}, each of which would "
-            "train the whole run by itself: start one process, without the launcher"
+            f"a launcher started this process as one of WORLD_SIZE {world.size}, each of which would train the whole "
+            'run by itself: set parallel to "ddp" or "fsdp", or start one process, without the launcher'
+        )
+    n = config.gradient_accumulation
+    if config.batch_size % (world.size * n):
+        raise ValueError(
+            f"batch_size must be a multiple of {world.size} processes times gradient_accumulation {n}, got "
+            f"{config.batch_size}"
         )
 
 
 class _Run:
-    def __init__(self, config: TrainConfig, console: Console) -> None:
-        self.config, self.console = config, console
-        self.device = resolve_device(config.device)
+    def __init__(self, config: TrainConfig, console: Console, world: World) -> None:
+        self.config, self.console, self.world = config, console, world
+        self.device = resolve_device(world.device_name(config.device))
+        self.share = replace(config, batch_size=config.batch_size // world.size)  # what this process computes
         self.dtype = getattr(torch, config.dtype)
         self.ops = whose_memory(choose_ops(config.kernels, self.device), self.device)
-        self.train_data = self._open(config.train_data)
-        self.val_data = None if config.val_data is None else self._open(config.val_data)
+        vocab_size = config.model.vocab_size
+        self.train_data = open_corpus(config.train_data, vocab_size=vocab_size)
+        self.val_data = None if config.val_data is None else open_corpus(config.val_data, vocab_size=vocab_size)
+        corpora = [self.train_data] if self.val_data is None else [self.train_data, self.val_data]
+        for corpus in corpora:
+            corpus.check_windows(config.batch_size, config.model.context_length)
+        self.eod = end_of_document(corpora, config.eod) if config.documents else None
         if self.val_data and self.val_data.tokenizer_hash != self.train_data.tokenizer_hash:
             raise ValueError(
-                f"train_data {config.train_data} and val_data {config.val_data} come from different tokenizers"
+                f"train_data {self.train_data} and val_data {self.val_data} come from different tokenizers"
             )
         check_sinks(config)
         if self.device.type == "cpu":
-            check_memory(config, self.ops, device_memory(self.device))
+            check_memory(self.share, self.ops, device_memory(self.device))
         self.directory = config.out_dir / CHECKPOINTS
-        self.folder = RunFolder(config.out_dir, resume=config.resume, overwrite=config.overwrite, say=self._say)
+        self.folder: AbstractContextManager[Any] = nullcontext()
+        if world.first:
+            self.folder = RunFolder(config.out_dir, resume=config.resume, overwrite=config.overwrite, say=self._say)
         self.checkpoint: Path | None = None
+        self.saves: BackgroundSaves | None = None
         self.factors: list[float] = []  # of the learning rate, in each step since the checkpoint
         work = estimate(config.model, batch_size=config.batch_size, dtype=config.dtype)
         self.step_tokens = config.batch_size * config.model.context_length
@@ -123,25 +119,26 @@ class _Run:
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _open(self, path: Path) -> TokenFile:
-        data = open_tokens(path, vocab_size=self.config.model.vocab_size)
-        check_window(data.tokens, self.config.batch_size, self.config.model.context_length)
-        return data
-
     def train(self) -> TrainResult:
-        with self.folder:
+        with process_group(self.world, self.device), self.folder:
             try:
+                self.world.wait()  # the folder may still refuse the first process
                 self._begin()
                 return self._loop()
             except OSError as error:
                 raise TrainingFailed(f"{error}; the last checkpoint is {self.checkpoint or 'none'}") from error
             except Exception as error:
+                if self.world.size > 1 and is_lost_peer(error):
+                    raise LostPeer(
+                        f"process {self.world.rank} lost another of the {self.world.size}, whose own error says why; "
+                        f"the last checkpoint is {self.checkpoint or 'none'}"
+                    ) from error
                 if not is_out_of_memory(error):
                     raise
                 capacity = device_memory(self.device)
-                self.console.print(predicted_step(self.config, self.ops).table())
+                self.console.print(predicted_step(self.share, self.ops).table())
                 raise TrainingFailed(
-                    f"out of memory, of {capacity / 1e9:,.1f} GB: {what_fits(self.config, self.ops, capacity)}; the "
+                    f"out of memory, of {capacity / 1e9:,.1f} GB: {what_fits(self.share, self.ops, capacity)}; the "
                     f"last checkpoint is {self.checkpoint or 'none'}"
                 ) from error
 
@@ -153,8 +150,8 @@ class _Run:
             keep_freed_memory()
         self.memory = PeakMemory(self.device)
         found = list_checkpoints(self.directory)
-        self.learner = Learner(config, self.device, fresh=not found, say=self._say)
-        self.step, self.totals = 0, _Totals()
+        self.learner = Learner(config, self.device, fresh=not found, say=self._say, world=self.world)
+        self.step, self.totals = 0, Totals()
         if found:
             self._resume()
 
@@ -165,56 +162,65 @@ class _Run:
         if "config" not in extra:
             raise ValueError(f"{path} was not saved by a run, and cannot be gone on from")
         if extra["tokenizer_hash"] != self.train_data.tokenizer_hash:
-            raise ValueError(f"{path} was trained on tokens of another tokenizer than {config.train_data}")
+            raise ValueError(f"{path} was trained on tokens of another tokenizer than {self.train_data}")
         if extra["n_tokens"] != self.train_data.n_tokens:
             raise ValueError(
-                f"train_data must be the {extra['n_tokens']:,} tokens that the run began with, {config.train_data} has "
+                f"train_data must be the {extra['n_tokens']:,} tokens that the run began with, {self.train_data} has "
                 f"{self.train_data.n_tokens:,}"
             )
         changed = config.changes_since(extra["config"])
-        self.totals = _Totals(**extra["totals"])
+        self.totals = Totals(**extra["totals"])
         self.checkpoint = path
-        for error in damaged:
+        for error in damaged if self.world.first else ():
             self._say(f"warning: {error}; it is set aside as {set_aside(error.path).name}")
         told = [f"{name} {now!r}, was {then!r}" for name, (then, now) in changed.items() if name not in _UNTOLD]
         self._say(f"going on from step {self.step}, {path}" + "".join(f"; {text}" for text in told))
 
     def _loop(self) -> TrainResult:
         config, totals = self.config, self.totals
-        write_json(config.out_dir / "config.json", config.to_dict())
+        if self.world.first:
+            write_json(config.out_dir / "config.json", config.to_dict())
+        self.batches = Batches(
+            self.train_data,
+            config.batch_size,
+            config.model.context_length,
+            self.device,
+            seed=config.seed,
+            step=self.step,
+            samples=totals.tokens // config.model.context_length,
+            order=config.order,
+            rows=self.world.rows(config.batch_size),
+            micro_batches=config.gradient_accumulation,
+            eod=self.eod,
+            vocab_size=config.model.vocab_size,
+        )
         if config.compile or self.device.type == "cuda":  # Triton's kernels are compiled too
             self._compile()
         self.started = time.perf_counter() - totals.elapsed
         means: list[float] = []  # seconds per step, one mean per log interval
         with ExitStack() as stack:
-            records = stack.enter_context(Records(config, keep_to=self.step if self.checkpoint else None))
-            signals = stack.enter_context(StopSignals())
+            if config.async_checkpoints:
+                self.saves = stack.enter_context(BackgroundSaves(self._saved))
+            keep_to = self.step if self.checkpoint else None
+            records = stack.enter_context(Records(config, keep_to=keep_to, silent=not self.world.first))
+            signals = stack.enter_context(StopSignals(patient=self.world.size > 1))
             display = stack.enter_context(Display(self.console))
-            batches = Batches(
-                self.train_data.tokens,
-                config.batch_size,
-                config.model.context_length,
-                self.device,
-                seed=config.seed,
-                step=self.step,
-                vocab_size=config.model.vocab_size,
-            )
-            progress = self._progress()
+            progress, received = self._agreed(signals)
             if self.step == 0 and self.val_data is not None:
                 record = {"step": 0, "tokens": 0, **self._validate()}
                 records.write(record)
                 display.update(progress, record)
 
             ending = progress >= 1
-            interval = _Interval(self.device)
+            interval = Interval(self.device)
             while not ending:
                 self._set_rates(progress)
-                interval.add(*self.learner.take_step(*next(batches)))
+                interval.add(*self.learner.take_step(*next(self.batches)))
                 self.step += 1
                 totals.tokens += self.step_tokens
-                progress = self._progress()
-                ending = progress >= 1 or signals.received is not None
-                due = progress >= 1 or (self.step % config.eval_every == 0 and not signals.received)
+                progress, received = self._agreed(signals)
+                ending = progress >= 1 or received is not None
+                due = progress >= 1 or (self.step % config.eval_every == 0 and not received)
                 validating = due and self.val_data is not None
                 saving = self.step % config.checkpoint_every == 0 or ending
                 if not (saving or validating or self.step % config.log_every == 0):
@@ -228,17 +234,17 @@ class _Run:
                 display.update(progress, record)
                 if saving:
                     self._save()
-                interval = _Interval(self.device)
+                interval = Interval(self.device)
         totals.elapsed = self._elapsed()
         stopped = "interrupted" if progress < 1 else "steps" if self.step >= config.max_steps else "time"
-        return self._result(stopped, signals.received if progress < 1 else None, means)
+        return self._result(stopped, received if progress < 1 else None, means)
 
     def _compile(self) -> None:
         """A forward and a backward before the clock starts, as max_seconds counts training and not compilers."""
         n = self.config.gradient_accumulation
-        inputs, targets = (x.chunk(n)[0] for x in self._batch(self.step))
+        micro_batch = (x.chunk(n)[0] for x in self.batches.at(self.step))
         with autocast(self.device, self.dtype):
-            loss = self.learner.forward(inputs, targets) / n
+            loss = self.learner.forward(*micro_batch) / n
         loss.backward()
         self.learner.model.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
@@ -251,23 +257,18 @@ class _Run:
         by_steps = self.step / self.config.max_steps
         return max(by_steps, self._elapsed() / self.config.max_seconds) if self.config.max_seconds else by_steps
 
+    def _agreed(self, signals: StopSignals) -> tuple[float, int | None]:
+        """Progress and the signal received, if any: the same in every process, as what they do next hangs on them."""
+        progress, received = self.world.largest(self._progress(), signals.received or 0)
+        return progress, int(received) or None
+
     def _set_rates(self, progress: float) -> None:
         # half a step on, so that neither the first step of a warm-up nor the last of a decay is wasted on a zero rate
         factor = self.config.lr_factor(progress + 0.5 / self.config.max_steps)
         self.factors.append(factor)
         self.learner.set_rates(factor)
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
-        return get_batch(
-            self.train_data.tokens,
-            self.config.batch_size,
-            self.config.model.context_length,
-            self.device,
-            generator=batch_generator(self.config.seed, step),
-            vocab_size=self.config.model.vocab_size,
-        )
-
-    def _record(self, interval: _Interval) -> dict[str, Any]:
+    def _record(self, interval: Interval) -> dict[str, Any]:
         """What the interval since the last record did; the only place that waits for the device."""
         loss, norm = interval.close()
         if not is_finite(loss, norm):
@@ -290,18 +291,20 @@ class _Run:
             "lr": float(first.param_groups[0]["lr"]),
             **lrs,
             "tokens_per_second": self.step_tokens / step_seconds,
-            "mfu": mfu(self.token_flops * self.step_tokens, step_seconds, self.peak_flops),
+            "mfu": mfu(self.token_flops * self.step_tokens, step_seconds, self.peak_flops * self.world.size),
         }
 
     def _find_divergence(self) -> str:
         """Where the steps since the checkpoint stop being finite when they run again: a clause for the error."""
-        self._say(f"not finite by step {self.step}: running again from {self.checkpoint or 'the start'} to find where")
         try:
+            if self.saves is not None:
+                self.saves.finish()
+            self._say(f"not finite by step {self.step}: running again from {self.checkpoint or 'the start'}")
             found = find_divergence(
                 self.learner,
                 self.checkpoint,
                 self.factors,
-                self._batch,
+                self.batches.at,
                 out_dir=self.config.out_dir,
                 tokenizer_hash=self.train_data.tokenizer_hash,
             )
@@ -318,12 +321,14 @@ class _Run:
         loss = evaluate(
             self.learner.validated,
             self.val_data,
-            batch_size=config.batch_size // config.gradient_accumulation,
+            batch_size=self.share.batch_size // config.gradient_accumulation,
             context_length=config.model.context_length,
             device=self.device,
             dtype=self.dtype,
-            max_batches=config.eval_batches,
+            max_batches=config.eval_batches and config.eval_batches * self.world.size,  # the same windows
+            eod=self.eod,
             vocab_size=config.model.vocab_size,
+            world=self.world,
         )
         self.totals.val_loss = loss
         if self.totals.first_val_loss is None:
@@ -332,21 +337,26 @@ class _Run:
 
     def _save(self) -> None:
         self.totals.elapsed = self._elapsed()
-        self.checkpoint = save_checkpoint(
-            self.directory,
-            self.learner.model,
-            self.learner.optimizers,
-            step=self.step,
-            extra={
+        model, optimizers = self.learner.model, self.learner.optimizers
+        content: dict[str, Any] = {
+            "step": self.step,
+            "extra": {
                 "totals": asdict(self.totals),
                 "config": self.config.to_dict(),
                 "tokenizer_hash": self.train_data.tokenizer_hash,
                 "n_tokens": self.train_data.n_tokens,
             },
-            tokenizer_hash=self.train_data.tokenizer_hash,
-            keep=self.config.keep_checkpoints,
-        )
+            "tokenizer_hash": self.train_data.tokenizer_hash,
+            "keep": self.config.keep_checkpoints,
+        }
+        if self.saves is None:
+            self._saved(save_checkpoint(self.directory, model, optimizers, **content))
+        else:
+            self.saves.begin(self.directory, model, optimizers, **content)
         self.factors.clear()
+
+    def _saved(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
 
     def _result(self, stopped: str, signal: int | None, means: list[float]) -> TrainResult:
         totals = self.totals
@@ -363,7 +373,7 @@ class _Run:
             seconds=totals.elapsed,
             tokens=totals.tokens,
             tokens_per_second=totals.tokens / totals.stepping,
-            mfu=mfu(self.token_flops * totals.tokens, totals.stepping, self.peak_flops),
+            mfu=mfu(self.token_flops * totals.tokens, totals.stepping, self.peak_flops * self.world.size),
             peak_flops=self.peak_flops,
             peak_memory_bytes=self.memory.peak(),
             step_seconds=statistics.median(means) if means else step_seconds,
@@ -371,24 +381,3 @@ class _Run:
             checkpoint=self.checkpoint,
             signal=signal,
         )
-
-
-class _Interval:
-    """The steps between two log records: their losses stay on the device until `close` asks for them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.loss = torch.zeros((), device=device)
-        self.norm = torch.zeros((), device=device)
-        self.steps, self.seconds = 0, 0.0
-        self._start = time.perf_counter()
-
-    def add(self, loss: Tensor, norm: Tensor) -> None:
-        self.loss += loss
-        self.norm = norm
-        self.steps += 1
-
-    def close(self) -> tuple[float, float]:
-        """Mean loss and last gradient norm. A norm that was not finite has spoilt every loss and norm after it."""
-        loss, norm = self.loss.item() / self.steps, self.norm.item()
-        self.seconds = time.perf_counter() - self._start
-        return loss, norm

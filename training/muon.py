@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..model.layers import WeightCopy
+from .distributed import ALONE, World, exchange, is_sharded, local, shard_rows
 from .optimizer import GroupedOptimizer, check, check_parameter
 
 # Jordan et al. 2024: the slope at zero as steep as it goes, for singular values that land in about [0.7, 1.2].
@@ -50,6 +52,8 @@ class Muon(GroupedOptimizer):
     The update is scaled by sqrt(max(1, rows / columns)), as in Jordan's code, so lr means the same for every shape.
     Matrices of one shape, or its transpose, are orthogonalized as one batch: a transformer needs three or four batches
     a step, however deep it is. The matrices that a parameter joins ("rows") are orthogonalized each by itself.
+    world: the processes that share the parameters, whole with the same gradients (DDP) or by rows (FSDP2): each
+    orthogonalizes some parameters' matrices for all.
     Raises ValueError on a value out of range, or a parameter that is not a float32 or float64 matrix.
     """
 
@@ -63,10 +67,11 @@ class Muon(GroupedOptimizer):
         nesterov: bool = True,
         dtype: torch.dtype = torch.bfloat16,
         copies: Mapping[int, WeightCopy] | None = None,
+        world: World = ALONE,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, defaults, copies)
-        self.dtype = dtype
+        self.dtype, self.world = dtype, world
         for group in self.param_groups:
             check("lr", group["lr"], 0.0)
             check("momentum", group["momentum"], 0.0, 1.0)
@@ -81,31 +86,93 @@ class Muon(GroupedOptimizer):
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        means = [self.state[p]["momentum"] for p in params]
+        means, grads, held = local([self.state[p]["momentum"] for p in params]), local(grads), local(params)
         torch._foreach_lerp_(means, grads, 1 - momentum)
-        updates = torch._foreach_lerp(grads, means, momentum) if group["nesterov"] else means
+        updates = list(torch._foreach_lerp(grads, means, momentum)) if group["nesterov"] else means
 
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_mul_(held, 1 - lr * group["weight_decay"])
         known = {id(p): rows for p, rows in zip(group["params"], group["rows"], strict=True)}
-        batches: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for p, update in zip(params, updates, strict=True):
-            rows = known[id(p)] or p.shape[:1]
-            for pair in zip(p.split(rows), update.split(rows), strict=True):
-                batches[tuple(sorted(pair[0].shape))].append(pair)
-        for batch in batches.values():
-            self._turn(batch, lr)
+        rows = [known[id(p)] or tuple(p.shape[:1]) for p in params]
+        if self.world.size > 1:
+            self._move_together(params, held, updates, rows, lr)
+        else:
+            matrices = [part for p, some in zip(held, rows, strict=True) for part in p.split(some)]
+            turned = self._orthogonalized(
+                [part for u, some in zip(updates, rows, strict=True) for part in u.split(some)]
+            )
+            for i, update in turned:
+                _move(matrices[i], update, matrices[i].shape[0], lr)
         copied = [p for p in params if id(p) in self.copies]
         if copied:
             torch._foreach_copy_([self.copies[id(p)].tensor for p in copied], copied)
             self._written(copied)
 
-    def _turn(self, batch: list[tuple[Tensor, Tensor]], lr: float | Tensor) -> None:
-        """Move matrices of one shape, or its transpose, along their orthogonalized updates."""
-        wide = torch.stack([u.mT if u.shape[0] > u.shape[1] else u for _, u in batch])
-        for (p, _), update in zip(batch, orthogonalize(wide, dtype=self.dtype), strict=True):
-            rows, columns = p.shape
-            update, scale = update.mT if rows > columns else update, math.sqrt(max(1.0, rows / columns))
-            if isinstance(lr, Tensor):
-                p.addcmul_(update, lr, value=-scale)
-            else:
-                p.add_(update, alpha=-lr * scale)
+    def _orthogonalized(self, updates: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Each matrix's orthogonal factor, with its place in `updates`; those of one shape together."""
+        batches: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, u in enumerate(updates):
+            batches[tuple(sorted(u.shape))].append(i)
+        for batch in batches.values():
+            wide = torch.stack([u.mT if u.shape[0] > u.shape[1] else u for u in (updates[i] for i in batch)])
+            for i, update in zip(batch, orthogonalize(wide, dtype=self.dtype), strict=True):
+                yield i, update.mT if updates[i].shape[0] > updates[i].shape[1] else update
+
+    def _move_together(
+        self, params: list[Tensor], held: list[Tensor], updates: list[Tensor], rows: list[tuple[int, ...]],
+        lr: float | Tensor,
+    ) -> None:  # fmt: skip
+        """Each parameter's matrices orthogonalized by one process, which gets what others hold of them, and sends them
+        the result, in self.dtype."""
+        size, rank = self.world.size, self.world.rank
+        shapes = [tuple(p.shape) for p in params]
+        owners = divide(tuple(shapes), size)
+        of = [[i for i, owner in enumerate(owners) if owner == r] for r in range(size)]  # whose parameters are whose
+        sharded = is_sharded(params[0])
+        # (first, count), the rows of each parameter that each process holds
+        holds = [[shard_rows(n, size, r) if sharded else (0, n) for n, _ in shapes] for r in range(size)]
+        whole = [updates[i] for i in of[rank]]
+        if sharded:
+            expected = [[(holds[r][i][1], shapes[i][1]) for i in of[rank]] for r in range(size)]
+            parts = exchange([[updates[i] for i in some] for some in of], expected, updates[0])
+            whole = [torch.cat(some) for some in zip(*parts, strict=True)]
+
+        turned = [u.new_empty(u.shape, dtype=self.dtype) for u in whole]
+        mine = [rows[i] for i in of[rank]]
+        matrices = [part for t, some in zip(turned, mine, strict=True) for part in t.split(some)]
+        for i, update in self._orthogonalized([m for u, some in zip(whole, mine, strict=True) for m in u.split(some)]):
+            matrices[i].copy_(update)
+
+        sent = [[t.narrow(0, *holds[r][i]) for t, i in zip(turned, of[rank], strict=True)] for r in range(size)]
+        expected = [[(holds[rank][i][1], shapes[i][1]) for i in some] for some in of]
+        received = exchange(sent, expected, updates[0].new_empty(0, dtype=self.dtype))
+        for i, update in ((i, u) for some, us in zip(of, received, strict=True) for i, u in zip(some, us, strict=True)):
+            (first, count), start = holds[rank][i], 0
+            for n in rows[i]:  # what is held of each matrix that the parameter joins
+                a, b = max(start, first) - first, min(start + n, first + count) - first
+                if a < b:
+                    _move(held[i][a:b], update[a:b], n, lr)
+                start += n
+
+
+def _move(p: Tensor, update: Tensor, rows: int, lr: float | Tensor) -> None:
+    """Move a matrix of `rows` rows, or some of them, along its orthogonalized update."""
+    scale = math.sqrt(max(1.0, rows / p.shape[1]))
+    if isinstance(lr, Tensor):
+        p.addcmul_(update, lr, value=-scale)
+    else:
+        p.add_(update, alpha=-lr * scale)
+
+
+@cache
+def divide(shapes: tuple[tuple[int, int], ...], size: int) -> list[int]:
+    """Which of `size` processes orthogonalizes each matrix: the costliest first, each to the one with the least work.
+
+    >>> divide(((4, 4), (8, 4), (4, 4), (4, 4)), 2)
+    [1, 0, 1, 0]
+    """
+    work = [0] * size
+    owners = [0] * len(shapes)
+    for i in sorted(range(len(shapes)), key=lambda i: -math.prod(shapes[i]) * min(shapes[i])):
+        owners[i] = work.index(min(work))
+        work[owners[i]] += math.prod(shapes[i]) * min(shapes[i])
+    return owners

@@ -22,6 +22,7 @@ from torch.optim.adamw import adamw
 from ..kernels.adamw import AdamWTables, adamw_update
 from ..model.layers import JoinedLinear, Linear, WeightCopy
 from ..model.typed import typed
+from .distributed import ALONE, World, gathered, is_sharded, local
 from .muon import Muon, orthogonalize
 from .optimizer import GroupedOptimizer, check, check_parameter
 
@@ -96,6 +97,13 @@ class AdamW(GroupedOptimizer):
                 state["exp_avg_sq"] = torch.zeros_like(p)
         means, squares, steps = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
         beta1, beta2 = group["betas"]
+        if is_sharded(params[0]):
+            # each number by itself, so that every process steps its own
+            tensors = [local(some) for some in (params, grads, means, squares)]
+            held = [i for i, p in enumerate(tensors[0]) if p.numel()]  # a small one may have no rows here
+            params, grads, means, squares, steps = ([some[i] for i in held] for some in (*tensors, steps))
+            if not params:
+                return
         if self.runs_triton:
             torch._foreach_add_(steps, 1)
             kept = [self.copies.get(id(p)) for p in params]
@@ -136,12 +144,14 @@ def build_optimizers(
     copy_dtype: torch.dtype | None = None,
     low_gradients: bool = False,
     triton: bool | None = None,
+    world: World = ALONE,
 ) -> list[Optimizer]:
     """The optimizers of a transformer: [AdamW] for everything, or [AdamW, Muon] with Muon for the hidden matrices.
 
     copy_dtype: keep a copy of the blocks' matrices in autocast's dtype, for their products (model.layers.Linear).
     low_gradients: and let AdamW's of them keep gradients in that dtype, as the products give them. Not where several
-    backward passes add up to a step. Only Triton's AdamW takes such gradients.  triton: as in AdamW.
+    backward passes add up to a step. Only Triton's AdamW takes such gradients.  triton: as in AdamW.  world: as in
+    Muon.
     Every parameter belongs to one group of one optimizer. Vectors (norms, biases) take no weight decay.
     Raises ValueError on an unknown optimizer or a value out of range.
     """
@@ -166,15 +176,16 @@ def build_optimizers(
     ]
     if optimizer == "muon" and hidden:
         muon = [group(hidden, weight_decay)]
-        optimizers.append(Muon(muon, lr=muon_lr, momentum=muon_momentum, dtype=muon_dtype, copies=copies))
+        optimizers.append(Muon(muon, lr=muon_lr, momentum=muon_momentum, dtype=muon_dtype, copies=copies, world=world))
     return optimizers
 
 
-def low_precision(device: torch.device, dtype: torch.dtype, micro_batches: int = 1) -> dict[str, Any]:
-    """build_optimizers' options for training by autocast to dtype on that device: copies and low gradients on a GPU."""
+def low_precision(device: torch.device, dtype: torch.dtype, *, accumulates: bool = False) -> dict[str, Any]:
+    """build_optimizers' options for training by autocast to dtype on that device: copies on a GPU, and low gradients
+    unless gradients accumulate."""
     if device.type != "cuda" or dtype == torch.float32:
         return {}
-    return {"copy_dtype": dtype, "low_gradients": micro_batches == 1}
+    return {"copy_dtype": dtype, "low_gradients": not accumulates}
 
 
 def _keep_copies(model: nn.Module, dtype: torch.dtype) -> dict[int, WeightCopy]:
@@ -207,6 +218,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, optimizers: It
 
     Every gradient is multiplied by min(1, max_norm / (norm + 1e-6)), without waiting for the device. A norm that is not
     finite comes back as it is, with the gradients spoilt: the caller decides.
+    Of sharded parameters (FSDP2's) each process has a part of the gradients and learns the norm of all.
     optimizers: of these, Triton's AdamW multiplies its gradients itself in its next step; they stay as they are.
     Raises ValueError unless max_norm > 0.
     """
@@ -214,16 +226,25 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, optimizers: It
         raise ValueError(f"max_norm must be positive, got {max_norm}")
     itself = [o for o in optimizers if isinstance(o, AdamW) and o.runs_triton]
     theirs = {id(p) for o in itself for group in o.param_groups for p in group["params"]}
-    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    whole: list[Tensor] = []
+    shards: list[Tensor] = []
     scaled: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for p in parameters:
-        if p.grad is not None:
-            by_dtype[p.grad.dtype].append(p.grad)
-            if id(p) not in theirs:
-                scaled[p.grad.dtype].append(p.grad)
-    if not by_dtype:
+        if p.grad is None:
+            continue
+        (grad,) = local([p.grad])
+        if is_sharded(p):
+            shards.append(grad)
+            group = p.device_mesh.get_group()  # type: ignore[attr-defined]
+        else:
+            whole.append(grad)
+        if id(p) not in theirs:
+            scaled[grad.dtype].append(grad)
+    if not whole and not shards:
         return torch.zeros(())
-    norms = [n for grads in by_dtype.values() for n in torch._foreach_norm(grads, 2, _accumulated(grads[0].dtype))]
+    norms = _norms(whole)
+    if shards:
+        norms += gathered(torch.linalg.vector_norm(torch.stack(_norms(shards))), group)
     norm = torch.linalg.vector_norm(torch.stack(norms))
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for o in itself:
@@ -233,6 +254,13 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float, optimizers: It
     return norm
 
 
-def _accumulated(dtype: torch.dtype) -> torch.dtype:
-    """What a sum of squares of this dtype is added up in."""
-    return torch.float32 if dtype.itemsize < 4 else dtype
+def _norms(grads: list[Tensor]) -> list[Tensor]:
+    """Each one's 2-norm, in no certain order; sums of squares of two bytes are added up in fp32."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for grad in grads:
+        by_dtype[grad.dtype].append(grad)
+    return [
+        n
+        for dtype, some in by_dtype.items()
+        for n in torch._foreach_norm(some, 2, torch.float32 if dtype.itemsize < 4 else dtype)
+    ]

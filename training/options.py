@@ -56,6 +56,8 @@ class Option:
 
     def value(self, text: str | bool | list[str]) -> Any:
         """What `text`, from the command line, says, as TOML would have it. Raises ValueError naming the option."""
+        if isinstance(text, list):  # a flag given once may hold TOML's own list or table
+            return self.value(text[0]) if len(text) == 1 else text
         if not isinstance(text, str):
             return text
         kinds = self.type.split(" | ")

@@ -27,10 +27,16 @@ def check_sinks(config: TrainConfig) -> None:
 
 
 class Records:
-    """Where a run's records go: log.jsonl, and what the options ask for beside it. A context; keep_to as in RunLog."""
+    """Where a run's records go: log.jsonl, and what the options ask for beside it. A context; keep_to as in RunLog.
 
-    def __init__(self, config: TrainConfig, *, keep_to: int | None) -> None:
-        self._sinks: list[RunLog | TensorBoard | WandB] = [RunLog(config.out_dir / "log.jsonl", keep_to=keep_to)]
+    silent: nowhere.
+    """
+
+    def __init__(self, config: TrainConfig, *, keep_to: int | None, silent: bool = False) -> None:
+        self._sinks: list[RunLog | TensorBoard | WandB] = []
+        if silent:
+            return
+        self._sinks.append(RunLog(config.out_dir / "log.jsonl", keep_to=keep_to))
         try:
             if config.tensorboard:
                 self._sinks.append(TensorBoard(config.out_dir / "tensorboard", keep_to=keep_to))

@@ -2,8 +2,9 @@
 
     <out_dir>/diverged/step-00000034/
 
-is a checkpoint (checkpoint.py): parameters, optimizers, random generators and step of that moment, with the step's
-batch, its loss and its gradient's norm beside them. It needs nothing else of the run, not even its tokens.
+is a checkpoint (checkpoint/): parameters, optimizers, random generators and step of that moment, with the step's
+batch, its loss and its gradient's norm beside them. It needs nothing else of the run, not even its tokens; the batch is
+that of all processes, so that one computes again what several had.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ..model.typed import typed
 from .checkpoint import find_checkpoint, load_checkpoint, load_extra, save_checkpoint
 from .config import TrainConfig
+from .data import Batch, bounds_of
 from .files import remove_folder
 from .graph import autocast
 from .learner import Learner, resolve_device
@@ -66,7 +68,7 @@ def find_divergence(
     learner: Learner,
     checkpoint: Path | None,
     factors: Sequence[float],
-    batch: Callable[[int], tuple[Tensor, Tensor]],
+    batch: Callable[[int], Batch],
     *,
     out_dir: Path,
     tokenizer_hash: str,
@@ -81,18 +83,19 @@ def find_divergence(
     learner.restart()
     done = load_checkpoint(checkpoint, learner.model, learner.optimizers)[0] if checkpoint else 0
     for factor in factors:
-        inputs, targets = batch(done)
-        loss, norm = (x.item() for x in learner.take_step.gradients(inputs, targets))
+        tensors = batch(done)
+        inputs, targets = tensors[:2]
+        loss, norm = (x.item() for x in learner.take_step.gradients(*tensors))
         if not is_finite(loss, norm):
             extra = {
                 "config": learner.config.to_dict(),
-                "inputs": inputs.to("cpu", torch.int32),
-                "targets": targets.to("cpu", torch.int32),
+                "inputs": learner.world.all_rows(inputs).to("cpu", torch.int32),
+                "targets": learner.world.all_rows(targets).to("cpu", torch.int32),
                 "loss": loss,
                 "grad_norm": norm,
             }
             directory = out_dir / DUMPS
-            if (earlier := directory / f"step-{done:08d}").exists():
+            if learner.world.first and (earlier := directory / f"step-{done:08d}").exists():
                 remove_folder(earlier)
             return done + 1, save_checkpoint(
                 directory, learner.model, learner.optimizers, step=done, extra=extra, tokenizer_hash=tokenizer_hash
@@ -119,19 +122,22 @@ def replay(path: str | Path, *, device: str | None = None) -> Replay:
     where = resolve_device(config.device)
     learner = Learner(config, where)
     count, _ = load_checkpoint(path, learner.model, learner.optimizers)
-    inputs, targets = (extra[name].long().to(where) for name in ("inputs", "targets"))
-    loss, norm = learner.take_step.gradients(inputs, targets)
+    batch: Batch = tuple(extra[name].long() for name in ("inputs", "targets"))
+    if config.documents:
+        batch += (bounds_of(batch[1], config.gradient_accumulation),)
+    batch = tuple(x.to(where) for x in batch)
+    loss, norm = learner.take_step.gradients(*batch)
     gradients = tuple(
         name for name, p in learner.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
     )
     n = config.gradient_accumulation
-    pairs = zip(inputs.chunk(n), targets.chunk(n), strict=True)
-    first = next(filter(None, (_first_module(learner, *pair) for pair in pairs)), None)
+    parts = zip(*(x.chunk(n) for x in batch), strict=True)
+    first = next(filter(None, (_first_module(learner, part) for part in parts)), None)
     return Replay(count, loss.item(), norm.item(), extra["loss"], extra["grad_norm"], first, gradients)
 
 
 @torch.no_grad()
-def _first_module(learner: Learner, inputs: Tensor, targets: Tensor) -> str | None:
+def _first_module(learner: Learner, batch: Batch) -> str | None:
     """The name of the first module whose output is not finite, "loss" when only that is not; not compiled."""
     found: list[str] = []
 
@@ -146,7 +152,7 @@ def _first_module(learner: Learner, inputs: Tensor, targets: Tensor) -> str | No
     handles = [module.register_forward_hook(look(name or "loss")) for name, module in learner.model.named_modules()]
     try:
         with autocast(learner.device, learner.dtype):
-            learner.model(inputs, targets)
+            learner.validated(*batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -23,14 +23,20 @@ class TrainingDiverged(TrainingFailed):
     """The loss or the gradient is no longer finite."""
 
 
+class LostPeer(TrainingFailed):
+    """Another process of the run has ended, and this one cannot go on alone."""
+
+
 class StopSignals:
     """While entered, the first SIGINT, SIGTERM or SIGHUP only sets `received` to its number; a second SIGINT raises
     KeyboardInterrupt.
 
     A SIGHUP that is ignored stays so: nohup asked for that.
+    patient: for a second SIGINT too, as torchrun passes on what the terminal has sent to all.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
+        self.patient = patient
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -47,7 +53,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
+        if self.received and number == signal.SIGINT and not self.patient:
             raise KeyboardInterrupt
         self.received = self.received or number
 

@@ -13,6 +13,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from ...training.optim import build_optimizers
 from ...training.throughput import keep_freed_memory
 from ..cases.plain_model import PlainTransformer
 from ..measure.clock import clock
+from ..measure.compiler import compiled, no_fallback
 from ..rates.kernel_rates import ops_on
 from .step import graphed, take_step
 
@@ -71,8 +73,6 @@ class _Step:
             )
         self.optimizers = build_optimizers(self.model, optimizer="adamw", lr=1e-4)
         self.forward: Callable[..., Tensor] = self.model
-        if way.endswith("compiled"):
-            torch._dynamo.reset()
         if way == "ours, compiled":
             self.forward = torch.compile(self.model)
         elif way == "plain, compiled":
@@ -94,10 +94,12 @@ def measure_steps(
     seconds: float = 5.0,
     peak_flops: float | None = None,
     progress: Callable[[str], object] = lambda way: None,
+    failures: dict[str, str] | None = None,
 ) -> Iterator[StepTime]:
     """Each way's step, about `seconds` of them after the first; a way that this device does not have is left out.
 
-    ways: some of WAYS; the device's DEFAULT when None.
+    ways: some of WAYS; the device's DEFAULT when None.  failures: receives why a way has no time, by its name: a
+    compiler that leaves parts of it to eager PyTorch is such a reason. Without it the error is raised.
 
     Raises ValueError on an unknown way, and on a model that the peer cannot be.
     """
@@ -118,7 +120,15 @@ def measure_steps(
         progress(way)
         torch.manual_seed(0)
         tokens = torch.randint(config.vocab_size, (batch_size, context_length + 1), device=device)
-        yield _measure(way, config, tokens, dtype, seconds, peak_flops, flops)
+        try:
+            with no_fallback(), compiled() if way.endswith("compiled") else nullcontext():
+                step = _measure(way, config, tokens, dtype, seconds, peak_flops, flops)
+        except Exception as error:
+            if failures is None:
+                raise
+            failures[way] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        else:
+            yield step
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -197,6 +207,9 @@ def steps_table(title: str, steps: Sequence[StepTime]) -> Table:
     return out
 
 
-def as_results(machine: dict[str, Any], title: str, steps: Sequence[StepTime]) -> dict[str, Any]:
+def as_results(
+    machine: dict[str, Any], title: str, steps: Sequence[StepTime], failures: dict[str, str]
+) -> dict[str, Any]:
     """The content of a results file."""
-    return {"kind": "steps", "machine": machine, "title": title, "rows": [asdict(step) for step in steps]}
+    rows = [asdict(step) for step in steps]
+    return {"kind": "steps", "machine": machine, "title": title, "rows": rows, "failures": failures}

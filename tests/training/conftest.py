@@ -22,6 +22,7 @@ def write_tokens(tmp_path: Path) -> Callable[..., Path]:
 
     def write(ids: npt.ArrayLike, name: str = "tokens.bin", *, dtype: str = "uint16", **fields: object) -> Path:
         path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
         array = np.asarray(ids).astype(np.dtype(dtype).newbyteorder("<"))
         path.write_bytes(array.tobytes())
         header = {
@@ -33,7 +34,7 @@ def write_tokens(tmp_path: Path) -> Callable[..., Path]:
             "n_tokens": array.size,
             "n_bytes": 2 * array.size,
         }
-        path.with_name(name + ".json").write_text(json.dumps(header | fields))
+        path.with_name(path.name + ".json").write_text(json.dumps(header | fields))
         return path
 
     return write

@@ -22,8 +22,10 @@ def test_paths_and_betas_are_normalised():
     assert config.betas == (0.8, 0.9)
 
 
-def test_plain_values_round_trip():
-    config = _config(val_data="b.bin", max_seconds=3, grad_clip=None, optimizer="adamw")
+@pytest.mark.parametrize("data", ["a.bin", ["a.bin", "b"], {"a.bin": 2, "b": 0.5}])
+def test_plain_values_round_trip(data):
+    config = _config(train_data=data, val_data="b.bin", max_seconds=3, grad_clip=None, optimizer="adamw")
+    assert config.to_dict()["train_data"] == data
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -96,9 +98,17 @@ def test_missing_toml(tmp_path):
         ({"dtype": "float16"}, "dtype float16 would need loss scaling to train; use bfloat16"),
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, got 'int8'"),
         ({"kernels": "cuda"}, "kernels must be one of auto, triton, eager, got 'cuda'"),
+        ({"parallel": "tp"}, "parallel must be one of none, ddp, fsdp, got 'tp'"),
         ({"schedule": "linear"}, "schedule must be one of cosine, trapezoid, constant, got 'linear'"),
         ({"warmup": 1.5}, r"warmup must be in \[0, 1\], got 1.5"),
-        ({"train_data": None}, "train_data must be a path, got None"),
+        ({"train_data": None}, "train_data must be a path, a list of paths or a table of paths and weights, got None"),
+        ({"train_data": []}, "train_data must be a path, a list of paths or"),
+        ({"train_data": ["a.bin", 3]}, "train_data must be a path, a list of paths or"),
+        ({"train_data": {}}, "train_data must be a table of paths and their weights, positive and finite, got {}"),
+        ({"train_data": {"a.bin": 0}}, "train_data must be a table of paths and their weights, positive and finite"),
+        ({"train_data": {"a.bin": True}}, "train_data must be a table of paths and their weights"),
+        ({"order": "sorted"}, "order must be one of random, epochs, got 'sorted'"),
+        ({"eod": -1}, "eod must be an id, at least 0, got -1"),
         ({"model": "tiny"}, "model must be a ModelConfig, got str; in TOML, a table"),
     ],
 )
@@ -115,9 +125,11 @@ def test_what_a_resumed_run_may_change():
         "train_data": "b.bin", "val_data": None, "out_dir": "other", "batch_size": 64, "gradient_accumulation": 2,
         "max_steps": 5, "max_seconds": 1.0, "lr": 0.1, "muon_lr": 0.1, "muon_momentum": 0.5, "betas": (0.5, 0.5),
         "weight_decay": 0.5, "schedule": "cosine", "warmup": 0.5, "decay": 0.25, "min_lr_ratio": 0.1, "grad_clip": None,
-        "eval_every": 1, "eval_batches": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "log_every": 1,
+        "eval_every": 1, "eval_batches": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "async_checkpoints": True,
+        "log_every": 1,
         "tensorboard": True, "wandb": "p", "dtype": "float32", "device": "cpu", "compile": True, "checkpointing": True,
         "kernels": "eager", "peak_flops": 1.0, "resume": True, "overwrite": True, "cuda_graph": False, "init_from": "m",
+        "parallel": "ddp", "reshard": False, "order": "epochs", "documents": True, "eod": 1,
     }  # fmt: skip
     assert others.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
     refused = set()
@@ -129,6 +141,6 @@ def test_what_a_resumed_run_may_change():
         refused.add(name)
         with pytest.raises(ValueError, match=f"{name} must stay"):
             now.changes_since(began.to_dict())
-    assert refused == {"model", "optimizer", "seed"}
+    assert refused == {"model", "optimizer", "seed", "order", "documents", "eod"}
     # a checkpoint of before an option was there
     assert began.changes_since({k: v for k, v in began.to_dict().items() if k != "seed"}) == {}

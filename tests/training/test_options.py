@@ -104,6 +104,24 @@ def test_flags_go_over_the_file(config_of, tmp_path):
     assert config.model.rope_scaling.factor == 2.0
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["x.bin"], Path("x.bin")),
+        (["x.bin", "shards/"], [Path("x.bin"), Path("shards")]),
+        (["['x.bin', 'y.bin']"], [Path("x.bin"), Path("y.bin")]),
+        (["{'code/' = 0.3, 'web.bin' = 1}"], {"code/": 0.3, "web.bin": 1.0}),
+    ],
+)
+def test_training_data_as_flags(config_of, tmp_path, flags, expected):
+    """And the file's forms of the same, which the flags go over."""
+    path = tmp_path / "run.toml"
+    path.write_text("out_dir = 'run'\n[model]\npreset = 'tiny'\n[train_data]\n'code/' = 0.3\n'web.bin' = 1\n")
+    assert config_of("--config", str(path)).train_data == {"code/": 0.3, "web.bin": 1.0}
+    given = [part for text in flags for part in ("--train-data", text)]
+    assert config_of("--config", str(path), *given).train_data == expected
+
+
 def test_help_shows_every_flag_with_its_default():
     shown = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "300", "TERM": "dumb"}).output
     for option in options():

@@ -15,13 +15,14 @@ from typer.testing import CliRunner
 
 from rooflight.model import ModelConfig
 from rooflight.training import learner
-from rooflight.training.checkpoint import DamagedCheckpoint, load_model
+from rooflight.training.checkpoint import DamagedCheckpoint, load_extra, load_model
 from rooflight.training.commands import app
 from rooflight.training.config import TrainConfig
 from rooflight.training.data import batch_generator, get_batch, open_tokens
 from rooflight.training.loop import train
 from rooflight.training.replay import replay
 from rooflight.training.stopping import TrainingDiverged
+from support.saving import diverge, run
 
 BAD = 30  # steps done before the one whose loss or gradient is not finite
 
@@ -70,10 +71,11 @@ def test_the_step_is_found_and_replayed(config, tmp_path, monkeypatch, spoil, wh
     healthy = dataclasses.replace(config, out_dir=tmp_path / "healthy", checkpoint_every=BAD)
     train(healthy, console=quiet)
     dump = config.out_dir / "diverged" / f"step-{BAD:08d}"
+    changed = dataclasses.replace(config, async_checkpoints=what == "loss")
     with monkeypatch.context() as patch:
         spoil(patch, what)
         with pytest.raises(TrainingDiverged, match=rf"step {BAD + 1} is the first, which `rooflight replay {dump}`"):
-            train(dataclasses.replace(config, checkpoint_every=checkpoint_every), console=quiet)
+            train(dataclasses.replace(changed, checkpoint_every=checkpoint_every), console=quiet)
         shutil.move(dump, tmp_path / "dump")  # it needs nothing else of the run
         shutil.rmtree(config.out_dir)
         config.train_data.unlink()
@@ -107,6 +109,19 @@ def test_a_module_is_named(config):
     assert again.reproduced
     assert (again.step, again.first_module) == (1, "embedding")
     assert "first output that is not finite: embedding" in again.lines()
+
+
+@pytest.mark.cpu
+def test_one_process_computes_again_what_two_had(config, tmp_path):
+    """The dump of two is in shards and has the batch of both. Its predecessor, of an earlier run, is removed."""
+    config = dataclasses.replace(config, optimizer="adamw", lr=3e38, weight_decay=1e10, warmup=0.0, parallel="fsdp")
+    (config.out_dir / "diverged" / "step-00000001").mkdir(parents=True)
+    (config.out_dir / "rooflight.json").write_text('{"format": "rooflight-run", "version": 1}')
+    run(2, tmp_path, diverge, config)
+    again = replay(config.out_dir / "diverged")
+    assert again.reproduced
+    assert (again.step, again.first_module) == (1, "embedding")
+    assert load_extra(config.out_dir / "diverged")["inputs"].shape == (4, 8)
 
 
 def test_a_step_that_is_finite_again(config, monkeypatch):

@@ -13,6 +13,7 @@ from rich.console import Console
 from rooflight.training.checkpoint import load_model
 from rooflight.training.loop import train
 from support.runs import log_of, weights_of
+from support.saving import go_on, run
 
 
 def test_resume_passes_over_a_damaged_checkpoint(config, tmp_path):
@@ -56,3 +57,28 @@ def test_resume_counts_tokens_and_says_what_is_another(config, write_tokens):
     ):
         with pytest.raises(ValueError, match=message):
             train(dataclasses.replace(more, **change), console=Console(file=said))
+
+
+@pytest.mark.cpu
+def test_a_run_goes_on_with_other_numbers_of_processes(config, tmp_path):
+    """Two that share the parameters, then one, then three that each have all: the run of one, up to rounding.
+
+    That a checkpoint itself is read to the bit is tested in checkpoint/test_shards.py.
+    """
+    config = dataclasses.replace(config, batch_size=6, lr=3e-4, muon_lr=3e-3, schedule="constant", warmup=0.0)
+    config = dataclasses.replace(config, log_every=1, eval_every=4, checkpoint_every=3, async_checkpoints=True)
+    train(dataclasses.replace(config, out_dir=tmp_path / "one", max_steps=12), console=Console(file=io.StringIO()))
+    single = dataclasses.replace(config, out_dir=tmp_path / "one")
+    expected = load_model(single.out_dir).state_dict()
+
+    run(2, tmp_path, go_on, dataclasses.replace(config, max_steps=4, parallel="fsdp"))
+    assert (config.out_dir / "checkpoints" / "step-00000004" / "shards").is_dir()
+    config = dataclasses.replace(config, resume=True)
+    train(dataclasses.replace(config, max_steps=8), console=Console(file=io.StringIO()))
+    assert not (config.out_dir / "checkpoints" / "step-00000008" / "shards").exists()
+    run(3, tmp_path, go_on, dataclasses.replace(config, max_steps=12, parallel="ddp"))
+    for name in ("step", "loss", "grad_norm", "val_loss", "tokens"):
+        found, theirs = ([r.get(name, 0) for r in log_of(c)] for c in (config, single))
+        assert found == pytest.approx(theirs, rel=2e-6), name
+    found = load_model(config.out_dir).state_dict()
+    assert max(((found[n] - x).norm() / x.norm()).item() for n, x in expected.items()) < 3e-6

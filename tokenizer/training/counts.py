@@ -49,7 +49,8 @@ def read_counts(
     counter = WordCounter()
     total = 0
     seen: set[str] = set()
-    for name in map(os.fspath, paths):
+    for path in paths:
+        name = os.fspath(path)
         if os.path.realpath(name) in seen:
             raise ValueError(f"counts: {name} is given twice, its words would count double")
         seen.add(os.path.realpath(name))

@@ -148,9 +148,12 @@ def count_words(
     """
     i, n = check_shard(shard)
     out_path = Path(out_path)
+    if out_path.is_dir():
+        raise ValueError(f"out_path: {out_path} is a folder, expected a file")
     files, _ = find_files(inputs)
     refuse_same_file("out_path", out_path, *files)
     cutter = Cutter(Specials(special_tokens), resolve(pattern))
+    out_path.parent.mkdir(parents=True, exist_ok=True)
     spans = [span for part in parts(files, _PART)[i::n] for span in part]
     with progress_bars(progress) as bar:
         advance = bar("Counting words", None)

@@ -353,7 +353,7 @@ def launch_backward(
         describe(k, BLOCK_N, varlen), describe(v, BLOCK_N, varlen),
         describe_rows(rows, 2 * block_m), describe_lines(accumulator, block_m * head_dim // LINE.value),
         describe(tiles_dk, BLOCK_N // 2, varlen), describe(tiles_dv, BLOCK_N // 2, varlen),
-        added, tiles_dk, tiles_dv, cu_seqlens_q, cu_seqlens_k,
+        tiles_dk, tiles_dv, added, cu_seqlens_q, cu_seqlens_k,
     )  # fmt: skip
     dq_plan(accumulator, added, dq, cu_seqlens_q)
     for written, x in ((tiles_dk, dk), (tiles_dv, dv)):

@@ -8,12 +8,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from rooflight.bench.cases import plain_model
 from rooflight.bench.cases.plain_model import PlainTransformer
 from rooflight.bench.cli import app
+from rooflight.bench.measure.compiler import NotCompiled
 from rooflight.bench.predict.side_by_side import DEFAULT, WAYS, measure_steps
 from rooflight.kernels import reference
 from rooflight.model import ModelConfig, Transformer, estimate
 
+CPU = torch.device("cpu")
 CONFIG = ModelConfig(vocab_size=130, context_length=16, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64)
 
 
@@ -34,14 +37,12 @@ def test_what_the_peer_cannot_be_is_named():
     with pytest.raises(ValueError, match=r"config\.window: expected None for the plain model, got 8"):
         PlainTransformer(dataclasses.replace(CONFIG, window=8))
     with pytest.raises(ValueError, match=r"ways: expected some of .*, got 'theirs'"):
-        next(measure_steps(CONFIG, 2, 16, torch.float32, torch.device("cpu"), ways=["theirs"]))
+        next(measure_steps(CONFIG, 2, 16, torch.float32, CPU, ways=["theirs"]))
 
 
 def test_rows_hold_together():
     ways = [way for way in WAYS if "compiled" not in way]  # compiling takes longer than all the rest
-    steps = list(
-        measure_steps(CONFIG, 2, 16, torch.float32, torch.device("cpu"), ways=ways, seconds=0.01, peak_flops=1e9)
-    )
+    steps = list(measure_steps(CONFIG, 2, 16, torch.float32, CPU, ways=ways, seconds=0.01, peak_flops=1e9))
     assert [step.name for step in steps] == ["ours, eager", "plain, eager"]
     e = estimate(CONFIG, batch_size=2, context_length=16, causal="full")
     for step in steps:
@@ -59,20 +60,51 @@ def test_a_cpu_and_a_gpu_take_the_peer_eager_and_compiled_and_ours_without_a_hos
     assert DEFAULT["cuda"] == ("ours, eager", "ours, graphed", "plain, eager", "plain, compiled")
 
 
-def test_ways_that_are_compiled_run_in_what_the_compiler_gives(monkeypatch: pytest.MonkeyPatch):
-    """Its front end alone: the rest of the compiler takes half a minute."""
-    compiled = []
+@pytest.fixture
+def front_end(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The compiler's front end alone, as the rest takes half a minute; what it is given."""
+    given, whole = [], torch.compile
 
     def compiler(model, *_, **__):
-        compiled.append(type(model).__name__)
-        return lambda *inputs: model(*inputs)
+        given.append(type(getattr(model, "__self__", model)).__name__)  # of a block, its bound method
+        return whole(model, backend="eager")
 
     monkeypatch.setattr(torch, "compile", compiler)
-    monkeypatch.setattr(torch.nn.Module, "compile", compiler)
-    ways = ["ours, compiled", "plain, compiled"]
-    steps = list(measure_steps(CONFIG, 2, 16, torch.float32, torch.device("cpu"), ways=ways, seconds=0.01))
-    assert [(step.name, step.ours) for step in steps] == [(ways[0], True), (ways[1], False)]
-    assert compiled == ["Transformer", "_Block", "_Block"]
+    return given
+
+
+COMPILED = ["ours, compiled", "plain, compiled"]
+
+
+# torch's own, of a block's input, which is no leaf
+NO_LEAF = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+
+
+@NO_LEAF
+def test_ways_that_are_compiled_run_in_what_the_compiler_gives(front_end: list[str]):
+    config = dataclasses.replace(CONFIG, n_layer=1)
+    steps = list(measure_steps(config, 2, 16, torch.float32, CPU, ways=COMPILED, seconds=0.01))
+    assert [(step.name, step.ours) for step in steps] == [(COMPILED[0], True), (COMPILED[1], False)]
+    assert front_end == ["Transformer", "_Block"]
+
+
+@NO_LEAF
+def test_a_way_that_the_compiler_leaves_to_eager_has_no_time(front_end: list[str], monkeypatch: pytest.MonkeyPatch):
+    forward = plain_model._Block.forward
+
+    def breaks(self, *inputs):
+        torch._dynamo.graph_break()
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(plain_model._Block, "forward", breaks)
+    failures: dict[str, str] = {}
+    ways = ["plain, compiled", "plain, eager"]
+    steps = measure_steps(CONFIG, 2, 16, torch.float32, CPU, ways=ways, seconds=0.01, failures=failures)
+    assert [step.name for step in steps] == ["plain, eager"]
+    assert failures.keys() == {"plain, compiled"}
+    assert failures["plain, compiled"].startswith("NotCompiled: a graph break: ")
+    with pytest.raises(NotCompiled):
+        next(measure_steps(CONFIG, 2, 16, torch.float32, CPU, ways=ways, seconds=0.01))
 
 
 @pytest.mark.slow
@@ -81,7 +113,7 @@ def test_compiled_steps_are_the_eager_ones(tmp_path, monkeypatch: pytest.MonkeyP
     """All of the compiler, as the demo and the peers run it on a CPU."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     config, ways = dataclasses.replace(CONFIG, n_layer=1), ["ours, eager", "ours, compiled"]
-    eager, compiled = measure_steps(config, 2, 16, torch.float32, torch.device("cpu"), ways=ways, seconds=0.01)
+    eager, compiled = measure_steps(config, 2, 16, torch.float32, CPU, ways=ways, seconds=0.01)
     assert compiled.first_loss == pytest.approx(eager.first_loss, rel=1e-5)
     assert compiled.last_loss < compiled.first_loss
 

@@ -326,25 +326,26 @@ def test_another_encoding_is_warned_of_and_nothing_makes_no_file(tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["x.jsonl", "x.txt.gz", "x.parquet"])
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, name: str) -> None:
-    """The peak of a process for 60 MB of text, beside that for 15 MB."""
+    """The peak of a process for 60 MB of text, beside that for 30 MB."""
     TOKENIZER.save(tmp_path / "tk")
     code = """
-import resource, sys
+import re, sys
 from rooflight.tokenizer import Tokenizer
 from rooflight.tokenizer.corpus.prepare import prepare
 prepare(Tokenizer.load(sys.argv[1]), [sys.argv[2]], sys.argv[3], num_workers=1, shard_tokens=4_000_000)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-"""
+print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024)
+"""  # (getrusage would tell of the process that started this one too.)
     text = " ".join(random.choices(_WORDS[:-6], k=400_000))[:1_000_000]
     peaks = []
-    for size in (15, 60):
+    for size in (30, 60):
         path = tmp_path / str(size) / name
         path.parent.mkdir()
         if name == "x.parquet":
             pa = pytest.importorskip("pyarrow")
             import pyarrow.parquet as pq
 
-            pq.write_table(pa.table({"text": [text[:10_000]] * (100 * size)}), path)
+            starts = random.choices(range(len(text) - 10_000), k=100 * size)
+            pq.write_table(pa.table({"text": [text[i : i + 10_000] for i in starts]}), path)
         else:
             data = (json.dumps({"text": text}) + "\n").encode() if name == "x.jsonl" else text.encode()
             with path.open("wb") if name == "x.jsonl" else gzip.open(path, "wb", compresslevel=1) as file:
@@ -354,4 +355,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
             [sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True, env=os.environ
         )
         peaks.append(float(done.stdout))
-    assert peaks[1] < peaks[0] + 15, peaks
+    assert peaks[1] < peaks[0] + 20, peaks

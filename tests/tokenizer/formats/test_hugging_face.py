@@ -134,6 +134,8 @@ def test_a_vocabulary_may_lack_single_bytes(tmp_path: Path) -> None:
     for copy in (Tokenizer.load(tmp_path / "own"), Tokenizer.load(tmp_path / "again.json")):
         assert copy.hash == tokenizer.hash
         assert copy.decode(copy.encode(samples[1])) == samples[1]
+    with pytest.raises(ValueError, match="is missing, expected all 256"):
+        tokenizer.export_tiktoken(tmp_path / "ranks")
     with pytest.raises(ValueError, match="is missing, expected all 256"):  # which nobody else wrote
         Tokenizer(tokenizer.vocab, tokenizer.merges)
 

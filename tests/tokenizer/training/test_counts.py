@@ -55,7 +55,7 @@ def test_merged_counts_train_as_the_whole_text(corpus: Path, n: int, num_workers
 
 
 def test_equal_counts_are_equal_files(corpus: Path) -> None:
-    files = [corpus.parent / name for name in "abc"]
+    files = [corpus.parent / "counts" / name for name in "abc"]  # a folder that is not there yet
     count_words([corpus], files[0], [END], field="body", num_workers=1)
     count_words([corpus], files[1], [END], field="body", num_workers=2)
     count_words(sorted(corpus.iterdir(), reverse=True), files[2], [END], field="body", num_workers=1)
@@ -109,6 +109,8 @@ def test_what_is_refused(corpus: Path, tmp_path: Path) -> None:
         train_bpe_from_counts([tmp_path / "none"], 300, [END])
     with pytest.raises(ValueError, match=r"out_path: .* is the input"):
         count_words([corpus], corpus / "a.txt", [END], field="body")
+    with pytest.raises(ValueError, match=r"out_path: .* is a folder"):
+        count_words([corpus / "a.txt"], corpus, [END])
     with pytest.raises(ValueError, match=r"b\.jsonl, line 1: has no field 'text'"):
         count_words([corpus], tmp_path / "out", [END], num_workers=1)
     assert not (tmp_path / "out").exists()

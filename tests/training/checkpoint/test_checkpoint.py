@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from rooflight.kernels import reference
 from rooflight.model import ModelConfig, Transformer
-from rooflight.training import checkpoint
 from rooflight.training.checkpoint import (
     DamagedCheckpoint,
     check_tokenizer,
@@ -97,7 +97,7 @@ def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(tmp_path, monkeypatch, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        owner = {"save_file": checkpoint.safetensors.torch, "save": torch, "rmtree": shutil}.get(moment, os)
+        owner = {"save_file": safetensors.torch, "save": torch, "rmtree": shutil}.get(moment, os)
         patch.setattr(owner, moment, crash)
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, model, optimizers, step=2, keep=1)
