@@ -66,17 +66,22 @@ class Definition(NamedTuple):
     @property
     def byte_ids(self) -> list[int]:
         special_ids = set(self.special_tokens.values())
-        ids = {token: i for i, token in self.vocab.items() if len(token) == 1 and i not in special_ids}
-        # (A special token may be the only one of its byte.)
-        ids = {token: i for i, token in self.vocab.items() if len(token) == 1} | ids
+        single = [(token, i) for i, token in self.vocab.items() if len(token) == 1]
+        # An ordinary token's, but a special token may be the only one of its byte.
+        ids = dict(single) | {token: i for token, i in single if i not in special_ids}
         # (One that a tokenizer.json lacks gets an id that no token has.)
         return [ids.get(bytes([byte]), self.vocab_size) for byte in range(256)]
 
     @property
     def ordinary(self) -> dict[bytes, int]:
         """The tokens that are not special, with their ids."""
+        ordinary = dict(zip(self.vocab.values(), self.vocab, strict=True))
         special_ids = set(self.special_tokens.values())
-        return {token: i for i, token in self.vocab.items() if i not in special_ids}
+        if len(ordinary) < len(self.vocab):  # a special token and another have the same bytes
+            return {token: i for i, token in self.vocab.items() if i not in special_ids}
+        for i in special_ids:
+            del ordinary[self.vocab[i]]
+        return ordinary
 
 
 def define(

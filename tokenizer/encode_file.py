@@ -67,10 +67,9 @@ def encode_batch(encode_many: EncodeMany, texts: Iterable[str], *, num_workers: 
     """The ids of each text. `encode_many` is sent to other processes."""
     with Crew(partial(_BatchWorker, encode_many), check_num_workers(num_workers)) as crew:
         for ids, counts in crew.map(_groups(texts)):
-            flat = ids.tolist()
             end = 0
             for count in counts:
-                yield flat[end : end + count]
+                yield ids[end : end + count].tolist()
                 end += count
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from . import encode_file as _files
 from .decode import IncrementalDecoder
 from .definition import Definition, define
-from .encoding import SHORT_TEXT, STREAM_PIECE, Encoder, SpecialIds, WordEncoder, cut_stream
+from .encoding import STREAM_PIECE, Encoder, SpecialIds, WordEncoder, compiled_core, cut_stream, is_by_rank
 from .formats import directory as own_format
 from .formats import hugging_face, tiktoken
 from .pretokenize import GPT2_PATTERN, Pattern, repair, utf8
@@ -59,18 +59,21 @@ class Tokenizer:
         ignore_merges: bool = False,
     ) -> None:
         self._set_up(define(vocab, merges, special_tokens or (), pattern, ignore_merges))
+        self.warm_up()
 
-    def _set_up(self, definition: Definition) -> None:
+    def _set_up(self, definition: Definition, by_rank: bool | None = None) -> None:
         self.definition = definition
+        if by_rank is not None:
+            self.__dict__["is_by_rank"] = by_rank
         self.vocab = self.definition.vocab
         self.vocab_size = self.definition.vocab_size
         self.special_tokens = self.definition.special_tokens
         self.pattern = self.definition.pattern
         self.ignore_merges = definition.ignore_merges
         self._tokens = TokenBytes(self.vocab)
-        self._encoder = Encoder(
-            WordEncoder(self.definition, self._tokens), self.pattern, self._tokens, definition.options
-        )
+        self._words = WordEncoder(self.definition, self._tokens)
+        self._encoder = Encoder(self._words, self.pattern, self._tokens, definition.options)
+        self._is_warm = False
         self.special_ids = SpecialIds(self.special_tokens, self.pattern, definition.options)
         self._no_special_ids = SpecialIds({}, self.pattern, definition.options)
         self._some_special_ids: dict[frozenset[str], SpecialIds] = {}
@@ -79,12 +82,27 @@ class Tokenizer:
         return f"Tokenizer(vocab_size={self.vocab_size}, special_tokens={list(self.special_tokens)})"
 
     def __reduce__(self) -> tuple:
-        return _build, (self.definition,)  # workers get what defines a tokenizer, not its tables
+        # Workers get what defines a tokenizer, not its tables.
+        return _set_up, (self.definition, self.__dict__.get("is_by_rank"))
+
+    def warm_up(self) -> None:
+        """Makes what the first short text would else wait for, once: with `tiktoken`, its compiled core.
+
+        That is done already, but for a tokenizer that was pickled: most processes that get one encode long texts.
+        """
+        if not self._is_warm:
+            self._encoder.warm_up(compiled_core(self.definition) if self.is_by_rank else None)
+            self._is_warm = True
 
     @cached_property
     def merges(self) -> list[tuple[bytes, bytes]]:
         """Pairs of tokens, the first one merged first."""
         return self.definition.merges
+
+    @cached_property
+    def is_by_rank(self) -> bool:
+        """Whether the merges list means what tiktoken's ranks mean; export_tiktoken is for such."""
+        return is_by_rank(self.definition, self._words.merge_words)
 
     @cached_property
     def hash(self) -> str:
@@ -110,13 +128,18 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise ValueError(f"text: got {type(text).__name__}, expected str")
-        allowed = self.special_ids if allowed_special == "all" else self._allowed(allowed_special)
-        if allowed_special == "none_raise":
-            self._refuse_specials(text)
+        allowed = self.special_ids
+        if allowed_special != "all":
+            allowed = self._allowed(allowed_special)
+            if allowed_special == "none_raise":
+                self._refuse_specials(text)
         if offsets:
             return self._encoder.encode_with_offsets(text, allowed)
-        if len(text) < SHORT_TEXT:
+        if len(text) < self._encoder.short:
             return self._encoder.encode_short(text, allowed)
+        if not self._is_warm:
+            self.warm_up()
+            return self.encode(text, allowed_special=allowed_special)
         return self._encoder.encode_to_list(cut_stream([utf8(text)], allowed.cutter), allowed)
 
     def encode_iterable(self, iterable: Iterable[str], *, allowed_special: AllowedSpecial = "all") -> Iterator[int]:
@@ -224,7 +247,7 @@ class Tokenizer:
         And tokenizer.json, where that gives the same ids: then transformers' AutoTokenizer opens the folder as well.
         Raises ValueError on a folder with a tokenizer of another kind.
         """
-        own_format.save(self.definition, Path(directory))
+        own_format.save(self.definition, Path(directory), self.is_by_rank)
         try:
             self.export_hf(Path(directory) / own_format.HUGGING_FACE)
         except ValueError:
@@ -241,8 +264,8 @@ class Tokenizer:
             return cls.from_hf(path)
         if (path / own_format.HUGGING_FACE).exists() and not own_format.is_ours(path):
             return cls.from_hf(path / own_format.HUGGING_FACE)
-        definition, saved_hash = own_format.read_directory(path)
-        tokenizer = _build(definition)
+        definition, saved_hash, by_rank = own_format.read_directory(path)
+        tokenizer = _build(definition, by_rank)
         tokenizer.__dict__["hash"] = saved_hash
         return tokenizer
 
@@ -298,8 +321,14 @@ class Tokenizer:
         return _build(tiktoken.read_tiktoken(Path(path), special_tokens, pattern))
 
 
-def _build(definition: Definition) -> Tokenizer:
+def _build(definition: Definition, by_rank: bool | None = None) -> Tokenizer:
     """Of a definition that is checked."""
+    tokenizer = _set_up(definition, by_rank)
+    tokenizer.warm_up()
+    return tokenizer
+
+
+def _set_up(definition: Definition, by_rank: bool | None) -> Tokenizer:
     tokenizer = Tokenizer.__new__(Tokenizer)
-    tokenizer._set_up(definition)
+    tokenizer._set_up(definition, by_rank)
     return tokenizer

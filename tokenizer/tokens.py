@@ -28,11 +28,15 @@ class TokenBytes:
     """The bytes of every token, for look-ups of whole arrays.
 
     sizes: (vocab_size,) int64, each token's bytes; 0 where the vocabulary has no such id.
+    ints: (vocab_size,) objects, the vocabulary's own int for each id.
     """
 
     def __init__(self, vocab: Mapping[int, bytes]) -> None:
         tokens = list(map(vocab.get, range(max(vocab) + 1), repeat(b"")))
         self._has_gaps = len(vocab) < len(tokens)
+        self.ints = np.empty(len(tokens), object)
+        ids = list(vocab)
+        self.ints[ids] = ids
         self.sizes = np.fromiter(map(len, tokens), np.int64, len(tokens))
         self._offsets = np.cumsum(self.sizes) - self.sizes
         # Eight bytes from every offset of the tokens' bytes, and those at which each token starts.
@@ -40,7 +44,7 @@ class TokenBytes:
         self._loads = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))
         self._heads = self._loads[self._offsets]
         # None, which cannot be joined, where there is no token.
-        self._tokens: list[Any] = [token or None for token in tokens]
+        self._tokens: list[Any] = [token or None for token in tokens] if self._has_gaps else tokens
 
     def edges(self) -> tuple[np.ndarray, np.ndarray]:
         """Each token's first and last byte (uint8); anything where the vocabulary has no such id."""

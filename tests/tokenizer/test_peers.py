@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiktoken.load import load_tiktoken_bpe
 
 from rooflight.tokenizer import GPT2_PATTERN, Tokenizer, train_bpe
-from rooflight.tokenizer.formats.tiktoken import merges_of_ranks
+from rooflight.tokenizer.formats.tiktoken import pairs_of_ranks
 from support import bpe_reference
 
 END, PAD = "<|endoftext|>", "<pad>"
@@ -195,9 +195,11 @@ def test_the_two_orders_of_merging_can_differ(tmp_path: Path) -> None:
     assert not (tmp_path / "ranks").exists()
 
 
-def test_merges_of_ranks_of_a_trained_vocabulary_are_its_merges() -> None:
+def test_pairs_of_ranks_of_a_trained_vocabulary_are_its_merges() -> None:
     vocab, merges = bpe_reference.train("".join(SAMPLE) * 2, 150)
-    assert merges_of_ranks({token: i for i, token in vocab.items()}) == (merges, [])
+    pairs, whole = pairs_of_ranks({token: i for i, token in vocab.items()})
+    assert [tuple(vocab[i] for i in pair) for pair in pairs.tolist()] == [(a, b, a + b) for a, b in merges]
+    assert whole == []
 
 
 @pytest.mark.parametrize(

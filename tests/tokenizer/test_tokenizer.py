@@ -206,6 +206,15 @@ def test_short_texts_remember_a_bounded_number_of_words(monkeypatch: pytest.Monk
         assert "cd" in words or "cd" in words._old  # what is asked for again and again is not forgotten
 
 
+def test_special_tokens_are_found_whatever_they_have_in_common() -> None:
+    for specials in ([], ["<a>"], ["<a>", "<ab>", "<a"], ["<a>", "[b]"]):
+        tokenizer = Tokenizer(VOCAB, MERGES, specials)
+        for text in ("", "the cat<a>the<ab> <a[b]", "<a>", "[b]", "<", "the cat"):
+            assert tokenizer.encode(text) == bpe_reference.encode(text, tokenizer.vocab, MERGES, tuple(specials))
+        with pytest.raises(ValueError, match="lone surrogate"):
+            tokenizer.encode("a\ud800")
+
+
 def test_a_long_text_is_a_list_of_ints() -> None:
     tokenizer = Tokenizer(VOCAB, MERGES)
     ids = tokenizer.encode(CORPUS * 20)
@@ -349,6 +358,7 @@ def test_threads_share_the_words_of_short_texts(monkeypatch: pytest.MonkeyPatch)
     texts = [CORPUS[i : i + 60] for i in range(300)]
     expected = [Tokenizer(VOCAB, MERGES).encode(text) for text in texts[::30]]
     shared = Tokenizer(VOCAB, MERGES)
+    shared._encoder._encode_text = None  # word by word, not by compiled code
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(shared.encode, texts))[::30] == expected
     copy = pickle.loads(pickle.dumps(shared))

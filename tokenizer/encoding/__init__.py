@@ -1,6 +1,8 @@
-"""Texts to token ids: whole texts (encoder.py), words of long texts (text.py), merges in words (words.py, long.py)."""
+"""Texts to token ids: whole texts (encoder.py), words of long texts (text.py), merges in words (words.py, long.py);
+short texts by compiled code where there is some (core.py)."""
 
-from .encoder import SHORT_TEXT, STREAM_PIECE, Encoder, SpecialIds, cut_stream
+from .core import compiled_core, is_by_rank
+from .encoder import STREAM_PIECE, Encoder, SpecialIds, cut_stream
 from .words import WordEncoder
 
-__all__ = ["SHORT_TEXT", "STREAM_PIECE", "Encoder", "SpecialIds", "WordEncoder", "cut_stream"]
+__all__ = ["STREAM_PIECE", "Encoder", "SpecialIds", "WordEncoder", "compiled_core", "cut_stream", "is_by_rank"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import threading
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import chain
 
@@ -25,6 +25,7 @@ from ..pretokenize import (
     utf8,
 )
 from ..tokens import TokenBytes
+from .core import Core, disputed
 from .text import TextEncoder
 from .words import WordEncoder
 
@@ -32,13 +33,16 @@ from .words import WordEncoder
 PIECE = 1 << 22
 # The same of a stream, which is to take less than a megabyte with all its arrays.
 STREAM_PIECE = 1 << 14
-# Characters below which a dictionary look-up for each word costs less than starting up the arrays.
+# Characters below which a dictionary look-up for each word costs less than starting up the arrays; and those below
+# which compiled code does, of which new words cost little, while arrays get ahead once they know the words.
 SHORT_TEXT = 3 << 10
+COMPILED_TEXT = 12 << 10
 # Words that short texts left behind: so many at most, so that no text makes the memory grow without bound.
 MAX_WORDS = 1 << 16
 # Longer words than this are rarely met again and are not remembered.
 MAX_WORD_CHARACTERS = 1 << 8
 
+_NOWHERE = "\ud800"
 # Stands between texts that are encoded together; no vocabulary has such an id.
 _END = np.iinfo(np.int32).max
 
@@ -51,14 +55,18 @@ class SpecialIds:
         self.specials = Specials(id_of, {token: flags for token, flags in options.flags.items() if token in id_of})
         # A piece that begins with a space gets no other one.
         self.cutter = Cutter(self.specials, pattern, only_at_spaces=options.prefix_space)
+        # What all of them begin with: of the first and last in order, what is common to both. Without any of them,
+        # what is in no text.
+        first, last = min(id_of, default=_NOWHERE), max(id_of, default=_NOWHERE)
+        n = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+        self.beginning = first[:n]
         self._id_of_bytes = dict(zip(self.specials.encoded, id_of.values(), strict=True))
 
     def split(self, text: str) -> list[str]:
         """The text's parts: ordinary text and special tokens, alternating."""
-        # Looking for each token by itself is the faster, and mostly there is none.
-        for token in self.id_of:
-            if token in text:
-                return self.specials.split(text)
+        # Looking for each token by itself is the faster, and mostly there is not even what all begin with.
+        if self.beginning in text and any(token in text for token in self.id_of):
+            return self.specials.split(text)
         return [text]
 
     def mask(self, data: bytes) -> tuple[bytes, np.ndarray]:
@@ -84,29 +92,48 @@ class Encoder:
         self._word_encoder = words
         self._words = _Words(words, tokens.missing())
         # One int for each id. A list of ints made anew would take five times the memory, and mostly page faults' time.
-        self._ints = np.array(range(len(tokens.sizes)), object)
+        self._ints = tokens.ints
+        # Characters below which a text is short; before warm_up() none is.
+        self.short = 0
+        self._encode_text: Callable[[str], list[int]] | None = None
+        self._disputed = re.compile("")
         # One for each thread: its tables are written to by every call. No lock, which a fork might copy while held.
         self._local = threading.local()
         self._local.text_encoder = TextEncoder(words, pattern)
-        # What is made at the first use is made now, so that a stream takes next to no memory (see STREAM_PIECE): the
-        # allocator too then has room for a piece's arrays.
-        self._missing: re.Pattern[bytes] | None = None  # not in that text
+        self._missing: re.Pattern[bytes] | None = self._words.missing
+
+    def warm_up(self, core: Core | None) -> None:
+        """Gives short texts and single words to compiled code, if there is any, and makes what is made at first use."""
+        self.short = SHORT_TEXT
+        if core is not None:
+            self._word_encoder.compiled = core.encode_word
+            if core.encode_text is not None:
+                self._encode_text, self._disputed, self.short = core.encode_text, disputed(), COMPILED_TEXT
+        self._word_encoder.warm_up()
+        self._missing = None  # not in that text
+        # So that a stream takes next to no memory (see STREAM_PIECE); the allocator too then has room for its arrays.
         self._encode_masked((" é" * (STREAM_PIECE // 3)).encode(), np.empty(0, np.int32))
         self._missing = self._words.missing
 
     def encode_short(self, text: str, allowed: SpecialIds) -> list[int]:
+        """Ids of a text below self.short."""
+        if allowed.beginning not in text and not self._prepares:
+            return self._encode_part(text)
         parts = allowed.split(text)
         if self._prepares:
             parts[::2] = map(self._prepare, parts[::2])
-        if len(parts) == 1:
-            return list(chain.from_iterable(map(self._words.__getitem__, self._split(parts[0]))))
         ids: list[int] = []
         for i, part in enumerate(parts):
             if i % 2:
                 ids.append(allowed.id_of[part])
             else:
-                ids.extend(chain.from_iterable(map(self._words.__getitem__, self._split(part))))
+                ids += self._encode_part(part)
         return ids
+
+    def _encode_part(self, text: str) -> list[int]:
+        if self._encode_text is not None and (text.isascii() or not self._disputed.search(text)):
+            return self._encode_text(text)
+        return list(chain.from_iterable(map(self._words.__getitem__, self._split(text))))
 
     def encode_long(self, pieces: Iterable[bytes], allowed: SpecialIds) -> np.ndarray:
         """Ids (int32) of UTF-8 text, in pieces as cut_stream makes them."""

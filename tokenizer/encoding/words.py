@@ -11,6 +11,8 @@ every column per step; words too long for a column are cut into windows (long.py
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import chain, pairwise
 
 import numpy as np
@@ -22,7 +24,7 @@ from .long import LongEncoder
 # Above this length the scan for the lowest rank (quadratic) costs more than a heap.
 _HEAP_FROM = 64
 # Bytes of words that are worked on together: all arrays of a matrix then stay in the second-level cache or near it.
-_CELLS = 1 << 16
+CELLS = 1 << 16
 # Words that are fewer bytes in all than so many times the longest are encoded one by one: starting up the arrays costs
 # as much for one word as for hundreds.
 _FEW = 32
@@ -40,18 +42,35 @@ class WordEncoder:
 
     def __init__(self, definition: Definition, tokens: TokenBytes) -> None:
         self._byte_ids = definition.byte_ids
-        pairs = definition.pairs.astype(np.int64)
-        self._rank = dict(zip((pairs[:, 0] << 32 | pairs[:, 1]).tolist(), range(len(pairs)), strict=True))
-        self._merged = pairs[:, 2].tolist()
-        self._none = len(pairs)  # a rank above every other: the pair is in no merge
-        self._table = _PairTable(self._byte_ids, pairs, tokens)
+        self._pairs = definition.pairs
+        # encode_word by compiled code, where there is any.
+        self.compiled: Callable[[bytes], list[int]] | None = None
+        self._none = len(self._pairs)  # a rank above every other: the pair is in no merge
+        self._table = PairTable(self._byte_ids, self._pairs[:, 2], tokens)
+        self._table.add(np.arange(self._none), self._pairs[:, 0], self._pairs[:, 1])
         # Words that are one token whatever the merges make of them.
         self._whole = definition.ordinary if definition.ignore_merges else {}
         self._tokens = tokens
         self._long = LongEncoder(self.merge_words, tokens, LONGEST)
 
+    @cached_property
+    def _rank(self) -> dict[int, int]:
+        keys = self._pairs[:, 0].astype(np.int64) << 32 | self._pairs[:, 1]
+        return dict(zip(keys.tolist(), range(len(keys)), strict=True))
+
+    @cached_property
+    def _merged(self) -> list[int]:
+        return self._pairs[:, 2].tolist()
+
+    def warm_up(self) -> None:
+        """Makes the dictionaries for words that come one by one, if they are going to be needed."""
+        if self.compiled is None or self._whole:
+            self.merge_word(b"  ")
+
     def encode_word(self, word: bytes) -> list[int]:
         """Token ids of one word. Takes O(n log n) however long the word is."""
+        if self.compiled is not None:
+            return self.compiled(word)
         return [self._whole[word]] if word in self._whole else self.merge_word(word)
 
     def encode_words(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -83,7 +102,7 @@ class WordEncoder:
         i = 0
         while i < n_short:
             j = int(np.searchsorted(lengths[:n_short], 3 * lengths[i] // 2 + 2, side="right"))
-            j = min(j, i + _CELLS // int(lengths[j - 1]))
+            j = min(j, i + CELLS // int(lengths[j - 1]))
             parts.append((order[i:j], *self._merge_group(data, starts[i:j], lengths[i:j])))
             i = j
         if n_short < len(lengths):
@@ -105,6 +124,8 @@ class WordEncoder:
 
     def merge_word(self, word: bytes) -> list[int]:
         """encode_word by the merges alone."""
+        if self.compiled is not None and not self._whole:
+            return self.compiled(word)
         ids = [self._byte_ids[byte] for byte in word]
         if len(ids) >= _HEAP_FROM:
             return self._merge_with_heap(ids)
@@ -156,46 +177,51 @@ def _in_order(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[n
     return ids.take(ranges(offsets, counts)), counts
 
 
-class _PairTable:
-    """Ranks of pairs, looked up for whole arrays: an open hash table whose 64-bit entries hold pair and rank."""
+class PairTable:
+    """Ranks of pairs, looked up for whole arrays: an open hash table whose 64-bit entries hold pair and rank.
 
-    def __init__(self, byte_ids: list[int], pairs: np.ndarray, tokens: TokenBytes) -> None:
-        n = len(pairs)
+    merged: (n,) the id that each merge makes, in the order of their ranks.  tokens: the bytes of every id.
+    """
+
+    def __init__(self, byte_ids: Sequence[int], merged: np.ndarray, tokens: TokenBytes) -> None:
+        n = len(merged)
         # The id after the largest stands for "no token"; no pair has it.
-        self._no_token = int(max(*byte_ids, pairs.max(initial=0))) + 1
+        self._no_token = int(max(*byte_ids, merged.max(initial=0))) + 1
         self._id_bits = np.uint64(self._no_token.bit_length())
         self._rank_bits = np.uint64(n.bit_length())
         if 2 * self._id_bits + self._rank_bits > 64:
             raise ValueError(f"vocab: {n} merges of ids up to {self._no_token - 1} are more than can be encoded")
         self._none = np.int32(n)
         self._none_u64 = np.uint64(n)
-        self._merged = pairs[:, 2].astype(np.int32)
+        self._merged = merged.astype(np.int32)
         self._byte_ids = np.array(byte_ids, np.int32)
-        self._fill(pairs[:, :2].astype(np.uint64))
-        left = np.repeat(self._byte_ids, 256)
-        self._rank_of_bytes = self.ranks(left, np.tile(self._byte_ids, 256)) << _ROW_BITS
-        # The lowest rank of all merges across a boundary between two bytes: those whose left token ends in the one and
-        # whose right token starts with the other. (Of several values for one place the last stays.)
-        first, last = tokens.edges()
-        self._lowest_across = np.full(1 << 16, n, np.int32)
-        across = last.take(pairs[::-1, 0]).astype(np.int64) << 8 | first.take(pairs[::-1, 1])
-        self._lowest_across[across] = np.arange(n - 1, -1, -1)
-        self._lowest_across <<= _ROW_BITS
-
-    def _fill(self, pairs: np.ndarray) -> None:
-        # A sixteenth full at most, so that an absent pair, as most are, almost always meets an empty slot.
-        bits = max(8, (16 * len(pairs)).bit_length())
+        # An eighth full at most, so that an absent pair, as most are, almost always meets an empty slot.
+        bits = max(8, (8 * n).bit_length())
         self._slot_shift = np.uint64(64 - bits)
         self._slot_mask = (1 << bits) - 1
         self._entries = np.full(1 << bits, _EMPTY)
-        keys = pairs[:, 0] << self._id_bits | pairs[:, 1]
-        entries = keys << self._rank_bits | np.arange(len(pairs), dtype=np.uint64)
+        self._first, self._last = tokens.edges()
+        # By two bytes, and shifted as the keys of merge() are: the rank of that pair; and the lowest rank of all merges
+        # across a boundary between the two, whose left token ends in the one and whose right token starts with the
+        # other.
+        self._rank_of_bytes = np.full(1 << 16, n << _ROW_BITS, np.int32)
+        self._lowest_across = self._rank_of_bytes.copy()
+
+    def add(self, ranks: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
+        """Adds the pairs of the merges of these ranks; (n,) integers each."""
+        keys = left.astype(np.uint64) << self._id_bits | right.astype(np.uint64)
+        entries = keys << self._rank_bits | ranks.astype(np.uint64)
         slots = (keys * MULTIPLIER >> self._slot_shift).astype(np.int64)
         while len(entries):
             free = self._entries[slots] == _EMPTY
             self._entries[slots[free]] = entries[free]  # of several for one slot, the last stays
-            left = self._entries[slots] != entries
-            entries, slots = entries[left], slots[left] + 1 & self._slot_mask
+            rest = self._entries[slots] != entries
+            entries, slots = entries[rest], slots[rest] + 1 & self._slot_mask
+        ranks = ranks.astype(np.int32) << _ROW_BITS
+        across = self._last.take(left).astype(np.int64) << 8 | self._first.take(right)
+        np.minimum.at(self._lowest_across, across, ranks)
+        of_bytes = (self._byte_ids.take(across >> 8) == left) & (self._byte_ids.take(across & 0xFF) == right)
+        self._rank_of_bytes[across[of_bytes]] = ranks[of_bytes]
 
     def ranks(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Ranks (int32) of the pairs; the number of merges where there is none."""
@@ -230,7 +256,8 @@ class _PairTable:
         The words abc and cab with the merges a b and ab c, the words from above down:
 
         >>> tokens = TokenBytes({i: bytes([i]) for i in range(256)} | {256: b"ab", 257: b"abc"})
-        >>> table = _PairTable(list(range(256)), np.array([[97, 98, 256], [256, 99, 257]]), tokens)
+        >>> table = PairTable(range(256), np.array([256, 257]), tokens)
+        >>> table.add(np.arange(2), np.array([97, 256]), np.array([98, 99]))
         >>> table.merge(np.array([[*b"ac"], [*b"ba"], [*b"cb"]], np.uint8), np.array([3, 3]))
         (array([257,  99, 256], dtype=int32), array([1, 2]))
         """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from base64 import b64decode, b64encode
+from base64 import b64encode
+from binascii import a2b_base64
 from collections.abc import Mapping, Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
@@ -10,23 +11,26 @@ from pathlib import Path
 import numpy as np
 
 from ..definition import Definition, define
+from ..encoding.words import CELLS, PairTable
 from ..files import atomic
 from ..pretokenize import Pattern
+from ..tokens import TokenBytes
+
+# Longer tokens are few, and one by one then takes less time.
+_LONG = 24
+_NO_RANK = 1 << 62
 
 
 def export_tiktoken(definition: Definition, path: Path) -> None:
     """See Tokenizer.export_tiktoken."""
-    special_ids = set(definition.special_tokens.values())
-    ranks = {token: i for i, token in definition.vocab.items() if i not in special_ids}
-    for byte in range(256):
-        if bytes([byte]) not in ranks:
-            raise ValueError(f"vocab: the single byte {bytes([byte])!r} is missing, expected all 256")
-    merges, whole = merges_of_ranks(ranks)
-    for rank, (ours, theirs) in enumerate(zip_longest(definition.merges, merges)):
-        if ours != theirs:
-            raise ValueError(
-                f"merges: merge {rank} is {ours!r}, but tiktoken, which goes by the ids of the results, has {theirs!r}"
-            )
+    ranks = definition.ordinary
+    pairs, whole = pairs_of_ranks(ranks)
+    if not np.array_equal(definition.pairs, pairs):
+        merges = zip_longest(definition.merges, definition._replace(pairs=pairs).merges)
+        rank, ours, theirs = next((i, a, b) for i, (a, b) in enumerate(merges) if a != b)
+        raise ValueError(
+            f"merges: merge {rank} is {ours!r}, but tiktoken, which goes by the ids of the results, has {theirs!r}"
+        )
     if whole and not definition.ignore_merges:
         raise ValueError(
             f"vocab: no merges lead to {whole[0]!r}, which tiktoken takes for a word that is the whole token"
@@ -41,7 +45,7 @@ def read_tiktoken(path: Path, special_tokens: Sequence[str] | Mapping[str, int],
     for number, line in enumerate(path.read_bytes().splitlines()):
         try:
             token, rank = line.split()
-            ranks[b64decode(token, validate=True)] = int(rank)
+            ranks[a2b_base64(token, strict_mode=True)] = int(rank)
         except ValueError:  # binascii.Error is one
             raise ValueError(f"path: line {number + 1} of {path} is {line!r}, expected base64 and a rank") from None
     vocab = {rank: token for token, rank in ranks.items()}
@@ -52,33 +56,57 @@ def read_tiktoken(path: Path, special_tokens: Sequence[str] | Mapping[str, int],
     for special, i in special_tokens.items():
         if vocab.setdefault(i, special.encode()) != special.encode():
             raise ValueError(f"special_tokens: {special!r} has the id {i}, which is that of {vocab[i]!r}")
-    merges, whole = merges_of_ranks(ranks)
-    pairs = np.array([(ranks[left], ranks[right], ranks[left + right]) for left, right in merges], np.int32)
-    return define(vocab, pairs.reshape(-1, 3), dict(special_tokens), pattern, ignore_merges=bool(whole))
+    pairs, whole = pairs_of_ranks(ranks)
+    return define(vocab, pairs, dict(special_tokens), pattern, ignore_merges=bool(whole))
 
 
-def merges_of_ranks(ranks: Mapping[bytes, int]) -> tuple[list[tuple[bytes, bytes]], list[bytes]]:
-    """The merges list that encodes as `ranks` do, and the tokens that no merges lead to.
+def pairs_of_ranks(ranks: Mapping[bytes, int]) -> tuple[np.ndarray, list[bytes]]:
+    """The merges that encode as `ranks` do, as Definition.pairs has them, and the tokens that no merges lead to.
 
     tiktoken merges two neighbours whenever their bytes together are a token, the lowest rank first. The last merge that
     makes a token is the same wherever the token comes about: merges beside it do not touch its bytes, and those inside
     it are the ones that its bytes see alone. So one pair for each token, in the order of the ranks, says all; a token
     that does not come about from its own bytes never does, except that tiktoken looks a whole word up before it merges.
+
+    A token's pair follows from those of shorter tokens: they are found length by length, for all tokens at once.
+    Raises ValueError when a byte is missing.
     """
-    merges, whole = [], []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        if len(token) == 1:
-            continue
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 1:
-            pairs = [ranks.get(left + right) for left, right in pairwise(parts)]
-            found = [rank for rank in pairs if rank is not None]
-            if not found:
-                break
-            i = pairs.index(min(found))
-            if len(parts) == 2:
-                merges.append((parts[0], parts[1]))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) > 1:
-            whole.append(token)
-    return merges, whole
+    for byte in range(256):
+        if bytes([byte]) not in ranks:
+            raise ValueError(f"vocab: the single byte {bytes([byte])!r} is missing, expected all 256")
+    by_rank = sorted((rank, token) for token, rank in ranks.items() if len(token) > 1)
+    merged = np.array([rank for rank, _ in by_rank], np.int64)
+    tokens = TokenBytes({rank: token for token, rank in ranks.items()})
+    table = PairTable([ranks[bytes([byte])] for byte in range(256)], merged, tokens)
+    of_length: dict[int, list[int]] = {}
+    for index, (_, token) in enumerate(by_rank):
+        of_length.setdefault(len(token), []).append(index)
+    pairs = np.full((len(by_rank), 3), -1, np.int64)
+    pairs[:, 2] = merged
+    for length, indices in sorted(of_length.items()):
+        for group in np.array_split(np.array(indices), -(-len(indices) * length // CELLS)):
+            if length > _LONG:
+                pairs[group, :2] = [_last_pair(by_rank[i][1], ranks) for i in group]
+                continue
+            text = np.frombuffer(b"".join([by_rank[i][1] for i in group]), np.uint8).reshape(-1, length).T
+            ids, counts = table.merge(text, np.full(len(group), length))
+            two = counts == 2
+            at = (np.cumsum(counts) - counts)[two]
+            pairs[group[two], 0], pairs[group[two], 1] = ids[at], ids[at + 1]
+        done = np.array(indices)
+        done = done[pairs[done, 0] >= 0]
+        table.add(done, pairs[done, 0], pairs[done, 1])
+    found = pairs[:, 0] >= 0
+    return pairs[found].astype(np.int32), [by_rank[i][1] for i in np.flatnonzero(~found)]
+
+
+def _last_pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[int, int]:
+    """The ids that the last merge which makes the token is of; (-1, -1) if none does."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        ranked = [ranks.get(left + right, _NO_RANK) for left, right in pairwise(parts)]
+        if (lowest := min(ranked)) == _NO_RANK:
+            return -1, -1
+        i = ranked.index(lowest)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return ranks[parts[0]], ranks[parts[1]]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 
+import numpy as np
 import pytest
 import tokenizers
 
 from rooflight.tokenizer import Tokenizer, train_bpe_from_iterator
-from rooflight.tokenizer.formats import hugging_face
+from rooflight.tokenizer.formats import directory, hugging_face
 from rooflight.tokenizer.pretokenize import for_oniguruma
 from support import bpe_reference
 
@@ -35,6 +36,27 @@ def test_save_and_load_keep_the_tokenizer(tokenizer: Tokenizer, tmp_path) -> Non
     )
     tokenizer.save(tmp_path / "new" / "folder")  # over itself
     assert not list((tmp_path / "new" / "folder").glob("*.tmp"))
+
+
+def test_tables_say_what_the_text_files_say_and_are_not_trusted_when_changed(tmp_path) -> None:
+    tokenizer = Tokenizer(VOCAB, MERGES, {END: 300, "a": 301}, ignore_merges=True)  # with a gap, and "a" twice
+    tokenizer.save(tmp_path)
+    saved = (tmp_path / "tables.npy").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:  # nothing else is parsed
+        patch.setattr(directory, "read_gpt2", None)
+        copies = [Tokenizer.load(tmp_path)]
+    at = saved.index(b"the")
+    for changed in (saved[:at] + b"tea" + saved[at + 3 :], saved[:-4], None):
+        (tmp_path / "tables.npy").unlink()
+        if changed is not None:
+            (tmp_path / "tables.npy").write_bytes(changed)
+        copies.append(Tokenizer.load(tmp_path))
+    for copy in copies:
+        assert list(copy.vocab.items()) == list(tokenizer.vocab.items())
+        assert np.array_equal(copy.definition.pairs, tokenizer.definition.pairs)
+        assert copy.definition.hash == tokenizer.hash
+        assert copy.is_by_rank == tokenizer.is_by_rank
+        assert copy.encode(CORPUS + END) == tokenizer.encode(CORPUS + END)
 
 
 def test_gpt2_files(tokenizer: Tokenizer, tmp_path) -> None:
