@@ -16,7 +16,7 @@ from ...kernels.attention import paths
 
 LENGTHS = (1000, 7, 513, 2049, 300, 129, 1, 98)  # of packed sequences
 
-Function = Callable[..., tuple[Tensor, ...]]
+Function = Callable[..., Any]  # of the inputs: a tensor, or a tuple of them
 # (inputs, the function, the same in torch): every output gets a gradient
 Built = tuple[tuple[Tensor, ...], Function, Function]
 
@@ -38,8 +38,8 @@ def _attention(make: _Maker, D: int, packed: bool = False) -> Built:
         inputs = tuple(make(2, 16, 4096, D) for _ in range(3))
         return (
             inputs,
-            lambda q, k, v: (kernels.flash_attention(q, k, v),),
-            lambda q, k, v: (F.scaled_dot_product_attention(q, k, v, is_causal=True),),
+            kernels.flash_attention,
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
         )
     total = sum(LENGTHS)
     inputs = make(total, 8, D), make(total, 4, D), make(total, 4, D)
@@ -47,21 +47,22 @@ def _attention(make: _Maker, D: int, packed: bool = False) -> Built:
     ends = torch.tensor(starts, dtype=torch.int32, device=make.device)
     longest = max(LENGTHS)
 
-    def truth(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    def truth(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = []
         for a, b in itertools.pairwise(starts):
-            heads = (x[a:b].transpose(0, 1)[None] for x in (q, k, v))
-            parts.append(F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
-        return (torch.cat(parts),)
+            one, keys, values = (x[a:b].transpose(0, 1)[None] for x in (q, k, v))
+            out = F.scaled_dot_product_attention(one, keys, values, is_causal=True, enable_gqa=True)
+            parts.append(out[0].transpose(0, 1))
+        return torch.cat(parts)
 
-    return inputs, lambda q, k, v: (kernels.flash_attention_varlen(q, k, v, ends, ends, longest, longest),), truth
+    return inputs, lambda q, k, v: kernels.flash_attention_varlen(q, k, v, ends, ends, longest, longest), truth
 
 
 def _norm(make: _Maker, N: int) -> Built:
     return (
         (make(4096, N), make(N)),
-        lambda x, w: (kernels.rms_norm(x, w, 1e-6),),
-        lambda x, w: (F.rms_norm(x, (N,), w, 1e-6),),
+        lambda x, w: kernels.rms_norm(x, w, 1e-6),
+        lambda x, w: F.rms_norm(x, (N,), w, 1e-6),
     )
 
 
@@ -69,17 +70,17 @@ def _loss(make: _Maker, V: int) -> Built:
     target = torch.arange(2048, device=make.device) * 7919 % V
     return (
         (make(2048, V),),
-        lambda x: (kernels.cross_entropy(x, target),),
-        lambda x: (F.cross_entropy(x, target),),
+        lambda x: kernels.cross_entropy(x, target),
+        lambda x: F.cross_entropy(x, target),
     )
 
 
 def _gated(make: _Maker, N: int) -> Built:
-    def truth(x: Tensor) -> tuple[Tensor]:
+    def truth(x: Tensor) -> Tensor:
         gate, up = x.chunk(2, -1)
-        return (F.silu(gate) * up,)
+        return F.silu(gate) * up
 
-    return (make(2048, 2 * N),), lambda x: (kernels.swiglu(*x.chunk(2, -1)),), truth
+    return (make(2048, 2 * N),), lambda x: kernels.swiglu(*x.chunk(2, -1)), truth
 
 
 def _turned(make: _Maker, D: int) -> Built:
@@ -118,12 +119,12 @@ def passes(name: str, device: str) -> tuple[Callable[[], dict[str, Tensor]], Cal
     seeds: list[Tensor] = []
 
     def both(function: Function, given: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        outputs = function(*given)
+        found = function(*given)
+        outputs = found if isinstance(found, tuple) else (found,)
         if not seeds:
             seeds.extend(make(*y.shape).detach() for y in outputs)
         gradients = torch.autograd.grad(outputs, given, [g.to(y.dtype) for g, y in zip(seeds, outputs, strict=True)])
-        found = {f"out{i}": y.detach() for i, y in enumerate(outputs)}
-        return found | {f"d{i}": g for i, g in enumerate(gradients)}
+        return {f"out{i}": y.detach() for i, y in enumerate(outputs)} | {f"d{i}": g for i, g in enumerate(gradients)}
 
     def call() -> dict[str, Tensor]:
         with nullcontext() if path is None else paths.use(path):
