@@ -12,12 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rooflight.model import ModelConfig, Transformer
+from rooflight.training.distributed import data_parallel, fully_sharded
 from rooflight.training.optim import AdamW
 
 
@@ -60,16 +58,10 @@ def batch(rank: int, config: ModelConfig, batch_size: int) -> torch.Tensor:
     return torch.randint(config.vocab_size, (batch_size, config.context_length), generator=generator)
 
 
-def wrap(model: Transformer, case: Case, world: int) -> nn.Module:
+def wrap(model: Transformer, case: Case) -> nn.Module:
     if case.parallel == "ddp":
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    mesh = init_device_mesh("cpu", (world,))
-    policy = MixedPrecisionPolicy(param_dtype=case.dtype, reduce_dtype=torch.float32)
-    # FSDP2's own choice where nothing is said: to reshard the blocks, and not the outermost module
-    reshard = {} if case.reshard else {"reshard_after_forward": False}
-    for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, **reshard)
-    return fully_shard(model, mesh=mesh, mp_policy=policy, **reshard)
+        return data_parallel(model)
+    return fully_sharded(model, model.layers, dtype=case.dtype, reshard=case.reshard)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -83,7 +75,7 @@ def step(rank: int, world: int, folder: Path, case: Case, batch_size: int) -> No
     names = [name for name, _ in model.named_parameters()]
     dist.barrier()
     before = written()
-    wrapped = wrap(model, case, world)
+    wrapped = wrap(model, case)
     dist.barrier()
     built = written()
     optimizer = AdamW(wrapped.parameters(), lr=1e-2)
