@@ -351,7 +351,7 @@ def estimate(
     _check_optimizer(optimizer, gpus)
     itemsize(dtype)
     shards = gpus if parallel == "fsdp" else 1
-    copies, low = in_low_precision(dtype, ops, optimizer, gpus, shards)
+    copies, low = in_low_precision(dtype, ops, optimizer, gpus, parallel)
     rows = parts(
         config, batch_size, T, dtype, checkpointing=checkpointing, gpus=shards, optimizer=optimizer,
         copies=copies, low_gradients=low,
@@ -386,7 +386,7 @@ def _check_optimizer(optimizer: str, gpus: int) -> None:
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     if optimizer == "muon" and gpus > 1:
-        raise ValueError(f"optimizer: expected 'adamw' on {gpus} GPUs, got 'muon', which needs whole matrices")
+        raise ValueError(f"optimizer: expected 'adamw' on {gpus} GPUs, got 'muon', whose exchange is not counted yet")
 
 
 def _roofline(works: Sequence[Work], ceilings: Ceilings, dtype: str) -> tuple[float, str]:

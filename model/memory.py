@@ -67,13 +67,13 @@ class Stage:
     forward: int = 0
 
 
-def in_low_precision(dtype: str, ops: str, optimizer: str, gpus: int, shards: int) -> tuple[bool, bool]:
+def in_low_precision(dtype: str, ops: str, optimizer: str, gpus: int, parallel: str) -> tuple[bool, bool]:
     """(copies, gradients): what there is in the products' dtype of the blocks' matrices.
 
     Copies where the optimizer has the matrices whole, and writes both. Gradients too for AdamW on a single GPU: DDP's
     buckets have the parameters' dtype.
     """
-    copies = ops == "triton" and itemsize(dtype) < FP32 and shards == 1
+    copies = ops == "triton" and itemsize(dtype) < FP32 and (gpus == 1 or parallel == "ddp")
     return copies, copies and optimizer == "adamw" and gpus == 1
 
 
@@ -197,7 +197,7 @@ def memory(
     """The memory of one training step of a model with that many parameters; see Memory."""
     shards = gpus if parallel == "fsdp" else 1
     n_token, size = batch_size * context_length, itemsize(dtype)
-    copies, low = in_low_precision(dtype, ops, optimizer, gpus, shards)
+    copies, low = in_low_precision(dtype, ops, optimizer, gpus, parallel)
     gradient = size if low else FP32  # bytes, of a parameter of the blocks' matrices
     cast = size if size < FP32 and shards == 1 and not copies else 0  # of one weight, until its gradient is there
     embedding, block, last = stages(config, n_token, context_length, dtype, ops, gradient - cast)

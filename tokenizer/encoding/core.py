@@ -20,7 +20,7 @@ from ..pretokenize import is_vectorised
 from .long import MergeWords
 
 # Classes that patterns tell apart, and Unicode's categories of them.
-_CLASSES = [*((name, (name,)) for name in ("Lu", "Ll", "Lt", "Lm", "Lo"))]
+_CLASSES: list[tuple[str, tuple[str, ...]]] = [*((name, (name,)) for name in ("Lu", "Ll", "Lt", "Lm", "Lo"))]
 _CLASSES += [("M", ("Mn", "Mc", "Me")), ("N", ("Nd", "Nl", "No")), ("Z", ("Zs", "Zl", "Zp"))]
 _CLASSES += [("Cc", ("Cc",)), ("Cf", ("Cf",))]
 _OTHER = ("Pc", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Sm", "Sc", "Sk", "So")
@@ -38,13 +38,14 @@ class Core(NamedTuple):
 def compiled_core(definition: Definition) -> Core | None:
     """The engine for a definition that is_by_rank(); None without tiktoken."""
     try:
-        from tiktoken import _tiktoken
+        from tiktoken import _tiktoken  # type: ignore[attr-defined]  # compiled, without types
     except ImportError:
         return None
-    whole = isinstance(definition.pattern, str) and is_vectorised(definition.pattern)
+    named = definition.pattern if is_vectorised(definition.pattern) else None
     # Possessive quantifiers change nothing in patterns with a name, and take its engine longer. Of any other pattern
     # only words are asked for.
-    pattern = _POSSESSIVE.sub(r"\1", definition.pattern) if whole else "a"
+    whole = isinstance(named, str)
+    pattern = _POSSESSIVE.sub(r"\1", named) if isinstance(named, str) else "a"
     core = _tiktoken.CoreBPE(definition.ordinary, {}, pattern)
     return Core(core.encode_single_piece, core.encode_ordinary if whole else None)
 

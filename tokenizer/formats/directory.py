@@ -62,12 +62,14 @@ def read_directory(directory: Path) -> tuple[Definition, str, bool | None]:
     config = read_config(directory)
     specials = config["special_tokens"]
     pattern = config["pattern"] if isinstance(config["pattern"], str) else tuple(config["pattern"])
-    rest = specials, pattern, config["ignore_merges"], Options(**config.get("options", {}))
+    options = Options(**config.get("options", {}))
+    ignore_merges = config["ignore_merges"]
     if config.get("checksum") == _checksum(directory, config) and (directory / TABLES).exists():
-        return Definition(*_read_tables(directory / TABLES), *rest), config["hash"], config["by_rank"]
+        vocab, pairs = _read_tables(directory / TABLES)
+        return Definition(vocab, pairs, specials, pattern, ignore_merges, options), config["hash"], config["by_rank"]
     vocab, pairs = read_gpt2(directory / VOCAB, directory / MERGES, specials)
     vocab |= {i: text.encode() for text, i in specials.items()}
-    definition = define(vocab, pairs, *rest, all_bytes=False)
+    definition = define(vocab, pairs, specials, pattern, ignore_merges, options, all_bytes=False)
     if definition.hash != config["hash"]:
         raise ValueError(f"directory: the files of {directory} were changed after saving: their hash differs")
     return definition, config["hash"], None
