@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU: correctness, then speed. Uses the torch, triton and pytest that python3 already has, and
 # installs nothing. One part that fails loses no other, and every part keeps what it has found when its time is up.
-#   usage: bench/on_gpu.sh OUT [tests|lengths|ceilings|validate|kernels|tune|sanitize ...]
+#   usage: bench/on_gpu.sh OUT [tests|lengths|ceilings|validate|kernels|norms|cubins|tune|sanitize ...]
 # Without parts: tests, ceilings, validate and kernels, in 9 minutes. Of the Hopper attention first `lengths` alone, then
 # `kernels` alone: right at every length by every schedule, then the tables. OUT: log.txt with all that was printed, and a JSON file for each part.
 set -uo pipefail
@@ -64,6 +64,10 @@ if wanted kernels; then
     rooflight 520 bench kernels --seconds "${KERNEL_SECONDS:-$(($(left 520) - 20))}" --json "$out/kernels.json"
     [[ -s $out/kernels.json ]] || status=1
 fi
+# RMSNorm's tiles beside others that may be faster.
+wanted norms && run norms 70 python3 -P -m rooflight.bench.measure.norms 50
+# Another triton's machine code, from the folder $CUBINS (`python -m rooflight.bench.measure.cubins build` there).
+wanted cubins && run cubins 70 python3 -P -m rooflight.bench.measure.cubins check "${CUBINS:-cubins}" 60
 if wanted tune; then
     rooflight 500 bench tune
     cached 'attention-*.json'

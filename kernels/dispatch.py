@@ -100,7 +100,7 @@ def define_op(
 
 def _schema(launcher: Callable[..., Any]) -> str:
     """Of the operator, whose outputs are tensors all."""
-    function = FunctionType(launcher.__code__, launcher.__globals__, argdefs=launcher.__defaults__)  # type: ignore[attr-defined]
+    function = FunctionType(launcher.__code__, launcher.__globals__, argdefs=launcher.__defaults__)
     outputs = launcher.__annotations__["return"].replace("Tensor | None", "Tensor")
     function.__annotations__ = launcher.__annotations__ | {"return": outputs}
     return torch.library.infer_schema(function, mutates_args=())

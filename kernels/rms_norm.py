@@ -11,6 +11,7 @@ longer than a tile a kernel before it computes mean(xhat g), so that a program c
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -273,8 +274,7 @@ def _rms_norm_fwd_fake(
     if residual is not None:
         dtype = torch.promote_types(dtype, residual.dtype)
         stream = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    rows = math.prod(x.shape[:-1])  # of symbolic sizes too, which .numel() would fix
-    rstd = torch.empty_strided((rows,), (1,), dtype=statistics(dtype)[0], device=x.device)
+    rstd = torch.empty_strided((math.prod(x.shape[:-1]),), (1,), dtype=statistics(dtype)[0], device=x.device)
     return torch.empty_like(x, memory_format=torch.contiguous_format), stream, rstd
 
 
@@ -352,7 +352,7 @@ def _checked(
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected shape (..., N) with N >= 1, got {tuple(x.shape)}")
     eps, weight_offset = check_number("eps", eps), check_number("weight_offset", weight_offset)
-    if not 0 < eps < float("inf"):
+    if not 0 < eps < math.inf:
         raise ValueError(f"eps: expected > 0 and finite, got {eps}")
     if weight is not None:
         check_dtype("weight", weight)

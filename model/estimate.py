@@ -31,7 +31,7 @@ from ..kernels.cost import Cost, itemsize
 from .ceilings import Ceilings
 from .communication import PARALLEL, Communication, Overlap, communication, sentences
 from .config import ModelConfig
-from .memory import OPS, OPTIMIZERS, Memory, keeps_copies, largest, largest_batch, memory, saved_activations
+from .memory import OPS, OPTIMIZERS, Memory, in_low_precision, largest, largest_batch, memory, saved_activations
 from .parts import LEDGERS, Work, parts
 from .quantities import duration, figures, in_unit, quantity
 from .typed import typed
@@ -351,9 +351,10 @@ def estimate(
     _check_optimizer(optimizer, gpus)
     itemsize(dtype)
     shards = gpus if parallel == "fsdp" else 1
+    copies, low = in_low_precision(dtype, ops, optimizer, gpus, parallel)
     rows = parts(
         config, batch_size, T, dtype, checkpointing=checkpointing, gpus=shards, optimizer=optimizer,
-        copies=keeps_copies(dtype, ops, gpus),
+        copies=copies, low_gradients=low,
     )  # fmt: skip
     parameters = sum(row.parameters for row in rows)
     saved = saved_activations(config, batch_size * T, T, dtype, ops)
@@ -385,7 +386,7 @@ def _check_optimizer(optimizer: str, gpus: int) -> None:
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     if optimizer == "muon" and gpus > 1:
-        raise ValueError(f"optimizer: expected 'adamw' on {gpus} GPUs, got 'muon', which needs whole matrices")
+        raise ValueError(f"optimizer: expected 'adamw' on {gpus} GPUs, got 'muon', whose exchange is not counted yet")
 
 
 def _roofline(works: Sequence[Work], ceilings: Ceilings, dtype: str) -> tuple[float, str]:

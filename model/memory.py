@@ -32,7 +32,7 @@ OPTIMIZERS = ("adamw", "muon")
 class Memory:
     """Bytes on one device. Parameters, gradients and moments (AdamW's two, Muon's one) are fp32, by fsdp sharded.
 
-    Where the optimizer keeps copies of the blocks' matrices (`keeps_copies`), AdamW's have gradients in their dtype.
+    Where the optimizer keeps copies of the blocks' matrices, gradients may have their dtype: `in_low_precision`.
 
     casts        the weights in the products' dtype: the optimizer's copies, autocast's, or of sharded ones what is
                  gathered at a time
@@ -67,9 +67,14 @@ class Stage:
     forward: int = 0
 
 
-def keeps_copies(dtype: str, ops: str, gpus: int) -> bool:
-    """Whether the blocks' matrices are kept in the products' dtype too: a single GPU's optimizer writes both."""
-    return ops == "triton" and itemsize(dtype) < FP32 and gpus == 1
+def in_low_precision(dtype: str, ops: str, optimizer: str, gpus: int, parallel: str) -> tuple[bool, bool]:
+    """(copies, gradients): what there is in the products' dtype of the blocks' matrices.
+
+    Copies where the optimizer has the matrices whole, and writes both. Gradients too for AdamW on a single GPU: DDP's
+    buckets have the parameters' dtype.
+    """
+    copies = ops == "triton" and itemsize(dtype) < FP32 and (gpus == 1 or parallel == "ddp")
+    return copies, copies and optimizer == "adamw" and gpus == 1
 
 
 def stages(
@@ -192,8 +197,8 @@ def memory(
     """The memory of one training step of a model with that many parameters; see Memory."""
     shards = gpus if parallel == "fsdp" else 1
     n_token, size = batch_size * context_length, itemsize(dtype)
-    copies = keeps_copies(dtype, ops, gpus)
-    gradient = size if copies and optimizer == "adamw" else FP32  # bytes, of a parameter of the blocks' matrices
+    copies, low = in_low_precision(dtype, ops, optimizer, gpus, parallel)
+    gradient = size if low else FP32  # bytes, of a parameter of the blocks' matrices
     cast = size if size < FP32 and shards == 1 and not copies else 0  # of one weight, until its gradient is there
     embedding, block, last = stages(config, n_token, context_length, dtype, ops, gradient - cast)
     stream = n_token * config.d_model * size

@@ -108,11 +108,12 @@ def _join(a: Part, b: Part) -> Part:
 
 def parts(
     c: ModelConfig, B: int, T: int, dtype: str, *, checkpointing: bool, gpus: int, optimizer: str = "adamw",
-    copies: bool = False,
+    copies: bool = False, low_gradients: bool = False,
 ) -> list[Part]:  # fmt: skip
     """The step's components in the model's order, for B sequences of T tokens on each of `gpus` devices.
 
-    copies: the optimizer keeps copies of the blocks' matrices, which then are not cast. Additions of biases and
+    copies: the optimizer keeps copies of the blocks' matrices, which then are not cast.  low_gradients: nor are their
+    gradients. Additions of biases and
     multiplications by a configuration's scales are left out: they ride on kernels that are counted, or are small.
     """
     N, L, d, H, K, D, V = B * T, c.n_layer, c.d_model, c.n_head, c.n_kv_head, c.head_dim, c.vocab_size
@@ -180,8 +181,8 @@ def parts(
     # of each block four: q, k and v; output; gate and up; down
     casts = [replace(_elementwise(cast(weights), f"cast{b}", weights), calls=4 * L) for b in ("", BACKWARD)]
     cast_passes: Passes = (casts[0],), (casts[1],)
-    if copies:  # the products take the copies; their gradients stay as they are, but for Muon's
-        cast_passes = (), (casts[1],) if optimizer == "muon" else ()
+    if copies:  # the products take the copies
+        cast_passes = (), () if low_gradients else (casts[1],)
     table = [embedding_cost(N, d, V, FP32, backward=b) for b in (False, True)]
     if low:  # the embedding is looked up in fp32, then takes the dtype of the residual stream
         table = [t + Cost(0, N * d * (4 + itemsize(dtype))) for t in table]
@@ -214,8 +215,8 @@ def parts(
     matrices_of = hidden_matrices(c) if optimizer == "muon" else {}
     owned = -(-(parameters - sum(short * long * n for (short, long), n in matrices_of.items())) // gpus)
     updates = [_adamw(owned)]
-    if copies and not matrices_of:  # gradient and copy in the products' dtype, of the tables and vectors in fp32
-        updates = [_adamw(weights, dtype, dtype), _adamw(owned - weights)]
+    if copies and not matrices_of:  # the copies, and mostly gradients, in the products' dtype; tables, vectors in fp32
+        updates = [_adamw(weights, dtype if low_gradients else FP32, dtype), _adamw(owned - weights)]
     parts.append(Part("AdamW", update=tuple(updates)))
     if matrices_of:
         turned = [_muon(*shape, dtype) * n for shape, n in matrices_of.items()]

@@ -5,6 +5,7 @@ The README's path from a text to a model makes a folder; every other command run
 
 from __future__ import annotations
 
+import gzip
 import io
 import re
 import shlex
@@ -169,6 +170,8 @@ INSTEAD = {
     "FOLDER": "hf",
     "MODEL": "tiny",
     "-t tk": "-t tokenizer",
+    "--tokenizer tk": "--tokenizer tokenizer",
+    "$SLURM_ARRAY_TASK_ID/16": "3/16",
     "--out tk": "--out made",
     "decode -t tokenizer corpus.bin": "decode -t tokenizer train.bin",
     "--vocab-size 10000": "--vocab-size 300",
@@ -276,6 +279,12 @@ def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         # what the other pages speak of
         run("rooflight export-hf run --tokenizer tokenizer --out hf")
         Path("corpus.txt").write_text("\n".join(page.read_text("utf-8") for page in PAGES), encoding="utf-8")
+        Path("corpus").mkdir()
+        shutil.copy("corpus.txt", "corpus/corpus.txt")
+        with gzip.open("more.jsonl.gz", "wt", encoding="utf-8") as file:
+            file.write('{"text": "Once upon a time."}\n' * 10)
+        for i in range(2):
+            run(f"rooflight tokenizer count corpus/ --out counts/{i} --shard {i}/2")
         shutil.copy("train.bin", "bare.bin")
         shutil.copy("run.toml", "small.toml")
         shutil.copy(ROOT / "README.md", "README.md")

@@ -69,8 +69,9 @@ class Definition(NamedTuple):
         single = [(token, i) for i, token in self.vocab.items() if len(token) == 1]
         # An ordinary token's, but a special token may be the only one of its byte.
         ids = dict(single) | {token: i for token, i in single if i not in special_ids}
-        # (One that a tokenizer.json lacks gets an id that no token has.)
-        return [ids.get(bytes([byte]), self.vocab_size) for byte in range(256)]
+        # One that a tokenizer.json lacks gets an id that no token has.
+        no_token = self.vocab_size
+        return [ids.get(bytes([byte]), no_token) for byte in range(256)]
 
     @property
     def ordinary(self) -> dict[bytes, int]:

@@ -70,7 +70,7 @@ class World:
 
     def all_rows(self, x: Tensor) -> Tensor:
         """The rows of all processes, each of which has as many, in their order."""
-        return torch.cat(gathered(x.contiguous(), dist.group.WORLD)) if self.size > 1 else x
+        return torch.cat(gathered(x.contiguous())) if self.size > 1 else x
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of x over the processes, in place."""
@@ -265,9 +265,9 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [x.to_local() if is_sharded(x) else x for x in tensors]  # type: ignore[attr-defined]
 
 
-def gathered(x: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """x of every process of the group, of one shape, in their order."""
-    parts = [torch.empty_like(x) for _ in range(group.size())]
+def gathered(x: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """x of every process of the group (default: of all), of one shape, in their order."""
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, x, group=group)
     return parts
 

@@ -88,7 +88,7 @@ class Muon(GroupedOptimizer):
                 self.state[p]["momentum"] = torch.zeros_like(p)
         means, grads, held = local([self.state[p]["momentum"] for p in params]), local(grads), local(params)
         torch._foreach_lerp_(means, grads, 1 - momentum)
-        updates = torch._foreach_lerp(grads, means, momentum) if group["nesterov"] else means
+        updates = list(torch._foreach_lerp(grads, means, momentum)) if group["nesterov"] else means
 
         torch._foreach_mul_(held, 1 - lr * group["weight_decay"])
         known = {id(p): rows for p, rows in zip(group["params"], group["rows"], strict=True)}

@@ -158,4 +158,4 @@ def main(seconds: float = SECONDS, device: torch.device | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(float, sys.argv[1:2])) > 0)
+    sys.exit(main(float(sys.argv[1]) if sys.argv[1:] else SECONDS) > 0)

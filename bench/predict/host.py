@@ -7,7 +7,7 @@ no part in it.
 from __future__ import annotations
 
 from ...model.estimate import Estimate
-from ...model.memory import keeps_copies
+from ...model.memory import in_low_precision
 from ...model.parts import parts
 
 
@@ -15,10 +15,11 @@ def host_seconds(e: Estimate) -> float | None:
     """Seconds until the host has issued an eager step; None where its calls were not measured, as on a CPU."""
     if e.ceilings is None or not e.ceilings.host:
         return None
+    copies, low = in_low_precision(e.dtype, e.ops, e.optimizer, e.gpus, e.parallel)
     rows = parts(
         e.config, e.batch_size, e.context_length, e.dtype,
-        checkpointing=e.checkpointing, gpus=e.gpus, optimizer=e.optimizer,
-        copies=keeps_copies(e.dtype, e.ops, e.gpus),
+        checkpointing=e.checkpointing, gpus=e.gpus if e.parallel == "fsdp" else 1, optimizer=e.optimizer,
+        copies=copies, low_gradients=low,
     )  # fmt: skip
     works = [work for row in rows for work in (*row.forward, *row.backward, *row.update)]
     # the softmax stands beside the products of the operation that computes it: one call, not two

@@ -33,8 +33,13 @@ def test_sharding_divides_states_and_no_activations() -> None:
 def test_ddp_divides_nothing() -> None:
     one, eight = (estimate(XL, batch_size=1, gpus=n, parallel="ddp", ops="cpu") for n in (1, 8))
     assert (eight.memory, eight.components) == (one.memory, one.components)
-    on_gpus = estimate(XL, batch_size=1, gpus=8, parallel="ddp")  # no copies: gradients are fp32, weights are cast
-    assert on_gpus.memory.gradients == on_gpus.memory.parameters == 4 * PARAMETERS
+    # on GPUs the optimizer keeps its copies, but the gradients have the dtype of DDP's buckets
+    one, eight = (estimate(XL, batch_size=1, gpus=n, parallel="ddp") for n in (1, 8))
+    assert eight.memory.casts == one.memory.casts == 2 * 48 * 12 * 1600**2
+    assert eight.memory.gradients == one.memory.gradients + 2 * 48 * 12 * 1600**2 == 4 * PARAMETERS
+    wider, narrower = (e.components[-1].bytes for e in (eight, one))
+    assert wider - narrower == 2 * 48 * 12 * 1600**2  # AdamW reads them; the backward pass writes them, cast
+    assert {c.name for c in eight.components} - {c.name for c in one.components} == {"casts"}
 
 
 @pytest.mark.parametrize(

@@ -247,13 +247,13 @@ def fail(rank: int, folder: str) -> None:
         load_checkpoint(directory, model, optimizers[::-1])
     assert wrong(model, optimizers, 2) == []
 
-    class Odd(Exception):
+    class OddError(Exception):
         """Of a function, so that it cannot be sent."""
 
     def odd() -> None:
-        raise Odd("here")
+        raise OddError("here")
 
-    with pytest.raises(RuntimeError, match="Odd: here"):
+    with pytest.raises(RuntimeError, match="OddError: here"):
         Ranks().first(odd)
 
     good, bad = directory / "good", directory / "step-00000002"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rooflight.model import ModelConfig, Transformer
+from rooflight.training.distributed import data_parallel, full, fully_sharded, local
 from rooflight.training.optim import AdamW
 
 
@@ -60,30 +59,27 @@ def batch(rank: int, config: ModelConfig, batch_size: int) -> torch.Tensor:
     return torch.randint(config.vocab_size, (batch_size, config.context_length), generator=generator)
 
 
-def wrap(model: Transformer, case: Case, world: int) -> nn.Module:
+def wrap(model: Transformer, case: Case) -> nn.Module:
+    """As training wraps it."""
     if case.parallel == "ddp":
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    mesh = init_device_mesh("cpu", (world,))
-    policy = MixedPrecisionPolicy(param_dtype=case.dtype, reduce_dtype=torch.float32)
-    # FSDP2's own choice where nothing is said: to reshard the blocks, and not the outermost module
-    reshard = {} if case.reshard else {"reshard_after_forward": False}
-    for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy, **reshard)
-    return fully_shard(model, mesh=mesh, mp_policy=policy, **reshard)
+        return data_parallel(model)
+    dtype = None if case.dtype == torch.float32 else case.dtype
+    return fully_sharded(model, model.layers, dtype=dtype, reshard=case.reshard)
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def nbytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Of what this process holds."""
+    return sum(x.nbytes for x in local(list(tensors)))
 
 
-def step(rank: int, world: int, folder: Path, case: Case, batch_size: int) -> None:
+def step(rank: int, folder: Path, case: Case, batch_size: int) -> None:
     """One step; writes what this process held and sent to folder/<case>-<rank>.json, rank 0 the gradients too."""
     torch.manual_seed(0)
     model = Transformer(case.config, checkpointing=case.checkpointing)
     names = [name for name, _ in model.named_parameters()]
     dist.barrier()
     before = written()
-    wrapped = wrap(model, case, world)
+    wrapped = wrap(model, case)
     dist.barrier()
     built = written()
     optimizer = AdamW(wrapped.parameters(), lr=1e-2)
@@ -97,17 +93,15 @@ def step(rank: int, world: int, folder: Path, case: Case, batch_size: int) -> No
     params = dict(zip(names, wrapped.parameters(), strict=True))
     report = {
         "held": {
-            "parameters": sum(local(p).nbytes for p in params.values()),
-            "gradients": sum(local(p.grad).nbytes for p in params.values()),
-            "optimizer": sum(
-                local(state[key]).nbytes for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")
-            ),
+            "parameters": nbytes(params.values()),
+            "gradients": nbytes(p.grad for p in params.values()),
+            "optimizer": nbytes(s[key] for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")),
         },
         "sent": sent.bytes,
         "written": None if before is None else {"start": built - before, "step": after - built},
         "loss": loss.item(),
     }
-    gradients = {name: p.grad.full_tensor() if case.parallel == "fsdp" else p.grad for name, p in params.items()}
+    gradients = {name: full(p.grad) for name, p in params.items()}
     if rank == 0:
         torch.save(gradients, folder / f"{case.name}.pt")
     Path(folder, f"{case.name}-{rank}.json").write_text(json.dumps(report))
@@ -120,7 +114,7 @@ def steps(rank: int, world: int, folder: str, cases: list[Case], batch_size: int
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     try:
         for case in cases:
-            step(rank, world, Path(folder), case, batch_size)
+            step(rank, Path(folder), case, batch_size)
         dist.barrier()  # a process that leaves early breaks the others' connections
     finally:
         dist.destroy_process_group()

@@ -24,6 +24,7 @@ from rooflight.training.result import TrainResult
 from support.assignment import assignment
 from support.ranks import group
 from support.runs import after, crash
+from support.sharded import written
 
 MODEL = ModelConfig(61, 16, 2, 4, n_kv_head=2, d_model=32, d_ff=40)
 
@@ -44,18 +45,21 @@ CASES = {  # and steps
 
 
 def learn(config: TrainConfig, n_step: int) -> dict[str, Any]:
-    """Every step's loss, norm and gradients before clipping, and the parameters after the last; all whole."""
+    """Every step's loss, norm and gradients, and the parameters after the last, all whole; the bytes that the last
+    step's gradients have sent."""
     world = launched()
     learner = Learner(config, torch.device("cpu"), world=world)
     rng = np.random.default_rng(0)
     steps = []
     for _ in range(n_step):
         tokens = torch.from_numpy(rng.integers(61, size=(12, 17))[world.rows(12)])
+        before = written()
         loss, norm = learner.take_step.gradients(tokens[:, :-1], tokens[:, 1:])
+        sent = None if before is None else (written() or 0) - before
         gradients = {name: full(p.grad).clone() for name, p in learner.model.named_parameters()}
         steps.append({"loss": loss.item(), "norm": norm.item(), "gradients": gradients})
         learner.take_step.update()
-    return {"steps": steps, "parameters": full_parameters(learner.model)}
+    return {"steps": steps, "parameters": full_parameters(learner.model), "sent": sent}
 
 
 def learn_all() -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rooflight.training.checkpoint import list_checkpoints
 from rooflight.training.config import TrainConfig
+from rooflight.training.distributed import World, shard_rows
 from rooflight.training.loop import train
 from support.ranks import on_ranks
 from support.runs import log_of, weights_of
@@ -60,6 +61,9 @@ def check_steps(told: list[dict[str, Any]], alone: dict[str, Any]) -> None:
                 assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-6), (name, step)
                 assert off(ours["gradients"], theirs["gradients"]) < 1e-6, (name, step)
             assert off(found["parameters"], expected["parameters"]) < 1e-6, name
+            if found["sent"] is not None and name.startswith("ddp"):  # once a step, however many micro-batches it has
+                ring = 2 * (len(told) - 1) / len(told) * sum(p.nbytes for p in found["parameters"].values())
+                assert found["sent"] == pytest.approx(ring, rel=0.1), name
             assert all(torch.equal(p, told[0][name]["parameters"][n]) for n, p in found["parameters"].items()), name
 
 
@@ -105,6 +109,50 @@ def check_failure(told: list[tuple[str, str, float]]) -> None:
         assert kind == "LostPeer", text
         assert "whose own error says why; the last checkpoint is none" in text
     assert max(seconds for *_, seconds in told) < 60  # and not the timeout of a collective
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "message"),
+    [
+        ({"WORLD_SIZE": "3"}, {}, "one of WORLD_SIZE 3, .* set parallel"),
+        (
+            {"WORLD_SIZE": "3"},
+            {"parallel": "ddp", "gradient_accumulation": 2},
+            "batch_size must be a multiple of 3 processes times gradient_accumulation 2, got 8",
+        ),
+        (
+            {"WORLD_SIZE": "2"},
+            {"parallel": "fsdp", "device": "cuda:1"},
+            "device must be auto, cuda or cpu in a run of 2",
+        ),
+    ],
+)
+def test_refuses(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, environment: dict, options: dict, message: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        train(replace(config, **options))
+    assert not config.out_dir.exists()
+
+
+def test_each_process_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert World(3, 4, 1).device_name("auto") == World(3, 4, 1).device_name("cuda") == "cuda:1"
+    assert (World(3, 4, 1).device_name("cpu"), World().device_name("auto")) == ("cpu", "auto")
+    with pytest.raises(ValueError, match="device: process 2 of this machine has no GPU, of 2"):
+        World(2, 4, 2).device_name("auto")
+
+
+def test_rows_are_divided() -> None:
+    for size in 1, 2, 3, 7:
+        rows = [range(12)[World(rank, size).rows(12)] for rank in range(size)]
+        assert [i for some in rows for i in some] == list(range(12))
+        shards = [shard_rows(12, size, rank) for rank in range(size)]
+        assert [count for _, count in shards if count] == [len(x) for x in torch.arange(12).chunk(size)]
+        assert [i for first, count in shards for i in range(first, first + count)] == list(range(12))
 
 
 @pytest.mark.slow

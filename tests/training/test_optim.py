@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from rooflight.kernels import reference
 from rooflight.kernels.cost import muon_cost
 from rooflight.model import ModelConfig, Transformer
 from rooflight.model.layers import JoinedLinear, Linear
+from rooflight.training import muon as muon_module
 from rooflight.training.optim import AdamW, Muon, build_optimizers, clip_grad_norm, orthogonalize, split_parameters
 
 
@@ -375,3 +377,8 @@ def test_clipping_edges():
 def test_refuses(make, message):
     with pytest.raises(ValueError, match=message):
         make(nn.Parameter(torch.ones(2, 2)))
+
+
+def test_matrices_are_divided_as_the_example_says():
+    failed, tried = doctest.testmod(muon_module)
+    assert (failed, tried) == (0, 1)

@@ -96,13 +96,6 @@ def test_divergence_spoils_no_checkpoint(config, quiet, monkeypatch, what):
     assert all(math.isfinite(r["loss"]) for r in log_of(config)[1:])
 
 
-def test_ranks_of_a_launcher_are_refused(config, quiet, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match="one of WORLD_SIZE 4"):
-        train(config, console=quiet)
-    assert not config.out_dir.exists()
-
-
 def test_ids_past_the_vocabulary_end_the_run(config, quiet, write_tokens):
     data = write_tokens([99] * 1000, "lying.bin")
     with pytest.raises(ValueError, match=r"lying\.bin: token \d+ is 99, and the model's vocab_size 32"):
