@@ -37,7 +37,7 @@ def replay(
 
     Exit status: 0 when it is not finite again, 1 when it is.
     """
-    from .replay import replay as again
+    from .run.replay import replay as again
 
     result = again(dump, device=device)
     typer.echo("\n".join(result.lines()))

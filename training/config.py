@@ -14,8 +14,8 @@ from ..model import ModelConfig, preset
 from ..model.typed import typed
 from .data import ORDERS
 from .optim import OPTIMIZERS
+from .optim.schedule import lr_factor
 from .pretrained import read_config
-from .schedule import lr_factor
 
 DTYPES = ("float32", "bfloat16")
 KERNELS = ("auto", "triton", "eager")

@@ -21,11 +21,11 @@ from .distributed import World, is_lost_peer, launched, process_group, tell_laun
 from .files import write_json
 from .graph import autocast
 from .learner import Learner, choose_ops, evaluate, resolve_device, whose_memory
-from .progress import Display, Records, check_sinks
-from .replay import find_divergence, is_finite
-from .result import Interval, Totals, TrainResult
-from .run_folder import CHECKPOINTS, RunFolder
-from .stopping import (
+from .run.progress import Display, Records, check_sinks
+from .run.replay import find_divergence, is_finite
+from .run.result import Interval, Totals, TrainResult
+from .run.run_folder import CHECKPOINTS, RunFolder
+from .run.stopping import (
     LostPeer,
     StopSignals,
     TrainingDiverged,

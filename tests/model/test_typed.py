@@ -18,7 +18,7 @@ from rooflight.training.data import get_batch, open_tokens
 from rooflight.training.learner import resolve_device
 from rooflight.training.loop import train
 from rooflight.training.optim import build_optimizers
-from rooflight.training.schedule import lr_factor
+from rooflight.training.optim.schedule import lr_factor
 
 CONFIG = ModelConfig(7, 16, 1, 1, d_model=4)
 IDS = torch.zeros(1, 3, dtype=torch.int64)

@@ -45,7 +45,7 @@ from rooflight.training.checkpoint.ranks import Ranks
 from rooflight.training.config import TrainConfig
 from rooflight.training.loop import train
 from rooflight.training.optim import build_optimizers
-from rooflight.training.stopping import TrainingDiverged
+from rooflight.training.run.stopping import TrainingDiverged
 
 # Nothing divides by 3, the fused q, k and v have unequal rows, and the embedding is the output's matrix too.
 CONFIG = ModelConfig(32, 8, 2, 4, n_kv_head=2, d_model=16, d_ff=40, qk_norm=True, tie_embeddings=True)

@@ -20,7 +20,7 @@ from rooflight.training import loop
 from rooflight.training.config import TrainConfig
 from rooflight.training.distributed import full, full_parameters, launched
 from rooflight.training.learner import Learner
-from rooflight.training.result import TrainResult
+from rooflight.training.run.result import TrainResult
 from support.assignment import assignment
 from support.ranks import group
 from support.runs import after, crash

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from .checkpoint import list_checkpoints
-from .files import write_json
+from ..checkpoint import list_checkpoints
+from ..files import write_json
 
 MARKER, LOCK, CHECKPOINTS = "rooflight.json", "run.lock", "checkpoints"
 FORMAT, VERSION = "rooflight-run", 1

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.typed import typed
-from .checkpoint import find_checkpoint, load_checkpoint, load_extra, save_checkpoint
-from .config import TrainConfig
-from .data import Batch, bounds_of
-from .files import remove_folder
-from .graph import autocast
-from .learner import Learner, resolve_device
+from ...model.typed import typed
+from ..checkpoint import find_checkpoint, load_checkpoint, load_extra, save_checkpoint
+from ..config import TrainConfig
+from ..data import Batch, bounds_of
+from ..files import remove_folder
+from ..graph import autocast
+from ..learner import Learner, resolve_device
 
 DUMPS = "diverged"
 

@@ -30,8 +30,8 @@ from rooflight.training.graph import CudaGraphs, TrainStep, make_rates_tensors
 from rooflight.training.learner import evaluate
 from rooflight.training.loop import train
 from rooflight.training.optim import build_optimizers
-from rooflight.training.replay import replay
-from rooflight.training.stopping import TrainingDiverged
+from rooflight.training.run.replay import replay
+from rooflight.training.run.stopping import TrainingDiverged
 from support.recorder import Recorder
 from support.runs import log_of, weights_of
 

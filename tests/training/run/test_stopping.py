@@ -18,7 +18,7 @@ from rooflight.model import estimate
 from rooflight.training import graph, learner, loop
 from rooflight.training.checkpoint import list_checkpoints, load_model
 from rooflight.training.loop import train
-from rooflight.training.stopping import STOPPING, StopSignals, TrainingDiverged, TrainingFailed
+from rooflight.training.run.stopping import STOPPING, StopSignals, TrainingDiverged, TrainingFailed
 from support.runs import after, assert_equal, log_of, weights_of
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.layers import WeightCopy
-from .distributed import ALONE, World, exchange, is_sharded, local, shard_rows
-from .optimizer import GroupedOptimizer, check, check_parameter
+from ...model.layers import WeightCopy
+from ..distributed import ALONE, World, exchange, is_sharded, local, shard_rows
+from .base import GroupedOptimizer, check, check_parameter
 
 # Jordan et al. 2024: the slope at zero as steep as it goes, for singular values that land in about [0.7, 1.2].
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

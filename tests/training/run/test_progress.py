@@ -21,7 +21,7 @@ from rich.console import Console
 from rooflight.model import ModelConfig
 from rooflight.training.config import TrainConfig
 from rooflight.training.loop import train
-from rooflight.training.stopping import TrainingFailed
+from rooflight.training.run.stopping import TrainingFailed
 
 
 @pytest.fixture

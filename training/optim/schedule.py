@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from ..model.typed import typed
+from ...model.typed import typed
 
 SCHEDULES = ("cosine", "trapezoid", "constant")
 

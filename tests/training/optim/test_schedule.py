@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rooflight.training.schedule import SCHEDULES, get_lr_cosine_schedule, lr_factor
+from rooflight.training.optim.schedule import SCHEDULES, get_lr_cosine_schedule, lr_factor
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

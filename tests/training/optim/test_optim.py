@@ -12,8 +12,8 @@ from rooflight.kernels import reference
 from rooflight.kernels.cost import muon_cost
 from rooflight.model import ModelConfig, Transformer
 from rooflight.model.layers import JoinedLinear, Linear
-from rooflight.training import muon as muon_module
 from rooflight.training.optim import AdamW, Muon, build_optimizers, clip_grad_norm, orthogonalize, split_parameters
+from rooflight.training.optim import muon as muon_module
 
 
 def _problem(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:

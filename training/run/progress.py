@@ -12,8 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from .config import TrainConfig
-from .files import write_text
+from ..config import TrainConfig
+from ..files import write_text
 
 PLAIN_SECONDS = 5.0  # at least this long between two plain lines
 

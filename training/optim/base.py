@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..model.layers import WeightCopy
+from ...model.layers import WeightCopy
 
 
 def check(name: str, value: float, low: float, high: float = math.inf) -> None:

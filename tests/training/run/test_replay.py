@@ -20,8 +20,8 @@ from rooflight.training.commands import app
 from rooflight.training.config import TrainConfig
 from rooflight.training.data import batch_generator, get_batch, open_tokens
 from rooflight.training.loop import train
-from rooflight.training.replay import replay
-from rooflight.training.stopping import TrainingDiverged
+from rooflight.training.run.replay import replay
+from rooflight.training.run.stopping import TrainingDiverged
 from support.saving import diverge, run
 
 BAD = 30  # steps done before the one whose loss or gradient is not finite

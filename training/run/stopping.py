@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..model.estimate import Estimate, estimate, largest_batch
-from .config import TrainConfig
+from ...model.estimate import Estimate, estimate, largest_batch
+from ..config import TrainConfig
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

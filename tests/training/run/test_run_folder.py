@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from rooflight.training.run_folder import FORMAT, LOCK, MARKER, RunFolder
+from rooflight.training.run.run_folder import FORMAT, LOCK, MARKER, RunFolder
 
 HOLD = """
 import os, sys, time, pathlib
-from rooflight.training.run_folder import RunFolder
+from rooflight.training.run.run_folder import RunFolder
 folder = RunFolder(pathlib.Path(sys.argv[1]), resume=False, overwrite=False, say=print)
 with folder:
     if os.fork() == 0:  # a worker of the run, which must not keep the folder when the run has left it
