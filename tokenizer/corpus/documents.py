@@ -95,13 +95,19 @@ def blocks(span: Span, cutter: Cutter, size: int, field: str) -> Iterator[tuple[
     kind = kind_of(span.path)
     if kind == "rows":
         return _rows(span, size, field)
-    if not (cuttable := is_cuttable(span.path)) and span.n > 1:
-        raise ValueError(f"path: {span.path!r} is compressed, expected a name that ends in .gz or .zst")
+    if not (cuttable := is_cuttable(span.path)):
+        refuse_to_cut(span)
     if kind == "lines":
         return _lines(span, size)
     if cuttable:
         return _ranges(span, cutter, size)
     return _pieces(span, cutter, size)
+
+
+def refuse_to_cut(span: Span) -> None:
+    """Raises ValueError on a span of a file that can only be read as a whole: each of the spans would be all of it."""
+    if span.n > 1:
+        raise ValueError(f"path: {span.path!r} is compressed, expected a name that ends in .gz or .zst")
 
 
 def _ranges(span: Span, cutter: Cutter, size: int) -> Iterator[tuple[Block, int]]:

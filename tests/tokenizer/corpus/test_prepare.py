@@ -20,7 +20,7 @@ import pytest
 from rooflight.tokenizer import Tokenizer
 from rooflight.tokenizer.corpus import encode, prepare
 from rooflight.tokenizer.corpus.encode import EncodeWorker
-from rooflight.tokenizer.files import read_token_file
+from rooflight.tokenizer.files import read_json, read_token_file
 from rooflight.training.data import open_tokens
 from support import bpe_reference
 
@@ -306,6 +306,15 @@ def test_what_is_refused(corpus: Path, tmp_path: Path) -> None:
     (out / "corpus.json").unlink()
     with pytest.raises(ValueError, match="holds token files but no corpus"):
         run()
+
+
+def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 1\n.txt"))
+    path.write_text("the cat")
+    for _ in range(2):
+        headers = prepare.prepare(TOKENIZER, [path], tmp_path / "out", num_workers=1).headers
+        assert headers == [read_json(tmp_path / "out" / "shard-00000-000.bin.json")]
+    assert read_json(tmp_path / "out" / "corpus.json")["inputs"] == [[f"{tmp_path}/caf\\xe9 1\n.txt", 7]]
 
 
 def test_another_encoding_is_warned_of_and_nothing_makes_no_file(tmp_path: Path) -> None:
