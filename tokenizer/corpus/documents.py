@@ -49,6 +49,7 @@ class Range(NamedTuple):
 class Text(NamedTuple):
     """A piece of a text file. ends: whether the file's text ends with it."""
 
+    path: str
     data: bytes
     ends: bool
 
@@ -79,6 +80,7 @@ class Lines(NamedTuple):
 class Rows(NamedTuple):
     """Texts of a Parquet file, None where it has none. size: in bytes."""
 
+    path: str
     texts: list[str | None]
     size: int
 
@@ -121,7 +123,7 @@ def _pieces(span: Span, cutter: Cutter, size: int) -> Iterator[tuple[Block, int]
         pieces = cut_stream(iter(partial(file.read, size), b""), cutter, size)
         read = _progress(file, 0)
         for piece, is_last in with_last(pieces):
-            yield Text(piece, is_last), read()
+            yield Text(span.path, piece, is_last), read()
 
 
 def _lines(span: Span, size: int) -> Iterator[tuple[Block, int]]:
@@ -182,10 +184,10 @@ def _rows(span: Span, size: int, field: str) -> Iterator[tuple[Block, int]]:
                     n_bytes += len((value or "").encode())
                     if n_bytes >= size:
                         before, done = done, done + len(texts)
-                        yield Rows(texts, n_bytes), span.size * done // n_rows - span.size * before // n_rows
+                        yield Rows(span.path, texts, n_bytes), span.size * done // n_rows - span.size * before // n_rows
                         texts, n_bytes = [], 0
             if texts:
-                yield Rows(texts, n_bytes), span.size - span.size * done // n_rows
+                yield Rows(span.path, texts, n_bytes), span.size - span.size * done // n_rows
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"path: {span.path!r}: {error}") from None
 

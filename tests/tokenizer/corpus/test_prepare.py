@@ -20,7 +20,9 @@ import pytest
 from rooflight.tokenizer import Tokenizer
 from rooflight.tokenizer.corpus import encode, prepare
 from rooflight.tokenizer.corpus.encode import EncodeWorker
+from rooflight.tokenizer.definition import define
 from rooflight.tokenizer.files import read_json, read_token_file
+from rooflight.tokenizer.tokenizer import _build
 from rooflight.training.data import open_tokens
 from support import bpe_reference
 
@@ -315,6 +317,15 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
         headers = prepare.prepare(TOKENIZER, [path], tmp_path / "out", num_workers=1).headers
         assert headers == [read_json(tmp_path / "out" / "shard-00000-000.bin.json")]
     assert read_json(tmp_path / "out" / "corpus.json")["inputs"] == [[f"{tmp_path}/caf\\xe9 1\n.txt", 7]]
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_byte_without_a_token_is_said_to_be_in_which_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(INPUTS[name]())
+    vocab = {i: b"x" * (2 + i) if token == b" " else token for i, token in VOCAB.items()}
+    lacks = _build(define(vocab, [], [EOD], "gpt2", ignore_merges=False, all_bytes=False))
+    with pytest.raises(ValueError, match=rf"{name}: text: the byte b' ' has no token"):
+        prepare.prepare(lacks, [tmp_path / name], tmp_path / "out", num_workers=1)
 
 
 def test_another_encoding_is_warned_of_and_nothing_makes_no_file(tmp_path: Path) -> None:
