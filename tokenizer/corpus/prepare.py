@@ -222,7 +222,7 @@ def _numbered(results: Iterable[Result], first: dict[int, int], limit: int) -> I
         if result.part != part:
             part, n_tokens = result.part, 0
             number = first[part]
-        elif n_tokens and n_tokens + result.n_tokens > limit:
+        elif n_tokens and result.n_tokens and n_tokens + result.n_tokens > limit:
             number, n_tokens = number + 1, 0
         n_tokens += result.n_tokens
         yield (part, number), result

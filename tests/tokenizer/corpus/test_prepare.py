@@ -319,6 +319,17 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
     assert read_json(tmp_path / "out" / "corpus.json")["inputs"] == [[f"{tmp_path}/caf\\xe9 1\n.txt", 7]]
 
 
+def test_documents_without_text_end_the_part_of_a_long_one(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text}) for text in ("the cat " * 100, *EMPTY)]
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    for n_empty in (4, 0):  # the second time there is nothing to do
+        prepared = prepare.prepare(
+            TOKENIZER, [tmp_path / "x.jsonl.gz"], tmp_path / "out", shard_tokens=10, num_workers=1
+        )
+        assert prepared.n_empty == n_empty
+        assert [(header["n_tasks"], header["part_ends"]) for header in prepared.headers] == [(5, True)]
+
+
 @pytest.mark.parametrize("name", INPUTS)
 def test_a_byte_without_a_token_is_said_to_be_in_which_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(INPUTS[name]())
