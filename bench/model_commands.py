@@ -175,7 +175,11 @@ def evaluate(
 
     place = resolve_device(device)
     words = find_tokenizer(model, tokenizer)
-    ids = words.encode(file.read_text(encoding="utf-8"))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected text in UTF-8: {error}") from None
+    ids = words.encode(text)
     if len(ids) < 2:
         raise ValueError(f"{file}: expected two tokens at least, got {len(ids)}")
     loaded = open_model(model, device=place)

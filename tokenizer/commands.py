@@ -21,7 +21,21 @@ TokenizerPath = Annotated[
     Path, typer.Option("--tokenizer", "-t", help="A folder that `train` wrote, or a Hugging Face tokenizer.json.")
 ]
 SpecialTokens = Annotated[list[str], typer.Option(help="Bounds documents; may be given several times.")]
-PatternOption = Annotated[str, typer.Option(help="gpt2, cl100k, o200k, llama3, ... or a regular expression.")]
+
+
+def _pattern(given: str) -> str:
+    """`given`, unless it is a name that no pattern has: as an expression it would match that word alone."""
+    from .pretokenize.patterns import PATTERNS
+
+    if given not in PATTERNS and given.isidentifier():
+        names = ", ".join(PATTERNS)
+        raise ValueError(f"pattern: got {given!r}, expected one of {names}, or a regular expression")
+    return given
+
+
+PatternOption = Annotated[
+    str, typer.Option(help="gpt2, cl100k, o200k, llama3, ... or a regular expression.", callback=_pattern)
+]
 Field = Annotated[str, typer.Option(help="Of each line of .jsonl, and the column of .parquet.")]
 Shard = Annotated[str, typer.Option(metavar="I/N", help="Of N jobs that share the work, the one numbered I, from 0.")]
 Workers = Annotated[int | None, typer.Option(help="Processes; default, one for each CPU core.")]

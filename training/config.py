@@ -155,7 +155,7 @@ class TrainConfig:
         object.__setattr__(self, "train_data", self._train_data())
         for name in ("val_data", "out_dir", "init_from"):  # strings are welcome; TOML has nothing else
             value, optional = getattr(self, name), name in ("val_data", "init_from")
-            self._require(name, isinstance(value, str | Path) or (optional and value is None), "a path")
+            self._require(name, _is_path(value) or (optional and value is None), "a path")
             if value is not None:
                 object.__setattr__(self, name, Path(value))
         if not isinstance(self.betas, list | tuple) or not all(isinstance(b, int | float) for b in self.betas):
@@ -194,12 +194,12 @@ class TrainConfig:
         given: Any = self.train_data
         if isinstance(given, dict):
             weights = all(isinstance(w, int | float) and not isinstance(w, bool) for w in given.values())
-            paths = all(isinstance(path, str | Path) for path in given)
+            paths = all(_is_path(path) for path in given)
             fits = weights and paths and len(given) > 0 and all(0 < w < math.inf for w in given.values())
             self._require("train_data", fits, "a table of paths and their weights, positive and finite")
             return {str(path): float(weight) for path, weight in given.items()}
         several = given if isinstance(given, list | tuple) else [given]
-        fits = len(several) > 0 and all(isinstance(path, str | Path) for path in several)
+        fits = len(several) > 0 and all(_is_path(path) for path in several)
         self._require("train_data", fits, "a path, a list of paths or a table of paths and weights")
         return [Path(path) for path in several] if len(several) > 1 else Path(several[0])
 
@@ -287,6 +287,10 @@ class TrainConfig:
         Raises FileNotFoundError, or ValueError on TOML that cannot be read or values that from_dict refuses.
         """
         return cls.from_dict(read_toml(path) | {k: v for k, v in overrides.items() if v is not None})
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str | Path) and value != ""  # which Path takes for the current folder
 
 
 @typed

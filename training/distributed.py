@@ -99,15 +99,21 @@ ALONE = World()
 
 
 def launched() -> World:
-    """The place that torchrun's environment gives this process; alone where it says nothing."""
+    """The place that torchrun's environment gives this process; alone where it says nothing.
 
-    def number(name: str, otherwise: int) -> int:
-        return int(os.environ.get(name) or otherwise)
+    Raises ValueError where WORLD_SIZE is no number of processes, or RANK none of them, as another would be waited for.
+    """
 
-    rank = number("RANK", 0)
-    return World(
-        rank, number("WORLD_SIZE", 1), number("LOCAL_RANK", rank), restarts=number("TORCHELASTIC_RESTART_COUNT", 0)
-    )
+    def number(name: str, otherwise: int, least: int = 0, below: float = math.inf) -> int:
+        value = os.environ.get(name) or str(otherwise)
+        if not (value.isdecimal() and least <= int(value) < below):
+            bound = "" if below == math.inf else f" and below WORLD_SIZE {below}"
+            raise ValueError(f"{name}: expected a whole number of at least {least}{bound}, got {value!r}")
+        return int(value)
+
+    size = number("WORLD_SIZE", 1, least=1)
+    rank = number("RANK", 0, below=size)
+    return World(rank, size, number("LOCAL_RANK", rank), restarts=number("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 @contextmanager

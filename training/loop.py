@@ -21,6 +21,7 @@ from .distributed import World, is_lost_peer, launched, process_group, tell_laun
 from .files import write_json
 from .graph import autocast
 from .learner import Learner, choose_ops, evaluate, resolve_device, whose_memory
+from .pretrained import require_model
 from .run.progress import Display, Records, check_sinks
 from .run.replay import find_divergence, is_finite
 from .run.result import Interval, Totals, TrainResult
@@ -55,11 +56,11 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     (checkpoints stay as they were).
     """
     world = launched()
-    _refuse_ranks(config, world)
     if world.restarts:
         config = replace(config, resume=True, overwrite=False)
     console = (console or Console(stderr=True)) if world.first else Console(quiet=True, force_terminal=False)
     try:
+        _refuse_ranks(config, world)
         return _Run(config, console, world).train()
     except LostPeer:
         raise  # what torchrun is to name is the other's error
@@ -103,9 +104,11 @@ class _Run:
                 f"train_data {self.train_data} and val_data {self.val_data} come from different tokenizers"
             )
         check_sinks(config)
+        self.directory = config.out_dir / CHECKPOINTS
+        if config.init_from is not None and (config.overwrite or not list_checkpoints(self.directory)):
+            require_model("init_from", config.init_from)  # before out_dir is touched
         if self.device.type == "cpu":
             check_memory(self.share, self.ops, device_memory(self.device))
-        self.directory = config.out_dir / CHECKPOINTS
         self.folder: AbstractContextManager[Any] = nullcontext()
         if world.first:
             self.folder = RunFolder(config.out_dir, resume=config.resume, overwrite=config.overwrite, say=self._say)

@@ -13,7 +13,7 @@ from ..kernels import reference
 from ..model import ModelConfig, Transformer, load_hf
 from ..model.hf import is_hf, read_hf_config
 from ..model.typed import typed
-from .checkpoint import load_model, read_model_config
+from .checkpoint import find_checkpoint, load_model, read_model_config
 
 
 @typed
@@ -35,6 +35,15 @@ def read_config(path: str | Path) -> ModelConfig:
     if is_hf(path):
         return read_hf_config(path)
     return read_model_config(path)
+
+
+def require_model(name: str, path: str | Path) -> None:
+    """Raise FileNotFoundError that names the option `name` where open_model(path) would find nothing to open."""
+    if not is_hf(path):
+        try:
+            find_checkpoint(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{name}: {error}") from None
 
 
 def copy_weights(path: str | Path, model: Transformer) -> None:

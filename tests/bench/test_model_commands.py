@@ -106,6 +106,12 @@ def test_eval_is_the_text_s_likelihood(run: Path, tokenizer: Tokenizer) -> None:
     assert "bits per byte" in rooflight("eval", run, run / "text.txt", "--stride", 16)
 
 
+def test_eval_names_a_file_that_is_no_text(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"x\.png: expected text in UTF-8: .*byte 0x89 in position 0"):
+        rooflight("eval", run, tmp_path / "x.png")
+
+
 @pytest.mark.parametrize("stride", [1, 5, 8])
 @pytest.mark.parametrize("n", [2, 9, 10, 40])
 def test_every_prediction_is_counted_once(n: int, stride: int) -> None:

@@ -44,6 +44,13 @@ def test_train_encode_decode(folder: Path) -> None:
     assert run("decode", "-t", folder / "tk", folder / "x.bin") == TEXT
 
 
+def test_a_name_that_no_pattern_has_is_refused(folder: Path) -> None:
+    for command in ("train", "count"):
+        result = CliRunner().invoke(app, [command, str(folder / "text.txt"), "--out", "x", "--pattern", "gpt4"])
+        assert isinstance(result.exception, ValueError)
+        assert str(result.exception).startswith("pattern: got 'gpt4', expected one of gpt2, cl100k, ")
+
+
 def test_text_on_the_command_line(folder: Path) -> None:
     ids = Tokenizer.load(folder / "tk").encode("the 日本")
     printed = run("encode", "-t", folder / "tk", "--text", "the 日本")

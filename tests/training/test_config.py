@@ -103,6 +103,9 @@ def test_missing_toml(tmp_path):
         ({"warmup": 1.5}, r"warmup must be in \[0, 1\], got 1.5"),
         ({"train_data": None}, "train_data must be a path, a list of paths or a table of paths and weights, got None"),
         ({"train_data": []}, "train_data must be a path, a list of paths or"),
+        ({"train_data": ""}, "train_data must be a path, a list of paths or .*, got ''"),  # not the current folder
+        ({"train_data": {"": 1.0}}, "train_data must be a table of paths and their weights"),
+        ({"out_dir": ""}, "out_dir must be a path, got ''"),
         ({"train_data": ["a.bin", 3]}, "train_data must be a path, a list of paths or"),
         ({"train_data": {}}, "train_data must be a table of paths and their weights, positive and finite, got {}"),
         ({"train_data": {"a.bin": 0}}, "train_data must be a table of paths and their weights, positive and finite"),

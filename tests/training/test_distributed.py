@@ -115,6 +115,9 @@ def check_failure(told: list[tuple[str, str, float]]) -> None:
     ("environment", "options", "message"),
     [
         ({"WORLD_SIZE": "3"}, {}, "one of WORLD_SIZE 3, .* set parallel"),
+        ({"WORLD_SIZE": "0"}, {}, "WORLD_SIZE: expected a whole number of at least 1, got '0'"),
+        ({"WORLD_SIZE": "two"}, {}, "WORLD_SIZE: expected a whole number of at least 1, got 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, {}, "RANK: expected .* at least 0 and below WORLD_SIZE 2, got '2'"),
         (
             {"WORLD_SIZE": "3"},
             {"parallel": "ddp", "gradient_accumulation": 2},
@@ -135,6 +138,17 @@ def test_refuses(
     with pytest.raises(ValueError, match=message):
         train(replace(config, **options))
     assert not config.out_dir.exists()
+
+
+def test_torchrun_is_told_of_a_batch_that_cannot_be_divided(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told = tmp_path / "error.json"
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(told))
+    with pytest.raises(ValueError, match="a multiple of 3 processes"):
+        train(replace(config, parallel="ddp"))
+    assert "a multiple of 3 processes" in told.read_text()
 
 
 def test_each_process_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,16 @@ def test_another_model_is_refused(given: Transformer, tmp_path: Path, write_toke
         TrainConfig.from_dict(options | {"init_from": tmp_path / "nowhere", "model": None})
 
 
+def test_a_model_that_is_not_there_leaves_the_folder_alone(given: Transformer, tmp_path: Path, write_tokens) -> None:
+    tokens = write_tokens(np.arange(200) % 32)
+    options = _options(tmp_path, tokens, "nowhere", model=SMALL.to_dict() | {"preset": "tiny"}, overwrite=True)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "notes.txt").touch()
+    with pytest.raises(FileNotFoundError, match=r"init_from: no checkpoint at .*nowhere"):
+        train(TrainConfig.from_dict(options), console=Console(quiet=True))
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["notes.txt"]
+
+
 @pytest.mark.parametrize("folder", ["hf", "run"])
 def test_one_door(folder: str, given: Transformer, tmp_path: Path) -> None:
     opened = open_model(tmp_path / folder, ops=reference)

@@ -87,8 +87,8 @@ def prepare(
     _refuse_overlap(out, inputs, files)
     all_parts = parts(files, _PART * int(shard_tokens))
     made_of = {"tokenizer_hash": tokenizer.hash, "eod": eod_id, "field": field, "allow_special": allow_special}
-    made_of |= {"shard_tokens": int(shard_tokens), "n_parts": len(all_parts)}
-    _claim(out, made_of | {"inputs": [[shown(path), path.stat().st_size] for path in files]})
+    made_of |= {"shard_tokens": int(shard_tokens), "inputs": [[shown(path), path.stat().st_size] for path in files]}
+    _claim(out, made_of | {"n_parts": len(all_parts)})  # last: what another number of them comes from is named
 
     done = {part: _done(out, part, tokenizer.hash) for part in range(i, len(all_parts), n)}
     todo = [part for part, headers in done.items() if not (headers and headers[-1]["part_ends"])]

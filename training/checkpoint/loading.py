@@ -102,7 +102,9 @@ def _read_state(path: Path, model: Transformer, optimizers: Sequence[Optimizer])
         raise ValueError(f"{path} holds another model than config.model: {differing}")
     state = torch.load(path / STATE, map_location="cpu", weights_only=True)
     if len(state["optimizers"]) != len(optimizers):
-        raise ValueError(f"{path} holds {len(state['optimizers'])} optimizers, expected {len(optimizers)}")
+        raise ValueError(
+            f"{path} holds {len(state['optimizers'])} optimizers, expected {len(optimizers)}: is optimizer another one?"
+        )
     return state
 
 

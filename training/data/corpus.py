@@ -60,7 +60,8 @@ class Corpus:
     def check_windows(self, batch_size: int, context_length: int) -> None:
         """Raise ValueError unless batches of this shape can be drawn from every source."""
         for source in self.sources:
-            check_window(max(file.n_tokens for file in source.files), batch_size, context_length)
+            longest = max(source.files, key=lambda file: file.n_tokens)
+            check_window(longest.n_tokens, batch_size, context_length, f"{longest.path} with ")
 
     @property
     def tokenizer_hash(self) -> str:
@@ -100,14 +101,16 @@ def open_corpus(
     return corpus
 
 
-def check_window(n_tokens: int, batch_size: int, context_length: int) -> None:
-    """Raise ValueError unless batches of this shape can be drawn from so many tokens in a row."""
+def check_window(n_tokens: int, batch_size: int, context_length: int, whose: str = "") -> None:
+    """Raise ValueError unless batches of this shape can be drawn from so many tokens in a row, `whose` they are."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if context_length < 1:
         raise ValueError(f"context_length must be at least 1, got {context_length}")
     if n_tokens <= context_length:
-        raise ValueError(f"context_length {context_length} needs at least {context_length + 1} tokens, got {n_tokens}")
+        raise ValueError(
+            f"context_length {context_length} needs at least {context_length + 1} tokens, got {whose}{n_tokens}"
+        )
 
 
 def _open(paths: Sequence[str | Path], vocab_size: int | None) -> tuple[TokenFile, ...]:

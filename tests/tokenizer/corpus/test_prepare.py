@@ -305,6 +305,10 @@ def test_what_is_refused(corpus: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             run(**options)
     assert contents(out) == before
+    of_parts = {"out": tmp_path / "parts", "shard_tokens": 1000}
+    run(**of_parts)
+    with pytest.raises(ValueError, match="a corpus of other inputs"):  # and not of another number of parts
+        run(inputs=[corpus / "a.txt"], **of_parts)
     (out / "corpus.json").unlink()
     with pytest.raises(ValueError, match="holds token files but no corpus"):
         run()

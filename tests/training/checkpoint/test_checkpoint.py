@@ -318,5 +318,5 @@ def test_refuses(tmp_path):
     wider, wider_optimizers = _trained(ModelConfig(32, 8, 1, 2, d_model=16, d_ff=32))
     with pytest.raises(ValueError, match=r"holds another model than config\.model: d_ff 24 against 32"):
         load_checkpoint(path, wider, wider_optimizers)
-    with pytest.raises(ValueError, match="holds 2 optimizers, expected 1"):
+    with pytest.raises(ValueError, match="holds 2 optimizers, expected 1: is optimizer another one"):
         load_checkpoint(path, *_trained(optimizer="adamw"))

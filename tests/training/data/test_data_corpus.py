@@ -69,7 +69,9 @@ def test_wrong_corpora_are_named(shards, write_tokens, tmp_path):
         open_corpus(shards / "web", vocab_size=100)
     with pytest.raises(FileNotFoundError, match=r"no token file at .*absent\.bin"):
         open_corpus([shards / "code.bin", shards / "absent.bin"])
-    with pytest.raises(ValueError, match="context_length 40 needs at least 41 tokens, got 30"):  # of one source of two
+    with pytest.raises(
+        ValueError, match=r"context_length 40 needs at least 41 tokens, got .*bin with 30"
+    ):  # of one source of two
         Batches(open_corpus({str(shards / "web"): 1.0, str(shards / "code.bin"): 1.0}), 2, 40, CPU, seed=0)
     with pytest.raises(ValueError, match=r"weights: expected at least 1/10,000 of the sum 1000000\.0 each, got 1\.0"):
         open_corpus({str(shards / "web"): 999_999.0, str(shards / "code.bin"): 1.0})
