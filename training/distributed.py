@@ -40,6 +40,7 @@ class World:
     size: int = 1
     local_rank: int = 0  # on its machine
     restarts: int = 0  # of the processes, by torchrun
+    launch: str | None = None  # torchrun's id of what it started, the same after restarts
 
     @property
     def first(self) -> bool:
@@ -106,7 +107,11 @@ def launched() -> World:
 
     rank = number("RANK", 0)
     return World(
-        rank, number("WORLD_SIZE", 1), number("LOCAL_RANK", rank), restarts=number("TORCHELASTIC_RESTART_COUNT", 0)
+        rank,
+        number("WORLD_SIZE", 1),
+        number("LOCAL_RANK", rank),
+        restarts=number("TORCHELASTIC_RESTART_COUNT", 0),
+        launch=os.environ.get("TORCHELASTIC_RUN_ID"),
     )
 
 
