@@ -40,6 +40,7 @@ class World:
     size: int = 1
     local_rank: int = 0  # on its machine
     restarts: int = 0  # of the processes, by torchrun
+    launch: str | None = None  # torchrun's id of what it started, the same after restarts
 
     @property
     def first(self) -> bool:
@@ -113,7 +114,8 @@ def launched() -> World:
 
     size = number("WORLD_SIZE", 1, least=1)
     rank = number("RANK", 0, below=size)
-    return World(rank, size, number("LOCAL_RANK", rank), restarts=number("TORCHELASTIC_RESTART_COUNT", 0))
+    restarts, launch = number("TORCHELASTIC_RESTART_COUNT", 0), os.environ.get("TORCHELASTIC_RUN_ID")
+    return World(rank, size, number("LOCAL_RANK", rank), restarts=restarts, launch=launch)
 
 
 @contextmanager

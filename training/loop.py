@@ -15,6 +15,7 @@ from rich.console import Console
 from ..model import estimate
 from ..model.typed import typed
 from .checkpoint import BackgroundSaves, list_checkpoints, load_latest, save_checkpoint, set_aside
+from .checkpoint.ranks import Ranks
 from .config import TrainConfig
 from .data import Batches, end_of_document, open_corpus
 from .distributed import World, is_lost_peer, launched, process_group, tell_launcher
@@ -25,7 +26,7 @@ from .pretrained import require_model
 from .run.progress import Display, Records, check_sinks
 from .run.replay import find_divergence, is_finite
 from .run.result import Interval, Totals, TrainResult
-from .run.run_folder import CHECKPOINTS, RunFolder
+from .run.run_folder import CHECKPOINTS, RunFolder, launch_of
 from .run.stopping import (
     LostPeer,
     StopSignals,
@@ -47,7 +48,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     checkpoints/.
 
     Started by torchrun, with config.parallel "ddp" or "fsdp", every process calls it: each trains on its rows of the
-    batches, and the first writes and tells. Processes that torchrun has restarted go on from the latest checkpoint.
+    batches, and the first writes and tells. Processes that torchrun has restarted go on from the latest checkpoint, if
+    their launch had come to have the folder.
     Ctrl-C, SIGTERM or SIGHUP ends the step in hand, saves a checkpoint and returns with stopped "interrupted"; a second
     Ctrl-C raises KeyboardInterrupt at once. console: where progress goes (default: standard error).
     Raises ValueError when data, checkpoint and configuration do not fit together, the batch does not fit the machine or
@@ -56,7 +58,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     (checkpoints stay as they were).
     """
     world = launched()
-    if world.restarts:
+    if world.restarts and launch_of(config.out_dir) == world.launch:
         config = replace(config, resume=True, overwrite=False)
     console = (console or Console(stderr=True)) if world.first else Console(quiet=True, force_terminal=False)
     try:
@@ -89,7 +91,6 @@ class _Run:
     def __init__(self, config: TrainConfig, console: Console, world: World) -> None:
         self.config, self.console, self.world = config, console, world
         self.device = resolve_device(world.device_name(config.device))
-        self.share = replace(config, batch_size=config.batch_size // world.size)  # what this process computes
         self.dtype = getattr(torch, config.dtype)
         self.ops = whose_memory(choose_ops(config.kernels, self.device), self.device)
         vocab_size = config.model.vocab_size
@@ -108,10 +109,11 @@ class _Run:
         if config.init_from is not None and (config.overwrite or not list_checkpoints(self.directory)):
             require_model("init_from", config.init_from)  # before out_dir is touched
         if self.device.type == "cpu":
-            check_memory(self.share, self.ops, device_memory(self.device))
+            check_memory(config, self.ops, device_memory(self.device), world.size)
         self.folder: AbstractContextManager[Any] = nullcontext()
         if world.first:
-            self.folder = RunFolder(config.out_dir, resume=config.resume, overwrite=config.overwrite, say=self._say)
+            resume, overwrite, launch = config.resume, config.overwrite, world.launch
+            self.folder = RunFolder(config.out_dir, resume=resume, overwrite=overwrite, launch=launch, say=self._say)
         self.checkpoint: Path | None = None
         self.saves: BackgroundSaves | None = None
         self.factors: list[float] = []  # of the learning rate, in each step since the checkpoint
@@ -139,10 +141,11 @@ class _Run:
                 if not is_out_of_memory(error):
                     raise
                 capacity = device_memory(self.device)
-                self.console.print(predicted_step(self.share, self.ops).table())
+                self.console.print(predicted_step(self.config, self.ops, self.world.size).table())
+                fits = what_fits(self.config, self.ops, capacity, self.world.size)
                 raise TrainingFailed(
-                    f"out of memory, of {capacity / 1e9:,.1f} GB: {what_fits(self.share, self.ops, capacity)}; the "
-                    f"last checkpoint is {self.checkpoint or 'none'}"
+                    f"out of memory, of {capacity / 1e9:,.1f} GB: {fits}; the last checkpoint is "
+                    f"{self.checkpoint or 'none'}"
                 ) from error
 
     def _begin(self) -> None:
@@ -152,7 +155,8 @@ class _Run:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.memory = PeakMemory(self.device)
-        found = list_checkpoints(self.directory)
+        # as the first process sees the folder: a network file system may show others what it was
+        found = Ranks().first(lambda: list_checkpoints(self.directory))
         self.learner = Learner(config, self.device, fresh=not found, say=self._say, world=self.world)
         self.step, self.totals = 0, Totals()
         if found:
@@ -202,11 +206,11 @@ class _Run:
         self.started = time.perf_counter() - totals.elapsed
         means: list[float] = []  # seconds per step, one mean per log interval
         with ExitStack() as stack:
-            if config.async_checkpoints:
-                self.saves = stack.enter_context(BackgroundSaves(self._saved))
             keep_to = self.step if self.checkpoint else None
             records = stack.enter_context(Records(config, keep_to=keep_to, silent=not self.world.first))
             signals = stack.enter_context(StopSignals(patient=self.world.size > 1))
+            if config.async_checkpoints:  # within the signals: a second one is not to end the last write
+                self.saves = stack.enter_context(BackgroundSaves(self._saved))
             display = stack.enter_context(Display(self.console))
             progress, received = self._agreed(signals)
             if self.step == 0 and self.val_data is not None:
@@ -324,7 +328,7 @@ class _Run:
         loss = evaluate(
             self.learner.validated,
             self.val_data,
-            batch_size=self.share.batch_size // config.gradient_accumulation,
+            batch_size=config.batch_size // (self.world.size * config.gradient_accumulation),
             context_length=config.model.context_length,
             device=self.device,
             dtype=self.dtype,

@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 from rooflight.kernels import reference
 from rooflight.model import ModelConfig, Transformer
 from rooflight.model.transformer import unwrapped
+from rooflight.training import loop
 from rooflight.training.checkpoint import (
     BackgroundSaves,
     DamagedCheckpoint,
@@ -43,7 +44,6 @@ from rooflight.training.checkpoint import (
 )
 from rooflight.training.checkpoint.ranks import Ranks
 from rooflight.training.config import TrainConfig
-from rooflight.training.loop import train
 from rooflight.training.optim import build_optimizers
 from rooflight.training.run.stopping import TrainingDiverged
 
@@ -290,9 +290,23 @@ def fail(rank: int, folder: str) -> None:
 
 
 def go_on(rank: int, config: TrainConfig) -> None:
-    """train(config) on the ranks that there are."""
+    """train(config) on the ranks that there are, of which the first alone looks whether there are checkpoints."""
+
+    def look(directory: Path) -> list[Path]:
+        raise AssertionError(f"rank {rank} may see {directory} as it was before, on a network file system")
+
+    if rank:
+        loop.list_checkpoints = look  # type: ignore[assignment]
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(dist.get_world_size()))
-    train(config, console=Console(file=io.StringIO()))
+    loop.train(config, console=Console(file=io.StringIO()))
+
+
+def save_apart(rank: int, folders: list[str]) -> None:
+    """Each rank in a folder of its own, as machines are without a file system in common."""
+    os.chdir(folders[rank])
+    with pytest.raises(OSError, match="rank 0 does not see what rank 1 has written: they need one file system"):
+        save_checkpoint("checkpoints", *build("ddp"), step=1)
+    assert list_checkpoints("checkpoints") == []
 
 
 def diverge(rank: int, config: TrainConfig) -> None:

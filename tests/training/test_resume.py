@@ -59,6 +59,23 @@ def test_resume_counts_tokens_and_says_what_is_another(config, write_tokens):
             train(dataclasses.replace(more, **change), console=Console(file=said))
 
 
+def test_a_restart_goes_on_with_its_own_launch_alone(config, quiet, monkeypatch):
+    """A launch that was refused an older run's folder does not get it when torchrun tries again."""
+    config = dataclasses.replace(config, max_steps=20)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    train(config, console=quiet)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = dataclasses.replace(config, max_steps=40)
+    assert train(again, console=quiet).step == 40
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "b")
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(again, console=quiet)
+    fresh = train(dataclasses.replace(config, overwrite=True), console=quiet)  # what its first life did not come to
+    assert (fresh.step, (config.out_dir / "previous-1").is_dir()) == (20, True)
+    assert train(dataclasses.replace(again, overwrite=True), console=quiet).step == 40
+    assert not (config.out_dir / "previous-2").exists()
+
+
 @pytest.mark.cpu
 def test_a_run_goes_on_with_other_numbers_of_processes(config, tmp_path):
     """Two that share the parameters, then one, then three that each have all: the run of one, up to rounding.

@@ -86,7 +86,12 @@ def prepare(
     out = Path(out)
     _refuse_overlap(out, inputs, files)
     all_parts = parts(files, _PART * int(shard_tokens))
-    made_of = {"tokenizer_hash": tokenizer.hash, "eod": eod_id, "field": field, "allow_special": allow_special}
+    made_of: dict[str, Any] = {
+        "tokenizer_hash": tokenizer.hash,
+        "eod": eod_id,
+        "field": field,
+        "allow_special": allow_special,
+    }
     made_of |= {"shard_tokens": int(shard_tokens), "inputs": [[shown(path), path.stat().st_size] for path in files]}
     _claim(out, made_of | {"n_parts": len(all_parts)})  # last: what another number of them comes from is named
 

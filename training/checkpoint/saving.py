@@ -192,7 +192,14 @@ def _write_shards(folder: Path, snapshot: _Snapshot, ranks: Ranks) -> dict[str, 
 
     written = shards.write(folder / SHARDS, snapshot.tensors, ranks)
     told = ranks.together(lambda: (file_entries(folder, written), snapshot.generators))
-    ranks.first(lambda: _write_rest(folder, snapshot, {"generators": [generators for _, generators in told]}))
+
+    def rest() -> None:
+        for rank, (entries, _) in enumerate(told):
+            if any(not (folder / name).is_file() for name in entries):
+                raise OSError(f"rank 0 does not see what rank {rank} has written: they need one file system in common")
+        _write_rest(folder, snapshot, {"generators": [generators for _, generators in told]})
+
+    ranks.first(rest)
     return {name: entry for entries, _ in told for name, entry in entries.items()}
 
 

@@ -1,7 +1,8 @@
 """A run's folder: whose it is, and the one process that writes in it.
 
     <out_dir>/
-        rooflight.json   what kind of folder this is, and in which version of its layout
+        rooflight.json   what kind of folder this is, and in which version of its layout; torchrun's id of the launch
+                         that was here last, if it had one
         run.lock         locked (flock) as long as the run's process lives, whose id it holds
         config.json, log.jsonl, checkpoints/
 
@@ -32,13 +33,16 @@ class RunFolder:
     """While entered, `path` exists, is marked as a run's, and belongs to this run alone.
 
     resume: the run that it holds, if any, will go on.  overwrite: what it holds moves into its folder previous-<n>
-    first, which `say` is told.
+    first, which `say` is told.  launch: what launch_of then says.
     Raises ValueError, when made and when entered, on a folder that holds anything else, a run that neither of the two
     allows to touch, or one whose process lives.
     """
 
-    def __init__(self, path: Path, *, resume: bool, overwrite: bool, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, path: Path, *, resume: bool, overwrite: bool, say: Callable[[str], None], launch: str | None = None
+    ) -> None:
         self.path, self.resume, self.overwrite, self._say = path, resume, overwrite, say
+        self.launch = launch
         self._lock: IO[str] | None = None
         self.check()
 
@@ -84,7 +88,8 @@ class RunFolder:
             self.check()  # again: another process may have been here since
             if self.overwrite:
                 self._move_aside()
-            write_json(self.path / MARKER, {"format": FORMAT, "version": VERSION})
+            marker = {"format": FORMAT, "version": VERSION}
+            write_json(self.path / MARKER, marker | ({} if self.launch is None else {"launch": self.launch}))
         except BaseException:
             self.__exit__()
             raise
@@ -127,3 +132,11 @@ class RunFolder:
         for name in held:
             os.rename(self.path / name, aside / name)
         self._say(f"moved what {self.path} held into {aside}: {', '.join(held)}")
+
+
+def launch_of(path: Path) -> str | None:
+    """The launch that was the last to enter the run's folder `path`; None where it had no id, or there is no run."""
+    try:
+        return json.loads((path / MARKER).read_bytes()).get("launch")
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -65,47 +65,47 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
-def predicted_step(config: TrainConfig, ops: str) -> Estimate:
-    """The estimate of one micro-batch; ops: whose memory it is, as in model.estimate."""
-    return estimate(
-        config.model,
-        batch_size=config.batch_size // config.gradient_accumulation,
-        dtype=config.dtype,
-        checkpointing=config.checkpointing,
-        ops=ops,
-        optimizer=config.optimizer,
-    )
+def predicted_step(config: TrainConfig, ops: str, processes: int = 1) -> Estimate:
+    """The estimate of one process's micro-batch; ops: whose memory it is, as in model.estimate.
+
+    Of several processes Muon's exchange is not counted yet: its estimate is AdamW's there, whose moments are more.
+    """
+    batch_size = config.batch_size // (processes * config.gradient_accumulation)
+    return estimate(config.model, batch_size=batch_size, **_settings(config, ops, processes))
 
 
-def check_memory(config: TrainConfig, ops: str, capacity: int) -> None:
-    """Raise ValueError when a step is predicted to hold more than `capacity`, the memory of the machine in bytes.
+def _settings(config: TrainConfig, ops: str, processes: int) -> dict[str, Any]:
+    settings = {"dtype": config.dtype, "checkpointing": config.checkpointing, "ops": ops, "optimizer": config.optimizer}
+    if processes == 1:
+        return settings
+    several = {"gpus": processes, "parallel": config.parallel, "reshard": config.reshard}
+    return settings | several | {"optimizer": "adamw"}
+
+
+def check_memory(config: TrainConfig, ops: str, capacity: int, processes: int = 1) -> None:
+    """Raise ValueError when a process is predicted to hold more than `capacity`, the machine's memory in bytes.
 
     For a CPU, where the system would end the process without a word.
     """
     # the batch and its gather's indices, int64, stand beside the step
-    need = predicted_step(config, ops).memory.peak + 16 * config.batch_size * (config.model.context_length + 1)
+    batch = 16 * (config.batch_size // processes) * (config.model.context_length + 1)
+    need = predicted_step(config, ops, processes).memory.peak + batch
     if need > capacity:
         raise ValueError(
             f"batch_size {config.batch_size} needs {need / 1e9:,.1f} GB of memory at its peak (predicted), and there "
-            f"are {capacity / 1e9:,.1f} GB: {what_fits(config, ops, capacity)}"
+            f"are {capacity / 1e9:,.1f} GB: {what_fits(config, ops, capacity, processes)}"
         )
 
 
-def what_fits(config: TrainConfig, ops: str, capacity: int) -> str:
-    """In words: the largest micro-batch whose step is predicted to fit, and the accumulation that makes it so."""
-    fits = largest_batch(
-        config.model,
-        capacity,
-        dtype=config.dtype,
-        checkpointing=config.checkpointing,
-        ops=ops,
-        optimizer=config.optimizer,
-    )
+def what_fits(config: TrainConfig, ops: str, capacity: int, processes: int = 1) -> str:
+    """In words: the largest micro-batch whose step is predicted to fit, of all processes together, and the accumulation
+    that makes it so."""
+    fits = largest_batch(config.model, capacity, **_settings(config, ops, processes))
     if fits == 0:
         further = "" if config.checkpointing else ", and checkpointing may"
         return f"not even one sequence fits (predicted){further}"
-    size = config.batch_size
+    size = config.batch_size // processes
     least = -(-size // fits)
     n = next((n for n in range(least, min(size, least + 100_000) + 1) if size % n == 0), None)
-    accumulating = f", or gradient_accumulation {n} with batch_size {size}" if n and fits < size else ""
-    return f"batch_size {fits} fits (predicted){accumulating}"
+    accumulating = f", or gradient_accumulation {n} with batch_size {config.batch_size}" if n and fits < size else ""
+    return f"batch_size {fits * processes} fits (predicted){accumulating}"

@@ -32,6 +32,7 @@ from support.saving import (
     run,
     save_all,
     save_and_load,
+    save_apart,
     save_for_ever,
     start,
     wrong,
@@ -74,6 +75,14 @@ def test_a_rank_that_fails_fails_for_all(tmp_path):
     sizes = sorted(p.stat().st_size for p in (folder / "step-00000003").rglob("*.distcp"))
     assert sizes[1] < 2 * sizes[0]
     assert wrong(load_model(folder, ops=reference), [], 3) == []
+
+
+def test_ranks_need_one_file_system(tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    run(2, tmp_path, save_apart, [str(folder) for folder in folders])
+    assert list((folders[0] / "checkpoints").iterdir()) == []
 
 
 class _Evil:

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import signal
+import time
 
 import pytest
 import torch
@@ -16,9 +17,17 @@ from rich.console import Console
 
 from rooflight.model import estimate
 from rooflight.training import graph, learner, loop
-from rooflight.training.checkpoint import list_checkpoints, load_model
+from rooflight.training.checkpoint import list_checkpoints, load_model, saving
 from rooflight.training.loop import train
-from rooflight.training.run.stopping import STOPPING, StopSignals, TrainingDiverged, TrainingFailed
+from rooflight.training.run.stopping import (
+    STOPPING,
+    StopSignals,
+    TrainingDiverged,
+    TrainingFailed,
+    check_memory,
+    predicted_step,
+    what_fits,
+)
 from support.runs import after, assert_equal, log_of, weights_of
 
 
@@ -120,6 +129,27 @@ def test_a_disk_that_fills_up_ends_the_run_with_its_last_checkpoint(config, quie
     assert train(dataclasses.replace(config, resume=True), console=quiet).step == 40
 
 
+def test_a_second_signal_leaves_the_last_write_alone(config, quiet, monkeypatch):
+    """Slurm tells processes, and torchrun tells them again, while a thread still writes what the first asked for."""
+    config = dataclasses.replace(config, async_checkpoints=True)
+    write, done = saving._write, []
+
+    def slow(*args):
+        time.sleep(0.3)  # by now the run only waits
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append(write(*args))
+        return done[-1]
+
+    monkeypatch.setattr(graph, "clip_grad_norm", after(3, graph.clip_grad_norm, lambda: signal.raise_signal(15)))
+    monkeypatch.setattr(saving, "_write", slow)
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the run's own handler had gone"))
+    try:
+        result = train(config, console=quiet)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (result.stopped, [result.checkpoint]) == ("interrupted", done)
+
+
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
 def test_out_of_memory_says_what_fits(config, monkeypatch, error):
     def allocate():
@@ -141,3 +171,24 @@ def test_out_of_memory_says_what_fits(config, monkeypatch, error):
     ]
     assert held[0].memory.peak <= 400_000 < held[1].memory.peak
     assert "peak memory" in said.getvalue()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_what_fits_is_said_of_all_processes(config, parallel):
+    """As batch_size is: what to write in the file. Of fsdp's processes each holds a part of the moments."""
+    config = dataclasses.replace(config, batch_size=4096, gradient_accumulation=2, parallel=parallel, optimizer="adamw")
+    alone, shared = predicted_step(config, "eager"), predicted_step(config, "eager", 4)
+    assert (alone.batch_size, shared.batch_size, shared.gpus, shared.parallel) == (2048, 512, 4, parallel)
+    said = what_fits(config, "eager", 400_000, 4)
+    fits, n = (
+        int(x) for x in re.match(r"batch_size (\d+) fits .*accumulation (\d+) with batch_size 4096", said).groups()
+    )
+    assert fits % 4 == 0
+    held = [
+        estimate(config.model, batch_size=b, dtype="float32", ops="eager", gpus=4, parallel=parallel).memory.peak
+        for b in (4096 // (4 * n), fits // 4, fits // 4 + 1)
+    ]
+    assert held[0] <= held[1] <= 400_000 < held[2]
+    with pytest.raises(ValueError, match=rf"batch_size 4096 needs .*: batch_size {fits} fits"):
+        check_memory(config, "eager", 400_000, 4)
+    assert what_fits(dataclasses.replace(config, optimizer="muon"), "eager", 400_000, 4) == said  # not counted yet
