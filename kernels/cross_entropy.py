@@ -330,7 +330,11 @@ def reduce_losses(
     if reduction == "none":
         return losses.view(target.shape)
     total = losses.sum()
-    return total if reduction == "sum" else total / count_targets(target, ignore_index, class_weight)
+    if reduction == "sum":
+        return total
+    if class_weight is not None:
+        class_weight = class_weight.to(total.dtype)  # the mean's too, whatever the weights'
+    return total / count_targets(target, ignore_index, class_weight)
 
 
 def count_targets(target: Tensor, ignore_index: int = -100, class_weight: Tensor | None = None) -> Tensor:

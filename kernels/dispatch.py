@@ -120,25 +120,37 @@ def _without_none(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _launchers: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
-# Arguments that no dispatch key but the device's and autograd's has a say in: no subclass of Tensor.
 _TENSORS = frozenset({Tensor, Parameter})
 _VALUES = frozenset({type(None), int, float, bool})
-_PLAIN = _TENSORS | _VALUES
 
 
 def call(op: torch._ops.OpOverload, *args: Any) -> Any:
     """op(*args) past its own derivative, from within an autograd.Function that supplies one; eager mode only.
 
     Its launcher is called directly, and gives None for what the operator returns empty, unless someone is to see the
-    operator: a dispatch mode (FLOP counts, fake tensors), a tensor subclass or a profiler.
+    operator: a dispatch mode (FLOP counts, fake tensors), a tensor subclass, a lazy negation or a profiler.
     """
     if torch.is_grad_enabled():  # a backward pass with create_graph=True: let the operator refuse
         return op(*args)
-    unseen = not (_n_dispatch_modes() or _profiler._is_profiler_enabled)
-    if unseen and _PLAIN.issuperset(map(type, args)):
+    if not (_n_dispatch_modes() or _profiler._is_profiler_enabled) and _are_plain(args):
         return _launchers[op](*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
+
+
+def _are_plain(args: tuple[Any, ...]) -> bool:
+    """Whether no dispatch key but the device's and autograd's has a say in them.
+
+    Not in a subclass of Tensor, nor in a view that torch negates when it is read, as z.conj().imag or its gradient is.
+    """
+    for x in args:
+        kind = type(x)
+        if kind in _TENSORS:
+            if x.is_neg():
+                return False
+        elif kind not in _VALUES:
+            return False
+    return True
 
 
 def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:

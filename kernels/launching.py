@@ -152,9 +152,12 @@ class Plan:
             elif type(x) in _TENSORS:
                 given[at] = address = x.data_ptr()
                 key += x.dtype, address & 15 == 0
-            else:
-                key.append(x.described.variant)
+            elif (described := getattr(x, "described", None)) is not None:
+                key.append(described.variant)
                 given[at] = x
+            else:  # a tensor's subclass: Triton's own way
+                self._through_triton(tensors)
+                return
         variant = tuple(key)
         handle = self._handles.get(variant)
         if handle is not None:

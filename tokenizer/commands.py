@@ -136,6 +136,7 @@ def data(
     import time
 
     from .corpus.prepare import prepare
+    from .files import shown
 
     began = time.perf_counter()
     prepared = prepare(
@@ -161,7 +162,7 @@ def data(
     if prepared.n_empty:
         print(f"left out: {prepared.n_empty:,} documents without text")
     if prepared.left_out:
-        suffixes = ", ".join(sorted({path.suffix or path.name for path in prepared.left_out})[:8])
+        suffixes = ", ".join(sorted({shown(path.suffix or path.name) for path in prepared.left_out})[:8])
         print(f"left out: {len(prepared.left_out):,} files ({suffixes}); a file that is named is read as text")
 
 

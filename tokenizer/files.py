@@ -121,6 +121,11 @@ def write_json(path: Path, content: Any) -> None:
         out.write(_json(content))
 
 
+def shown(path: str | os.PathLike[str]) -> str:
+    """The path as text that can be written: bytes of a name that are no UTF-8 as \\xff."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def read_json(path: Path) -> Any:
     """Raises FileNotFoundError when there is no such file, ValueError when it is no JSON."""
     try:

@@ -24,6 +24,8 @@ _KINDS: dict[str, Kind] = {".jsonl": "lines", ".ndjson": "lines", ".json": "line
 
 # What a file begins with that is no UTF-8 text.
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+# A frame that zstd skips; pzstd begins with one, which says how long the next is.
+_SKIPPED = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")
 _NO_TEXT = {
     rb"\x1f\x8b": "compressed twice, last by gzip",
     rb"\x28\xb5\x2f\xfd": "compressed twice, last by zstd",
@@ -102,7 +104,7 @@ def place(file: IO[bytes]) -> int:
 
 
 def _is_compressed(head: bytes) -> bool:
-    return head.startswith((_GZIP, _ZSTD))
+    return head.startswith((_GZIP, _ZSTD)) or _SKIPPED.match(head) is not None
 
 
 def _decompressor(head: bytes, path: str | os.PathLike[str]) -> Callable[[], Any]:

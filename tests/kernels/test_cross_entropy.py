@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from rooflight.kernels import cross_entropy, reference
+from rooflight.kernels import cross_entropy, linear_cross_entropy, reference
 from rooflight.kernels.cross_entropy import TILE, RowOptions, row_gradients, row_losses
 from support.losses import DTYPES, class_weights, draw, targets
 from support.tolerance import judge
@@ -67,6 +67,20 @@ def test_labels_are_torchs(device, op):
             torch.testing.assert_close(ours, theirs)
             dours, dtheirs = (torch.autograd.grad(loss.square().sum(), logits) for loss in (ours, theirs))
             torch.testing.assert_close(dours, dtheirs)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_weights_in_fp64_leave_the_loss_in_fp32(reduction):
+    logits, target, weights = draw(6, 20, device="cpu"), targets((6,), 20, "cpu"), class_weights(20, "cpu").double()
+    options = {"class_weight": weights, "reduction": reduction}
+    losses = [op(logits, target, **options) for op in (cross_entropy, reference.cross_entropy)]
+    losses += [
+        linear_cross_entropy(logits, torch.eye(20).requires_grad_(wanted), target, **options)
+        for wanted in (True, False)
+    ]
+    for loss in losses:
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, losses[1])
 
 
 @pytest.mark.parametrize("op", [cross_entropy, reference.cross_entropy], ids=["kernels", "oracle"])

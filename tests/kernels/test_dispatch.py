@@ -134,6 +134,36 @@ def test_eager_calls_go_past_the_dispatcher_unless_someone_looks(device):
     assert isinstance(y, FakeTensor)
 
 
+LATE = {
+    "rms_norm": lambda x: kernels.rms_norm(x, None),
+    "gelu": kernels.gelu,
+    "flash_attention": lambda x: kernels.flash_attention(x[None, None], x[None, None], x[None, None]),
+    "cross_entropy": lambda x: kernels.cross_entropy(x, torch.zeros(3, dtype=torch.int64, device=x.device)),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_view_that_torch_negates_late_is_negated(device, name):
+    """As an input, and as the gradient that arrives: a kernel would read the memory as it lies."""
+    f, generator = LATE[name], torch.Generator().manual_seed(0)
+    x, c = (torch.randn(3, 8, generator=generator).to(device) for _ in range(2))
+    late = torch.complex(x, -x).conj().imag
+    assert late.is_neg()
+    assert torch.equal(f(late), f(x))
+
+    def gradient(late: bool) -> torch.Tensor:
+        leaf = x.clone().requires_grad_()
+        y = f(leaf)
+        z = torch.complex(torch.zeros_like(y), y).conj()
+        seen = []
+        y.register_hook(lambda g: seen.append(g.is_neg()) or (g if late else g.resolve_neg()))
+        (z.imag.flatten() @ c.flatten()[: z.numel()] + (1j * z).sum().real).backward()
+        assert seen == [True]
+        return leaf.grad
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
 def test_a_check_is_made_once_for_each_kind_of_call():
     made = []
 

@@ -73,5 +73,9 @@ def test_a_known_launch_neither_allocates_nor_waits(results):
     assert found["alike"]  # a plan's arguments, and a launch's
 
 
+def test_a_subclass_of_tensor_is_launched_too(results):
+    assert results["subclasses"] == [True, True]  # by a plan, by itself
+
+
 def test_descriptors_are_kept_by_what_they_say(results):
     assert all(results["descriptors"].values()), results["descriptors"]

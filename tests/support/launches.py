@@ -246,6 +246,23 @@ def a_known_launch(stand_in: Any) -> dict[str, Any]:
 
 
 @apart
+def subclasses(stand_in: Any) -> list[bool]:
+    """Whether a plan and a launch take a subclass of Tensor as they take the tensor itself."""
+    import torch
+
+    from rooflight.kernels import launching
+
+    x, alike = torch.zeros(16), []
+    plan = launching.Plan(_every_kind, (1,), launching.TENSOR, 3, 4, 0.5, (1, 2), FIRST=1, SECOND=2)
+    for call in (plan, lambda x: launching.launch(_every_kind, (1,), x, 3, 4, 0.5, (1, 2), FIRST=1, SECOND=2)):
+        for y in (x, x, x.as_subclass(torch.nn.parameter.Buffer)):
+            call(y)
+        *_, one, other = (comparable(stand_in, launched) for launched in stand_in.launched)
+        alike.append(one == other)
+    return alike
+
+
+@apart
 def what_a_capture_sees(stand_in: Any) -> dict[str, dict[str, Any]]:
     """By function, of a call of both passes that was made before: its operators, its launches, and what it asks of the
     driver.

@@ -49,6 +49,7 @@ class Range(NamedTuple):
 class Text(NamedTuple):
     """A piece of a text file. ends: whether the file's text ends with it."""
 
+    path: str
     data: bytes
     ends: bool
 
@@ -79,6 +80,7 @@ class Lines(NamedTuple):
 class Rows(NamedTuple):
     """Texts of a Parquet file, None where it has none. size: in bytes."""
 
+    path: str
     texts: list[str | None]
     size: int
 
@@ -95,13 +97,19 @@ def blocks(span: Span, cutter: Cutter, size: int, field: str) -> Iterator[tuple[
     kind = kind_of(span.path)
     if kind == "rows":
         return _rows(span, size, field)
-    if not (cuttable := is_cuttable(span.path)) and span.n > 1:
-        raise ValueError(f"path: {span.path!r} is compressed, expected a name that ends in .gz or .zst")
+    if not (cuttable := is_cuttable(span.path)):
+        refuse_to_cut(span)
     if kind == "lines":
         return _lines(span, size)
     if cuttable:
         return _ranges(span, cutter, size)
     return _pieces(span, cutter, size)
+
+
+def refuse_to_cut(span: Span) -> None:
+    """Raises ValueError on a span of a file that can only be read as a whole: each of the spans would be all of it."""
+    if span.n > 1:
+        raise ValueError(f"path: {span.path!r} is compressed, expected a name that ends in .gz or .zst")
 
 
 def _ranges(span: Span, cutter: Cutter, size: int) -> Iterator[tuple[Block, int]]:
@@ -115,7 +123,7 @@ def _pieces(span: Span, cutter: Cutter, size: int) -> Iterator[tuple[Block, int]
         pieces = cut_stream(iter(partial(file.read, size), b""), cutter, size)
         read = _progress(file, 0)
         for piece, is_last in with_last(pieces):
-            yield Text(piece, is_last), read()
+            yield Text(span.path, piece, is_last), read()
 
 
 def _lines(span: Span, size: int) -> Iterator[tuple[Block, int]]:
@@ -176,10 +184,10 @@ def _rows(span: Span, size: int, field: str) -> Iterator[tuple[Block, int]]:
                     n_bytes += len((value or "").encode())
                     if n_bytes >= size:
                         before, done = done, done + len(texts)
-                        yield Rows(texts, n_bytes), span.size * done // n_rows - span.size * before // n_rows
+                        yield Rows(span.path, texts, n_bytes), span.size * done // n_rows - span.size * before // n_rows
                         texts, n_bytes = [], 0
             if texts:
-                yield Rows(texts, n_bytes), span.size - span.size * done // n_rows
+                yield Rows(span.path, texts, n_bytes), span.size - span.size * done // n_rows
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"path: {span.path!r}: {error}") from None
 

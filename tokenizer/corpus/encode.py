@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from typing import NamedTuple
 
@@ -64,17 +65,20 @@ class EncodeWorker:
         parts = [np.empty(0, np.int32)]
         n_bytes = n_documents = n_empty = 0
         n_odd = np.zeros(3, np.int64)
-        for are_documents, group in groupby(task.blocks, lambda block: isinstance(block, Lines | Rows)):
+        for are_documents, blocks in groupby(task.blocks, lambda block: isinstance(block, Lines | Rows)):
+            group = list(blocks)
             if are_documents:
                 found = [text for block in group for text in documents(block, self._field)]  # type: ignore[arg-type]
                 texts = list(filter(None, found))
                 n_empty += len(found) - len(texts)
                 size = sum(map(len, map(utf8, texts)))
-                ids, counts = self._encode_documents(texts)
+                with _naming(group):
+                    ids, counts = self._encode_documents(texts)
                 ends = [True] * len(texts)
             else:
                 texts, ends, size = self._read(group, n_odd)  # type: ignore[arg-type]
-                ids, counts = self._tokenizer.encode_many(texts, allowed_special=self._allowed_in_text)
+                with _naming(group):
+                    ids, counts = self._tokenizer.encode_many(texts, allowed_special=self._allowed_in_text)
             ids, size, n = self._end(ids, np.cumsum(counts, dtype=np.int64)[ends], size)
             parts.append(ids)
             n_bytes += size
@@ -117,3 +121,13 @@ class EncodeWorker:
         written = int(np.count_nonzero(ids == self._eod_id))
         missing = ends[ids[ends - 1] != self._eod_id]
         return np.insert(ids, missing, self._eod_id), size - written * self._eod_size, written + len(missing)
+
+
+@contextmanager
+def _naming(blocks: list[Block]) -> Iterator[None]:
+    """Says of which files a text is that cannot be encoded: a vocabulary may lack single bytes."""
+    try:
+        yield
+    except ValueError as error:
+        files = ", ".join(sorted({block.path for block in blocks}))
+        raise ValueError(f"{files}: {error}") from None

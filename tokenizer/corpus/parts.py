@@ -32,9 +32,9 @@ class Span(NamedTuple):
 def find_files(inputs: Sequence[str | os.PathLike[str]]) -> tuple[list[Path], list[Path]]:
     """The files given and those in the folders given, which are sorted; and what was left out of the folders.
 
-    Of a folder, and the folders in it, .txt, .jsonl, .ndjson and .parquet are taken, and .txt, .jsonl, .ndjson and
-    .json with .gz or .zst behind; hidden ones are not. Raises FileNotFoundError on what is not there, ValueError on a
-    file given twice, a pipe, and a folder without any such file.
+    Of a folder, and the folders in it, by links too, .txt, .jsonl, .ndjson and .parquet are taken, and .txt, .jsonl,
+    .ndjson and .json with .gz or .zst behind; hidden ones are not. Raises FileNotFoundError on what is not there,
+    ValueError on a file given twice, a pipe, and a folder without any such file.
     """
     found: list[Path] = []
     left_out: list[Path] = []
@@ -61,7 +61,12 @@ def find_files(inputs: Sequence[str | os.PathLike[str]]) -> tuple[list[Path], li
 
 
 def _files_in(folder: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(folder):
+    seen: set[str] = set()  # a link may lead back
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
 

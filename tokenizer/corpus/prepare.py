@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..encoding import SpecialIds
-from ..files import header_path, read_json, read_token_file, remove_leftovers, token_file, write_json
+from ..files import read_json, read_token_file, remove_leftovers, shown, token_file, write_json
 from ..inputs import warn_of_odd
 from ..pretokenize import Cutter
 from ..progress import progress_bars
@@ -87,7 +87,7 @@ def prepare(
     _refuse_overlap(out, inputs, files)
     all_parts = parts(files, _PART * int(shard_tokens))
     made_of = {"tokenizer_hash": tokenizer.hash, "eod": eod_id, "field": field, "allow_special": allow_special}
-    made_of |= {"shard_tokens": int(shard_tokens), "inputs": [[str(path), path.stat().st_size] for path in files]}
+    made_of |= {"shard_tokens": int(shard_tokens), "inputs": [[shown(path), path.stat().st_size] for path in files]}
     _claim(out, made_of | {"n_parts": len(all_parts)})  # last: what another number of them comes from is named
 
     done = {part: _done(out, part, tokenizer.hash) for part in range(i, len(all_parts), n)}
@@ -222,7 +222,7 @@ def _numbered(results: Iterable[Result], first: dict[int, int], limit: int) -> I
         if result.part != part:
             part, n_tokens = result.part, 0
             number = first[part]
-        elif n_tokens and n_tokens + result.n_tokens > limit:
+        elif n_tokens and result.n_tokens and n_tokens + result.n_tokens > limit:
             number, n_tokens = number + 1, 0
         n_tokens += result.n_tokens
         yield (part, number), result
@@ -243,4 +243,4 @@ def _write(path: Path, results: Iterator[Result], tokenizer: Tokenizer, eod_id: 
         header |= {"n_bytes": n_bytes, "n_documents": n_documents}
         header |= {} if eod_id is None else {"eod": eod_id}
         header |= {"part": last.part, "n_tasks": last.number + 1, "part_ends": last.ends}
-    return read_json(header_path(path))
+    return header | {"n_tokens": file.n_tokens}

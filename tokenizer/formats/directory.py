@@ -108,6 +108,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     config = read_json(directory / CONFIG)
     if not isinstance(config, dict) or config.get("format") != "rooflight-tokenizer" or config.get("version") != 1:
         raise ValueError(f"directory: {directory / CONFIG} is no tokenizer of version 1")
+    if lacking := [name for name in ("pattern", "special_tokens", "ignore_merges", "hash") if name not in config]:
+        raise ValueError(f"directory: {directory / CONFIG} has no {lacking[0]!r}, expected what save() wrote")
     return config
 
 

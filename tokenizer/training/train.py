@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..corpus.documents import Lines, Rows, blocks, documents
+from ..corpus.documents import Lines, Rows, blocks, documents, refuse_to_cut
 from ..corpus.parts import Span, check_shard, find_files, parts
 from ..files import refuse_same_file
 from ..inputs import count_odd, is_cuttable, kind_of, warn_of_odd
@@ -169,6 +169,7 @@ def _tasks(spans: Iterable[Span], cutter: Cutter, field: str) -> Iterator[Any]:
         elif is_cuttable(span.path):
             yield from [(span.path, *piece) for piece in file_ranges(span.path, cutter, part=span.k, n_parts=span.n)]
         else:
+            refuse_to_cut(span)
             yield from stream_chunks(span.path, cutter)
 
 

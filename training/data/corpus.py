@@ -87,6 +87,8 @@ def open_corpus(
         sources = tuple(Source(_open([path], vocab_size), weight) for path, weight in paths.items())
     else:
         sources = (Source(_open([paths] if isinstance(paths, str | Path) else paths, vocab_size)),)
+    if not any(source.files for source in sources):
+        raise ValueError("paths: got none, expected a token file or folder at least")
     turns([source.weight for source in sources])
     corpus = Corpus(sources)
     first = corpus.files[0]

@@ -77,5 +77,5 @@ def bounds_of(targets: Tensor, micro_batches: int) -> Tensor:
 def room_for(tokens: Iterable[npt.NDArray], eod: int, rows: int, context_length: int) -> int:
     """Documents that a micro-batch of these rows seldom passes, a power of two: 1.5 times what the densest of the
     shards has at its beginning."""
-    density = max((np.count_nonzero(some[:SAMPLE] == eod) / len(some[:SAMPLE]) for some in tokens), default=0.0)
+    density = max((np.count_nonzero(some[:SAMPLE] == eod) / max(1, len(some[:SAMPLE])) for some in tokens), default=0.0)
     return 1 << int(np.ceil(np.log2(rows * (1 + 1.5 * density * context_length))))

@@ -17,6 +17,7 @@ network again, until it is below (cycle walking; Black & Rogaway 2002). That tak
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,8 +41,10 @@ def turns(weights: Sequence[float]) -> tuple[Ints, Ints, Ints]:
     """Whose turn a sample is: (source, earlier turns of that source in the table), (period,) each; and each source's
     turns in the table, (sources,).
 
-    Raises ValueError on a weight too small to have one.
+    Raises ValueError on a weight that is not positive and finite, or too small to have one.
     """
+    if not (len(weights) and all(0 < weight < math.inf for weight in weights)):
+        raise ValueError(f"weights: expected positive and finite numbers, got {[*weights]}")
     if len(weights) == 1:
         return np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones(1, np.int64)
     share = np.asarray(weights, np.float64) / sum(weights) * PERIOD

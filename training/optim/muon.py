@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -97,25 +97,28 @@ class Muon(GroupedOptimizer):
             self._move_together(params, held, updates, rows, lr)
         else:
             matrices = [part for p, some in zip(held, rows, strict=True) for part in p.split(some)]
-            turned = self._orthogonalized(
-                [part for u, some in zip(updates, rows, strict=True) for part in u.split(some)]
+            self._orthogonalize(
+                [part for u, some in zip(updates, rows, strict=True) for part in u.split(some)],
+                lambda i, update: _move(matrices[i], update, matrices[i].shape[0], lr),
             )
-            for i, update in turned:
-                _move(matrices[i], update, matrices[i].shape[0], lr)
         copied = [p for p in params if id(p) in self.copies]
         if copied:
             torch._foreach_copy_([self.copies[id(p)].tensor for p in copied], copied)
             self._written(copied)
 
-    def _orthogonalized(self, updates: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Each matrix's orthogonal factor, with its place in `updates`; those of one shape together."""
+    def _orthogonalize(self, updates: list[Tensor], take: Callable[[int, Tensor], object]) -> None:
+        """Give `take` each matrix's place in `updates` and its orthogonal factor; those of one shape are one batch."""
         batches: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, u in enumerate(updates):
             batches[tuple(sorted(u.shape))].append(i)
         for batch in batches.values():
-            wide = torch.stack([u.mT if u.shape[0] > u.shape[1] else u for u in (updates[i] for i in batch)])
-            for i, update in zip(batch, orthogonalize(wide, dtype=self.dtype), strict=True):
-                yield i, update.mT if updates[i].shape[0] > updates[i].shape[1] else update
+            self._turn([(i, updates[i]) for i in batch], take)
+
+    def _turn(self, batch: list[tuple[int, Tensor]], take: Callable[[int, Tensor], object]) -> None:
+        # a function, so that nothing of one batch is held while the next is worked on
+        wide = torch.stack([u.mT if u.shape[0] > u.shape[1] else u for _, u in batch])
+        for (i, u), update in zip(batch, orthogonalize(wide, dtype=self.dtype), strict=True):
+            take(i, update.mT if u.shape[0] > u.shape[1] else update)
 
     def _move_together(
         self, params: list[Tensor], held: list[Tensor], updates: list[Tensor], rows: list[tuple[int, ...]],
@@ -139,8 +142,10 @@ class Muon(GroupedOptimizer):
         turned = [u.new_empty(u.shape, dtype=self.dtype) for u in whole]
         mine = [rows[i] for i in of[rank]]
         matrices = [part for t, some in zip(turned, mine, strict=True) for part in t.split(some)]
-        for i, update in self._orthogonalized([m for u, some in zip(whole, mine, strict=True) for m in u.split(some)]):
-            matrices[i].copy_(update)
+        self._orthogonalize(
+            [m for u, some in zip(whole, mine, strict=True) for m in u.split(some)],
+            lambda i, update: matrices[i].copy_(update),
+        )
 
         sent = [[t.narrow(0, *holds[r][i]) for t, i in zip(turned, of[rank], strict=True)] for r in range(size)]
         expected = [[(holds[rank][i][1], shapes[i][1]) for i in some] for some in of]

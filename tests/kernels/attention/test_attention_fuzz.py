@@ -18,7 +18,7 @@ from support.attention import DTYPES, LAYOUTS, draw, draw_packed, draw_sinks, ju
 from support.marks import on_cpu
 from support.tolerance import gaussian
 
-CASES = 800
+CASES = 500
 DEFAULT = 20
 ON_GPU = 8  # where each compiles kernels of its own
 

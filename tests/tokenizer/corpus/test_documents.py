@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -38,7 +39,8 @@ def parquet(texts: list, field: str = "text") -> bytes:
 
 def zstd(data: bytes) -> bytes:
     compress = pytest.importorskip("zstandard").ZstdCompressor().compress
-    return compress(data[:100]) + compress(data[100:])  # two frames, as `cat a.zst b.zst` has
+    skipped = b"\x50\x2a\x4d\x18\x04\0\0\0size"  # as pzstd has them
+    return skipped + compress(data[:100]) + compress(data[100:]) + skipped  # two frames, as `cat a.zst b.zst` has
 
 
 def read(path: Path, n: int, size: int) -> list:
@@ -180,6 +182,15 @@ def test_files_of_folders(tmp_path: Path) -> None:
     assert [path.relative_to(tmp_path).as_posix() for path in found] == [*taken[:1], *taken[4:], *taken[1:4]]  # sorted
     assert {path.relative_to(tmp_path).as_posix() for path in left_out} == set(others[:4])
     assert find_files([tmp_path / "README.md"])[0] == [tmp_path / "README.md"]  # named
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "there").symlink_to(tmp_path / "b")
+    (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "b")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "elsewhere")
+    linked = find_files([tmp_path / "elsewhere"])[0]
+    assert [path.relative_to(tmp_path / "elsewhere").as_posix() for path in linked] == [
+        path.replace("b/", "again/") for path in taken[1:4]
+    ]
+    shutil.rmtree(tmp_path / "elsewhere")
     (tmp_path / "link").symlink_to(tmp_path / "a.txt")
     os.mkfifo(tmp_path / "pipe")
     for inputs, error, message in (

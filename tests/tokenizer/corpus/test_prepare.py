@@ -20,7 +20,9 @@ import pytest
 from rooflight.tokenizer import Tokenizer
 from rooflight.tokenizer.corpus import encode, prepare
 from rooflight.tokenizer.corpus.encode import EncodeWorker
-from rooflight.tokenizer.files import read_token_file
+from rooflight.tokenizer.definition import define
+from rooflight.tokenizer.files import read_json, read_token_file
+from rooflight.tokenizer.tokenizer import _build
 from rooflight.training.data import open_tokens
 from support import bpe_reference
 
@@ -310,6 +312,35 @@ def test_what_is_refused(corpus: Path, tmp_path: Path) -> None:
     (out / "corpus.json").unlink()
     with pytest.raises(ValueError, match="holds token files but no corpus"):
         run()
+
+
+def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 1\n.txt"))
+    path.write_text("the cat")
+    for _ in range(2):
+        headers = prepare.prepare(TOKENIZER, [path], tmp_path / "out", num_workers=1).headers
+        assert headers == [read_json(tmp_path / "out" / "shard-00000-000.bin.json")]
+    assert read_json(tmp_path / "out" / "corpus.json")["inputs"] == [[f"{tmp_path}/caf\\xe9 1\n.txt", 7]]
+
+
+def test_documents_without_text_end_the_part_of_a_long_one(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text}) for text in ("the cat " * 100, *EMPTY)]
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    for n_empty in (4, 0):  # the second time there is nothing to do
+        prepared = prepare.prepare(
+            TOKENIZER, [tmp_path / "x.jsonl.gz"], tmp_path / "out", shard_tokens=10, num_workers=1
+        )
+        assert prepared.n_empty == n_empty
+        assert [(header["n_tasks"], header["part_ends"]) for header in prepared.headers] == [(5, True)]
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_byte_without_a_token_is_said_to_be_in_which_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(INPUTS[name]())
+    vocab = {i: b"x" * (2 + i) if token == b" " else token for i, token in VOCAB.items()}
+    lacks = _build(define(vocab, [], [EOD], "gpt2", ignore_merges=False, all_bytes=False))
+    with pytest.raises(ValueError, match=rf"{name}: text: the byte b' ' has no token"):
+        prepare.prepare(lacks, [tmp_path / name], tmp_path / "out", num_workers=1)
 
 
 def test_another_encoding_is_warned_of_and_nothing_makes_no_file(tmp_path: Path) -> None:

@@ -150,6 +150,16 @@ def test_folders_of_other_tokenizers_are_not_written_over(tokenizer: Tokenizer, 
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_the_configuration_lacks_is_named(tokenizer: Tokenizer, tmp_path) -> None:
+    tokenizer.save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    for name in ("pattern", "special_tokens", "ignore_merges", "hash"):
+        path.write_text(json.dumps({key: value for key, value in config.items() if key != name}))
+        with pytest.raises(ValueError, match=f"tokenizer_config.json has no '{name}'"):
+            Tokenizer.load(tmp_path)
+
+
 def test_the_hash_stays_what_it_was(tokenizer: Tokenizer, tmp_path) -> None:
     """Token files and checkpoints know a tokenizer by it."""
     content = [

@@ -114,3 +114,14 @@ def test_what_is_refused(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"b\.jsonl, line 1: has no field 'text'"):
         count_words([corpus], tmp_path / "out", [END], num_workers=1)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_cut_is_not_counted_once_for_each_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "_PART", 100)
+    data = gzip.compress(bytes(range(32, 127)) * 2)
+    assert len(data) > 100
+    (tmp_path / "x.txt").write_bytes(data)
+    with pytest.raises(ValueError, match=r"x\.txt' is compressed, expected a name that ends in \.gz or \.zst"):
+        count_words([tmp_path / "x.txt"], tmp_path / "out", [END], num_workers=1)
+    (tmp_path / "x.txt").rename(tmp_path / "x.txt.gz")
+    assert count_words([tmp_path / "x.txt.gz"], tmp_path / "out", [END], num_workers=1)[1] == 190

@@ -58,6 +58,10 @@ def test_wrong_corpora_are_named(shards, write_tokens, tmp_path):
         ),
         ({str(other): 1.0, str(shards / "web"): 1.0}, r"other\.bin and .*shard-00000\.bin come from different"),
         (tmp_path / "empty", r"empty is a folder without token files, expected some x\.bin"),
+        ([], "paths: got none, expected a token file or folder at least"),
+        ({}, "paths: got none"),
+        ({str(other): 1.0, str(shards / "code.bin"): -0.5}, r"weights: expected positive .*, got \[1\.0, -0\.5\]"),
+        ({str(other): math.nan}, "weights: expected positive and finite numbers"),
     ):
         with pytest.raises(ValueError, match=message):
             open_corpus(paths)

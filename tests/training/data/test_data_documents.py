@@ -159,7 +159,7 @@ def test_validation_counts_targets(write_tokens):
     windows = [w for some in tokens for w in np.split(some[: (len(some) - 1) // 16 * 16], (len(some) - 1) // 16 or 1)]
     windows = [w for w in windows if len(w)]
     assert len(windows) == 9 + 4
-    batches = list(validation_batches(corpus.tokens, 4, 16, eod=EOD))
+    batches = list(validation_batches([*corpus.tokens, corpus.tokens[0][:0]], 4, 16, eod=EOD))  # one without a token
     assert np.array_equal(torch.cat([b[0] for b in batches]).numpy(), np.stack(windows))
     inputs, targets = (torch.cat([b[i] for b in batches]) for i in (0, 1))
     with torch.no_grad():
