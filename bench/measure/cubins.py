@@ -251,7 +251,7 @@ def rows(name: str, command: Callable[[list[str]], list[str]], deadline: float) 
         for line in output.splitlines():
             try:
                 label, verdict = json.loads(line)
-            except ValueError:
+            except (ValueError, TypeError):  # of the kernels' own output
                 last = line.strip() or last
                 continue
             begun = verdict if label == "begin" else None

@@ -54,7 +54,10 @@ def read_model(text: str) -> tuple[str, ModelConfig]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not TOML: {error}") from None
-    return path.stem, model_config(values.get("model", values))
+    table = values.get("model", values)
+    if not isinstance(table, dict):
+        raise ValueError(f"{path}: model: expected a table [model] of fields or of a preset's name, got {table!r}")
+    return path.stem, model_config(table)
 
 
 def predict(

@@ -95,7 +95,7 @@ for name in ("fwd", "bwd", "dq"):
     if name == "bwd":
         print("an illegal instruction", flush=True)
         os._exit(3)
-    print(json.dumps([name, "bitwise the same"]), flush=True)
+    print(12, json.dumps([name, "bitwise the same"]), sep="\\n", flush=True)
 """
 
 

@@ -276,3 +276,6 @@ def test_a_model_is_a_preset_or_a_file(tmp_path: Path):
     path.write_text('preset = "tiny"\nn_layer = 2\n')
     name, config = read_model(str(path))
     assert (name, config.n_layer, config.d_model) == ("mine", 2, 128)
+    path.write_text('model = "tiny"\n')
+    with pytest.raises(ValueError, match=r"mine\.toml: model: expected a table .*, got 'tiny'"):
+        read_model(str(path))
