@@ -4,7 +4,7 @@
 
 is a checkpoint (checkpoint/): parameters, optimizers, random generators and step of that moment, with the step's
 batch, its loss and its gradient's norm beside them. It needs nothing else of the run, not even its tokens; the batch is
-that of all processes, so that one computes again what several had.
+that of all processes, so that one computes again what several had, in their micro-batches one after another.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def find_divergence(
         if not is_finite(loss, norm):
             extra = {
                 "config": learner.config.to_dict(),
+                "processes": learner.world.size,
                 "inputs": learner.world.all_rows(inputs).to("cpu", torch.int32),
                 "targets": learner.world.all_rows(targets).to("cpu", torch.int32),
                 "loss": loss,
@@ -117,20 +118,21 @@ def replay(path: str | Path, *, device: str | None = None) -> Replay:
     extra = load_extra(path)
     if not {"config", "inputs", "targets", "loss", "grad_norm"} <= extra.keys():
         raise ValueError(f"{path} is a checkpoint, and no dump of a step that was not finite")
-    config = TrainConfig.from_dict(extra["config"])
-    config = dataclasses.replace(config, device=device or config.device, cuda_graph=False, init_from=None)
+    config = TrainConfig.from_dict(extra["config"] | {"init_from": None})  # which may be gone
+    n = config.gradient_accumulation * extra.get("processes", 1)  # of as many rows as a process had at once
+    options = {"device": device or config.device, "cuda_graph": False, "gradient_accumulation": n}
+    config = dataclasses.replace(config, **options)
     where = resolve_device(config.device)
     learner = Learner(config, where)
     count, _ = load_checkpoint(path, learner.model, learner.optimizers)
     batch: Batch = tuple(extra[name].long() for name in ("inputs", "targets"))
     if config.documents:
-        batch += (bounds_of(batch[1], config.gradient_accumulation),)
+        batch += (bounds_of(batch[1], n),)
     batch = tuple(x.to(where) for x in batch)
     loss, norm = learner.take_step.gradients(*batch)
     gradients = tuple(
         name for name, p in learner.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
     )
-    n = config.gradient_accumulation
     parts = zip(*(x.chunk(n) for x in batch), strict=True)
     first = next(filter(None, (_first_module(learner, part) for part in parts)), None)
     return Replay(count, loss.item(), norm.item(), extra["loss"], extra["grad_norm"], first, gradients)

@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from rooflight.model import ModelConfig
-from rooflight.training import learner
+from rooflight.training import graph, learner
 from rooflight.training.checkpoint import DamagedCheckpoint, load_extra, load_model
 from rooflight.training.commands import app
 from rooflight.training.config import TrainConfig
@@ -112,14 +112,28 @@ def test_a_module_is_named(config):
 
 
 @pytest.mark.cpu
-def test_one_process_computes_again_what_two_had(config, tmp_path):
-    """The dump of two is in shards and has the batch of both. Its predecessor, of an earlier run, is removed."""
+def test_one_process_computes_again_what_two_had(config, tmp_path, monkeypatch):
+    """The dump of two is in shards and has the batch of both, of which one process holds no more at once than they did.
+    Its predecessor, of an earlier run, is removed."""
     config = dataclasses.replace(config, optimizer="adamw", lr=3e38, weight_decay=1e10, warmup=0.0, parallel="fsdp")
     (config.out_dir / "diverged" / "step-00000001").mkdir(parents=True)
     (config.out_dir / "rooflight.json").write_text('{"format": "rooflight-run", "version": 1}')
+    first = dataclasses.replace(config, out_dir=tmp_path / "first", lr=1e-3, parallel="none", max_steps=1)
+    train(dataclasses.replace(first, weight_decay=0.0), console=Console(file=io.StringIO()))
+    config = dataclasses.replace(config, init_from=first.out_dir)
     run(2, tmp_path, diverge, config)
+    shutil.rmtree(first.out_dir)  # a dump needs nothing else
+    rows = []
+
+    class Step(graph.TrainStep):
+        def _run_micro(self, *micro_batch):
+            rows.append(len(micro_batch[0]))
+            super()._run_micro(*micro_batch)
+
+    monkeypatch.setattr(learner, "TrainStep", Step)
     again = replay(config.out_dir / "diverged")
     assert again.reproduced
+    assert rows == [2, 2]
     assert (again.step, again.first_module) == (1, "embedding")
     assert load_extra(config.out_dir / "diverged")["inputs"].shape == (4, 8)
 
