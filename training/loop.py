@@ -106,12 +106,12 @@ class _Run:
             )
         check_sinks(config)
         self.directory = config.out_dir / CHECKPOINTS
-        if config.init_from is not None and (config.overwrite or not list_checkpoints(self.directory)):
-            require_model("init_from", config.init_from)  # before out_dir is touched
         if self.device.type == "cpu":
             check_memory(config, self.ops, device_memory(self.device), world.size)
         self.folder: AbstractContextManager[Any] = nullcontext()
-        if world.first:
+        if world.first:  # which alone touches out_dir, and looks what it holds
+            if config.init_from is not None and (config.overwrite or not list_checkpoints(self.directory)):
+                require_model("init_from", config.init_from)
             resume, overwrite, launch = config.resume, config.overwrite, world.launch
             self.folder = RunFolder(config.out_dir, resume=resume, overwrite=overwrite, launch=launch, say=self._say)
         self.checkpoint: Path | None = None
