@@ -118,6 +118,17 @@ def launched() -> World:
     return World(rank, size, number("LOCAL_RANK", rank), restarts=restarts, launch=launch)
 
 
+def _meeting(world: World, timeout: timedelta) -> dist.Store:
+    """Where the processes find each other.
+
+    One torchrun keeps one store through its restarts, in which the addresses of processes that have ended still stand:
+    each start has names of its own. Several torchruns do not count starts alike, and leave it as torch has it.
+    """
+    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
+    store.set_timeout(timeout)
+    return dist.PrefixStore(f"start-{world.restarts}", store) if os.environ.get("GROUP_WORLD_SIZE") == "1" else store
+
+
 @contextmanager
 def process_group(world: World, device: torch.device, *, timeout: timedelta = TIMEOUT) -> Iterator[None]:
     """While entered, torch's default group joins the processes of `world`: NCCL between GPUs, gloo between CPUs.
@@ -133,7 +144,8 @@ def process_group(world: World, device: torch.device, *, timeout: timedelta = TI
     ours = not dist.is_initialized()
     if ours:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+        store = _meeting(world, timeout)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     try:
         yield
     except BaseException:
