@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from .absent import AbsentGPU, compile_launches
 from .cubin_cases import CASES, passes
 
-SHARED, MULTIPROCESSORS = 227 << 10, 132  # of an H100 and an H200
 SECONDS = 60.0
 # A kernel's code is right if no result's error to fp32 is this much larger than that of the code made here.
 ALLOWED = 1.5
@@ -68,51 +68,17 @@ def fields(compiled: Any) -> list[Any]:
 # ---------------------------------------------------------------- build
 
 
-class _Target:
-    """As much of a Triton driver as compiling for sm_90 needs."""
-
-    def __init__(self) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.target, self.utils = GPUTarget("cuda", 90, 32), self
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED, "multiprocessor_count": MULTIPROCESSORS, "warpSize": 32}
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> Any:
-        import torch
-
-        return torch.device("cpu")
-
-
 def build(directory: Path, names: list[str]) -> int:
     """Compile what these cases launch into DIR/*.cubin and DIR/index.json. For a process without the interpreter."""
     import triton
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    from ...kernels import dispatch
 
     assert not triton.knobs.runtime.interpret, "expected no TRITON_INTERPRET"
     directory.mkdir(parents=True, exist_ok=True)
     for old in directory.glob("*.cubin"):
         old.unlink()
-    driver.set_active(_Target())
-    dispatch.INTERPRETED = True  # launches for CPU tensors, which are compiled only
     entries: dict[str, dict[str, Any]] = {}
-    run = JITFunction.run
 
-    def compile_only(fn: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        compiled = run(fn, *args, grid=grid, warmup=True, **kwargs)
+    def keep(kernel: Any, args: Any, kwargs: Any, compiled: Any) -> None:
         metadata, what = compiled.metadata, key(compiled)
         file = directory / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.cubin"
         file.write_bytes(compiled.asm["cubin"])
@@ -122,9 +88,8 @@ def build(directory: Path, names: list[str]) -> int:
             "descriptors": fields(compiled), "parameters": parameters(compiled),
             "scratch": metadata.global_scratch_size + metadata.profile_scratch_size,
         }  # fmt: skip
-        return compiled
 
-    JITFunction.run = compile_only
+    compile_launches(AbsentGPU(), keep)
     for name in names:
         passes(name, "cpu")[0]()
         print(f"{name}: {len(entries)} kernels by now", flush=True)

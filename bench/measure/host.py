@@ -20,42 +20,33 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 
 from ...kernels import dispatch, flash_attention, rms_norm
 from ...kernels.attention import paths
 from ...kernels.attention.hopper import blocks
+from .absent import AbsentGPU
 
 __all__ = ["StandIn", "cases", "microseconds", "standing_in"]
 
-SHARED = 227 << 10  # bytes that one block of an sm_90 can use
 
-
-class StandIn:
+class StandIn(AbsentGPU):
     """As much of Triton's CUDA driver as launching needs. launched: the arguments of each call of the C launcher."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.launched: list[tuple[Any, ...]] = []
         self.kernels: dict[int, CompiledKernel] = {}  # by function: every variant that was compiled
         self.keep = True
         self.device = 0
-        self.target = GPUTarget("cuda", 90, 32)
-        self.utils = self
         self.launcher_cls = nvidia.CudaLauncher
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
 
     def get_current_device(self) -> int:
         return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 7
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED, "multiprocessor_count": 132, "warpSize": 32}
 
     # ------------------------------------------------------------ what Triton's C modules do
 

@@ -26,6 +26,7 @@ from typing import Any
 if __name__ == "__main__":  # the subprocess
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from rooflight.bench.measure.absent import AbsentGPU, compile_launches
 from support.descriptors import torn_products
 from support.sass import Bound, inner_loops, opcodes, together
 
@@ -97,33 +98,9 @@ def compile_cases(
 # ---------------------------------------------------------------- in the subprocess
 
 
-class _Driver:
-    """As much of a Triton driver as compiling needs, for a GPU that is not there."""
-
-    def __init__(self, target: str) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        amd = target.startswith("gfx")
-        self.target = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-        self.properties = {"max_shared_mem": SHARED_LIMIT[target], "multiprocessor_count": 132, "warpSize": 32}
-        self.utils = self
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return self.properties
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> Any:
-        import torch
-
-        return torch.device("cpu")
+def _absent(target: str) -> AbsentGPU:
+    kind = ("hip", target, 64) if target.startswith("gfx") else ("cuda", int(target.removeprefix("sm_")), 32)
+    return AbsentGPU(*kind, shared=SHARED_LIMIT[target])
 
 
 def _disassemble(cubin: bytes) -> tuple[int, str]:
@@ -167,26 +144,17 @@ def _artifact(name: str, target: str, constexprs: dict[str, Any], kernel: Any) -
 def _main() -> None:
     request = json.load(sys.stdin)
     import triton
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
 
-    driver.set_active(_Driver(request["target"]))
     made: list[Artifact] = []
-    run = JITFunction.run
 
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        names = [p.name for p in self.params]
+    def keep(fn: Any, args: Any, kwargs: Any, kernel: Any) -> None:
+        names = [p.name for p in fn.params]
         given = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
-        fixed = {p.name: given[p.name] for p in self.params if p.is_constexpr and p.name in given}
+        fixed = {p.name: given[p.name] for p in fn.params if p.is_constexpr and p.name in given}
         shown = {k: v if isinstance(v, int | float | str | bool | None) else str(v) for k, v in fixed.items()}
-        made.append(_artifact(self.fn.__name__, request["target"], shown, kernel))
-        return kernel
+        made.append(_artifact(fn.fn.__name__, request["target"], shown, kernel))
 
-    JITFunction.run = compile_only
-    from rooflight.kernels import dispatch
-
-    dispatch.INTERPRETED = True  # what serves plain CPU tensors too launches kernels for these
+    compile_launches(_absent(request["target"]), keep)
     answer = []
     for file, name, arguments in request["cases"]:
         spec = importlib.util.spec_from_file_location(f"aot_{Path(file).stem}", file)

@@ -21,12 +21,13 @@ def main() -> None:
     from triton.runtime import driver
 
     from rooflight.bench.measure import cubins
+    from rooflight.bench.measure.absent import AbsentGPU
     from rooflight.kernels import dispatch
 
     launched: list[int] = []
     loaded: list[str] = []  # the first call's kernels, then the other code's
 
-    class Driver(cubins._Target):
+    class Driver(AbsentGPU):
         launcher_cls = nvidia.CudaLauncher
 
         def load_binary(self, name: str, code: bytes, shared: int, device: int) -> tuple[Any, ...]:
