@@ -18,27 +18,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from rooflight.model import ModelConfig
 from rooflight.training.config import TrainConfig
 from rooflight.training.loop import train
 from rooflight.training.run.stopping import TrainingFailed
 
 
 @pytest.fixture
-def config(write_tokens, tmp_path) -> TrainConfig:
-    return TrainConfig(
-        model=ModelConfig(32, 8, 1, 2, d_model=16, d_ff=24),
-        train_data=write_tokens(list(range(32)) * 9),
-        out_dir=tmp_path / "run",
-        batch_size=2,
-        max_steps=4,
-        log_every=1,
-        checkpoint_every=2,
-        dtype="float32",
-        device="cpu",
-        kernels="eager",
-        peak_flops=1e9,
-    )
+def config(config: TrainConfig, write_tokens) -> TrainConfig:
+    tokens = write_tokens(list(range(32)) * 9)
+    steps = {"max_steps": 4, "log_every": 1, "checkpoint_every": 2}
+    return dataclasses.replace(config, train_data=tokens, val_data=None, batch_size=2, **steps)
 
 
 def _module(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> None:

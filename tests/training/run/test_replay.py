@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from rooflight.model import ModelConfig
 from rooflight.training import graph, learner
 from rooflight.training.checkpoint import DamagedCheckpoint, load_extra, load_model
 from rooflight.training.commands import app
@@ -28,20 +27,9 @@ BAD = 30  # steps done before the one whose loss or gradient is not finite
 
 
 @pytest.fixture
-def config(write_tokens, tmp_path) -> TrainConfig:
-    return TrainConfig(
-        model=ModelConfig(32, 8, 1, 2, d_model=16, d_ff=24),
-        train_data=write_tokens(np.random.default_rng(0).integers(0, 32, 2000)),
-        out_dir=tmp_path / "run",
-        batch_size=4,
-        max_steps=40,
-        checkpoint_every=20,
-        log_every=10,
-        dtype="float32",
-        device="cpu",
-        kernels="eager",
-        peak_flops=1e9,
-    )
+def config(config: TrainConfig, write_tokens) -> TrainConfig:
+    tokens = write_tokens(np.random.default_rng(0).integers(0, 32, 2000))
+    return dataclasses.replace(config, train_data=tokens, val_data=None, batch_size=4, log_every=10)
 
 
 @pytest.fixture
