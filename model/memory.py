@@ -246,10 +246,7 @@ def memory(
     see(held + embedding.working, embedding.name)
     update = state + gradients + moments + kept
     see(update, "AdamW")  # in place
-    for (
-        short,
-        long,
-    ), n in matrices.items():
+    for (short, long), n in matrices.items():
         # every update, then one shape's: stacked, normalised, and in the products
         stack, square = n * short * long, n * short * short
         normalised = stack * (FP32 + size * (size < FP32))

@@ -113,8 +113,9 @@ def parts(
     """The step's components in the model's order, for B sequences of T tokens on each of `gpus` devices.
 
     copies: the optimizer keeps copies of the blocks' matrices, which then are not cast.  low_gradients: nor are their
-    gradients. Additions of biases and
-    multiplications by a configuration's scales are left out: they ride on kernels that are counted, or are small.
+    gradients.
+    Additions of biases and multiplications by a configuration's scales are left out: they ride on kernels that are
+    counted, or are small.
     """
     N, L, d, H, K, D, V = B * T, c.n_layer, c.d_model, c.n_head, c.n_kv_head, c.head_dim, c.vocab_size
     low = dtype != FP32

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from ...model import Transformer
 from ...model.transformer import unwrapped
 from ...model.typed import typed
-from ..distributed import TIMEOUT
+from ..distributed import TIMEOUT, is_sharded
 from ..files import remove_folder
 from .folder import MODEL, SHARDS, STATE, WEIGHTS, earlier_whole, file_entries, write_manifest
 from .ranks import Ranks
@@ -235,4 +235,4 @@ def plain_model(model: nn.Module) -> Transformer:
 
 def is_sharded_model(model: Transformer) -> bool:
     """Whether other processes hold a part of its parameters."""
-    return any(hasattr(p, "device_mesh") for p in model.parameters())
+    return any(map(is_sharded, model.parameters()))
