@@ -66,10 +66,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def predicted_step(config: TrainConfig, ops: str, processes: int = 1) -> Estimate:
-    """The estimate of one process's micro-batch; ops: whose memory it is, as in model.estimate.
-
-    Of several processes Muon's exchange is not counted yet: its estimate is AdamW's there, whose moments are more.
-    """
+    """The estimate of one process's micro-batch; ops: whose memory it is, as in model.estimate."""
     batch_size = config.batch_size // (processes * config.gradient_accumulation)
     return estimate(config.model, batch_size=batch_size, **_settings(config, ops, processes))
 
@@ -78,8 +75,7 @@ def _settings(config: TrainConfig, ops: str, processes: int) -> dict[str, Any]:
     settings = {"dtype": config.dtype, "checkpointing": config.checkpointing, "ops": ops, "optimizer": config.optimizer}
     if processes == 1:
         return settings
-    several = {"gpus": processes, "parallel": config.parallel, "reshard": config.reshard}
-    return settings | several | {"optimizer": "adamw"}
+    return settings | {"gpus": processes, "parallel": config.parallel, "reshard": config.reshard}
 
 
 def check_memory(config: TrainConfig, ops: str, capacity: int, processes: int = 1) -> None:
