@@ -28,6 +28,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .meeting import have_met, meeting
+
 # What a process waits for the others: a checkpoint that rank 0 writes, a compiler that another one runs.
 TIMEOUT = timedelta(minutes=10)
 
@@ -118,15 +120,9 @@ def launched() -> World:
     return World(rank, size, number("LOCAL_RANK", rank), restarts=restarts, launch=launch)
 
 
-def _meeting(world: World, timeout: timedelta) -> dist.Store:
-    """Where the processes find each other.
-
-    One torchrun keeps one store through its restarts, in which the addresses of processes that have ended still stand:
-    each start has names of its own. Several torchruns do not count starts alike, and leave it as torch has it.
-    """
-    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
-    store.set_timeout(timeout)
-    return dist.PrefixStore(f"start-{world.restarts}", store) if os.environ.get("GROUP_WORLD_SIZE") == "1" else store
+def restarted(world: World) -> bool:
+    """Whether torchrun has started processes of this launch before these."""
+    return world.restarts > 0 or have_met(world.rank, world.size, TIMEOUT)
 
 
 @contextmanager
@@ -144,7 +140,7 @@ def process_group(world: World, device: torch.device, *, timeout: timedelta = TI
     ours = not dist.is_initialized()
     if ours:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = _meeting(world, timeout)
+        store = meeting(world.rank, world.size, timeout)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     try:
         yield

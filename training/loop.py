@@ -18,7 +18,7 @@ from .checkpoint import BackgroundSaves, list_checkpoints, load_latest, save_che
 from .checkpoint.ranks import Ranks
 from .config import TrainConfig
 from .data import Batches, end_of_document, open_corpus
-from .distributed import World, is_lost_peer, launched, process_group, tell_launcher
+from .distributed import World, is_lost_peer, launched, process_group, restarted, tell_launcher
 from .files import write_json
 from .graph import autocast
 from .learner import Learner, choose_ops, evaluate, resolve_device, whose_memory
@@ -58,7 +58,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     (checkpoints stay as they were).
     """
     world = launched()
-    if world.restarts and launch_of(config.out_dir) == world.launch:
+    if world.first and launch_of(config.out_dir) == world.launch and restarted(world):
         config = replace(config, resume=True, overwrite=False)
     console = (console or Console(stderr=True)) if world.first else Console(quiet=True, force_terminal=False)
     try:

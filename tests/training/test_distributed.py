@@ -17,7 +17,7 @@ from rooflight.training.checkpoint import list_checkpoints
 from rooflight.training.config import TrainConfig
 from rooflight.training.distributed import World, shard_rows
 from rooflight.training.loop import train
-from support.ranks import on_ranks
+from support.ranks import free_port, on_ranks
 from support.runs import log_of, weights_of
 from support.together import CASES, RUNS, everything, learn_all, of
 
@@ -170,7 +170,10 @@ def test_rows_are_divided() -> None:
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_a_run_where_it_stood_and_names_the_error(config: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("machines", [1, 2])
+def test_torchrun_restarts_a_run_where_it_stood_and_names_the_error(
+    config: TrainConfig, tmp_path: Path, machines: int
+) -> None:
     """Each of two lives has four steps before its fault: checkpoints of the 3rd and, gone on from it, the 6th."""
     toml = tmp_path / "run.toml"
     model = "\n".join(f"{k} = {v}" for k, v in config.model.to_dict().items() if type(v) is int)
@@ -178,17 +181,24 @@ def test_torchrun_restarts_a_run_where_it_stood_and_names_the_error(config: Trai
         f'train_data = "{config.train_data}"\nout_dir = "{config.out_dir}"\nparallel = "ddp"\nbatch_size = 8\n'
         f'dtype = "float32"\ndevice = "cpu"\npeak_flops = 1e9\ncheckpoint_every = 3\nlog_every = 1\n[model]\n{model}\n'
     )
-    command = "-m torch.distributed.run --nproc-per-node 2 --max-restarts 1 --rdzv-backend c10d --rdzv-endpoint"
-    ended = subprocess.run(
-        [sys.executable, *command.split(), "127.0.0.1:0", "-m", "support.faulty_run", "train", "--config", str(toml)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
+    command = (
+        f"-m torch.distributed.run --nnodes {machines} --nproc-per-node {2 // machines} --max-restarts 1 "
+        f"--rdzv-backend c10d --rdzv-id x --rdzv-endpoint 127.0.0.1:{0 if machines == 1 else free_port()}"
     )
-    assert ended.returncode != 0
-    assert "going on from step 3" in ended.stderr
-    assert "RuntimeError: power cut" in ended.stderr.partition("Root Cause")[2]
-    assert "lost another of the 2, whose own error says why" in ended.stderr
+    launches = [
+        subprocess.Popen(
+            [sys.executable, *command.split(), "-m", "support.faulty_run", "train", "--config", str(toml)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(machines)
+    ]
+    told = [launch.communicate(timeout=300)[1] for launch in launches]
+    assert all(launch.returncode for launch in launches), told
+    errors = "".join(told)
+    assert "going on from step 3" in errors
+    assert any("RuntimeError: power cut" in text.partition("Root Cause")[2] for text in told)
+    assert "lost another of the 2, whose own error says why" in errors
     assert [p.name for p in list_checkpoints(config.out_dir / "checkpoints")] == ["step-00000003", "step-00000006"]
     assert [r["step"] for r in log_of(config)] == [1, 2, 3, 4, 5, 6, 7]
