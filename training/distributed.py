@@ -289,6 +289,21 @@ def gathered(x: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
 
 
 @torch.no_grad()
+def reset_shards(module: nn.Module, whole: nn.Module, device: torch.device) -> None:
+    """Give the sharded `module` the values that `whole`, the same on the meta device, draws on `device`.
+
+    One submodule draws at a time, as whole.reset_parameters() would have them do, and no more of it is ever there.
+    """
+    for ours, theirs in zip(module.modules(), whole.modules(), strict=True):
+        if not list(theirs.parameters(recurse=False)):
+            continue
+        theirs.to_empty(device=device, recurse=False)
+        theirs.reset_parameters()  # type: ignore[operator]
+        copy_parameters(theirs, ours)
+        theirs.to_empty(device="meta", recurse=False)
+
+
+@torch.no_grad()
 def copy_parameters(source: nn.Module, target: nn.Module) -> None:
     """Write `source`'s parameters, which are whole and the same everywhere, into `target`'s, which may be shards."""
     for p, value in zip(target.parameters(), source.parameters(), strict=True):

@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from rooflight.training.checkpoint import list_checkpoints
+from rooflight.model import Transformer
+from rooflight.training.checkpoint import list_checkpoints, load_model
 from rooflight.training.config import TrainConfig
 from rooflight.training.distributed import World, shard_rows
 from rooflight.training.loop import train
 from support.ranks import free_port, on_ranks
-from support.runs import log_of, weights_of
-from support.together import CASES, RUNS, everything, learn_all, of
+from support.runs import assert_equal, log_of, weights_of
+from support.together import CASES, DEEP, RUNS, everything, learn_all, of
 
 pytestmark = pytest.mark.cpu
 
@@ -50,6 +51,21 @@ def test_several_processes_are_one(
     check_assignment([of_rank["assignment"] for of_rank in told])
     check_runs([of_rank["runs"] for of_rank in told], run, quiet)
     check_failure([of_rank["fails"] for of_rank in told])
+    check_beginning([of_rank["begins"] for of_rank in told])
+    trained = dict(load_model(told[0]["runs"]["ddp"].checkpoint).named_parameters())
+    for of_rank in told:
+        assert_equal(of_rank["begins from"]["parameters"], trained)
+
+
+def check_beginning(told: list[dict[str, Any]]) -> None:
+    """fsdp's values are those that one process draws, and no process has ever had all of them."""
+    torch.manual_seed(0)
+    expected = dict(Transformer(DEEP).named_parameters())
+    largest = max(p.nbytes for p in expected.values())
+    for found in told:
+        assert_equal(found["parameters"], expected)
+        # one parameter's values are whole, and torch's truncated normal has two tensors more of as many
+        assert found["held"] + largest <= found["peak"] < found["held"] + 3.5 * largest
 
 
 def check_steps(told: list[dict[str, Any]], alone: dict[str, Any]) -> None:
