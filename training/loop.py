@@ -94,8 +94,10 @@ class _Run:
         self.dtype = getattr(torch, config.dtype)
         self.ops = whose_memory(choose_ops(config.kernels, self.device), self.device)
         vocab_size = config.model.vocab_size
-        self.train_data = open_corpus(config.train_data, vocab_size=vocab_size)
-        self.val_data = None if config.val_data is None else open_corpus(config.val_data, vocab_size=vocab_size)
+        self.train_data = open_corpus(config.train_data, vocab_size=vocab_size, name="train_data")
+        self.val_data = None
+        if config.val_data is not None:
+            self.val_data = open_corpus(config.val_data, vocab_size=vocab_size, name="val_data")
         corpora = [self.train_data] if self.val_data is None else [self.train_data, self.val_data]
         for corpus in corpora:
             corpus.check_windows(config.batch_size, config.model.context_length)

@@ -81,15 +81,17 @@ def _settings(config: TrainConfig, ops: str, processes: int) -> dict[str, Any]:
 def check_memory(config: TrainConfig, ops: str, capacity: int, processes: int = 1) -> None:
     """Raise ValueError when a process is predicted to hold more than `capacity`, the machine's memory in bytes.
 
-    For a CPU, where the system would end the process without a word.
+    For a CPU, where the system would end the process without a word, and a checkpoint in the background is copied to.
     """
     # the batch and its gather's indices, int64, stand beside the step
     batch = 16 * (config.batch_size // processes) * (config.model.context_length + 1)
-    need = predicted_step(config, ops, processes).memory.peak + batch
+    memory = predicted_step(config, ops, processes).memory
+    copied = (memory.parameters + memory.optimizer) * config.async_checkpoints
+    need = memory.peak + batch + copied
     if need > capacity:
         raise ValueError(
             f"batch_size {config.batch_size} needs {need / 1e9:,.1f} GB of memory at its peak (predicted), and there "
-            f"are {capacity / 1e9:,.1f} GB: {what_fits(config, ops, capacity, processes)}"
+            f"are {capacity / 1e9:,.1f} GB: {what_fits(config, ops, capacity - copied, processes)}"
         )
 
 
