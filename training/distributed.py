@@ -191,6 +191,7 @@ def fully_sharded(
     cast_inputs: bool = True,
     reshard: bool = True,
     replicated: Iterable[nn.Parameter] = (),
+    device: torch.device | None = None,
 ) -> nn.Module:
     """`module` itself, of whose parameters each process keeps its rows (DTensor, Shard(0)), as FSDP2 has it.
 
@@ -199,17 +200,23 @@ def fully_sharded(
     dtype: parameters are gathered and compute in it; what an optimizer sees keeps its own.  cast_inputs: so are
     floating inputs of the units cast.  reshard: let go of a unit's parameters after its forward pass, and gather them
     again in the backward pass.  replicated: parameters that stay whole; `average_gradients` is their reduction.
+    device: where the parameters will be, of a module on meta.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # torch's own choice is the GPU, where there is one, whatever the module is on
+    kind = (device or next(module.parameters()).device).type
+    mesh = init_device_mesh(kind, (dist.get_world_size(),))
 
     policy = MixedPrecisionPolicy(cast_forward_inputs=cast_inputs)
     if dtype is not None:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=cast_inputs)
     whole = set(replicated)
     for unit in units:
-        fully_shard(unit, mp_policy=policy, reshard_after_forward=reshard, ignored_params=whole)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=whole)
     # what the root holds the backward pass needs at once
-    fully_shard(module, mp_policy=policy, reshard_after_forward=False, ignored_params=whole)
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=whole)
     return module
 
 

@@ -46,7 +46,8 @@ class Learner:
         self.model = self._on_meta()
         if self.parallel == "fsdp":
             low = None if self.dtype == torch.float32 else self.dtype
-            fully_sharded(self.model, self.model.layers, dtype=low, cast_inputs=False, reshard=config.reshard)
+            options: dict[str, Any] = {"dtype": low, "cast_inputs": False, "reshard": config.reshard}
+            fully_sharded(self.model, self.model.layers, device=device, **options)
         self.model.to_empty(device=device)  # of a sharded model no process ever has the whole
         self._begin()
         engine: nn.Module = self.model

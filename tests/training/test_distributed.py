@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from rooflight.model import Transformer
 from rooflight.training.checkpoint import list_checkpoints, load_model
 from rooflight.training.config import TrainConfig
-from rooflight.training.distributed import World, shard_rows
+from rooflight.training.distributed import World, fully_sharded, shard_rows
 from rooflight.training.loop import train
 from support.ranks import free_port, on_ranks
 from support.runs import assert_equal, log_of, weights_of
@@ -218,3 +219,13 @@ def test_torchrun_restarts_a_run_where_it_stood_and_names_the_error(
     assert "lost another of the 2, whose own error says why" in errors
     assert [p.name for p in list_checkpoints(config.out_dir / "checkpoints")] == ["step-00000003", "step-00000006"]
     assert [r["step"] for r in log_of(config)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_model_on_a_cpu_is_sharded_there_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        module = fully_sharded(nn.Linear(4, 4))
+        assert module.weight.device_mesh.device_type == "cpu"
+    finally:
+        dist.destroy_process_group()
