@@ -60,7 +60,8 @@ def communication(
         again = (parameters - outermost) * itemsize(dtype) * reshard
         forward, backward = parameters * itemsize(dtype), again + parameters * FP32
         update, start = turned * (FP32 + itemsize(dtype)) // gpus, 0
-    return Communication(*(sent * (gpus - 1) // gpus for sent in (forward, backward, update)), start=start)
+    forward, backward, update = (sent * (gpus - 1) // gpus for sent in (forward, backward, update))
+    return Communication(forward, backward, update, start)
 
 
 @dataclass(frozen=True)

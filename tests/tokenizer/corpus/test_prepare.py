@@ -314,34 +314,6 @@ def test_what_is_refused(corpus: Path, tmp_path: Path) -> None:
         run()
 
 
-def test_a_folder_belongs_to_the_corpus_that_is_being_made(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before its first shard is there, too; jobs that make the same one share it."""
-
-    def run(**options) -> None:
-        prepare.prepare(TOKENIZER, [corpus / "a.txt"], out, num_workers=1, **options)
-
-    out = tmp_path / "out"
-    done, met = prepare._done, []
-
-    def meanwhile(*args):
-        monkeypatch.setattr(prepare, "_done", done)
-        for options in ({"eod": None}, {"shard_tokens": 5}):
-            with pytest.raises(ValueError, match="holds a corpus of other"):
-                run(**options)
-        run()
-        met.append(contents(out))
-        return done(*args)
-
-    monkeypatch.setattr(prepare, "_done", meanwhile)
-    run()
-    assert met == [contents(out)]
-    for path in out.glob("shard-*"):
-        path.unlink()
-    run(eod=None)  # nobody is at work on the other one any more
-
-
 def test_names_that_are_no_utf8(tmp_path: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 1\n.txt"))
     path.write_text("the cat")
