@@ -30,7 +30,7 @@ def test_jobs_of_other_corpora_do_not_meet_in_one_folder(tmp_path: Path, monkeyp
     def meanwhile(*args):  # a job has the folder, and has written no shard
         monkeypatch.setattr(prepare, "_done", done)
         for options in ({"eod": None}, {"shard_tokens": 5}):
-            with pytest.raises(ValueError, match="holds a corpus of other (eod|shard_tokens), .* or another folder"):
+            with pytest.raises(ValueError, match=r"holds a corpus of other (eod|shard_tokens), .* or another folder"):
                 run(**options)
         run()  # a job of the same corpus
         met.append(contents(out))
