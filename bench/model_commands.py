@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 Model = Annotated[Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face folder.")]
 TokenizerFolder = Annotated[
-    Path | None, typer.Option("--tokenizer", "-t", help="The tokenizer's folder; by default the model's own.")
+    Path | None,
+    typer.Option("--tokenizer", "-t", help="The tokenizer's folder, or a tokenizer.json; by default the model's own."),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")]
 
@@ -40,7 +41,8 @@ def find_tokenizer(model: Path, given: Path | None) -> Tokenizer:
     from ..training.checkpoint import check_tokenizer
 
     for folder in (given,) if given is not None else (model / OWN_TOKENIZER, model):
-        if not any((folder / name).is_file() for name in ("merges.txt", "tokenizer.json")):
+        names = ("merges.txt", "tokenizer.json", "")  # or a tokenizer.json by itself
+        if not any((folder / name).is_file() for name in names):
             continue
         found = Tokenizer.load(folder)
         if not is_hf(model):

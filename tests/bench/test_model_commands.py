@@ -157,6 +157,13 @@ def test_generate_goes_as_far_as_the_context(run: Path) -> None:
     assert result.stdout == "b" * 40 + last
 
 
+def test_a_tokenizer_is_a_folder_or_a_file(run: Path) -> None:
+    whole = [
+        rooflight("generate", run, "-t", run / t, "--prompt", "the") for t in ("tokenizer", "tokenizer/tokenizer.json")
+    ]
+    assert whole[0] == whole[1]
+
+
 def test_generate_stops_at_a_token_by_its_text(run: Path, tokenizer: Tokenizer) -> None:
     common = ("generate", run, "--prompt", "the", "--seed", 5, "--max-new-tokens", 40)
     whole = rooflight(*common)
