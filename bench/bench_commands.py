@@ -231,6 +231,8 @@ def kernels(
     from .reports.kernel_tables import failures_table, kernel_results, table
     from .reports.terminal import show
 
+    if not seconds > 0:
+        raise ValueError(f"seconds: expected > 0, got {seconds}")
     require(files=[json_path])
     place = resolve_device(device)
     where = machine(place)

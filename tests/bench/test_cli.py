@@ -83,6 +83,11 @@ def main(monkeypatch, capsys):
         (("tokenizer", "bench", __file__, "--peer", "tiktokens"), "peer: expected"),
         (("tokenizer", "bench", __file__, "--vocab-size", 3), "vocab_size: got 3, expected"),
         (("tokenizer", "bench", "nowhere.txt"), "nowhere.txt"),
+        (
+            ("bench", "step", "tiny", "--seconds", "nan", "--device", "cpu"),
+            "seconds: expected a finite number > 0, got nan",
+        ),
+        (("bench", "kernels", "--seconds", "nan"), "seconds: expected > 0, got nan"),
         (("generate", "{tmp}/no-run", "--tokenizer", "{tmp}/no-tokenizer"), "no-tokenizer"),
     ],
 )
