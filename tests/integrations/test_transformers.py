@@ -165,7 +165,7 @@ def test_logits_are_made_when_they_are_read() -> None:
         lambda out: out[1],
         lambda out: out[:2][1],
         lambda out: out.to_tuple()[1],
-        lambda out: tuple(v for k, v in out.items() if k != "loss")[0],  # Trainer's, for what it evaluates
+        lambda out: next(v for k, v in out.items() if k != "loss"),  # Trainer's, for what it evaluates
         lambda out: list(out.values())[1],
         lambda out: dict(zip(out.keys(), out.to_tuple(), strict=True))["logits"],
     ],
