@@ -18,6 +18,7 @@ the backward pass are the transposed forms of x and the weight, one byte an elem
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -161,7 +162,7 @@ def fp8_linear_bwd(
 def _fwd_fake(
     x: Tensor, weight: Tensor, keep_x: bool, keep_weight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
-    (N, K), rows = weight.shape, x.shape[:-1].numel()
+    (N, K), rows = weight.shape, math.prod(x.shape[:-1])
     low, scale = {"dtype": torch.float8_e4m3fn}, {"dtype": torch.float32}
     x8t = x.new_empty(K, rows, **low) if keep_x else None
     w8t = x.new_empty(K, N, **low) if keep_weight else None
@@ -244,8 +245,8 @@ def _check(x: Tensor, weight: Tensor) -> None:
         raise ValueError(f"weight: expected (N, K), multiples of {FP8_MULTIPLE}, got {tuple(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: expected shape (..., {weight.shape[1]}), got {tuple(x.shape)}")
-    rows = x.shape[:-1].numel()
-    if rows % FP8_MULTIPLE or rows == 0:
+    rows = math.prod(x.shape[:-1])
+    if rows % FP8_MULTIPLE:
         raise ValueError(f"x: expected a multiple of {FP8_MULTIPLE} rows, got {rows} in {tuple(x.shape)}")
     if not torch.compiler.is_compiling() and (reason := refusal(x.device)) is not None:
         raise ValueError(f"x: {reason}")
@@ -259,11 +260,11 @@ def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
     x and the weight are rounded to e4m3 and dy to e5m2, each over the least power of two that keeps it in range.
     Runs Triton kernels and torch's fp8 products on a GPU from compute capability 8.9 on; on a CPU reference.fp8_linear,
     which multiplies the same operands in fp32. Under autocast nothing is cast.
-    Values that are not finite make all of the product NaN. Second derivatives raise NotImplementedError on a GPU.
+    Values that are not finite make all of the product NaN. Second derivatives are refused.
     Raises ValueError on another shape, dtype or device.
     """
     _check(x, weight)
-    if not runs_triton(x):
+    if not runs_triton(x) or x.numel() == 0:
         return reference.fp8_linear(x, weight)
     if torch.compiler.is_compiling():
         grads = torch.is_grad_enabled()

@@ -110,6 +110,14 @@ def cross_entropy(V: int, dtype: str, softcap: float = 0.0, labels: bool = False
     row_gradients(loss, x, target, lse, options, x)
 
 
+def fp8(format: str, dtype: str) -> None:
+    import torch
+
+    from rooflight.kernels.fp8 import quantize
+
+    quantize(torch.empty(4096, 1600, dtype=getattr(torch, dtype)), getattr(torch, format))
+
+
 CASES: list[Case] = [
     (rms_norm, {"N": 64, "dtype": "bfloat16", "heads": True}),
     (rms_norm, {"N": 128, "dtype": "bfloat16", "heads": True}),
@@ -133,6 +141,8 @@ CASES: list[Case] = [
     (swiglu, {"N": 11008, "dtype": "bfloat16"}),
     (swiglu, {"N": 11008, "dtype": "float32"}),
     (gelu, {"N": 6400, "dtype": "bfloat16"}),
+    (fp8, {"format": "float8_e4m3fn", "dtype": "bfloat16"}),
+    (fp8, {"format": "float8_e5m2", "dtype": "bfloat16"}),
     (adamw, {"gradient": "bfloat16", "copy": "bfloat16"}),
     (adamw, {"gradient": "float32"}),
     (adamw, {"gradient": "float32", "size": 4095}),
