@@ -163,10 +163,10 @@ def _fwd_fake(
     x: Tensor, weight: Tensor, keep_x: bool, keep_weight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
     (N, K), rows = weight.shape, math.prod(x.shape[:-1])
-    low, scale = {"dtype": torch.float8_e4m3fn}, {"dtype": torch.float32}
-    x8t = x.new_empty(K, rows, **low) if keep_x else None
-    w8t = x.new_empty(K, N, **low) if keep_weight else None
-    return x.new_empty(*x.shape[:-1], N), x8t, x.new_empty((), **scale), w8t, x.new_empty((), **scale)
+    x8t = x.new_empty(K, rows, dtype=torch.float8_e4m3fn) if keep_x else None
+    w8t = x.new_empty(K, N, dtype=torch.float8_e4m3fn) if keep_weight else None
+    x_scale, w_scale = (x.new_empty((), dtype=torch.float32) for _ in range(2))
+    return x.new_empty(*x.shape[:-1], N), x8t, x_scale, w8t, w_scale
 
 
 def _bwd_fake(
