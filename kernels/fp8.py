@@ -28,7 +28,6 @@ from torch import Tensor
 
 from . import cost, reference
 from .dispatch import (
-    FLOAT_DTYPES,
     apply,
     call,
     check_device,
@@ -239,7 +238,7 @@ def refusal(device: torch.device) -> str | None:
 @checked_once
 def _check(x: Tensor, weight: Tensor) -> None:
     check_dtype("x", x)
-    check_dtype("weight", weight, (x.dtype, torch.float32) if x.dtype in FLOAT_DTYPES else FLOAT_DTYPES)
+    check_dtype("weight", weight, (torch.float32,) if x.dtype == torch.float32 else (x.dtype, torch.float32))
     check_device(("x", x), ("weight", weight))
     if weight.dim() != 2 or any(n % FP8_MULTIPLE or n == 0 for n in weight.shape):
         raise ValueError(f"weight: expected (N, K), multiples of {FP8_MULTIPLE}, got {tuple(weight.shape)}")

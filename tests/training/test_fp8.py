@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -163,6 +162,12 @@ def test_the_compiled_model_is_the_same(config):
     torch.testing.assert_close(compiled(tokens, tokens), model(tokens, tokens))
 
 
-def test_it_is_kept_with_the_run(config, quiet):
-    result = train(dataclasses.replace(config, max_steps=1), console=quiet)
-    assert json.loads((Path(result.checkpoint).parents[1] / "config.json").read_text())["fp8"] is True
+def test_a_resumed_run_may_go_on_without(config, quiet):
+    """Nothing in a checkpoint knows of it but the run's own record."""
+    short = dataclasses.replace(config, max_steps=2)
+    train(short, console=quiet)
+    assert json.loads((config.out_dir / "config.json").read_text())["fp8"] is True
+    said = io.StringIO()
+    train(dataclasses.replace(short, max_steps=3, fp8=False, resume=True), console=Console(file=said, width=200))
+    assert "fp8 False, was True" in said.getvalue()
+    assert "products in fp8" not in said.getvalue()
