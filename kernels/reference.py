@@ -299,8 +299,9 @@ def fp8_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     amax = x.detach().abs().amax().float().clamp(min=2.0**-126)
     mantissa, exponent = torch.frexp(amax)  # in [0.5, 1)
     exponent = exponent + (mantissa > 0.875).int() - 1 - FP8_EXPONENTS[dtype]
-    scale = torch.ldexp(torch.ones_like(amax), exponent.clamp(min=-126))
-    return (x.detach() / scale).to(dtype), torch.where(amax.isfinite(), scale, torch.nan)
+    # by its bits: ldexp multiplies by a pow that need not be exact
+    scale = (exponent.clamp(min=-126) + 127 << 23).view(torch.float32)
+    return (_statistics(x.detach()) / scale).to(dtype), torch.where(amax.isfinite(), scale, torch.nan)
 
 
 def fp8_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -45,6 +45,9 @@ INPUTS = {
     "no whole tile, several for a program": lambda: draw(3 * fp8.BLOCK_M + 5, 2 * fp8.BLOCK_N + 9, dtype=LOW),
     "small numbers of the format": lambda: draw(70, 40, spread=8.0),
     "fp16": lambda: draw(33, 20, dtype=torch.float16),
+    "fp16, whose small numbers a division in fp16 would round": lambda: torch.tensor(
+        [[60000.0, 2.0**-16 + 2.0**-24]], dtype=torch.float16
+    ),
     "at the end of the range": lambda: torch.tensor([[1.75, 0.3], [-1.75, 1e-3]]),
     "past it": lambda: torch.tensor([[1.75, 0.3], [-1.75, 1e-3]]).nextafter(torch.tensor(4.0)),
     "between two codes": lambda: torch.arange(-448.0, 449.0)[:, None].repeat(1, 2) / 64,
