@@ -109,15 +109,14 @@ def test_checkpointing_recomputes_the_same_products(config):
 
 
 def test_a_weight_that_is_not_finite_ends_the_run(config, quiet, monkeypatch):
-    begun = Learner._begun
+    begin = Learner._begin
 
     def spoilt(self):
-        model = begun(self)
+        begin(self)
         with torch.no_grad():
-            model.layers[0].ffn.down_proj.weight[3, 5] = torch.inf
-        return model
+            self.model.layers[0].ffn.down_proj.weight[3, 5] = torch.inf
 
-    monkeypatch.setattr(Learner, "_begun", spoilt)
+    monkeypatch.setattr(Learner, "_begin", spoilt)
     with pytest.raises(TrainingDiverged, match="loss nan"):
         train(dataclasses.replace(config, val_data=None), console=quiet)
 
