@@ -8,15 +8,18 @@ differentiate through autograd, materialise what the kernels do not, and check n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = [
     "cross_entropy",
     "flash_attention",
     "flash_attention_varlen",
+    "fp8_linear",
     "gelu",
     "linear_cross_entropy",
     "rms_norm",
@@ -25,6 +28,11 @@ __all__ = [
     "swiglu",
     "visible_mask",
 ]
+
+
+# The exponent of a format's largest number, 1.75 x 2^exponent: 448 and 57344.
+FP8_EXPONENTS = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}
+FP8_MULTIPLE = 16  # of which the sides of matrices must be that a GPU multiplies in fp8
 
 
 def _statistics(x: Tensor) -> Tensor:
@@ -281,3 +289,55 @@ def linear_cross_entropy(
         logits, target, ignore_index=ignore_index, z_loss=z_loss, label_smoothing=label_smoothing,
         class_weight=class_weight, reduction=reduction,
     )  # fmt: skip
+
+
+def fp8_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x / scale in an fp8 format, and the scale, (), fp32: the least power of two from 2^-126 on that keeps x in range.
+
+    x: any shape, a float dtype.  Where it is not finite the scale is NaN.
+    """
+    amax = x.detach().abs().amax().float().clamp(min=2.0**-126)
+    mantissa, exponent = torch.frexp(amax)  # in [0.5, 1)
+    exponent = exponent + (mantissa > 0.875).int() - 1 - FP8_EXPONENTS[dtype]
+    # by its bits: ldexp multiplies by a pow that need not be exact
+    scale = (exponent.clamp(min=-126) + 127 << 23).view(torch.float32)
+    return (_statistics(x.detach()) / scale).to(dtype), torch.where(amax.isfinite(), scale, torch.nan)
+
+
+def fp8_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """(a b^T) scale_a scale_b of fp8 operands (M, K) and (N, K), summed in fp32 (fp64 for fp64), then rounded."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.autocast(a.device.type, enabled=False):
+        return (a.to(wide) @ b.to(wide).T * (scale_a.to(wide) * scale_b.to(wide))).to(dtype)
+
+
+class _FP8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x8, x_scale = fp8_quantize(x, torch.float8_e4m3fn)
+        w8, w_scale = fp8_quantize(weight, torch.float8_e4m3fn)
+        ctx.save_for_backward(x8, x_scale, w8, w_scale)
+        ctx.weight_dtype = weight.dtype
+        return fp8_product(x8.flatten(0, -2), w8, x_scale, w_scale, x.dtype).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x8, x_scale, w8, w_scale = ctx.saved_tensors
+        g8, g_scale = fp8_quantize(dy.flatten(0, -2), torch.float8_e5m2)
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = fp8_product(g8, w8.T, g_scale, w_scale, dy.dtype).view_as(x8)
+        if ctx.needs_input_grad[1]:
+            dw = fp8_product(g8.T, x8.flatten(0, -2).T, g_scale, x_scale, ctx.weight_dtype)
+        return dx, dw
+
+
+def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T of operands rounded to fp8, forward and backward (Micikevicius et al. 2022): e4m3, and e5m2 for dy.
+
+    x: (..., K).  weight: (N, K).  Returns (..., N) in x's dtype; dw has the weight's.
+    """
+    if x.numel() == 0:  # which has no largest magnitude
+        return F.linear(x, weight.to(x.dtype))
+    return _FP8Linear.apply(x, weight)

@@ -168,6 +168,10 @@ CASES = (
     Case("swiglu", "no columns", lambda n: {"gate": _draw(n, 0), "up": _draw(n, 0)}, "torch"),
     Case("gelu", "transposed", lambda n: _transposed(n, 3, 8, names=("x",)), "torch", (5, 8)),
     Case("gelu", "no rows", lambda n: {"x": _draw(0, 8)}, "torch"),
+    Case("fp8_linear", "several lengths", lambda n: {"x": _draw(n, 16, 32), "weight": _draw(48, 32)}, "torch", (5, 8)),
+    Case("fp8_linear", "transposed", lambda n: _transposed(16, n, 32, names=("x",)) | {"weight": _draw(32, 16).T},
+         "torch"),
+    Case("fp8_linear", "no rows", lambda n: {"x": _draw(0, 32), "weight": _draw(16, 32)}, "torch"),
     Case("cross_entropy", "several lengths", _logits, "torch", (5, 8, 1), options={"z_loss": 0.1}),
     Case("cross_entropy", "smoothed labels, weighted classes", lambda n: _logits(n) | _classes(), "torch", (5, 8),
          options={"label_smoothing": 0.1, "z_loss": 0.1}, frozen=("class_weight",)),
@@ -285,7 +289,7 @@ TENSORS = {
     "flash_attention_varlen": ("q", "k", "v", "sinks", "cu_seqlens_q", "cu_seqlens_k"),
     "rope": ("q", "k", "cos", "sin", "positions"), "rope_qkv": ("qkv", "cos", "sin", "positions"),
     "rms_norm": ("x", "weight", "residual"), "swiglu": ("gate", "up"),
-    "gelu": ("x",), "cross_entropy": ("logits", "target", "class_weight"),
+    "gelu": ("x",), "fp8_linear": ("x", "weight"), "cross_entropy": ("logits", "target", "class_weight"),
     "linear_cross_entropy": ("x", "weight", "target", "class_weight"),
 }  # fmt: skip
 WINDOWS = (2.0, True, "3", torch.tensor(3), (3, -1), (True, 2), (1.5, 2), (1, 2, 3), -1)

@@ -59,6 +59,7 @@ FUNCTIONS = {
     "rms_norm": Promise("fp32", "fp32", ("x", "x"), "contiguous; x + residual in the promoted dtype"),
     "swiglu": Promise("fp32", "none", ("gate",), "contiguous"),
     "gelu": Promise("fp32", "none", ("x",), "contiguous"),
+    "fp8_linear": Promise("e4m3 or e5m2 in, fp32 sums", "fp32", ("x",), "contiguous", "as `torch.matmul`"),
     "cross_entropy": Promise("fp32", "fp32", ("fp32",), ""),
     "linear_cross_entropy": Promise("`torch.matmul`'s: inputs' dtype in, fp32 sums", "fp32", ("fp32",), "",
                                     "as `torch.matmul`"),
