@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 RMS_NORM = ("test_rms_norm.py", "test_rms_norm_torch.py")
 ATTENTION = ("attention/test_attention.py", "attention/test_attention_varlen.py")
+ALIBI = ("attention/test_alibi.py::test_against_the_oracle", "attention/test_alibi.py::test_packed_sequences")
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,14 @@ MUTANTS = (
     Mutant("attention: log-sum-exp's rounding left in dv", "attention/portable/backward.py",
            "            p *= _load_rows(unround_ptr", "            p *= 1.0 + 0 * _load_rows(unround_ptr",
            ("attention/test_attention.py",)),
+    Mutant("alibi: distances from the first key, not the last", "attention/portable/backward.py",
+           "distance(j - (m + S - T), rows)", "distance(j - m, rows)", ALIBI),
+    Mutant("alibi: one query head's slope for its group", "attention/portable/backward.py",
+           "        alibi = alibi_slope(slopes_ptr, slopes_strides, b, h, exp_scale, ACC)\n        dk",
+           "        alibi = alibi_slope(slopes_ptr, slopes_strides, b, h_kv, exp_scale, ACC)\n        dk", ALIBI),
+    Mutant("alibi: the bias of the first sequence for all", "attention/blocks.py",
+           "tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]\n        slope",
+           "tl.cast(h, tl.int64) * strides[1]\n        slope", ALIBI),
 )  # fmt: skip
 
 
