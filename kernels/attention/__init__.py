@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import apply, check_tensor, checked_once, in_layout_of, runs_triton
+from ..dispatch import apply, autocast_dtype, check_tensor, checked_once, in_layout_of, runs_triton
 from .checks import Window, check_inputs, check_mask, check_sequences, check_slopes, check_types, reach, score_numbers
 from .launch import FlashAttentionFunction, fwd_op
 from .plain import scaled_dot_product, sdpa_serves
@@ -26,10 +26,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     for name, x in zip("qkv", tensors, strict=True):
         check_tensor(name, x)
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..dispatch import check_integer
+
 __all__ = ["alibi_slopes"]
 
 
@@ -17,8 +19,9 @@ def alibi_slopes(n_head: int, *, device: torch.device | str | None = None) -> Te
     >>> alibi_slopes(4).tolist(), alibi_slopes(3).tolist()
     ([0.25, 0.0625, 0.015625, 0.00390625], [0.0625, 0.00390625, 0.25])
     """
-    if type(n_head) is not int or n_head < 1:
-        raise ValueError(f"n_head: expected a whole number >= 1, got {n_head!r}")
+    n_head = check_integer("n_head", n_head)
+    if n_head < 1:
+        raise ValueError(f"n_head: expected at least 1, got {n_head}")
     m = 1 << (n_head.bit_length() - 1)
     exponents = [8 * i / m for i in range(1, m + 1)] + [4 * i / m for i in range(1, 2 * (n_head - m), 2)]
     return torch.tensor([2.0**-x for x in exponents], dtype=torch.float32, device=device)

@@ -244,6 +244,20 @@ def test_what_a_past_transform_left_wrapped_is_unwrapped(device):
     assert torch._C._functorch.is_functorch_wrapped_tensor(left[0])
     x = torch.full((2, 8), 2.0, device=device)
     torch.testing.assert_close(kernels.swiglu(left[0], left[0]), kernels.swiglu(x, x))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(kernels.rms_norm(left[0], left[0][0]), kernels.rms_norm(x, x[0]))
+
+
+@pytest.mark.cpu
+def test_autocast_leaves_meta_tensors_as_they_are():
+    """Meta has no autocast of its own, and torch raises where it is asked for; its own operations go on without."""
+    q, target = torch.empty(1, 2, 4, 8, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outs = [kernels.flash_attention(q, q, q, **options) for options in ({}, {"window": 2})]
+            outs += [kernels.linear_cross_entropy(q[0, 0], q[0, 1], target)]
+        assert all(out.is_meta and out.dtype == torch.float32 for out in outs)
 
 
 def test_transforms_are_refused(device):

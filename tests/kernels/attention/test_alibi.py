@@ -38,7 +38,7 @@ def test_slopes_of_another_number_of_heads_fill_up_from_twice_the_power_below():
 @pytest.mark.cpu
 @pytest.mark.parametrize("n_head", [0, 2.0, True, None])
 def test_no_number_of_heads_is_refused(n_head):
-    with pytest.raises(ValueError, match="n_head: expected a whole number >= 1"):
+    with pytest.raises(ValueError, match=r"^n_head: expected a"):
         alibi_slopes(n_head)
 
 
