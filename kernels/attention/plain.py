@@ -39,7 +39,8 @@ def sdpa_serves(q: Tensor, k: Tensor, causal: bool) -> bool:
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     """torch's scaled_dot_product_attention, in q's layout where v is as wide."""
     is_causal = causal and known(q.shape[2] == k.shape[2])  # else one query, the last: it sees every key
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = not known(q.shape[1] == k.shape[1])  # takes a bool, and equal numbers of heads too
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=grouped)
     return in_layout_of(q, out) if out.shape == q.shape else out
 
 

@@ -231,12 +231,15 @@ def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def check(case: Case, device: Any = "cpu", *, compiled: bool = False, backend: str = "aot_eager") -> None:
-    """Raise AssertionError unless this path keeps the promise for every size of the case."""
+def check(case: Case, device: Any = "cpu", *, compiled: bool = False, dynamic: bool | None = None) -> None:
+    """Raise AssertionError unless this path keeps the promise for every size of the case.
+
+    dynamic: torch.compile's; True makes every size of the first call a symbol, heads and features too.
+    """
     op = getattr(kernels, case.function)
     if compiled:
         torch._dynamo.reset()
-        op = torch.compile(op, fullgraph=True, backend=backend)
+        op = torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     oracle = getattr(reference, case.function)
     for size in case.sizes if compiled else case.sizes[:1]:
         inputs = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in case.build(size).items()}
@@ -365,6 +368,7 @@ def main(what: str) -> None:
                     assert served(case) == case.plain, f"served by {served(case)}, expected {case.plain}"
                 if case.fast == (what == "eager"):
                     check(case, compiled=True)
+                    check(case, compiled=True, dynamic=True)
             except Exception as error:
                 raise AssertionError(case.id) from error
 
