@@ -6,6 +6,7 @@ TRITON_INTERPRET=1, and the eager oracle of `reference` on plain CPU tensors.
 
 from . import cost, reference
 from .attention import FlashAttentionFunction, flash_attention, flash_attention_varlen
+from .attention.alibi import alibi_slopes
 from .cross_entropy import CrossEntropyFunction, cross_entropy
 from .fp8 import FP8LinearFunction, fp8_linear
 from .gelu import GELUFunction, gelu
@@ -29,6 +30,7 @@ __all__ = [
     "SwiGLUFunction",
     "SwiGLUJoinedFunction",
     "TiledAttentionFunction",
+    "alibi_slopes",
     "cost",
     "cross_entropy",
     "flash_attention",

@@ -21,6 +21,7 @@ __all__ = [
     "flash_attention_varlen",
     "fp8_linear",
     "gelu",
+    "key_distance",
     "linear_cross_entropy",
     "rms_norm",
     "rope",
@@ -84,6 +85,12 @@ def visible_mask(
     return mask
 
 
+def key_distance(n_query: int, n_key: int, device: torch.device | None = None) -> Tensor:
+    """|p - j| (T, S), int64: how far key j is from the position p = i + S - T of query i."""
+    position = torch.arange(n_query, device=device)[:, None] + (n_key - n_query)
+    return (position - torch.arange(n_key, device=device)).abs()
+
+
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -96,10 +103,12 @@ def flash_attention(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T + mask) v, with the score matrix in memory (Vaswani et al. 2017, eq. 1).
 
     q: (B, H, T, D).  k: (B, K, S, D).  v: (B, K, S, D_v).  H a multiple of K.  mask: bool, broadcasts to (B, H, T, S).
+    alibi_slopes: (H,) or (B, H), a bias of -slope |i + S - T - j| (Press et al. 2022, section 3).
     Returns (B, H, T, D_v), and with return_lse the natural log-sum-exp (B, H, T) in fp32 (fp64 for fp64), sinks
     included.
     """
@@ -109,6 +118,9 @@ def flash_attention(
     scores = _statistics(q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.to(scores.dtype)[..., None, None]
+        scores = scores - slopes * key_distance(n_query, n_key, q.device)
     visible = visible_mask(n_query, n_key, causal, window, q.device)
     mask = visible if mask is None else visible & mask
     # A row with no visible key must give 0 and zero gradients, not NaN: keep every -inf out of the arithmetic.
@@ -147,6 +159,7 @@ def flash_attention_varlen(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_attention over packed sequences, one at a time.
 
@@ -155,11 +168,12 @@ def flash_attention_varlen(
     """
     outs, lses = [q.new_empty(0, q.shape[1], v.shape[-1])], []
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for q0, q1, k0, k1 in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
+    for b, (q0, q1, k0, k1) in enumerate(zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)):
         qi, ki, vi = (x.transpose(0, 1)[None] for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
         out, lse = flash_attention(
-            qi, ki, vi, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=True
-        )
+            qi, ki, vi, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=True,
+            alibi_slopes=alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes,
+        )  # fmt: skip
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
     rest = len(q) - ends_q[-1]

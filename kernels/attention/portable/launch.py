@@ -39,6 +39,7 @@ class Problem(NamedTuple):
     right: int | None
     scale: float
     softcap: float
+    slopes: Tensor | None  # ALiBi's, (H,) or (n_batch, H)
 
     def n_batch(self, q: Tensor) -> int:
         return q.shape[0] if self.ends_q is None else self.ends_q.shape[0] - 1
@@ -55,6 +56,11 @@ def _strides(strides: Strides, varlen: bool) -> Strides:
         return (0, *strides)
     total, head, dim = strides
     return 0, head, total, dim
+
+
+def _slopes_strides(slopes: Tensor | None) -> Strides | None:
+    """As (b, h): the same for every sequence, or one row for each."""
+    return None if slopes is None else (0, *slopes.stride())[-2:]
 
 
 def _score_factors(scale: float, softcap: float) -> tuple[float | None, float]:
@@ -88,11 +94,11 @@ def _plan(
 def _forward_plan(
     version: int, precision: str, dtype: torch.dtype, device: torch.device, varlen: bool,
     n_batch: int, H: int, K: int, head_dim: int, sq: Strides, sk: Strides, sv: Strides, so: Strides, slse: Strides,
-    T: int, S: int, left: int | None, right: int | None, scale: float, softcap: float,
+    sslopes: Strides | None, T: int, S: int, left: int | None, right: int | None, scale: float, softcap: float,
 ) -> Plan | None:  # fmt: skip
     return _plan(
         _flash_attention_fwd_kernel, "fwd", head_dim, dtype, device, T, n_batch * H,
-        *(TENSOR,) * 9, *(_strides(x, varlen) for x in (sq, sk, sv, so, slse)),
+        *(TENSOR,) * 10, *(_strides(x, varlen) for x in (sq, sk, sv, so, slse)), sslopes,
         H, K, T, S, left, right, *_score_factors(scale, softcap),
     )  # fmt: skip
 
@@ -101,22 +107,22 @@ def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, unround: Tensor | None, p: Problem
 ) -> None:
     """Write out, lse (natural log) and, where it is given, the factor that undoes the rounding of lse."""
-    T, S, ends_q, ends_k, *rest = p
+    T, S, ends_q, ends_k, *rest, slopes = p
     shape = q.shape
     plan = _forward_plan(
         tiles.version(), _precision(q.dtype), q.dtype, q.device, ends_q is not None,
         p.n_batch(q), shape[1], k.shape[1], shape[-1], q.stride(), k.stride(), v.stride(), out.stride(), lse.stride(),
-        T, S, *rest,
+        _slopes_strides(slopes), T, S, *rest,
     )  # fmt: skip
     if plan is not None:
-        plan(q, k, v, sinks, out, lse, unround, ends_q, ends_k)
+        plan(q, k, v, sinks, slopes, out, lse, unround, ends_q, ends_k)
 
 
 @lru_cache(maxsize=512)
 def _backward_plans(
     version: int, precision: str, dtype: torch.dtype, device: torch.device, varlen: bool,
     n_batch: int, H: int, K: int, head_dim: int, strides: tuple[Strides, ...], sdlse: Strides | None,
-    T: int, S: int, left: int | None, right: int | None, scale: float, softcap: float,
+    sslopes: Strides | None, T: int, S: int, left: int | None, right: int | None, scale: float, softcap: float,
 ) -> tuple[Plan | None, Plan | None, Plan | None]:  # fmt: skip
     """delta, dk and dv, dq.  strides: of q, k, v, out, dout, lse, dq, dk, dv."""
     sq, sk, sv, so, sdo, slse, sdq, sdk, sdv = (_strides(x, varlen) for x in strides)
@@ -130,11 +136,11 @@ def _backward_plans(
         ),
         _plan(
             _flash_attention_bwd_dkdv_kernel, "dkdv", *of, S, n_batch * K,
-            *(TENSOR,) * 11, sq, sk, sv, sdo, slse, sdk, sdv, *sizes,
+            *(TENSOR,) * 12, sq, sk, sv, sdo, slse, sslopes, sdk, sdv, *sizes,
         ),
         _plan(
             _flash_attention_bwd_dq_kernel, "dq", *of, T, n_batch * H,
-            *(TENSOR,) * 10, sq, sk, sv, sdo, slse, sdq, *sizes,
+            *(TENSOR,) * 11, sq, sk, sv, sdo, slse, sslopes, sdq, *sizes,
         ),
     )  # fmt: skip
 
@@ -147,21 +153,21 @@ def launch_backward(
 
     lse2 is lse in base 2, +inf for rows that see no key.
     """
-    T, S, ends_q, ends_k, *rest = p
+    T, S, ends_q, ends_k, *rest, slopes = p
     shape = q.shape
     lse2, delta = (torch.empty_strided(lse.shape, lse.stride(), dtype=lse.dtype, device=lse.device) for _ in range(2))
     strides = tuple([x.stride() for x in (q, k, v, out, dout, lse, dq, dk, dv)])
     plans = _backward_plans(
         tiles.version(), _precision(q.dtype), q.dtype, q.device, ends_q is not None,
         p.n_batch(q), shape[1], k.shape[1], shape[-1], strides,
-        None if dlse is None else dlse.stride(), T, S, *rest,
+        None if dlse is None else dlse.stride(), _slopes_strides(slopes), T, S, *rest,
     )  # fmt: skip
     for plan, tensors in zip(
         plans,
         (
             (out, dout, lse, dlse, lse2, delta, ends_q),
-            (q, k, v, dout, lse2, delta, unround, dk, dv, ends_q, ends_k),
-            (q, k, v, dout, lse2, delta, unround, dq, ends_q, ends_k),
+            (q, k, v, dout, lse2, delta, unround, slopes, dk, dv, ends_q, ends_k),
+            (q, k, v, dout, lse2, delta, unround, slopes, dq, ends_q, ends_k),
         ),
         strict=True,
     ):
