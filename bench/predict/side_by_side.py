@@ -25,7 +25,7 @@ from torch import Tensor
 from ...kernels import fp8
 from ...model import ModelConfig, Transformer, estimate
 from ...model.layers import use_fp8
-from ...training.optim import build_optimizers
+from ...training.optim import build_optimizers, low_precision
 from ...training.throughput import keep_freed_memory
 from ..cases.plain_model import PlainTransformer
 from ..measure.clock import clock
@@ -79,7 +79,10 @@ class _Step:
             if (reason := fp8.refusal(device)) is not None:
                 raise ValueError(f"device: {reason}")
             use_fp8(self.model.layers, ops_on(device)[1].fp8_linear)
-        self.optimizers = build_optimizers(self.model, optimizer="adamw", lr=1e-4)
+        # as training builds them: compiled code casts weights by itself; the peer's is torch's fused one
+        copies = low_precision(device, dtype) if self.ours and way != "ours, compiled" else {}
+        triton = None if self.ours else False
+        self.optimizers = build_optimizers(self.model, optimizer="adamw", lr=1e-4, triton=triton, **copies)
         self.forward: Callable[..., Tensor] = self.model
         if way == "ours, compiled":
             self.forward = torch.compile(self.model)

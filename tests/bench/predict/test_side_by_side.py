@@ -12,6 +12,7 @@ from rooflight.bench.cases import plain_model
 from rooflight.bench.cases.plain_model import PlainTransformer
 from rooflight.bench.cli import app
 from rooflight.bench.measure.compiler import NotCompiled
+from rooflight.bench.predict import side_by_side
 from rooflight.bench.predict.side_by_side import DEFAULT, WAYS, measure_steps
 from rooflight.kernels import fp8, reference
 from rooflight.model import ModelConfig, Transformer, estimate
@@ -66,6 +67,22 @@ def test_a_gpu_without_fp8_says_so_in_its_row(monkeypatch: pytest.MonkeyPatch):
     failures: dict[str, str] = {}
     assert not list(measure_steps(CONFIG, 2, 16, torch.float32, CPU, ways=["ours, fp8"], failures=failures))
     assert failures == {"ours, fp8": "ValueError: device: expected another GPU, got this"}
+
+
+def test_ours_has_training_s_optimizer_and_the_peer_torch_s(monkeypatch: pytest.MonkeyPatch):
+    built: dict[str, dict] = {}
+    monkeypatch.setattr(side_by_side, "low_precision", lambda device, dtype: {"copy_dtype": dtype})  # as on a GPU
+    tokens = torch.zeros(1, 17, dtype=torch.long)
+    for way in WAYS:
+        monkeypatch.setattr(
+            side_by_side, "build_optimizers", lambda model, way=way, **options: built.update({way: options})
+        )
+        side_by_side._Step(way, CONFIG, tokens, torch.bfloat16)
+    assert {way: (options.get("copy_dtype"), options["triton"]) for way, options in built.items()} == {
+        "ours, eager": (torch.bfloat16, None), "ours, graphed": (torch.bfloat16, None),
+        "ours, fp8": (torch.bfloat16, None), "ours, compiled": (None, None),
+        "plain, eager": (None, False), "plain, compiled": (None, False),
+    }  # fmt: skip
 
 
 @pytest.fixture
