@@ -98,9 +98,10 @@ def open_text(path: str | os.PathLike[str]) -> IO[bytes]:
 
 
 def place(file: IO[bytes]) -> int:
-    """How much of a file on disk, compressed or not, was read by now."""
+    """How much of a file on disk, compressed or not, was read by now; of a pipe 0."""
     raw = getattr(file, "raw", None)
-    return raw.source.tell() if isinstance(raw, _Decompressed) else file.tell()
+    source = raw.source if isinstance(raw, _Decompressed) else file
+    return source.tell() if source.seekable() else 0
 
 
 def _is_compressed(head: bytes) -> bool:

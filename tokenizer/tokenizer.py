@@ -20,10 +20,10 @@ import numpy as np
 from . import encode_file as _files
 from .decode import IncrementalDecoder
 from .definition import Definition, define
-from .encoding import STREAM_PIECE, Encoder, SpecialIds, WordEncoder, compiled_core, cut_stream, is_by_rank
+from .encoding import PIECE, STREAM_PIECE, Encoder, SpecialIds, WordEncoder, compiled_core, is_by_rank
 from .formats import directory as own_format
 from .formats import hugging_face, tiktoken
-from .pretokenize import GPT2_PATTERN, Pattern, repair, utf8
+from .pretokenize import GPT2_PATTERN, Pattern, cut_stream, repair, utf8
 from .tokens import TokenBytes
 
 AllowedSpecial = Literal["all", "none", "none_raise"] | set[str] | frozenset[str]
@@ -140,7 +140,7 @@ class Tokenizer:
         if not self._is_warm:
             self.warm_up()
             return self.encode(text, allowed_special=allowed_special)
-        return self._encoder.encode_to_list(cut_stream([utf8(text)], allowed.cutter), allowed)
+        return self._encoder.encode_to_list(cut_stream([utf8(text)], allowed.cutter, PIECE), allowed)
 
     def encode_iterable(self, iterable: Iterable[str], *, allowed_special: AllowedSpecial = "all") -> Iterator[int]:
         """The ids of "".join(iterable), one by one, in bounded memory: pieces may end anywhere, inside a word too.
@@ -201,7 +201,7 @@ class Tokenizer:
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """Token ids (int32) of UTF-8 text, special tokens included; invalid sequences are read as U+FFFD."""
-        pieces = map(repair, cut_stream([data], self.special_ids.cutter))
+        pieces = map(repair, cut_stream([data], self.special_ids.cutter, PIECE))
         return self._encoder.encode_long(pieces, self.special_ids)
 
     def _allowed(self, allowed: AllowedSpecial) -> SpecialIds:

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from rooflight.tokenizer import GPT2_PATTERN, PATTERNS, Tokenizer
 from rooflight.tokenizer import tokens as token_bytes
 from rooflight.tokenizer.encoding import encoder as encode
-from rooflight.tokenizer.encoding.encoder import cut_stream
 from rooflight.tokenizer.pretokenize import Specials, for_ascii
-from rooflight.tokenizer.pretokenize.chunks import Cutter
+from rooflight.tokenizer.pretokenize.chunks import Cutter, cut_stream
 from rooflight.tokenizer.tokens import TokenBytes
 from support import bpe_reference
 

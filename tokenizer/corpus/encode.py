@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..encoding import SpecialIds, cut_stream
+from ..encoding import SpecialIds
 from ..files import token_dtype
 from ..inputs import count_odd
-from ..pretokenize import utf8
+from ..pretokenize import cut_stream, utf8
 from ..tokenizer import Tokenizer
 from .documents import Block, Lines, Range, Rows, Text, documents
 

@@ -2,7 +2,7 @@
 short texts by compiled code where there is some (core.py)."""
 
 from .core import compiled_core, is_by_rank
-from .encoder import STREAM_PIECE, Encoder, SpecialIds, cut_stream
+from .encoder import PIECE, STREAM_PIECE, Encoder, SpecialIds
 from .words import WordEncoder
 
-__all__ = ["STREAM_PIECE", "Encoder", "SpecialIds", "WordEncoder", "compiled_core", "cut_stream", "is_by_rank"]
+__all__ = ["PIECE", "STREAM_PIECE", "Encoder", "SpecialIds", "WordEncoder", "compiled_core", "is_by_rank"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import threading
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import chain
 
@@ -252,26 +252,3 @@ class _Words(dict[str, tuple[int, ...]]):
                 self.clear()
             self[word] = ids
         return ids
-
-
-def cut_stream(blocks: Iterable[bytes], cutter: Cutter, size: int = PIECE) -> Iterator[bytes]:
-    """b"".join(blocks) in pieces that encode apart as they do together, of `size` bytes or little more if they can."""
-    held: list[bytes] = []
-    n, wanted = 0, size
-    for block in blocks:
-        held.append(block)
-        n += len(block)
-        if n <= wanted:
-            continue
-        data = b"".join(held)
-        start = 0
-        while (cut := cutter.find(data, start + size)) >= 0:
-            yield data[start:cut]
-            start = cut
-        data = data[start:]
-        held, n = [data], len(data)
-        # Text without a place to cut is not searched again for every block.
-        wanted = max(size, 2 * n)
-    data = b"".join(held)
-    if data:
-        yield data

@@ -8,12 +8,11 @@ is an id, for a word of one token, or negative and says where the word's ids are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import repeat
 
 import numpy as np
 
-from ..pretokenize import PADDING, SEPARATOR, Cutter, Pattern, Specials, pretokenize
+from ..pretokenize import PADDING, SEPARATOR, Cutter, Pattern, Specials, cut_stream, pretokenize
 from ..tokens import ranges
 from .words import MULTIPLIER, WordEncoder
 
@@ -67,9 +66,11 @@ class TextEncoder:
         padded = data + PADDING
         numbers: list[np.ndarray] = []
         ids: list[np.ndarray] = []
-        for start, piece in self._pieces(data):
+        done = 0
+        for piece in cut_stream([data], self._cutter, _PIECE):
             _, starts, lengths = pretokenize(piece, self._pattern)
-            starts += start
+            starts += done
+            done += len(piece)
             for i in range(0, len(starts), _BLOCK):
                 if self._is_full():
                     ids += self._resolve(padded, numbers)
@@ -85,13 +86,6 @@ class TextEncoder:
     def _is_full(self) -> bool:
         most = max(len(self._long), *[table.n for table in self._tables])
         return most > MAX_WORDS or len(self._ids) > MAX_IDS
-
-    def _pieces(self, data: bytes) -> Iterator[tuple[int, bytes]]:
-        start = 0
-        while (cut := self._cutter.find(data, start + _PIECE)) >= 0:
-            yield start, data[start:cut]
-            start = cut
-        yield start, data[start:]
 
     def _number(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """The numbers of the words; those met first are added to self._new, in the order of their numbers."""

@@ -1,6 +1,6 @@
 """Text to pre-tokens: special tokens, patterns, safe cuts."""
 
-from .chunks import RANGE_SIZE, Cutter, document_chunks, file_ranges, read_chunks, stream_chunks
+from .chunks import CHUNK_SIZE, RANGE_SIZE, Cutter, cut_stream, document_chunks, file_ranges
 from .cut import pretokenize
 from .patterns import (
     GPT2_PATTERN,
@@ -18,6 +18,7 @@ from .specials import Specials
 from .text import PADDING, SEPARATOR, Pretokens, repair, utf8
 
 __all__ = [
+    "CHUNK_SIZE",
     "GPT2_PATTERN",
     "PADDING",
     "PATTERNS",
@@ -28,6 +29,7 @@ __all__ = [
     "Pretokens",
     "Specials",
     "compile_pattern",
+    "cut_stream",
     "document_chunks",
     "file_ranges",
     "find_pretokens",
@@ -36,9 +38,7 @@ __all__ = [
     "is_gpt2",
     "is_vectorised",
     "pretokenize",
-    "read_chunks",
     "repair",
     "resolve",
-    "stream_chunks",
     "utf8",
 ]

@@ -9,7 +9,6 @@ import pytest
 
 from rooflight.tokenizer import Tokenizer, train_bpe, train_bpe_from_iterator
 from rooflight.tokenizer.pretokenize import GPT2_PATTERN
-from rooflight.tokenizer.pretokenize.chunks import file_ranges
 from rooflight.tokenizer.training import train
 from support import bpe_reference
 
@@ -33,7 +32,7 @@ def corpus(tmp_path) -> Path:
 @pytest.fixture
 def small_ranges(monkeypatch):
     """Tasks of 4 KB, so that a small file occupies several processes."""
-    monkeypatch.setattr(train, "file_ranges", lambda path, cutter, **part: file_ranges(path, cutter, 4_000, **part))
+    monkeypatch.setattr(train, "RANGE_SIZE", 4_000)
 
 
 def write(path: Path, data: bytes) -> Path:
