@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..encoding import SpecialIds
+from ..encoding import cutter_of
 from ..files import token_dtype
 from ..inputs import count_odd
 from ..pretokenize import cut_stream, utf8
@@ -57,8 +57,7 @@ class EncodeWorker:
         every = set(tokenizer.special_tokens) if allow_special else set[str]()
         self._allowed_in_documents, self._allowed_in_text = every, every | ({eod} if eod is not None else set())
         # (Of all special tokens it would cut where a pattern of one's own must not: before one that is ordinary text.)
-        allowed = tokenizer.special_tokens if allow_special else {}
-        self._cutter = SpecialIds(allowed, tokenizer.pattern, tokenizer.definition.options).cutter
+        self._cutter = cutter_of(tokenizer.definition, every)
         self._dtype = token_dtype(tokenizer.vocab_size)
 
     def run(self, task: Task) -> Result:

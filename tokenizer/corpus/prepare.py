@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..encoding import SpecialIds
+from ..encoding import cutter_of
 from ..files import read_json, read_token_file, remove_leftovers, shown, token_file, write_json
 from ..inputs import warn_of_odd
 from ..pretokenize import Cutter
@@ -101,10 +101,8 @@ def prepare(
         remove_leftovers(out, pattern)
     # A task of so many bytes has no more tokens than a shard, were they a byte each and an end behind each.
     size = min(_TASK, max(1, int(shard_tokens) // 4))
-    marks = {} if eod is None or eod_id is None else {eod: eod_id}
-    cutter = SpecialIds(
-        tokenizer.special_tokens if allow_special else marks, tokenizer.pattern, tokenizer.definition.options
-    ).cutter
+    marks = () if eod is None else (eod,)
+    cutter = cutter_of(tokenizer.definition, tokenizer.special_tokens if allow_special else marks)
     make = partial(EncodeWorker, tokenizer, eod, field, allow_special)
     n_odd, n_empty = np.zeros(3, np.int64), 0
     with progress_bars(progress) as bar, Crew(make, num_workers) as crew:
