@@ -23,7 +23,7 @@ from rich.console import Console
 
 from ..model import ModelConfig, Transformer, stream
 from ..tokenizer import Tokenizer, train_bpe
-from ..tokenizer.training.merge import MAX_TOKENS
+from ..tokenizer.sizes import MAX_TOKENS
 from ..training.checkpoint import load_model
 from ..training.config import TrainConfig
 from ..training.files import write_json

@@ -14,10 +14,8 @@ from .files import header_path, refuse_same_file, token_dtype, token_file
 from .inputs import is_cuttable, refuse_documents
 from .pretokenize import Cutter
 from .progress import progress_bars
+from .sizes import TASK
 from .workers import Crew, check_num_workers
-
-# Bytes of text that a process encodes at a time.
-_TASK = 1 << 22
 
 # The ids (int32) of many texts, one text after another, and how many each has.
 EncodeMany = Callable[[Sequence[str]], tuple[np.ndarray, list[int]]]
@@ -45,7 +43,7 @@ def encode_file(
     with progress_bars(progress) as bar, token_file(out_path, vocab_size, tokenizer_hash) as (out, header):
         advance = bar("Encoding", n_bytes)
         with Crew(make, num_workers) as crew:
-            for ids, n in crew.map(block for block, _ in blocks(Span(str(path)), cutter, _TASK)):
+            for ids, n in crew.map(block for block, _ in blocks(Span(str(path)), cutter, TASK)):
                 out.write(ids)
                 n_done += n
                 advance(n)
@@ -86,7 +84,7 @@ def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
             raise ValueError(f"texts: got {type(text).__name__}, expected str")
         group.append(text)
         size += len(text)
-        if size >= _TASK:
+        if size >= TASK:
             yield group
             group, size = [], 0
     if group:

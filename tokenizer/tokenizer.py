@@ -20,10 +20,11 @@ import numpy as np
 from . import encode_file as _files
 from .decode import IncrementalDecoder
 from .definition import Definition, define
-from .encoding import PIECE, STREAM_PIECE, Encoder, WordEncoder, compiled_core, cutter_of, is_by_rank
+from .encoding import Encoder, WordEncoder, compiled_core, cutter_of, is_by_rank
 from .formats import directory as own_format
 from .formats import hugging_face, tiktoken
 from .pretokenize import GPT2_PATTERN, Cutter, Pattern, cut_stream, repair, utf8
+from .sizes import STREAM_PIECE, TASK
 from .tokens import TokenBytes
 
 AllowedSpecial = Literal["all", "none", "none_raise"] | set[str] | frozenset[str]
@@ -140,7 +141,7 @@ class Tokenizer:
         if not self._is_warm:
             self.warm_up()
             return self.encode(text, allowed_special=allowed_special)
-        return self._encoder.encode_to_list(cut_stream([utf8(text)], allowed, PIECE), allowed.specials)
+        return self._encoder.encode_to_list(cut_stream([utf8(text)], allowed, TASK), allowed.specials)
 
     def encode_iterable(self, iterable: Iterable[str], *, allowed_special: AllowedSpecial = "all") -> Iterator[int]:
         """The ids of "".join(iterable), one by one, in bounded memory: pieces may end anywhere, inside a word too.
@@ -201,7 +202,7 @@ class Tokenizer:
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """Token ids (int32) of UTF-8 text, special tokens included; invalid sequences are read as U+FFFD."""
-        pieces = map(repair, cut_stream([data], self._all, PIECE))
+        pieces = map(repair, cut_stream([data], self._all, TASK))
         return self._encoder.encode_long(pieces, self._all.specials)
 
     def _allowed(self, allowed: AllowedSpecial) -> Cutter:

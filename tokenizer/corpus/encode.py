@@ -13,11 +13,9 @@ from ..encoding import cutter_of
 from ..files import token_dtype
 from ..inputs import count_odd
 from ..pretokenize import cut_stream, utf8
+from ..sizes import TASK
 from ..tokenizer import Tokenizer
 from .documents import Block, Lines, Range, Rows, Text, documents
-
-# Characters of a document above which it is encoded in pieces, and the bytes of a piece.
-_LONG = _PIECE = 1 << 22
 
 
 class Task(NamedTuple):
@@ -93,10 +91,10 @@ class EncodeWorker:
         firsts = []
         for text in texts:
             firsts.append(len(pieces))
-            if len(text) < _LONG:
+            if len(text) < TASK:
                 pieces.append(text)
             else:
-                pieces += (piece.decode() for piece in cut_stream([utf8(text)], self._cutter, _PIECE))
+                pieces += (piece.decode() for piece in cut_stream([utf8(text)], self._cutter, TASK))
         ids, counts = self._tokenizer.encode_many(pieces, allowed_special=self._allowed_in_documents)
         return ids, np.add.reduceat(counts, firsts).tolist() if firsts else []
 

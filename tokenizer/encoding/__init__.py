@@ -2,7 +2,7 @@
 short texts by compiled code where there is some (core.py)."""
 
 from .core import compiled_core, is_by_rank
-from .encoder import PIECE, STREAM_PIECE, Encoder, cutter_of
+from .encoder import Encoder, cutter_of
 from .words import WordEncoder
 
-__all__ = ["PIECE", "STREAM_PIECE", "Encoder", "WordEncoder", "compiled_core", "cutter_of", "is_by_rank"]
+__all__ = ["Encoder", "WordEncoder", "compiled_core", "cutter_of", "is_by_rank"]

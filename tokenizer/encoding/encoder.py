@@ -24,23 +24,11 @@ from ..pretokenize import (
     pretokenize,
     utf8,
 )
+from ..sizes import COMPILED_TEXT, MAX_SHORT_TEXT_WORDS, MAX_WORD_CHARACTERS, SHORT_TEXT, STREAM_PIECE, TASK
 from ..tokens import TokenBytes
 from .core import Core, disputed
 from .text import TextEncoder
 from .words import WordEncoder
-
-# Bytes of text whose new words are encoded together.
-PIECE = 1 << 22
-# The same of a stream, which is to take less than a megabyte with all its arrays.
-STREAM_PIECE = 1 << 14
-# Characters below which a dictionary look-up for each word costs less than starting up the arrays; and those below
-# which compiled code does, of which new words cost little, while arrays get ahead once they know the words.
-SHORT_TEXT = 3 << 10
-COMPILED_TEXT = 12 << 10
-# Words that short texts left behind: so many at most, so that no text makes the memory grow without bound.
-MAX_WORDS = 1 << 16
-# Longer words than this are rarely met again and are not remembered.
-MAX_WORD_CHARACTERS = 1 << 8
 
 # Stands between texts that are encoded together; no vocabulary has such an id.
 _END = np.iinfo(np.int32).max
@@ -137,7 +125,7 @@ class Encoder:
             together.append(masked)
             special_ids += [ids, np.array([_END], np.int32)]
             size += len(masked)
-            if size >= PIECE or i == len(texts) - 1:
+            if size >= TASK or i == len(texts) - 1:
                 encoded = self._encode_masked(SEPARATOR.join(together) + SEPARATOR, np.concatenate(special_ids))
                 ends = np.flatnonzero(encoded == _END)
                 counts += np.diff(ends, prepend=-1).tolist()
@@ -222,7 +210,7 @@ class _Words(dict[str, tuple[int, ...]]):
             check(data := utf8(word), self.missing)
             ids = tuple(self._encoder.encode_word(data))
         if len(word) <= MAX_WORD_CHARACTERS:
-            if len(self) >= MAX_WORDS // 2:
+            if len(self) >= MAX_SHORT_TEXT_WORDS // 2:
                 self._dropped, self._old = self._old, dict(self)
                 self.clear()
             self[word] = ids

@@ -13,25 +13,12 @@ from itertools import repeat
 import numpy as np
 
 from ..pretokenize import PADDING, SEPARATOR, Cutter, Pattern, Specials, cut_stream, pretokenize
+from ..sizes import CHUNK, FEW_LOOKED_UP, MAX_IDS, MAX_WORD_BYTES, MAX_WORDS, TABLE_BITS, WORDS
 from ..tokens import ranges
 from .words import MULTIPLIER, WordEncoder
 
-# Words that each table remembers, and ids of words; past either all are forgotten, so that no text makes the memory
-# grow without bound.
-MAX_WORDS = 1 << 17
-MAX_IDS = 1 << 22
-# Longer words than this are rarely met again and are not remembered.
-MAX_WORD_BYTES = 1 << 10
-# Bytes of text cut into words at a time, and words looked up at a time, so that the arrays stay in the cache.
-_PIECE = 1 << 18
-_BLOCK = 1 << 16
-
-# Words longer than others, of which there are less than so many, are looked up in the dictionary instead of a table.
-_FEW = 1 << 6
 # 64-bit integers of a word, of which the last one's top byte is its length: up to 7, 15, 31 and 63 bytes.
 _WIDTHS = (1, 2, 4, 8)
-# Slots of a table: at most three quarters are used, by MAX_WORDS and one block.
-_TABLE_BITS = 18
 _MASKS = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
 
 
@@ -48,8 +35,8 @@ class TextEncoder:
         # One allocation, which gets huge pages where there are any: thousands of first touches become a few. Memory
         # that is never touched costs nothing.
         rows = sum(_WIDTHS)
-        memory = np.zeros((rows + (len(_WIDTHS) + 1) // 2, 1 << _TABLE_BITS), np.uint64)
-        numbers = memory[rows:].view(np.int32).reshape(-1, 1 << _TABLE_BITS)
+        memory = np.zeros((rows + (len(_WIDTHS) + 1) // 2, 1 << TABLE_BITS), np.uint64)
+        numbers = memory[rows:].view(np.int32).reshape(-1, 1 << TABLE_BITS)
         keys = np.split(memory[:rows], np.cumsum(_WIDTHS)[:-1])
         self._tables = [_WordTable(*columns) for columns in zip(keys, numbers, strict=True)]
         self._long: dict[bytes, int] = {}
@@ -67,16 +54,16 @@ class TextEncoder:
         numbers: list[np.ndarray] = []
         ids: list[np.ndarray] = []
         done = 0
-        for piece in cut_stream([data], self._cutter, _PIECE):
+        for piece in cut_stream([data], self._cutter, CHUNK):
             _, starts, lengths = pretokenize(piece, self._pattern)
             starts += done
             done += len(piece)
-            for i in range(0, len(starts), _BLOCK):
+            for i in range(0, len(starts), WORDS):
                 if self._is_full():
                     ids += self._resolve(padded, numbers)
                     numbers.clear()
                     self._forget()
-                numbers.append(self._number(padded, starts[i : i + _BLOCK], lengths[i : i + _BLOCK]))
+                numbers.append(self._number(padded, starts[i : i + WORDS], lengths[i : i + WORDS]))
         ids += self._resolve(padded, numbers)
         joined = np.concatenate(ids) if ids else np.empty(0, np.int32)
         if len(special_ids):
@@ -111,7 +98,7 @@ class TextEncoder:
                     self._n_words += len(new)
                     self._new.append((start.take(new), length.take(new)))
             left, starts, lengths = left.take(others), starts.take(others), lengths.take(others)
-            if len(left) < _FEW:
+            if len(left) < FEW_LOOKED_UP:
                 break
         if len(left):
             numbers[left] = self._number_long(data, starts, lengths)
@@ -186,14 +173,14 @@ class _WordTable:
     def number(self, keys: list[np.ndarray], n: int) -> tuple[np.ndarray, np.ndarray]:
         """The number (int32) of each word, and the indices of those that the table lacked: numbered n, n + 1, ...
 
-        >>> table = _WordTable(np.zeros((1, 1 << _TABLE_BITS), np.uint64), np.zeros(1 << _TABLE_BITS, np.int32))
+        >>> table = _WordTable(np.zeros((1, 1 << TABLE_BITS), np.uint64), np.zeros(1 << TABLE_BITS, np.int32))
         >>> the, cat, sat = (int.from_bytes(word + bytes(4) + b"\\x03", "little") for word in (b"the", b"cat", b"sat"))
         >>> table.number([np.array([the, cat, the], np.uint64)], 5)
         (array([6, 5, 6], dtype=int32), array([1, 2]))
         >>> table.number([np.array([cat, sat], np.uint64)], 7)
         (array([5, 7], dtype=int32), array([1]))
         """
-        slots = (_mix(keys) >> np.uint64(64 - _TABLE_BITS)).view(np.int64)
+        slots = (_mix(keys) >> np.uint64(64 - TABLE_BITS)).view(np.int64)
         numbers = self._numbers.take(slots)
         going = (~self._equal(slots, keys)).nonzero()[0]
         if not len(going):
@@ -217,7 +204,7 @@ class _WordTable:
             equal = self._equal(at, keys_left)
             numbers[going[equal]] = self._numbers.take(at[equal])
             going, at = going[~equal], at[~equal]
-            slots[going] = at + 1 & (1 << _TABLE_BITS) - 1
+            slots[going] = at + 1 & (1 << TABLE_BITS) - 1
         found = np.concatenate(new)
         self.n += len(found)
         return numbers, found

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from ..definition import Definition, define
-from ..encoding.words import CELLS, PairTable
+from ..encoding.words import PairTable
 from ..files import atomic
 from ..pretokenize import Pattern
+from ..sizes import CELLS
 from ..tokens import TokenBytes
 
 # Longer tokens are few, and one by one then takes less time.

@@ -1,6 +1,6 @@
 """Text to pre-tokens: special tokens, patterns, safe cuts."""
 
-from .chunks import CHUNK_SIZE, RANGE_SIZE, Cutter, cut_stream, document_chunks, file_ranges
+from .chunks import Cutter, cut_stream, document_chunks, file_ranges
 from .cut import pretokenize
 from .patterns import (
     GPT2_PATTERN,
@@ -18,11 +18,9 @@ from .specials import Specials
 from .text import PADDING, SEPARATOR, Pretokens, repair, utf8
 
 __all__ = [
-    "CHUNK_SIZE",
     "GPT2_PATTERN",
     "PADDING",
     "PATTERNS",
-    "RANGE_SIZE",
     "SEPARATOR",
     "Cutter",
     "Pattern",

@@ -22,14 +22,10 @@ from itertools import pairwise
 from typing import IO
 
 from ..inputs import open_text
+from ..sizes import CHUNK, TASK, WINDOW
 from .patterns import GPT2_PATTERN, Pattern, compile_pattern, is_gpt2, is_vectorised
 from .specials import Specials
 from .text import SEPARATOR, repair, utf8
-
-# Chunks that stay in the second-level cache with their class and boundary arrays.
-CHUNK_SIZE = 1 << 18
-RANGE_SIZE = 1 << 22
-_WINDOW = 1 << 16
 
 _WORD_END = re.compile(rb"(?<=[0-9A-Za-z])[^0-9A-Za-z\x80-\xff]")
 _WORD_BEFORE_SPACE = re.compile(rb"(?<=[0-9A-Za-z])[ \n]")
@@ -76,7 +72,7 @@ class Cutter:
 
 
 def file_ranges(
-    path: str | os.PathLike[str], cutter: Cutter, size: int = RANGE_SIZE, part: int = 0, n_parts: int = 1
+    path: str | os.PathLike[str], cutter: Cutter, size: int = TASK, part: int = 0, n_parts: int = 1
 ) -> list[tuple[int, int]]:
     """The file as consecutive (start, stop) in bytes, each about `size` long, with safe cuts between.
 
@@ -99,7 +95,7 @@ def _cut_after(file: IO[bytes], at: int, n_bytes: int, cutter: Cutter) -> int:
     at = max(at, cutter.margin) if at else 0
     while 0 < at < n_bytes:
         file.seek(at - cutter.margin)
-        window = file.read(cutter.margin + _WINDOW)
+        window = file.read(cutter.margin + WINDOW)
         cut = cutter.find(window, cutter.margin)
         if cut >= 0:
             return at - cutter.margin + cut
@@ -133,7 +129,7 @@ def cut_stream(blocks: Iterable[bytes], cutter: Cutter, size: int) -> Iterator[b
         yield data
 
 
-def document_chunks(documents: Iterable[str], cutter: Cutter, size: int = CHUNK_SIZE) -> Iterator[bytes]:
+def document_chunks(documents: Iterable[str], cutter: Cutter, size: int = CHUNK) -> Iterator[bytes]:
     """The documents, each a str, in chunks of about `size` bytes, ready for pretokenize: a SEPARATOR between documents.
 
     And at cuts in long ones, where it changes nothing.

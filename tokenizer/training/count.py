@@ -16,13 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..pretokenize import PADDING, SEPARATOR, Pretokens
+from ..sizes import CACHE_BITS, FEW_COUNTED, MIN_COUNT_BITS, WORDS
 
 _HASH = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd (Knuth, multiplicative hashing)
-_SLICE = 1 << 16
-_CACHE_BITS = 15  # slots of 16 bytes and more: fits the second-level cache
-_MIN_BITS = 18
 _LONGER = np.uint64(72)  # instead of a word's shift
-_FEW = 128  # words that a dict counts sooner than a table
 _NO_COUNTS = np.empty(0, np.int64)
 
 
@@ -68,8 +65,8 @@ class WordCounter:
     def add(self, pretokens: Pretokens, counts: np.ndarray | None = None) -> None:
         """Count every pre-token once, or counts[i] times. Separators count too; `words` leaves them out."""
         data, starts, lengths = pretokens
-        for at in range(0, len(starts), _SLICE):
-            part = slice(at, at + _SLICE)
+        for at in range(0, len(starts), WORDS):
+            part = slice(at, at + WORDS)
             self._add(data, starts[part], lengths[part], None if counts is None else counts[part])
 
     def _add(self, data: bytes, starts: np.ndarray, lengths: np.ndarray, counts: np.ndarray | None) -> None:
@@ -79,7 +76,7 @@ class WordCounter:
         load = loads.copy().take if end - origin < 16 * len(starts) else loads.__getitem__
         if origin:
             starts = starts - origin
-        few = _FEW if counts is None else 1
+        few = FEW_COUNTED if counts is None else 1
         for table in self._tables:
             longer = table.add(load, starts, lengths, counts)
             starts, lengths = starts.take(longer), lengths.take(longer)
@@ -142,11 +139,11 @@ class _Table:
         self._shifts = np.minimum(np.arange(8 * n_keys, -1, -1) * 8, 64).astype(np.uint64)
         self._shifts[-1] = _LONGER
         self._clear_cache()
-        self._allocate(_MIN_BITS)
+        self._allocate(MIN_COUNT_BITS)
 
     def _clear_cache(self) -> None:
-        self._cache_keys = [np.zeros(1 << _CACHE_BITS, np.uint64) for _ in range(self._n_keys)]
-        self._cache_counts = np.zeros(1 << _CACHE_BITS, np.int64)
+        self._cache_keys = [np.zeros(1 << CACHE_BITS, np.uint64) for _ in range(self._n_keys)]
+        self._cache_counts = np.zeros(1 << CACHE_BITS, np.int64)
 
     def _allocate(self, bits: int) -> None:
         self._bits = bits
@@ -178,7 +175,7 @@ class _Table:
     def _count_in_cache(self, keys: list[np.ndarray], counts: np.ndarray) -> None:
         """Counts words that have a slot of the cache, or find one empty, there and passes the others on."""
         mixed = self._mix(keys)
-        slot = (mixed >> np.uint64(64 - _CACHE_BITS)).view(np.int64)
+        slot = (mixed >> np.uint64(64 - CACHE_BITS)).view(np.int64)
         miss = np.flatnonzero(~_holds(self._cache_keys, slot, keys))
         # Most words are found: count them all and take the others back.
         np.add.at(self._cache_counts, slot, counts)
@@ -236,9 +233,9 @@ class _Table:
 
     def add_entries(self, keys: list[np.ndarray], counts: np.ndarray) -> None:
         """Adds the counts of different words, given by their keys."""
-        for at in range(0, len(counts), _SLICE):
-            part = [key[at : at + _SLICE] for key in keys]
-            self._count(part, self._mix(part), counts[at : at + _SLICE])
+        for at in range(0, len(counts), WORDS):
+            part = [key[at : at + WORDS] for key in keys]
+            self._count(part, self._mix(part), counts[at : at + WORDS])
 
     def entries(self) -> tuple[list[np.ndarray], np.ndarray]:
         """The keys of every word, and its counts."""

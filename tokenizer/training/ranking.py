@@ -10,10 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-_FRONT = 512  # pairs kept sorted: several batches, at a cost well below one
-_NEAR = 1 << 13
-_DEPTH = 128
-_MAX_PLACES = 1 << 18
+from ..sizes import DEPTH, FRONT, MAX_PLACES, NEAR
+
 _HASH = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd (Knuth, multiplicative hashing)
 _NOWHERE = np.empty(0, np.int32)
 
@@ -167,7 +165,7 @@ class Ranking:
 
     def first(self) -> _Entry | None:
         """The pair that ranks first, None when no watched pair is left."""
-        if len(self._front) <= _FRONT // 4:
+        if len(self._front) <= FRONT // 4:
             self._lower_bound()
         return self._front[-1] if self._front else None
 
@@ -182,12 +180,12 @@ class Ranking:
         lefts: set[int] = set()
         rights: set[int] = set()
         n_places = 0
-        for entry in islice(reversed(self._front), _DEPTH):
+        for entry in islice(reversed(self._front), DEPTH):
             a, b = self._pairs.names[entry[3]]
             if not batch or (a not in rights and b not in lefts and a != b and self._outranks_ties(entry, a, b)):
                 batch.append(entry)
                 n_places += len(self._pairs.positions[entry[3]])
-                if a == b or n_places > _MAX_PLACES or len(batch) == room:
+                if a == b or n_places > MAX_PLACES or len(batch) == room:
                     break
             lefts.add(a)
             rights.add(b)
@@ -247,16 +245,16 @@ class Ranking:
         self._by_right[b].discard(index)
 
     def _lower_bound(self) -> None:
-        """Puts the _FRONT greatest counts into the front, and all that equal the least of them."""
+        """Puts the FRONT greatest counts into the front, and all that equal the least of them."""
         threshold = self._pairs.threshold
         near = self._near
         near = near[self._pairs.counts[near] > self._near_bound]  # others have fallen
-        if len(near) < _FRONT and self._near_bound >= threshold:
+        if len(near) < FRONT and self._near_bound >= threshold:
             counts = self._pairs.counts[: len(self._pairs.names)]
-            self._near_bound = _greatest(counts[counts <= self._bound], _NEAR, threshold) - 1
+            self._near_bound = _greatest(counts[counts <= self._bound], NEAR, threshold) - 1
             near = np.flatnonzero((counts > self._near_bound) & (counts <= self._bound))
         counts = self._pairs.counts[near]
-        lowest = _greatest(counts, _FRONT, threshold)
+        lowest = _greatest(counts, FRONT, threshold)
         self._near = near[counts < lowest]
         self._bound = lowest - 1
         self.add(near[counts >= lowest])

@@ -19,9 +19,7 @@ from ..corpus.parts import Span, check_shard, find_files, parts
 from ..files import refuse_same_file
 from ..inputs import count_odd, is_cuttable, kind_of, warn_of_odd
 from ..pretokenize import (
-    CHUNK_SIZE,
     GPT2_PATTERN,
-    RANGE_SIZE,
     Cutter,
     Pattern,
     Specials,
@@ -31,16 +29,14 @@ from ..pretokenize import (
     resolve,
 )
 from ..progress import Advance, progress_bars
+from ..sizes import CHUNK, COUNTED_PART, MAX_TOKENS, TASK
 from ..workers import Crew, check_num_workers
 from .count import Tally, WordCounter, Words
 from .counts import read_counts, write_counts
-from .merge import MAX_TOKENS, learn_merges
+from .merge import learn_merges
 
 Vocabulary = dict[int, bytes]
 Merges = list[tuple[bytes, bytes]]
-
-# Bytes of text that one of several jobs counts at a time.
-_PART = 1 << 28
 
 
 def train_bpe(
@@ -152,7 +148,7 @@ def count_words(
     refuse_same_file("out_path", out_path, *files)
     cutter = Cutter(Specials(special_tokens), resolve(pattern))
     out_path.parent.mkdir(parents=True, exist_ok=True)
-    spans = [span for part in parts(files, _PART)[i::n] for span in part]
+    spans = [span for part in parts(files, COUNTED_PART)[i::n] for span in part]
     with progress_bars(progress) as bar:
         advance = bar("Counting words", None)
         words, n_bytes = _count(_blocks(spans, cutter, field), cutter, check_num_workers(num_workers), advance, field)
@@ -162,7 +158,7 @@ def count_words(
 
 def _blocks(spans: Iterable[Span], cutter: Cutter, field: str) -> Iterator[Block]:
     for span in spans:
-        yield from (block for block, _ in blocks(span, cutter, RANGE_SIZE, field))
+        yield from (block for block, _ in blocks(span, cutter, TASK, field))
 
 
 class _Trainer:
@@ -236,7 +232,7 @@ class _Counting:
         elif isinstance(task, Lines | Rows):
             chunks = document_chunks(documents(task, self._field), self._cutter)
         else:
-            chunks = map(self._cutter.mask, cut_stream([task.read()], self._cutter, CHUNK_SIZE))
+            chunks = map(self._cutter.mask, cut_stream([task.read()], self._cutter, CHUNK))
         before = self.n_bytes
         for chunk in chunks:
             self.n_bytes += len(chunk)

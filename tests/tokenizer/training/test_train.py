@@ -32,7 +32,7 @@ def corpus(tmp_path) -> Path:
 @pytest.fixture
 def small_ranges(monkeypatch):
     """Tasks of 4 KB, so that a small file occupies several processes."""
-    monkeypatch.setattr(train, "RANGE_SIZE", 4_000)
+    monkeypatch.setattr(train, "TASK", 4_000)
 
 
 def write(path: Path, data: bytes) -> Path:
@@ -112,7 +112,7 @@ def test_progress_goes_to_standard_error(corpus, capsys):
     [
         ({"vocab_size": 256}, "vocab_size: got 256, expected an integer of at least 257"),
         ({"vocab_size": 300.0}, "vocab_size: got 300.0"),
-        ({"vocab_size": 1 << 22}, "vocab_size: got 4194304, expected at most 2097152"),
+        ({"vocab_size": 1 << 22}, "vocab_size: got 4194304, expected at most 2097151"),
         ({"special_tokens": [END, END]}, "is given more than once"),
         ({"special_tokens": [""]}, "got '', expected non-empty strings"),
         ({"num_workers": 0}, "num_workers: got 0, expected a positive integer or None"),
