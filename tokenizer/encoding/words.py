@@ -20,10 +20,8 @@ import numpy as np
 from ..definition import Definition
 from ..sizes import CELLS, FEW_MERGED, HEAP_FROM, LONGEST, ROW_BITS
 from ..tokens import TokenBytes, ranges
+from ..wordkeys import MULTIPLIER
 from .long import LongEncoder
-
-# Fibonacci hashing: 2^64 / golden ratio.
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 _EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 

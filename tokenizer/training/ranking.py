@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..sizes import DEPTH, FRONT, MAX_PLACES, NEAR
+from ..wordkeys import KeyTable, mix
 
-_HASH = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd (Knuth, multiplicative hashing)
 _NOWHERE = np.empty(0, np.int32)
 
 Context = Callable[[np.ndarray, tuple[int, int], int], list[int] | None]
@@ -39,7 +39,7 @@ class Groups(NamedTuple):
 
 
 class Pairs:
-    """The pairs watched: by index their tokens (names), counts and places, and an open hash table from tokens to index.
+    """The pairs watched: by index their tokens (names), counts and places, and a table from tokens to index.
 
     Index 0 stands for every pair that is not watched.
     """
@@ -49,9 +49,7 @@ class Pairs:
         self.names: list[tuple[int, int]] = [(0, 0)]
         self.positions: list[np.ndarray] = [_NOWHERE]
         self.counts = np.zeros(1 << 12, np.int64)
-        self._bits = 14
-        self._codes = np.zeros(1 << self._bits, np.uint64)
-        self._indices = np.zeros(1 << self._bits, np.int32)
+        self._index_of = KeyTable.of(1, 14, np.int32)
 
     def __len__(self) -> int:
         return len(self.names) - 1
@@ -80,16 +78,12 @@ class Pairs:
         while len(self.counts) < added.stop:
             self.counts = np.append(self.counts, np.zeros_like(self.counts))
         self.counts[added.start : added.stop] = counts
-        if 4 * added.stop > len(self._codes):
-            while 4 * added.stop > 1 << self._bits:
-                self._bits += 2
-            self._codes = np.zeros(1 << self._bits, np.uint64)
-            self._indices = np.zeros(1 << self._bits, np.int32)
-            names = np.array(self.names)
-            self._insert(_code(names[1:, 0], names[1:, 1]), np.arange(1, added.stop, dtype=np.int32))
-        else:
-            self._insert(_code(first, second), np.arange(added.start, added.stop, dtype=np.int32))
-        return np.arange(added.start, added.stop)
+        if 4 * added.stop > len(self._index_of.values):
+            self._index_of.grow((4 * added.stop).bit_length() + 1)
+        keys, indices = _keys(first, second), np.arange(added.start, added.stop)
+        slots, _ = self._index_of.find(keys, mix(keys))
+        self._index_of.values[slots] = indices
+        return indices
 
     def retire(self, indices: list[int]) -> None:
         """Forgets pairs that are merged."""
@@ -99,35 +93,15 @@ class Pairs:
 
     def subtract(self, groups: Groups) -> np.ndarray:
         """Takes the groups' counts off the pairs that they replace; returns the indices of those watched."""
-        code = _code(groups.lost_first, groups.lost_second)
-        slot = self._home(code)
-        index = np.zeros(len(code), np.int32)
-        rest = np.arange(len(code))
-        while len(rest):
-            held = self._codes[slot]
-            hit = held == code[rest]
-            index[rest[hit]] = self._indices[slot[hit]]
-            on = np.flatnonzero(~hit & (held != 0))
-            rest, slot = rest[on], (slot[on] + 1) & (len(self._codes) - 1)
+        keys = _keys(groups.lost_first, groups.lost_second)
+        index = self._index_of.get(keys, mix(keys))
         np.subtract.at(self.counts, index, groups.counts)
         return index[index > 0]
 
-    def _home(self, code: np.ndarray) -> np.ndarray:
-        return ((code * _HASH) >> np.uint64(64 - self._bits)).view(np.int64)
 
-    def _insert(self, code: np.ndarray, index: np.ndarray) -> None:
-        slot = self._home(code)
-        while len(code):
-            free = self._codes[slot] == 0
-            self._codes[slot[free]] = code[free]
-            self._indices[slot[free]] = index[free]
-            on = np.flatnonzero(self._codes[slot] != code)  # of several that claim a slot, the last is kept
-            code, index, slot = code[on], index[on], (slot[on] + 1) & (len(self._codes) - 1)
-
-
-def _code(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """A non-zero number for each pair."""
-    return ((first.astype(np.int64) + 1) << 32 | second).view(np.uint64)
+def _keys(first: np.ndarray, second: np.ndarray) -> list[np.ndarray]:
+    """A pair's key, which is not 0."""
+    return [((first.astype(np.int64) + 1) << 32 | second).view(np.uint64)]
 
 
 class Ranking:
