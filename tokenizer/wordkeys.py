@@ -63,7 +63,7 @@ def unpack(keys: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 @cache
 def _shifts(width: int) -> np.ndarray:
     """By a word's length, the bits that are unused in its keys. A shift by 64 or more leaves 0."""
-    shifts = np.arange(8 * width, -1, -1, np.uint64) * np.uint64(8)
+    shifts = np.arange(8 * width, -1, -1).astype(np.uint64) * np.uint64(8)
     shifts[-1] = LONGER
     return shifts
 
