@@ -107,12 +107,8 @@ class Encoder:
         """encode_long as a list."""
         ids: list[int] = []
         for piece in pieces:
-            ids += self.to_list(self._encode_masked(*allowed.mask_ids(piece)))
+            ids += self._ints.take(self._encode_masked(*allowed.mask_ids(piece))).tolist()
         return ids
-
-    def to_list(self, ids: np.ndarray) -> list[int]:
-        """ids.tolist(), but equal ids are one int."""
-        return self._ints.take(ids).tolist()
 
     def encode_many(self, texts: list[bytes], allowed: Specials) -> tuple[np.ndarray, list[int]]:
         """Ids (int32) of all texts, and how many each has: texts are encoded together, with separators between."""

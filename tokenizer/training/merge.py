@@ -40,6 +40,7 @@ from functools import partial
 import numpy as np
 
 from ..sizes import MAX_BATCH, REACH, TOKENS, TRIES
+from ..tokens import ranges
 from .count import Words
 from .ranking import Groups, Pairs, Ranking, Turns
 
@@ -160,10 +161,8 @@ class _Corpus:
         done = 0
         for codes, _, sizes, places in slices:
             part = slice(done, done + len(codes))
-            shift = np.repeat(target[part] - (np.cumsum(sizes) - sizes), sizes)
-            shift += np.arange(len(places))
             chosen = np.repeat(is_hot[part], sizes)
-            positions[shift[chosen]] = places[chosen]
+            positions[ranges(target[part], sizes)[chosen]] = places[chosen]
             done += len(codes)
         bounds = np.append(0, np.cumsum(np.add.reduceat(kept, starts)[hot]))
         pairs = Pairs(threshold)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..sizes import DEPTH, FRONT, MAX_PLACES, NEAR
+from ..tokens import ranges
 from ..wordkeys import KeyTable, mix
 
 _NOWHERE = np.empty(0, np.int32)
@@ -62,9 +63,7 @@ class Pairs:
         starts = groups.starts[hot]
         sizes = groups.stops[hot] - starts
         bounds = np.append(0, np.cumsum(sizes))
-        chosen = np.arange(bounds[-1])
-        chosen += np.repeat(starts - bounds[:-1], sizes)
-        positions = groups.positions[groups.order[chosen]]
+        positions = groups.positions[groups.order[ranges(starts, sizes)]]
         positions -= np.repeat(groups.shifts[hot], sizes)
         return self.add(groups.first[hot], groups.second[hot], groups.counts[hot], positions.astype(np.int32), bounds)
 
