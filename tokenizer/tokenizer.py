@@ -20,7 +20,7 @@ import numpy as np
 from . import encode_file as _files
 from .decode import IncrementalDecoder
 from .definition import Definition, define
-from .encoding import STREAM_PIECE, Encoder, SpecialIds, WordEncoder, compiled_core, cut_stream, is_by_rank
+from .encoding import STREAM_PIECE, Core, Encoder, SpecialIds, WordEncoder, compiled_core, cut_stream, is_by_rank
 from .formats import directory as own_format
 from .formats import hugging_face, tiktoken
 from .pretokenize import GPT2_PATTERN, Pattern, repair, utf8
@@ -91,8 +91,11 @@ class Tokenizer:
         That is done already, but for a tokenizer that was pickled: most processes that get one encode long texts.
         """
         if not self._is_warm:
-            self._encoder.warm_up(compiled_core(self.definition) if self.is_by_rank else None)
-            self._is_warm = True
+            self._warm_up(compiled_core(self.definition) if self.is_by_rank else None)
+
+    def _warm_up(self, core: Core | None) -> None:
+        self._encoder.warm_up(core)
+        self._is_warm = True
 
     @cached_property
     def merges(self) -> list[tuple[bytes, bytes]]:
@@ -102,7 +105,7 @@ class Tokenizer:
     @cached_property
     def is_by_rank(self) -> bool:
         """Whether the merges list means what tiktoken's ranks mean; export_tiktoken is for such."""
-        return is_by_rank(self.definition, self._words.merge_words)
+        return is_by_rank(self.definition, self._words)
 
     @cached_property
     def hash(self) -> str:
@@ -323,8 +326,13 @@ class Tokenizer:
 
 def _build(definition: Definition, by_rank: bool | None = None) -> Tokenizer:
     """Of a definition that is checked."""
+    # Before the tables, so that what it is made from is gone when they come.
+    core = compiled_core(definition) if by_rank else None
     tokenizer = _set_up(definition, by_rank)
-    tokenizer.warm_up()
+    if by_rank is None:
+        tokenizer.warm_up()
+    else:
+        tokenizer._warm_up(core)
     return tokenizer
 
 

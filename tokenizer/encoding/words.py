@@ -31,6 +31,9 @@ _FEW = 32
 # Fibonacci hashing: 2^64 / golden ratio.
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
+# Pairs added to a table at a time: all at once would take as much memory as the table.
+_ADDED = 1 << 14
+
 _EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 _ROW_BITS = 8
 # Bytes of the longest word that is a column.
@@ -52,6 +55,10 @@ class WordEncoder:
         self._whole = definition.ordinary if definition.ignore_merges else {}
         self._tokens = tokens
         self._long = LongEncoder(self.merge_words, tokens, LONGEST)
+
+    def ranks(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Ranks (int32) of the pairs of ids; the number of merges where there is none."""
+        return self._table.ranks(left, right)
 
     @cached_property
     def _rank(self) -> dict[int, int]:
@@ -209,6 +216,10 @@ class PairTable:
 
     def add(self, ranks: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
         """Adds the pairs of the merges of these ranks; (n,) integers each."""
+        for i in range(0, len(ranks), _ADDED):
+            self._add(ranks[i : i + _ADDED], left[i : i + _ADDED], right[i : i + _ADDED])
+
+    def _add(self, ranks: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
         keys = left.astype(np.uint64) << self._id_bits | right.astype(np.uint64)
         entries = keys << self._rank_bits | ranks.astype(np.uint64)
         slots = (keys * MULTIPLIER >> self._slot_shift).astype(np.int64)
