@@ -321,7 +321,7 @@ class Tokenizer:
         special_tokens: Sequence[str] | Mapping[str, int] = (),
     ) -> Tokenizer:
         """From tiktoken's ranks; special tokens get the ids after the largest rank unless a mapping gives them."""
-        return _build(tiktoken.read_tiktoken(Path(path), special_tokens, pattern))
+        return _build(*tiktoken.read_tiktoken(Path(path), special_tokens, pattern))
 
 
 def _build(definition: Definition, by_rank: bool | None = None) -> Tokenizer:
