@@ -105,7 +105,7 @@ class Tokenizer:
     @cached_property
     def is_by_rank(self) -> bool:
         """Whether the merges list means what tiktoken's ranks mean; export_tiktoken is for such."""
-        return is_by_rank(self.definition, self._words)
+        return is_by_rank(self.definition)
 
     @cached_property
     def hash(self) -> str:
@@ -326,13 +326,11 @@ class Tokenizer:
 
 def _build(definition: Definition, by_rank: bool | None = None) -> Tokenizer:
     """Of a definition that is checked."""
+    by_rank = is_by_rank(definition) if by_rank is None else by_rank
     # Before the tables, so that what it is made from is gone when they come.
     core = compiled_core(definition) if by_rank else None
     tokenizer = _set_up(definition, by_rank)
-    if by_rank is None:
-        tokenizer.warm_up()
-    else:
-        tokenizer._warm_up(core)
+    tokenizer._warm_up(core)
     return tokenizer
 
 

@@ -56,10 +56,6 @@ class WordEncoder:
         self._tokens = tokens
         self._long = LongEncoder(self.merge_words, tokens, LONGEST)
 
-    def ranks(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Ranks (int32) of the pairs of ids; the number of merges where there is none."""
-        return self._table.ranks(left, right)
-
     @cached_property
     def _rank(self) -> dict[int, int]:
         keys = self._pairs[:, 0].astype(np.int64) << 32 | self._pairs[:, 1]

@@ -14,7 +14,7 @@ from ..definition import Definition, Options, define
 from ..files import read_json, write_json
 from ..pretokenize import GPT2_PATTERN, PATTERNS, Pattern, for_oniguruma, is_gpt2, is_vectorised, pretokenize
 from ..tokens import TokenBytes
-from .printable import parse_merges, parse_vocab, printable_merges, printable_vocab
+from .printable import check_vocab, parse_merges, parse_vocab, printable_merges, printable_vocab
 
 _FLAGS = ("single_word", "lstrip", "rstrip")
 # Texts in which regular expressions and their engines are known to differ: contractions in capitals and with a long s,
@@ -125,10 +125,12 @@ def read_hf(path: Path) -> Definition:
         if (found := [flag for flag in _FLAGS if token.get(flag)])
     }
     nfc = _read_normalizer(content.get("normalizer"), path)
-    vocab = parse_vocab(model["vocab"], added, f"path: {path}")
-    vocab |= {i: token.encode() for token, i in added.items()}
     pattern, prefix_space = _read_pre_tokenizer(content.get("pre_tokenizer"), path)
-    merges = parse_merges(model["merges"], model["vocab"], f"path: {path}")
+    check_vocab(model.get("vocab"), f"path: {path}")
+    # Each part of the file is let go when it has been read.
+    merges = parse_merges(model.pop("merges"), model["vocab"], f"path: {path}")
+    vocab = parse_vocab(model.pop("vocab"), added, f"path: {path}")
+    vocab |= {i: token.encode() for token, i in added.items()}
     options = Options(nfc, prefix_space, flags)
     return define(vocab, merges, added, pattern, bool(model.get("ignore_merges")), options, all_bytes=False)
 
