@@ -225,7 +225,7 @@ class Ranking:
 
     def _all_beside(self, ties: Sequence[_Entry], side: int, fits: Callable[[bytes], bool]) -> bool:
         """Whether the tokens before (0) or after (1) the middle of each of these pairs fit."""
-        if not all(fits(tie[1 + side]) for tie in ties):
+        if not all(fits(tie[1:3][side]) for tie in ties):
             return False  # the nearest token is the pair's own
         for _, _, _, index in ties:
             tokens = self._context(self._pairs.positions[index], self._pairs.names[index], side)
