@@ -20,7 +20,7 @@ import numpy as np
 from . import encode_file as _files
 from .decode import IncrementalDecoder
 from .definition import Definition, define
-from .encoding import Encoder, WordEncoder, compiled_core, cutter_of, is_by_rank
+from .encoding import Core, Encoder, WordEncoder, compiled_core, cutter_of, is_by_rank
 from .formats import directory as own_format
 from .formats import hugging_face, tiktoken
 from .pretokenize import GPT2_PATTERN, Cutter, Pattern, cut_stream, repair, utf8
@@ -92,8 +92,11 @@ class Tokenizer:
         That is done already, but for a tokenizer that was pickled: most processes that get one encode long texts.
         """
         if not self._is_warm:
-            self._encoder.warm_up(compiled_core(self.definition) if self.is_by_rank else None)
-            self._is_warm = True
+            self._warm_up(compiled_core(self.definition) if self.is_by_rank else None)
+
+    def _warm_up(self, core: Core | None) -> None:
+        self._encoder.warm_up(core)
+        self._is_warm = True
 
     @cached_property
     def merges(self) -> list[tuple[bytes, bytes]]:
@@ -103,7 +106,7 @@ class Tokenizer:
     @cached_property
     def is_by_rank(self) -> bool:
         """Whether the merges list means what tiktoken's ranks mean; export_tiktoken is for such."""
-        return is_by_rank(self.definition, self._words.merge_words)
+        return is_by_rank(self.definition)
 
     @cached_property
     def hash(self) -> str:
@@ -316,13 +319,16 @@ class Tokenizer:
         special_tokens: Sequence[str] | Mapping[str, int] = (),
     ) -> Tokenizer:
         """From tiktoken's ranks; special tokens get the ids after the largest rank unless a mapping gives them."""
-        return _build(tiktoken.read_tiktoken(Path(path), special_tokens, pattern))
+        return _build(*tiktoken.read_tiktoken(Path(path), special_tokens, pattern))
 
 
 def _build(definition: Definition, by_rank: bool | None = None) -> Tokenizer:
     """Of a definition that is checked."""
+    by_rank = is_by_rank(definition) if by_rank is None else by_rank
+    # Before the tables, so that what it is made from is gone when they come.
+    core = compiled_core(definition) if by_rank else None
     tokenizer = _set_up(definition, by_rank)
-    tokenizer.warm_up()
+    tokenizer._warm_up(core)
     return tokenizer
 
 

@@ -23,6 +23,9 @@ from ..tokens import TokenBytes, ranges
 from ..wordkeys import MULTIPLIER
 from .long import LongEncoder
 
+# Pairs added to a table at a time: all at once would take as much memory as the table.
+_ADDED = 1 << 14
+
 _EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
@@ -198,6 +201,10 @@ class PairTable:
 
     def add(self, ranks: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
         """Adds the pairs of the merges of these ranks; (n,) integers each."""
+        for i in range(0, len(ranks), _ADDED):
+            self._add(ranks[i : i + _ADDED], left[i : i + _ADDED], right[i : i + _ADDED])
+
+    def _add(self, ranks: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
         keys = left.astype(np.uint64) << self._id_bits | right.astype(np.uint64)
         entries = keys << self._rank_bits | ranks.astype(np.uint64)
         slots = (keys * MULTIPLIER >> self._slot_shift).astype(np.int64)

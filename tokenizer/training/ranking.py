@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from itertools import islice, pairwise
 from typing import NamedTuple
 
@@ -114,8 +114,8 @@ class Ranking:
         self._near = np.empty(0, np.int64)  # the other pairs with counts above a lower bound, where the next are sought
         self._front: list[_Entry] = []  # the first to merge comes last
         self._entries: dict[int, _Entry] = {}  # the front's entries by index
-        self._by_left: dict[int, set[int]] = defaultdict(set)  # the front's indices by left token
-        self._by_right: dict[int, set[int]] = defaultdict(set)
+        self._by_left: dict[int, dict[int, _Entry]] = defaultdict(dict)  # ... and by left token
+        self._by_right: dict[int, dict[int, _Entry]] = defaultdict(dict)
 
     def add(self, indices: np.ndarray) -> None:
         """Puts those of the pairs that belong there into the front, where they are not yet."""
@@ -125,9 +125,9 @@ class Ranking:
         entries = []
         for index, count in zip(indices[above].tolist(), counts[above].tolist(), strict=True):
             a, b = self._pairs.names[index]
-            entries.append((count, self._tokens[a], self._tokens[b], index))
-            self._by_left[a].add(index)
-            self._by_right[b].add(index)
+            entry = (count, self._tokens[a], self._tokens[b], index)
+            entries.append(entry)
+            self._by_left[a][index] = self._by_right[b][index] = entry
         self._entries.update((entry[3], entry) for entry in entries)
         if 8 * len(entries) < len(self._front):
             for entry in entries:
@@ -180,7 +180,11 @@ class Ranking:
         >>> {entry[1] + entry[2]: ranking._outranks_ties(entry, *entry[1], *entry[2]) for entry in ranking._front}
         {b'dg': False, b'gc': False, b'hd': True}
         """
-        left = entry[1]
+        count, left = entry[:2]
+        before = [tie for tie in self._by_right[a].values() if tie[0] == count] if a in self._by_right else ()
+        after = [tie for tie in self._by_left[b].values() if tie[0] == count] if b in self._by_left else ()
+        if not (before or after):
+            return True
 
         def is_less(token: bytes) -> bool:
             return token < left and not left.startswith(token)
@@ -188,15 +192,13 @@ class Ranking:
         def is_apart(token: bytes) -> bool:
             return not (token.startswith(left) or left.startswith(token))
 
-        before, after = self._by_right.get(a, ()), self._by_left.get(b, ())
-        return self._all_beside(before, entry, 0, is_less) and self._all_beside(after, entry, 1, is_apart)
+        return self._all_beside(before, 0, is_less) and self._all_beside(after, 1, is_apart)
 
-    def _all_beside(self, indices: Collection[int], entry: _Entry, side: int, fits: Callable[[bytes], bool]) -> bool:
-        """Whether the tokens before (0) or after (1) the middle of each of these pairs of the same count fit."""
-        ties = [index for index in indices if self._entries[index][0] == entry[0]]
-        if not all(fits(self._entries[index][1:3][side]) for index in ties):
+    def _all_beside(self, ties: Sequence[_Entry], side: int, fits: Callable[[bytes], bool]) -> bool:
+        """Whether the tokens before (0) or after (1) the middle of each of these pairs fit."""
+        if not all(fits(tie[1:3][side]) for tie in ties):
             return False  # the nearest token is the pair's own
-        for index in ties:
+        for _, _, _, index in ties:
             tokens = self._context(self._pairs.positions[index], self._pairs.names[index], side)
             if tokens is None or not all(fits(self._tokens[token]) for token in tokens):
                 return False
@@ -214,8 +216,7 @@ class Ranking:
         index = entry[3]
         del self._entries[index]
         a, b = self._pairs.names[index]
-        self._by_left[a].discard(index)
-        self._by_right[b].discard(index)
+        del self._by_left[a][index], self._by_right[b][index]
 
     def _lower_bound(self) -> None:
         """Puts the FRONT greatest counts into the front, and all that equal the least of them."""
