@@ -43,7 +43,7 @@ def _statistic_like(q: Tensor, varlen: bool) -> Tensor:
     return torch.empty_strided((B, H, T), (H * n_row, n_row, 1), dtype=dtype, device=q.device)
 
 
-def _outputs(q: Tensor, varlen: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def outputs_like(q: Tensor, varlen: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """out, lse, and the factor for the backward that undoes the rounding of lse: None for fp16 and bf16, where p itself
     rounds to far less.
     """
@@ -108,7 +108,7 @@ def flash_attention_fwd(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    out, lse, unround = _outputs(q, cu_seqlens_q is not None)
+    out, lse, unround = outputs_like(q, cu_seqlens_q is not None)
     p = _problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
     if not runs_triton(q):
         plain.launch_forward(q, k, v, sinks, out, lse, p)
@@ -126,7 +126,7 @@ def flash_attention_fwd(
 
 
 def _fake_fwd(q: Tensor, k: Any, v: Any, sinks: Any, cu_seqlens_q: Any, *args: Any) -> Any:
-    return _outputs(q, cu_seqlens_q is not None)
+    return outputs_like(q, cu_seqlens_q is not None)
 
 
 def flash_attention_bwd(

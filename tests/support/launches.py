@@ -109,17 +109,18 @@ def what_reaches_the_driver(stand_in: Any) -> dict[str, Any]:
     handle = launching._handle
 
     def counting(compiled: Any, n_constant: int) -> Any:
-        go = handle(compiled, n_constant)
-        assert go is not None
-        name = compiled.name
+        made = handle(compiled, n_constant)
+        assert made is not None
+        name, start = compiled.name, made.start
 
         def counted(*args: Any) -> None:
             nonlocal n_handled
             n_handled += 1
             names[name] += 1
-            go(*args)
+            start(*args)
 
-        return counted
+        made.start = counted
+        return made
 
     launching._handle = counting
     try:
