@@ -48,8 +48,9 @@ def _once(plan: Plan) -> Plan:
     return plan
 
 
-def _as_they_lie(*tensors: Tensor | None) -> bool:
-    return all(x is None or row_layout(x)[0] is x for x in tensors)
+def _as_they_lie(weight: Tensor | None, *rows: Tensor | None) -> bool:
+    """Whether the kernels take these without a copy."""
+    return (weight is None or weight.is_contiguous()) and all(x is None or row_layout(x)[0] is x for x in rows)
 
 
 def rms_norm_fwd(
@@ -244,7 +245,7 @@ def _prepared_bwd(
     needs_dw: bool,
 ) -> Any:  # fmt: skip
     args = dy, dstream, h, weight, rstd, weight_offset, needs_dw
-    return on_its_device(_gradients(*args, Alike)) if _as_they_lie(dy, dstream, h, weight) else None
+    return on_its_device(_gradients(*args, Alike)) if _as_they_lie(weight, dy, dstream, h) else None
 
 
 _bwd = define_op(rms_norm_bwd, _rms_norm_bwd_fake, _bwd_flops)
@@ -298,7 +299,7 @@ _checked = checked_once(_check)
 @prepared
 def _prepared(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float) -> Any:
     eps, weight_offset = _check(x, weight, eps, residual, weight_offset)
-    if not runs_triton(x) or not _as_they_lie(x, weight, residual):
+    if not runs_triton(x) or not _as_they_lie(weight, x, residual):
         return None
     return on_its_device(_forward(x, weight, eps, residual, weight_offset, Alike))
 
