@@ -8,7 +8,6 @@ whose addresses are no multiples of 16, go the long way, through the operators o
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -66,7 +65,8 @@ def _used(p: Problem) -> tuple[bool, ...]:
 
 def _new_like(x: Tensor) -> Callable[[], Tensor]:
     """Makes tensors of x's shape, strides, dtype and device."""
-    return partial(torch.empty_strided, x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    shape, strides, dtype, device = x.shape, x.stride(), x.dtype, x.device
+    return lambda: torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def _portable_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, p: Problem) -> Forward | None:
@@ -176,9 +176,9 @@ def _hopper_backward(
         B, n_row_tile, H, K, D, strides, (None, lse.stride()), T, p.S, p.left, p.right, p.scale, True, backward.GROUP
     )
     launch_delta, launch, launch_rounding = map(Alike, plans)
-    new = partial(torch.empty_strided, stride=(1,), device=q.device)
+    device, one = q.device, (1,)
     n, lines = H * n_row_tile, block_m * D // backward.LINE.value
-    sizes = (n * block_m * D,), (n * 2 * block_m,), (n,)
+    of_dq, of_rows, of_tiles = (n * block_m * D,), (n * 2 * block_m,), (n,)
     half = backward.BLOCK_N // 2
     of_q, of_dout, of_k, of_v, of_dk, of_dv = (
         blocks.describer(x, rows)
@@ -191,8 +191,9 @@ def _hopper_backward(
         q_at, k_at, v_at, dout_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), dout.data_ptr()
         if not (q_at | k_at | v_at | dout_at) & 15:
             dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-            accumulator, rows = new(sizes[0], dtype=torch.float32), new(sizes[1], dtype=torch.float32)
-            added = new(sizes[2], dtype=torch.int32)
+            accumulator = torch.empty_strided(of_dq, one, dtype=torch.float32, device=device)
+            rows = torch.empty_strided(of_rows, one, dtype=torch.float32, device=device)
+            added = torch.empty_strided(of_tiles, one, dtype=torch.int32, device=device)
             try:
                 launch_delta(out, dout, lse, None, None, rows, added, None)
                 launch(
