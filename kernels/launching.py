@@ -78,7 +78,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     handles = kernel.rooflight_handles
     handle = handles.get(key)
     if handle is not None:
-        handle(*grid, *(1,) * (3 - len(grid)), driver.active.get_current_stream(device), given)
+        handle((*grid, 1, 1)[:3], driver.active.get_current_stream(device), given)
         return
     handle = _handle(kernel[grid](*args, **constants), len(kernel.params) - kernel.rooflight_n_runtime)
     if handle is not None:
@@ -165,7 +165,7 @@ class Plan:
         if handle is not None:
             if self._tuples:
                 given = self._together(given)
-            handle(*self._sizes, active.get_current_stream(device), given)
+            handle(self._sizes, active.get_current_stream(device), given)
             return handle
         compiled = self._through_triton(tensors)
         n_runtime = _prepared(kernel)
@@ -327,14 +327,14 @@ class Handle:
         self.n_constant, self.as_list = n_constant, as_list
         self.constants = (None,) * n_constant
 
-    def __call__(self, x: int, y: int, z: int, stream: int, given: list[Any]) -> None:
+    def __call__(self, grid: tuple[int, ...], stream: int, given: list[Any]) -> None:
         for i, fields in self.descriptors:
             given[i : i + 1] = _encode(given[i], fields)
         if self.as_list:
             given.extend(self.constants)
-            self.start(x, y, z, stream, *self.fixed, given)
+            self.start(*grid, stream, *self.fixed, given)
         else:
-            self.start(x, y, z, stream, *self.fixed, *given, *self.constants)
+            self.start(*grid, stream, *self.fixed, *given, *self.constants)
 
 
 def _handle(compiled: Any, n_constant: int) -> Handle | None:
@@ -352,6 +352,7 @@ def _handle(compiled: Any, n_constant: int) -> Handle | None:
         start = layer.get("launcher", start)
     packed, flags = compiled.packed_metadata, (launcher.launch_cooperative_grid, launcher.launch_pdl)
     as_list = hasattr(launcher, "arg_annotations")  # from 3.7 on
+    fixed: tuple[Any, ...]
     if as_list:
         fixed = (*flags, packed, *(None,) * 5, launcher.arg_annotations, launcher.kernel_signature)
     else:

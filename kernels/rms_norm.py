@@ -125,8 +125,9 @@ def _gradients(
     N, M, device, dtype = h.shape[-1], rstd.numel(), h.device, rstd.dtype
     tile = tiles.backward_tile(M, N, multiprocessors(device), h.dtype.itemsize, dstream is not None)
     layouts = row_layout(h)[1], row_layout(dy)[1], None if dstream is None else row_layout(dstream)[1]
-    programs, *plans = _backward_plans(M, N, h.dtype, device, *layouts, float(weight_offset), tile)
-    mean_plan, plan, dw_plan = (None if plan is None else repeated(plan) for plan in plans)
+    programs, *found = _backward_plans(M, N, h.dtype, device, *layouts, float(weight_offset), tile)
+    plans: list[Any] = [None if plan is None else repeated(plan) for plan in found]
+    mean_plan, plan, dw_plan = plans
     sizes = (programs, N), (N, 1)
 
     def run(

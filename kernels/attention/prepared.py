@@ -45,7 +45,7 @@ def find(
     options = (q.shape[2], k.shape[2], *reach(causal, window), *score_numbers(scale, softcap, q.shape[-1]))
     if return_lse or sinks is not None or v.shape[-1] != q.shape[-1] or not _serves(q, k):
         return None
-    p = Problem(*options[:2], None, None, *options[2:])
+    p = Problem(options[0], options[1], None, None, *options[2:])
     out, lse, _ = outputs_like(q, False)
     if paths.choose("forward", q, k, _used(p)) == "hopper":
         run = _hopper_forward(q, k, v, out, lse, p)
@@ -139,12 +139,10 @@ def _find_backward(
 
 def _portable_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, p: Problem
-) -> Callable[..., tuple[Tensor, ...]] | None:
+) -> Callable[..., tuple[Tensor, ...]]:
     gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     plans = portable.backward_plans(q, k, v, out, dout, lse, None, *gradients, p)
-    if None in plans:
-        return None
-    launch_delta, launch_keys, launch_queries = map(Alike, plans)
+    launch_delta, launch_keys, launch_queries = (Alike(plan) for plan in plans if plan is not None)
     new_rows = _new_like(lse)
 
     def run(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
