@@ -73,6 +73,8 @@ def estimate(
     from .reports.terminal import show
 
     require(figure=plot)
+    if link is not None and not (0 < link < float("inf") and gpus > 1):
+        raise ValueError(f"--link: expected GB/s > 0, between 2 --gpus or more, got {link:g} and --gpus {gpus}")
     name, model = read_model(config)
     place = resolve_device("auto")
     measured = load_ceilings(place)

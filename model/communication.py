@@ -9,6 +9,10 @@ other (Patarasuk & Yuan 2009).
             are resharded after it, once more for the backward pass, the embedding's, the last norm's and the output
             matrix's once for both; all gradients are reduced and scattered, fp32
 
+Of Muon's matrices each is orthogonalized by one device, which sends the result, in the products' dtype, to the others:
+by ddp all of it, by fsdp to each its rows, after they have sent it theirs of the update, fp32. Devices have unlike
+numbers of matrices where these do not divide; told is the mean.
+
 A step's scalars (the norm of the gradients, the loss) are not counted.
 """
 
@@ -17,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..kernels.cost import itemsize
-from .config import ModelConfig
+from .config import ModelConfig, hidden_matrices
 from .memory import FP32
 from .quantities import duration, quantity
 
@@ -26,43 +30,51 @@ PARALLEL = ("ddp", "fsdp")
 
 @dataclass(frozen=True)
 class Communication:
-    """Bytes that each device sends in a step's forward and backward pass.
+    """Bytes that each device sends in a step's forward and backward pass, and in the optimizer's update (Muon's).
 
     start: once, before the first step: the parameters of one device, passed on from each to the next (ddp).
     """
 
     forward: int = 0
     backward: int = 0
+    update: int = 0
     start: int = 0
 
     @property
     def step(self) -> int:
-        return self.forward + self.backward
+        return self.forward + self.backward + self.update
 
 
 def communication(
-    c: ModelConfig, parameters: int, *, gpus: int, dtype: str, parallel: str, reshard: bool
+    c: ModelConfig, parameters: int, *, gpus: int, dtype: str, parallel: str, reshard: bool, optimizer: str
 ) -> Communication:
     """What a model with that many parameters sends; `reshard` is fsdp's."""
+    matrices = hidden_matrices(c) if optimizer == "muon" else {}
+    turned = sum(short * long * n for (short, long), n in matrices.items())
     if parallel == "ddp":
-        return Communication(0, 2 * parameters * FP32 * (gpus - 1) // gpus, parameters * FP32 * (gpus > 1))
-    # the outermost module's: FSDP2 does not reshard them
-    outermost = c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2) + c.d_model
-    again = (parameters - outermost) * itemsize(dtype) * reshard
-    forward, backward = parameters * itemsize(dtype), again + parameters * FP32
-    return Communication(forward * (gpus - 1) // gpus, backward * (gpus - 1) // gpus)
+        forward, backward, update = 0, 2 * parameters * FP32, turned * itemsize(dtype)
+        start = parameters * FP32 * (gpus > 1)
+    else:
+        # the outermost module's: FSDP2 does not reshard them
+        outermost = c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2) + c.d_model
+        again = (parameters - outermost) * itemsize(dtype) * reshard
+        forward, backward = parameters * itemsize(dtype), again + parameters * FP32
+        update, start = turned * (FP32 + itemsize(dtype)) // gpus, 0
+    forward, backward, update = (sent * (gpus - 1) // gpus for sent in (forward, backward, update))
+    return Communication(forward, backward, update, start)
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """A step's seconds: forward, backward and update of its computation beside forward and backward of a link.
+    """A step's seconds: forward, backward and update of its computation beside those of a link.
 
     The link works while the same pass computes, at best during all of it: what a pass needs before it begins and sends
-    after it has ended is hidden too, so `overlapped` is the least that a step can take and `apart` the most.
+    after it has ended is hidden too, so `overlapped` is the least that a step can take and `apart` the most. What the
+    update sends nothing hides: Muon waits for it.
     """
 
     compute: tuple[float, float, float]
-    link: tuple[float, float]
+    link: tuple[float, float, float]
 
     @property
     def apart(self) -> float:
@@ -70,7 +82,7 @@ class Overlap:
 
     @property
     def overlapped(self) -> float:
-        return sum(map(max, self.compute, self.link)) + self.compute[2]
+        return sum(map(max, self.compute[:2], self.link[:2])) + self.compute[2] + self.link[2]
 
     @property
     def bound_by(self) -> str:
@@ -83,12 +95,11 @@ def sentences(
     sent: Communication, gpus: int, parallel: str, reshard: bool, link: float | None, step: Overlap | None
 ) -> list[str]:
     """What is sent and, given a link in bytes per second, which of it and the computation bounds the step."""
-    if parallel == "ddp":
-        how, passes = "ddp", f"in the backward pass, and {quantity(sent.start, 'B')} before the first"
-    else:
-        how = "fsdp" if reshard else "fsdp without resharding"
-        passes = f"{quantity(sent.forward, 'B')} in the forward and {quantity(sent.backward, 'B')} in the backward pass"
-    lines = [f"{how} over {gpus} GPUs: each sends {quantity(sent.step, 'B')} a step, {passes}"]
+    how = "ddp" if parallel == "ddp" else "fsdp" if reshard else "fsdp without resharding"
+    passes = {"forward pass": sent.forward, "backward pass": sent.backward, "update": sent.update}
+    told = ", ".join(f"{quantity(size, 'B')} in the {name}" for name, size in passes.items() if size)
+    before = f"; once before the first {quantity(sent.start, 'B')}" if sent.start else ""
+    lines = [f"{how} over {gpus} GPUs: each sends {quantity(sent.step, 'B')} a step, {told}{before}"]
     if link is None:
         return [*lines, "no time is given to that; --link GB/s says what each sends in a second"]
     takes = f"at {quantity(link, 'B/s')} that takes {duration(sent.step / link)}"

@@ -179,8 +179,9 @@ class Estimate:
     @property
     def communication(self) -> Communication:
         return communication(
-            self.config, self.parameters, gpus=self.gpus, dtype=self.dtype, parallel=self.parallel, reshard=self.reshard
-        )
+            self.config, self.parameters, gpus=self.gpus, dtype=self.dtype, parallel=self.parallel,
+            reshard=self.reshard, optimizer=self.optimizer,
+        )  # fmt: skip
 
     @property
     def communication_bytes(self) -> int:
@@ -196,7 +197,8 @@ class Estimate:
             sum(p.seconds or 0.0 for p in passes) for passes in zip(*(c.passes for c in self.components), strict=True)
         )
         sent = self.communication
-        return Overlap((forward, backward, update), (sent.forward / self.link, sent.backward / self.link))
+        link = sent.forward / self.link, sent.backward / self.link, sent.update / self.link
+        return Overlap((forward, backward, update), link)
 
     def covering_batch(self) -> int | None:
         """The fewest sequences per device whose computation can hide the link; None without either rate."""
@@ -331,7 +333,7 @@ def estimate(
     that each device can send; with ceilings, its time stands beside the computation's.
     ops: whose memory and casts they are, "triton" (rooflight.kernels on a GPU), "cpu" (the same on a plain CPU) or
     "eager" (the oracles).
-    optimizer: "adamw" for every parameter, or "muon" for the blocks' matrices beside it, on one device.
+    optimizer: "adamw" for every parameter, or "muon" for the blocks' matrices beside it.
     Raises ValueError naming the argument.
     """
     T = config.context_length if context_length is None else context_length
@@ -348,12 +350,12 @@ def estimate(
         raise ValueError(f"parallel: expected one of {', '.join(PARALLEL)}, got {parallel!r}")
     if link is not None and not (0 < link < math.inf and gpus > 1):
         raise ValueError(f"link: expected bytes per second > 0, between 2 gpus or more, got {link:g} and gpus {gpus}")
-    _check_optimizer(optimizer, gpus)
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     itemsize(dtype)
-    shards = gpus if parallel == "fsdp" else 1
     copies, low = in_low_precision(dtype, ops, optimizer, gpus, parallel)
     rows = parts(
-        config, batch_size, T, dtype, checkpointing=checkpointing, gpus=shards, optimizer=optimizer,
+        config, batch_size, T, dtype, checkpointing=checkpointing, gpus=gpus, parallel=parallel, optimizer=optimizer,
         copies=copies, low_gradients=low,
     )  # fmt: skip
     parameters = sum(row.parameters for row in rows)
@@ -380,13 +382,6 @@ def estimate(
         config, batch_size, T, dtype, causal, checkpointing, gpus, parallel, reshard, ops, optimizer, components, held,
         ceilings, link,
     )  # fmt: skip
-
-
-def _check_optimizer(optimizer: str, gpus: int) -> None:
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
-    if optimizer == "muon" and gpus > 1:
-        raise ValueError(f"optimizer: expected 'adamw' on {gpus} GPUs, got 'muon', whose exchange is not counted yet")
 
 
 def _roofline(works: Sequence[Work], ceilings: Ceilings, dtype: str) -> tuple[float, str]:

@@ -217,7 +217,7 @@ def memory(
     peak, peak_at = 0, ""
     matrices = hidden_matrices(config) if optimizer == "muon" else {}
     turned = sum(short * long * n for (short, long), n in matrices.items()) * FP32  # bytes of what Muon updates
-    moments = 2 * state - turned
+    moments = 2 * state - turned // shards
     held = state + moments + activations + gathered + kept
     # with checkpointing the casts of the blocks go when the forward pass ends
     held += 0 if checkpointing else casts
@@ -246,11 +246,17 @@ def memory(
     see(held + embedding.working, embedding.name)
     update = state + gradients + moments + kept
     see(update, "AdamW")  # in place
-    for (short, long), n in matrices.items():
-        # every update, then one shape's: stacked, normalised, and in the products
+    update += turned // shards  # what the matrices are moved by
+    if gpus > 1:  # of those that this device orthogonalizes the results, and by fsdp the whole of what goes in
+        results = turned // FP32 * size // gpus
+        update += results + (turned // gpus if shards > 1 else 0)
+        see(update + 2 * results * (gpus // shards), "Muon")  # sent, to itself too, and received
+    for (short, long), count in matrices.items():
+        # one shape's: stacked, normalised, and in the products
+        n = -(-count // gpus)
         stack, square = n * short * long, n * short * short
         normalised = stack * (FP32 + size * (size < FP32))
-        see(update + turned + stack * FP32 + max(normalised, 2 * (stack + square) * size), "Muon")
+        see(update + stack * FP32 + max(normalised, 2 * (stack + square) * size), "Muon")
     return Memory(state, gradients, moments, kept or casts or gathered, activations, peak, peak_at)
 
 

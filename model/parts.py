@@ -107,8 +107,8 @@ def _join(a: Part, b: Part) -> Part:
 
 
 def parts(
-    c: ModelConfig, B: int, T: int, dtype: str, *, checkpointing: bool, gpus: int, optimizer: str = "adamw",
-    copies: bool = False, low_gradients: bool = False,
+    c: ModelConfig, B: int, T: int, dtype: str, *, checkpointing: bool, gpus: int, parallel: str = "fsdp",
+    optimizer: str = "adamw", copies: bool = False, low_gradients: bool = False,
 ) -> list[Part]:  # fmt: skip
     """The step's components in the model's order, for B sequences of T tokens on each of `gpus` devices.
 
@@ -213,14 +213,19 @@ def parts(
         *([Part("casts", 0, *cast_passes)] if any(cast_passes) and low else []),
     ]
     parameters = sum(part.parameters for part in parts)
+    shards = gpus if parallel == "fsdp" else 1
     matrices_of = hidden_matrices(c) if optimizer == "muon" else {}
-    owned = -(-(parameters - sum(short * long * n for (short, long), n in matrices_of.items())) // gpus)
+    owned = -(-(parameters - sum(short * long * n for (short, long), n in matrices_of.items())) // shards)
     updates = [_adamw(owned)]
     if copies and not matrices_of:  # the copies, and mostly gradients, in the products' dtype; tables, vectors in fp32
         updates = [_adamw(weights, dtype if low_gradients else FP32, dtype), _adamw(owned - weights)]
     parts.append(Part("AdamW", update=tuple(updates)))
     if matrices_of:
-        turned = [_muon(*shape, dtype) * n for shape, n in matrices_of.items()]
+        each = {shape: -(-n // gpus) for shape, n in matrices_of.items()}  # that one device orthogonalizes
+        turned = [_muon(*shape, dtype) * n for shape, n in each.items()]
+        if shards < gpus:  # the others' momenta and moves
+            rest = sum(short * long * (n - each[short, long]) for (short, long), n in matrices_of.items())
+            turned.append(_elementwise(muon_cost(1, rest, dtype, steps=0), "momentum", rest))
         if copies:
             turned.append(_elementwise(cast(weights), "cast", weights))
         parts.append(Part("Muon", update=tuple(turned)))

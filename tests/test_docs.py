@@ -203,7 +203,7 @@ NOT_RUN = {
     "bench/on_gpu.sh OUT": "needs a GPU; tests/bench/test_on_gpu.py runs what does not",
     "torchrun --nnodes 4 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-id run --rdzv-endpoint "
     "HOST:29400 -m rooflight train --config run.toml --parallel fsdp": "needs four machines; "
-    "tests/training/test_distributed.py restarts processes of one",
+    "tests/training/test_distributed.py restarts the processes of two torchruns",
     "rooflight bench tune": "needs a GPU; tests/bench/test_cli.py holds what it says without one",
     "python tests/support/artifacts.py": "takes minutes; tests/kernels/test_artifacts.py compiles what it does",
 }

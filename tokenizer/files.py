@@ -57,7 +57,7 @@ def token_file(path: Path, vocab_size: int, tokenizer_hash: str) -> Iterator[tup
                 for file in out, header_out:
                     file.flush()
                     os.fsync(file.fileno())
-                with _locked(path.parent):
+                with locked(path.parent):
                     # A reader refuses a token file without a header, but could not tell that the header is of another.
                     header_path(path).unlink(missing_ok=True)
                     os.replace(out.name, path)
@@ -165,7 +165,7 @@ def _is_stream(path: Path) -> bool:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """One writer at a time, of all threads and processes, in this block."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

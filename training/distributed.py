@@ -28,6 +28,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .meeting import have_met, meeting
+
 # What a process waits for the others: a checkpoint that rank 0 writes, a compiler that another one runs.
 TIMEOUT = timedelta(minutes=10)
 
@@ -118,15 +120,9 @@ def launched() -> World:
     return World(rank, size, number("LOCAL_RANK", rank), restarts=restarts, launch=launch)
 
 
-def _meeting(world: World, timeout: timedelta) -> dist.Store:
-    """Where the processes find each other.
-
-    One torchrun keeps one store through its restarts, in which the addresses of processes that have ended still stand:
-    each start has names of its own. Several torchruns do not count starts alike, and leave it as torch has it.
-    """
-    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
-    store.set_timeout(timeout)
-    return dist.PrefixStore(f"start-{world.restarts}", store) if os.environ.get("GROUP_WORLD_SIZE") == "1" else store
+def restarted(world: World) -> bool:
+    """Whether torchrun has started processes of this launch before these."""
+    return world.restarts > 0 or have_met(world.rank, world.size, TIMEOUT)
 
 
 @contextmanager
@@ -144,7 +140,7 @@ def process_group(world: World, device: torch.device, *, timeout: timedelta = TI
     ours = not dist.is_initialized()
     if ours:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store = _meeting(world, timeout)
+        store = meeting(world.rank, world.size, timeout)
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
     try:
         yield
@@ -195,6 +191,7 @@ def fully_sharded(
     cast_inputs: bool = True,
     reshard: bool = True,
     replicated: Iterable[nn.Parameter] = (),
+    device: torch.device | None = None,
 ) -> nn.Module:
     """`module` itself, of whose parameters each process keeps its rows (DTensor, Shard(0)), as FSDP2 has it.
 
@@ -203,17 +200,23 @@ def fully_sharded(
     dtype: parameters are gathered and compute in it; what an optimizer sees keeps its own.  cast_inputs: so are
     floating inputs of the units cast.  reshard: let go of a unit's parameters after its forward pass, and gather them
     again in the backward pass.  replicated: parameters that stay whole; `average_gradients` is their reduction.
+    device: where the parameters will be, of a module on meta.
     """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # torch's own choice is the GPU, where there is one, whatever the module is on
+    kind = (device or next(module.parameters()).device).type
+    mesh = init_device_mesh(kind, (dist.get_world_size(),))
 
     policy = MixedPrecisionPolicy(cast_forward_inputs=cast_inputs)
     if dtype is not None:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=cast_inputs)
     whole = set(replicated)
     for unit in units:
-        fully_shard(unit, mp_policy=policy, reshard_after_forward=reshard, ignored_params=whole)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=whole)
     # what the root holds the backward pass needs at once
-    fully_shard(module, mp_policy=policy, reshard_after_forward=False, ignored_params=whole)
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=whole)
     return module
 
 
@@ -290,6 +293,21 @@ def gathered(x: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, x, group=group)
     return parts
+
+
+@torch.no_grad()
+def reset_shards(module: nn.Module, whole: nn.Module, device: torch.device) -> None:
+    """Give the sharded `module` the values that `whole`, the same on the meta device, draws on `device`.
+
+    One submodule draws at a time, as whole.reset_parameters() would have them do, and no more of it is ever there.
+    """
+    for ours, theirs in zip(module.modules(), whole.modules(), strict=True):
+        if not list(theirs.parameters(recurse=False)):
+            continue
+        theirs.to_empty(device=device, recurse=False)
+        theirs.reset_parameters()  # type: ignore[operator]
+        copy_parameters(theirs, ours)
+        theirs.to_empty(device="meta", recurse=False)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from ..model import Transformer
 from ..model.typed import typed
 from .config import TrainConfig
 from .data import IGNORED, Corpus, validation_batches
-from .distributed import ALONE, World, copy_parameters, data_parallel, fully_sharded
+from .distributed import ALONE, World, data_parallel, fully_sharded, reset_shards
 from .graph import Captured, CudaGraphs, Graphs, TrainStep, autocast, set_rates
 from .optim import build_optimizers, low_precision
 from .pretrained import copy_weights
@@ -43,13 +43,16 @@ class Learner:
         self.world, self.parallel = world, config.parallel if world.size > 1 else "none"
         self.config, self.device, self.dtype = config, device, getattr(torch, config.dtype)
         self.ops, self.fresh = choose_ops(config.kernels, device), fresh
-        self.model = self._begun()
-        engine: nn.Module = self.model
-        no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.model = self._on_meta()
         if self.parallel == "fsdp":
             low = None if self.dtype == torch.float32 else self.dtype
-            fully_sharded(self.model, self.model.layers, dtype=low, cast_inputs=False, reshard=config.reshard)
-        elif self.parallel == "ddp":
+            options: dict[str, Any] = {"dtype": low, "cast_inputs": False, "reshard": config.reshard}
+            fully_sharded(self.model, self.model.layers, device=device, **options)
+        self.model.to_empty(device=device)  # of a sharded model no process ever has the whole
+        self._begin()
+        engine: nn.Module = self.model
+        no_sync: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if self.parallel == "ddp":
             engine = ddp = data_parallel(self.model)
             no_sync = ddp.no_sync
         # compiled code casts weights by itself, and the oracles' optimizer is torch's
@@ -103,13 +106,19 @@ class Learner:
             return model
         return lambda inputs, targets, bounds: model(inputs, targets, cu_seqlens=bounds.flatten())
 
-    def _begun(self) -> Transformer:
+    def _on_meta(self) -> Transformer:
+        with torch.device("meta"):
+            return Transformer(self.config.model, ops=self.ops, checkpointing=self.config.checkpointing)
+
+    def _begin(self) -> None:
+        """The model as it begins, in place."""
         torch.manual_seed(self.config.seed)
-        with self.device:
-            model = Transformer(self.config.model, ops=self.ops, checkpointing=self.config.checkpointing)
+        if self.parallel == "fsdp":
+            reset_shards(self.model, self._on_meta(), self.device)
+        else:
+            self.model.reset_parameters()
         if self.config.init_from is not None and self.fresh:
-            copy_weights(self.config.init_from, model)
-        return model
+            copy_weights(self.config.init_from, self.model)
 
     def set_rates(self, factor: float) -> None:
         """Every learning rate to `factor` times its peak."""
@@ -119,7 +128,7 @@ class Learner:
         """Model, optimizers and random generators as they began, in place; the step is captured no more."""
         self.take_step.forget_graphs()
         self.validated = self._on_batches(self.model)
-        copy_parameters(self._begun(), self.model)
+        self._begin()
         for optimizer in self.optimizers:
             optimizer.state.clear()
 

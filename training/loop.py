@@ -18,7 +18,7 @@ from .checkpoint import BackgroundSaves, list_checkpoints, load_latest, save_che
 from .checkpoint.ranks import Ranks
 from .config import TrainConfig
 from .data import Batches, end_of_document, open_corpus
-from .distributed import World, is_lost_peer, launched, process_group, tell_launcher
+from .distributed import World, is_lost_peer, launched, process_group, restarted, tell_launcher
 from .files import write_json
 from .graph import autocast
 from .learner import Learner, choose_ops, evaluate, resolve_device, whose_memory
@@ -58,7 +58,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     (checkpoints stay as they were).
     """
     world = launched()
-    if world.restarts and launch_of(config.out_dir) == world.launch:
+    if world.first and launch_of(config.out_dir) == world.launch and restarted(world):
         config = replace(config, resume=True, overwrite=False)
     console = (console or Console(stderr=True)) if world.first else Console(quiet=True, force_terminal=False)
     try:
@@ -94,8 +94,10 @@ class _Run:
         self.dtype = getattr(torch, config.dtype)
         self.ops = whose_memory(choose_ops(config.kernels, self.device), self.device)
         vocab_size = config.model.vocab_size
-        self.train_data = open_corpus(config.train_data, vocab_size=vocab_size)
-        self.val_data = None if config.val_data is None else open_corpus(config.val_data, vocab_size=vocab_size)
+        self.train_data = open_corpus(config.train_data, vocab_size=vocab_size, name="train_data")
+        self.val_data = None
+        if config.val_data is not None:
+            self.val_data = open_corpus(config.val_data, vocab_size=vocab_size, name="val_data")
         corpora = [self.train_data] if self.val_data is None else [self.train_data, self.val_data]
         for corpus in corpora:
             corpus.check_windows(config.batch_size, config.model.context_length)

@@ -14,6 +14,7 @@ from ..model import ModelConfig, Transformer, load_hf
 from ..model.hf import is_hf, read_hf_config
 from ..model.typed import typed
 from .checkpoint import find_checkpoint, load_model, read_model_config
+from .distributed import copy_parameters
 
 
 @typed
@@ -49,6 +50,7 @@ def require_model(name: str, path: str | Path) -> None:
 def copy_weights(path: str | Path, model: Transformer) -> None:
     """Give `model` the weights of the one that lies at `path`, which may have been made for another context_length.
 
+    Of a sharded model each process reads all and keeps its part.
     Raises what open_model raises, and ValueError where the two differ in anything else.
     """
     given = open_model(path, ops=reference)
@@ -58,4 +60,4 @@ def copy_weights(path: str | Path, model: Transformer) -> None:
     )
     if differing:
         raise ValueError(f"init_from {path} holds another model: {differing}")
-    model.load_state_dict(given.state_dict())
+    copy_parameters(given, model)

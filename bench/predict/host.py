@@ -18,7 +18,7 @@ def host_seconds(e: Estimate) -> float | None:
     copies, low = in_low_precision(e.dtype, e.ops, e.optimizer, e.gpus, e.parallel)
     rows = parts(
         e.config, e.batch_size, e.context_length, e.dtype,
-        checkpointing=e.checkpointing, gpus=e.gpus if e.parallel == "fsdp" else 1, optimizer=e.optimizer,
+        checkpointing=e.checkpointing, gpus=e.gpus, parallel=e.parallel, optimizer=e.optimizer,
         copies=copies, low_gradients=low,
     )  # fmt: skip
     works = [work for row in rows for work in (*row.forward, *row.backward, *row.update)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rooflight.bench import cli
+from rooflight.bench.commands import estimate
 from rooflight.training.loop import TrainingDiverged
 
 
@@ -136,6 +137,9 @@ def test_estimate_takes_a_link_in_gigabytes_per_second():
     assert "ddp over 8 GPUs: each sends 10.9 GB a step" in result.stdout
     assert "at 50.0 GB/s that takes 217.72 ms" in result.stdout
     assert '"link": 50000000000.0' in rooflight(*asked, "--json").stdout
+    for gpus, link in ((1, 50.0), (8, 0.0)):
+        with pytest.raises(ValueError, match=rf"--link: expected GB/s > 0, .*, got {link:g} and --gpus {gpus}"):
+            estimate("gpt2-xl", gpus=gpus, link=link)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can be tuned for")

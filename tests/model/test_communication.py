@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from rooflight.model import PRESETS, Ceilings, Estimate, estimate
+from rooflight.model.communication import Communication
 
 XL = PRESETS["gpt2-xl"]
 PARAMETERS = 1_555_126_400
@@ -56,7 +57,34 @@ def test_ddp_divides_nothing() -> None:
 )
 def test_bytes_are_the_closed_forms(arguments: dict, forward: int, backward: int, start: int) -> None:
     sent = estimate(XL, batch_size=1, **arguments).communication
-    assert (sent.forward, sent.backward, sent.start) == (forward, backward, start)
+    assert sent == Communication(forward, backward, start=start)
+    # Muon's results, of 1/8 of the blocks' matrices: to seven others; by fsdp to each its rows, after theirs in fp32
+    gpus, size = arguments["gpus"], 4 if "dtype" in arguments else 2
+    each = 48 * 12 * 1600**2 // gpus * (gpus - 1)
+    update = size * each if arguments.get("parallel") == "ddp" else (4 + size) * each // gpus
+    assert estimate(XL, batch_size=1, optimizer="muon", **arguments).communication == replace(sent, update=update)
+
+
+def test_processes_divide_muons_matrices() -> None:
+    one = estimate(XL, batch_size=1, optimizer="muon")
+    ddp, fsdp = (
+        estimate(XL, batch_size=1, gpus=8, parallel=parallel, optimizer="muon", ceilings=RATES, link=50e9)
+        for parallel in ("ddp", "fsdp")
+    )
+    muon = [e.components[-1].update for e in (one, ddp, fsdp)]
+    assert muon[0].executed_flops == 8 * muon[1].executed_flops == 8 * muon[2].executed_flops
+    hidden = 48 * 12 * 1600**2
+    assert muon[0].bytes == 8 * muon[2].bytes + 6 * hidden  # the copies, which fsdp has none of
+    assert muon[1].bytes == muon[2].bytes + 6 * hidden + 5 * 4 * hidden * 7 // 8  # and all momenta and moves
+    assert fsdp.memory.optimizer == -(-one.memory.optimizer // 8)
+    assert ddp.memory.optimizer == one.memory.optimizer
+    for e in ddp, fsdp:  # Muon's update waits for what it sends
+        assert e.overlap is not None
+        waits = e.communication.update / 50e9
+        assert e.overlap.overlapped == pytest.approx(
+            sum(map(max, e.overlap.compute[:2], e.overlap.link[:2])) + e.overlap.compute[2] + waits
+        )
+        assert "in the update" in told(e)
 
 
 class TestLink:
@@ -73,7 +101,7 @@ class TestLink:
     def test_bounds_the_step_where_it_takes_longer_than_a_pass(self, parallel: str, rate: float, bound_by: str) -> None:
         e = estimate(XL, batch_size=4, gpus=8, parallel=parallel, link=rate, ceilings=RATES)
         assert e.overlap is not None
-        (forward, backward, update), (gathered, reduced) = e.overlap.compute, e.overlap.link
+        (forward, backward, update), (gathered, reduced, _) = e.overlap.compute, e.overlap.link
         assert forward + backward + update == pytest.approx(e.seconds)
         assert (gathered, reduced) == (e.communication.forward / rate, e.communication.backward / rate)
         assert e.overlap.bound_by == bound_by
@@ -110,6 +138,7 @@ class TestLink:
         assert fields["communication"] == {
             "forward": e.communication.forward,
             "backward": e.communication.backward,
+            "update": 0,
             "start": 0,
         }
         assert fields["overlap"]["overlapped"] == e.overlap.overlapped

@@ -26,6 +26,8 @@ CASES = [
     Case("kept", CONFIG, reshard=False),
     Case("fp32", CONFIG, dtype=torch.float32),
     Case("ddp", CONFIG, parallel="ddp", dtype=torch.float32),
+    Case("muon", CONFIG, optimizer="muon"),
+    Case("ddp, muon", replace(CONFIG, n_layer=4), parallel="ddp", optimizer="muon"),  # other numbers of matrices
 ]
 
 
@@ -48,20 +50,30 @@ def test_each_process_holds_and_sends_what_the_estimate_says(folder: Path, case:
     dtype = str(case.dtype).removeprefix("torch.")
     e = estimate(
         case.config, batch_size=BATCH, gpus=WORLD, dtype=dtype, parallel=case.parallel, reshard=case.reshard, ops="cpu",
-        checkpointing=case.checkpointing,
+        checkpointing=case.checkpointing, optimizer=case.optimizer,
     )  # fmt: skip
-    for rank, process in enumerate(told(folder, case)):
+    processes = told(folder, case)
+    exchanged = [process["sent"].pop("exchanged", 0) for process in processes]
+    assert sum(exchanged) == pytest.approx(WORLD * e.communication.update, abs=WORLD)  # which is rounded
+    if case.parallel == "fsdp":
+        assert set(exchanged) == {e.communication.update}
+    if case.name == "muon":  # of so few tokens that its update is the peak
+        settings = {"dtype": dtype, "ops": "cpu", "optimizer": "muon"}
+        least = estimate(case.config, batch_size=1, context_length=1, gpus=WORLD, **settings).memory
+        assert {sum(p["held"].values()) + p["update"] for p in processes} == {least.peak}
+    passes = e.communication.forward + e.communication.backward
+    for rank, process in enumerate(processes):
         assert process["held"] == {
             "parameters": e.memory.parameters,
             "gradients": e.memory.gradients,
             "optimizer": e.memory.optimizer,
         }
         if case.parallel == "fsdp":
-            assert sum(process["sent"].values()) == e.communication.step
+            assert sum(process["sent"].values()) == passes
         if process["written"] is None:
             continue
         # gloo's reduce-scatter is an all-reduce, which sends twice the share (torch 2.13); DDP's goes around a ring
-        sent = e.communication.step + process["sent"].get("scattered", 0)
+        sent = passes + exchanged[rank] + process["sent"].get("scattered", 0)
         assert sent <= process["written"]["step"] <= sent + HEADERS
         # rank 0's parameters reach the others; gloo's rank 0 sends them to each, not around the ring that is estimated
         start = e.communication.start * (WORLD - 1) * (rank == 0)

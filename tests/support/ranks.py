@@ -22,14 +22,18 @@ def on_ranks(size: int, folder: Path, work: Callable[..., Any], *args: Any) -> l
     work: of a module that a new process can import, as tests.support's.  folder: for what they return.
     Raises what torch says of the first that fails.
     """
-    with socket.socket() as free, pytest.MonkeyPatch.context() as patch:
-        free.bind(("127.0.0.1", 0))
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASTER_ADDR", "127.0.0.1")
-        patch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+        patch.setenv("MASTER_PORT", str(free_port()))
         patch.delenv("TRITON_INTERPRET", raising=False)  # the processes take the fast path of a plain CPU
-        free.close()
         mp.spawn(_one, (size, str(folder), work, args), nprocs=size)
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(size)]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def _one(rank: int, size: int, folder: str, work: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rooflight.bench.measure.memory import peak_bytes
 from rooflight.model import ModelConfig, Transformer
-from rooflight.training.distributed import data_parallel, full, fully_sharded, local
-from rooflight.training.optim import AdamW
+from rooflight.training.distributed import World, data_parallel, full, fully_sharded, local
+from rooflight.training.optim import build_optimizers
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,12 @@ class Case:
     reshard: bool = True
     dtype: torch.dtype = torch.bfloat16
     checkpointing: bool = False
+    optimizer: str = "adamw"
 
 
 class Sent(TorchDispatchMode):
-    """Bytes that a ring sends in the collectives that FSDP2 asks for: of the whole, all but this process's share."""
+    """Bytes that a ring sends in the collectives that FSDP2 asks for: of the whole, all but this process's share. And
+    those that Muon sends to other processes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,6 +45,9 @@ class Sent(TorchDispatchMode):
         if name in ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_"):
             sizes = [x.nbytes for x in args[:2]]  # the whole and a share, in either order
             self.bytes["gathered" if "gather" in name else "scattered"] += max(sizes) - min(sizes)
+        if name == "c10d::alltoall_base_":
+            _, sent, _, _, split = args[:5]
+            self.bytes["exchanged"] += sent.itemsize * (sum(split) - split[dist.get_rank()])
         return func(*args, **(kwargs or {}))
 
 
@@ -82,12 +88,14 @@ def step(rank: int, folder: Path, case: Case, batch_size: int) -> None:
     wrapped = wrap(model, case)
     dist.barrier()
     built = written()
-    optimizer = AdamW(wrapped.parameters(), lr=1e-2)
+    world = World(rank, dist.get_world_size())
+    optimizers = build_optimizers(model, optimizer=case.optimizer, muon_dtype=case.dtype, world=world)
     tokens = batch(rank, case.config, batch_size)
     with Sent() as sent:
         loss = wrapped(tokens, tokens)
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
     dist.barrier()
     after = written()
     params = dict(zip(names, wrapped.parameters(), strict=True))
@@ -95,8 +103,14 @@ def step(rank: int, folder: Path, case: Case, batch_size: int) -> None:
         "held": {
             "parameters": nbytes(params.values()),
             "gradients": nbytes(p.grad for p in params.values()),
-            "optimizer": nbytes(s[key] for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")),
+            "optimizer": nbytes(
+                moment
+                for optimizer in optimizers
+                for state in optimizer.state.values()
+                for moment in (state[key] for key in ("exp_avg", "exp_avg_sq", "momentum") if key in state)
+            ),
         },
+        "update": peak_bytes(optimizers[-1].step, torch.device("cpu")),
         "sent": sent.bytes,
         "written": None if before is None else {"start": built - before, "step": after - built},
         "loss": loss.item(),

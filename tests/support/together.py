@@ -15,10 +15,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from rooflight.bench.measure.memory import peak_bytes
 from rooflight.model import ModelConfig
 from rooflight.training import loop
 from rooflight.training.config import TrainConfig
-from rooflight.training.distributed import full, full_parameters, launched
+from rooflight.training.distributed import full, full_parameters, launched, local
 from rooflight.training.learner import Learner
 from rooflight.training.run.result import TrainResult
 from support.assignment import assignment
@@ -27,6 +28,8 @@ from support.runs import after, crash
 from support.sharded import written
 
 MODEL = ModelConfig(61, 16, 2, 4, n_kv_head=2, d_model=32, d_ff=40)
+
+DEEP = replace(MODEL, n_layer=12, d_model=64, d_ff=128)  # each parameter is a small part of it
 
 
 def _config(parallel: str, **options: Any) -> TrainConfig:
@@ -64,6 +67,18 @@ def learn(config: TrainConfig, n_step: int) -> dict[str, Any]:
 
 def learn_all() -> dict[str, dict[str, Any]]:
     return {name: learn(*case) for name, case in CASES.items()}
+
+
+def begins(config: TrainConfig) -> dict[str, Any]:
+    """The parameters that fsdp begins with, whole; bytes that this process holds of them, and the most that it held of
+    anything till then."""
+    learners: list[Learner] = []
+    cpu = torch.device("cpu")
+    config = replace(config, parallel="fsdp")
+    peak = peak_bytes(lambda: learners.append(Learner(config, cpu, world=launched())), cpu)
+    parameters = full_parameters(learners[0].model)
+    held = sum(p.nbytes for p in local(list(learners[0].model.parameters())))
+    return {"parameters": parameters, "held": held, "peak": peak}
 
 
 # Runs' options, by their engines; alone, each is the run without its engine. Documents are of many lengths, so that
@@ -113,4 +128,6 @@ def everything(folder: Path, config: TrainConfig) -> dict[str, Any]:
     """All of the above, by what did it."""
     with group(folder):
         told = {"learn_all": learn_all(), "assignment": assignment(), "runs": runs(config)}
+        told["begins"] = begins(replace(config, model=DEEP))
+        told["begins from"] = begins(replace(config, init_from=of(config, "ddp").out_dir))
     return told | {"fails": fails(config)}

@@ -11,15 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from rooflight.training.checkpoint import list_checkpoints
+from rooflight.model import Transformer
+from rooflight.training.checkpoint import list_checkpoints, load_model
 from rooflight.training.config import TrainConfig
-from rooflight.training.distributed import World, shard_rows
+from rooflight.training.distributed import World, fully_sharded, shard_rows
 from rooflight.training.loop import train
-from support.ranks import on_ranks
-from support.runs import log_of, weights_of
-from support.together import CASES, RUNS, everything, learn_all, of
+from support.ranks import free_port, on_ranks
+from support.runs import assert_equal, log_of, weights_of
+from support.together import CASES, DEEP, RUNS, everything, learn_all, of
 
 pytestmark = pytest.mark.cpu
 
@@ -50,6 +52,21 @@ def test_several_processes_are_one(
     check_assignment([of_rank["assignment"] for of_rank in told])
     check_runs([of_rank["runs"] for of_rank in told], run, quiet)
     check_failure([of_rank["fails"] for of_rank in told])
+    check_beginning([of_rank["begins"] for of_rank in told])
+    trained = dict(load_model(told[0]["runs"]["ddp"].checkpoint).named_parameters())
+    for of_rank in told:
+        assert_equal(of_rank["begins from"]["parameters"], trained)
+
+
+def check_beginning(told: list[dict[str, Any]]) -> None:
+    """fsdp's values are those that one process draws, and no process has ever had all of them."""
+    torch.manual_seed(0)
+    expected = dict(Transformer(DEEP).named_parameters())
+    largest = max(p.nbytes for p in expected.values())
+    for found in told:
+        assert_equal(found["parameters"], expected)
+        # one parameter's values are whole, and torch's truncated normal has two tensors more of as many
+        assert found["held"] + largest <= found["peak"] < found["held"] + 3.5 * largest
 
 
 def check_steps(told: list[dict[str, Any]], alone: dict[str, Any]) -> None:
@@ -170,7 +187,10 @@ def test_rows_are_divided() -> None:
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_a_run_where_it_stood_and_names_the_error(config: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("machines", [1, 2])
+def test_torchrun_restarts_a_run_where_it_stood_and_names_the_error(
+    config: TrainConfig, tmp_path: Path, machines: int
+) -> None:
     """Each of two lives has four steps before its fault: checkpoints of the 3rd and, gone on from it, the 6th."""
     toml = tmp_path / "run.toml"
     model = "\n".join(f"{k} = {v}" for k, v in config.model.to_dict().items() if type(v) is int)
@@ -178,17 +198,34 @@ def test_torchrun_restarts_a_run_where_it_stood_and_names_the_error(config: Trai
         f'train_data = "{config.train_data}"\nout_dir = "{config.out_dir}"\nparallel = "ddp"\nbatch_size = 8\n'
         f'dtype = "float32"\ndevice = "cpu"\npeak_flops = 1e9\ncheckpoint_every = 3\nlog_every = 1\n[model]\n{model}\n'
     )
-    command = "-m torch.distributed.run --nproc-per-node 2 --max-restarts 1 --rdzv-backend c10d --rdzv-endpoint"
-    ended = subprocess.run(
-        [sys.executable, *command.split(), "127.0.0.1:0", "-m", "support.faulty_run", "train", "--config", str(toml)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
+    command = (
+        f"-m torch.distributed.run --nnodes {machines} --nproc-per-node {2 // machines} --max-restarts 1 "
+        f"--rdzv-backend c10d --rdzv-id x --rdzv-endpoint 127.0.0.1:{0 if machines == 1 else free_port()}"
     )
-    assert ended.returncode != 0
-    assert "going on from step 3" in ended.stderr
-    assert "RuntimeError: power cut" in ended.stderr.partition("Root Cause")[2]
-    assert "lost another of the 2, whose own error says why" in ended.stderr
+    launches = [
+        subprocess.Popen(
+            [sys.executable, *command.split(), "-m", "support.faulty_run", "train", "--config", str(toml)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(machines)
+    ]
+    told = [launch.communicate(timeout=300)[1] for launch in launches]
+    assert all(launch.returncode for launch in launches), told
+    errors = "".join(told)
+    assert "going on from step 3" in errors
+    assert any("RuntimeError: power cut" in text.partition("Root Cause")[2] for text in told)
+    assert "lost another of the 2, whose own error says why" in errors
     assert [p.name for p in list_checkpoints(config.out_dir / "checkpoints")] == ["step-00000003", "step-00000006"]
     assert [r["step"] for r in log_of(config)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_model_on_a_cpu_is_sharded_there_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        module = fully_sharded(nn.Linear(4, 4))
+        assert module.weight.device_mesh.device_type == "cpu"
+    finally:
+        dist.destroy_process_group()

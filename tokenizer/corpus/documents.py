@@ -168,7 +168,7 @@ def _rows(span: Span, size: int, field: str) -> Iterator[tuple[Block, int]]:
             f"{span.path!r} is a Parquet file, which pyarrow reads: pip install 'rooflight[data]'"
         ) from None
     try:
-        # Without a buffer's size, or with pre_buffer, a group's whole column is read at once: a file is often one group.
+        # Without a buffer's size, or with pre_buffer, a group's whole column is read at once, often the file's.
         with pq.ParquetFile(span.path, buffer_size=1 << 20, pre_buffer=False) as file:
             if field not in file.schema_arrow.names:
                 raise ValueError(f"has no column {field!r}, but {', '.join(map(repr, file.schema_arrow.names))}")

@@ -10,17 +10,19 @@ an interruption needs. corpus.json says of which input, how, and in how many par
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from ..encoding import SpecialIds
-from ..files import read_json, read_token_file, remove_leftovers, shown, token_file, write_json
+from ..files import locked, read_json, read_token_file, remove_leftovers, shown, token_file, write_json
 from ..inputs import warn_of_odd
 from ..pretokenize import Cutter
 from ..progress import progress_bars
@@ -93,43 +95,43 @@ def prepare(
         "allow_special": allow_special,
     }
     made_of |= {"shard_tokens": int(shard_tokens), "inputs": [[shown(path), path.stat().st_size] for path in files]}
-    _claim(out, made_of | {"n_parts": len(all_parts)})  # last: what another number of them comes from is named
+    made_of["n_parts"] = len(all_parts)  # last: what another number of them comes from is named
+    with _claimed(out, made_of):
+        done = {part: _done(out, part, tokenizer.hash) for part in range(i, len(all_parts), n)}
+        todo = [part for part, headers in done.items() if not (headers and headers[-1]["part_ends"])]
+        for pattern in ("corpus.json", *(_path(out, part, None).name for part in todo)):
+            remove_leftovers(out, pattern)
+        # A task of so many bytes has no more tokens than a shard, were they a byte each and an end behind each.
+        size = min(_TASK, max(1, int(shard_tokens) // 4))
+        marks = {} if eod is None or eod_id is None else {eod: eod_id}
+        cutter = SpecialIds(
+            tokenizer.special_tokens if allow_special else marks, tokenizer.pattern, tokenizer.definition.options
+        ).cutter
+        make = partial(EncodeWorker, tokenizer, eod, field, allow_special)
+        n_odd, n_empty = np.zeros(3, np.int64), 0
+        with progress_bars(progress) as bar, Crew(make, num_workers) as crew:
+            advance = bar("Encoding", sum(span.size for part in todo for span in all_parts[part]))
 
-    done = {part: _done(out, part, tokenizer.hash) for part in range(i, len(all_parts), n)}
-    todo = [part for part, headers in done.items() if not (headers and headers[-1]["part_ends"])]
-    for pattern in ("corpus.json", *(_path(out, part, None).name for part in todo)):
-        remove_leftovers(out, pattern)
-    # A task of so many bytes has no more tokens than a shard, were they a byte each and an end behind each.
-    size = min(_TASK, max(1, int(shard_tokens) // 4))
-    marks = {} if eod is None or eod_id is None else {eod: eod_id}
-    cutter = SpecialIds(
-        tokenizer.special_tokens if allow_special else marks, tokenizer.pattern, tokenizer.definition.options
-    ).cutter
-    make = partial(EncodeWorker, tokenizer, eod, field, allow_special)
-    n_odd, n_empty = np.zeros(3, np.int64), 0
-    with progress_bars(progress) as bar, Crew(make, num_workers) as crew:
-        advance = bar("Encoding", sum(span.size for part in todo for span in all_parts[part]))
+            def left() -> Iterator[Task]:
+                for part in todo:
+                    n_done = done[part][-1]["n_tasks"] if done[part] else 0
+                    for task in _tasks(part, all_parts[part], cutter, size, field):
+                        if task.number < n_done:
+                            advance(task.n_read)
+                        else:
+                            yield task
 
-        def left() -> Iterator[Task]:
-            for part in todo:
-                n_done = done[part][-1]["n_tasks"] if done[part] else 0
-                for task in _tasks(part, all_parts[part], cutter, size, field):
-                    if task.number < n_done:
-                        advance(task.n_read)
-                    else:
-                        yield task
+            def results() -> Iterator[Result]:
+                nonlocal n_odd, n_empty
+                for result in crew.map(left()):
+                    advance(result.n_read)
+                    n_odd, n_empty = n_odd + result.n_odd, n_empty + result.n_empty
+                    yield result
 
-        def results() -> Iterator[Result]:
-            nonlocal n_odd, n_empty
-            for result in crew.map(left()):
-                advance(result.n_read)
-                n_odd, n_empty = n_odd + result.n_odd, n_empty + result.n_empty
-                yield result
-
-        numbered = _numbered(results(), {part: len(done[part]) for part in todo}, int(shard_tokens))
-        for (part, number), group in groupby(numbered, lambda item: item[0]):
-            header = _write(_path(out, part, number), (result for _, result in group), tokenizer, eod_id)
-            done[part] += [header] if header else []
+            numbered = _numbered(results(), {part: len(done[part]) for part in todo}, int(shard_tokens))
+            for (part, number), group in groupby(numbered, lambda item: item[0]):
+                header = _write(_path(out, part, number), (result for _, result in group), tokenizer, eod_id)
+                done[part] += [header] if header else []
     warn_of_odd(*n_odd.tolist())
     return Prepared([header for headers in done.values() for header in headers], n_empty, left_out)
 
@@ -156,17 +158,47 @@ def _refuse_overlap(out: Path, inputs: Iterable[str | os.PathLike[str]], files: 
             raise ValueError(f"out: {out} lies in the input {path}, expected another folder")
 
 
-def _claim(out: Path, made_of: dict[str, Any]) -> None:
-    """Writes corpus.json, or raises ValueError where there are shards of another corpus."""
+@contextmanager
+def _claimed(out: Path, made_of: dict[str, Any]) -> Iterator[None]:
+    """While entered, corpus.json says what `out` is made of, and no job of another corpus rewrites it.
+
+    Raises ValueError where there are shards of another corpus, or a job that makes one.
+    """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "corpus.json"
     content = {"format": FORMAT, "version": VERSION, **made_of}
-    if not any(out.glob("shard-*")):
-        write_json(path, content)
-        return
-    if not path.exists():
-        raise ValueError(f"out: {out} holds token files but no corpus.json, expected another folder")
-    earlier = read_json(path)
+    with ExitStack() as held:
+        with locked(out):
+            begun = any(out.glob("shard-*"))
+            if begun and not path.exists():
+                raise ValueError(f"out: {out} holds token files but no corpus.json, expected another folder")
+            if path.exists() and (begun or not _lock(held.enter_context(path.open("rb")), fcntl.LOCK_EX)):
+                _compare(out, read_json(path), content)
+            else:
+                write_json(path, content)
+            # shared by the jobs of this corpus as long as they are at work
+            claim = held.enter_context(path.open("rb"))
+            _lock(claim, fcntl.LOCK_SH)
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                fcntl.flock(claim, fcntl.LOCK_UN)  # not only closed: a worker that has not ended yet holds it too
+
+
+def _lock(file: IO[bytes], how: int) -> bool:
+    """False where another process has a lock that does not allow it."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
+
+
+def _compare(out: Path, earlier: Any, content: dict[str, Any]) -> None:
+    """Raises ValueError on a corpus that is another one."""
     for name, now in content.items():
         before = earlier.get(name) if isinstance(earlier, dict) else None
         if before == now:

@@ -6,6 +6,7 @@ a run draws that share of its windows from it (order.py).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,22 +75,31 @@ class Corpus:
 
 @typed
 def open_corpus(
-    paths: str | Path | Sequence[str | Path] | Mapping[str, float], *, vocab_size: int | None = None
+    paths: str | Path | Sequence[str | Path] | Mapping[str, float],
+    *,
+    vocab_size: int | None = None,
+    name: str = "paths",
 ) -> Corpus:
     """Map token files: one path, several, or a table of paths and weights; a path is x.bin, or a folder of such files,
     taken by name.
 
-    vocab_size: as in open_tokens, which reads each.
-    Raises FileNotFoundError as open_tokens does, ValueError on a folder without token files, on tokenizers that differ,
-    on a weight below 1/10,000 of their sum, and as open_tokens does.
+    vocab_size: as in open_tokens, which reads each.  name: what errors call `paths`.
+    Raises FileNotFoundError as open_tokens does, ValueError on a folder without token files, on a file given twice (of
+    a table, under one path), on tokenizers that differ, on a weight below 1/10,000 of their sum, and as open_tokens
+    does.
     """
     if isinstance(paths, Mapping):
         sources = tuple(Source(_open([path], vocab_size), weight) for path, weight in paths.items())
     else:
         sources = (Source(_open([paths] if isinstance(paths, str | Path) else paths, vocab_size)),)
     if not any(source.files for source in sources):
-        raise ValueError("paths: got none, expected a token file or folder at least")
-    turns([source.weight for source in sources])
+        raise ValueError(f"{name}: got none, expected a token file or folder at least")
+    for source in sources:
+        _refuse_twice(name, source.files)
+    try:
+        turns([source.weight for source in sources])
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     corpus = Corpus(sources)
     first = corpus.files[0]
     for file in corpus.files:
@@ -99,6 +109,15 @@ def open_corpus(
                 f"{first.tokenizer_hash[:12]} and {file.tokenizer_hash[:12]}: encode them with the same one"
             )
     return corpus
+
+
+def _refuse_twice(name: str, files: Sequence[TokenFile]) -> None:
+    seen: dict[str, Path] = {}
+    for file in files:
+        if (earlier := seen.setdefault(os.path.realpath(file.path), file.path)) is not file.path:
+            raise ValueError(
+                f"{name}: {file.path} is given twice, as {earlier} before; a table gives a path more of the windows"
+            )
 
 
 def check_window(n_tokens: int, batch_size: int, context_length: int, whose: str = "") -> None:

@@ -44,14 +44,14 @@ def turns(weights: Sequence[float]) -> tuple[Ints, Ints, Ints]:
     Raises ValueError on a weight that is not positive and finite, or too small to have one.
     """
     if not (len(weights) and all(0 < weight < math.inf for weight in weights)):
-        raise ValueError(f"weights: expected positive and finite numbers, got {[*weights]}")
+        raise ValueError(f"weights must be positive and finite, got {[*weights]}")
     if len(weights) == 1:
         return np.zeros(1, np.int64), np.zeros(1, np.int64), np.ones(1, np.int64)
     share = np.asarray(weights, np.float64) / sum(weights) * PERIOD
     counts = np.floor(share + 1e-6).astype(np.int64)
     counts[np.argsort(counts - share, kind="stable")[: PERIOD - counts.sum()]] += 1  # the largest remainders
     if counts.min() == 0:
-        raise ValueError(f"weights: expected at least 1/{PERIOD:,} of the sum {sum(weights)} each, got {min(weights)}")
+        raise ValueError(f"weights must be at least 1/{PERIOD:,} of their sum {sum(weights)}, got {min(weights)}")
     source = np.repeat(np.arange(len(counts)), counts)
     nth = np.concatenate([np.arange(count) for count in counts])
     order = np.argsort((nth + 0.5) / counts[source], kind="stable")  # each source's turns evenly spread

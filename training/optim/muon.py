@@ -136,8 +136,8 @@ class Muon(GroupedOptimizer):
         whole = [updates[i] for i in of[rank]]
         if sharded:
             expected = [[(holds[r][i][1], shapes[i][1]) for i in of[rank]] for r in range(size)]
-            parts = exchange([[updates[i] for i in some] for some in of], expected, updates[0])
-            whole = [torch.cat(some) for some in zip(*parts, strict=True)]
+            shares = [[updates[i] for i in some] for some in of]
+            whole = [torch.cat(some) for some in zip(*exchange(shares, expected, updates[0]), strict=True)]
 
         turned = [u.new_empty(u.shape, dtype=self.dtype) for u in whole]
         mine = [rows[i] for i in of[rank]]

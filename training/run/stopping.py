@@ -66,10 +66,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def predicted_step(config: TrainConfig, ops: str, processes: int = 1) -> Estimate:
-    """The estimate of one process's micro-batch; ops: whose memory it is, as in model.estimate.
-
-    Of several processes Muon's exchange is not counted yet: its estimate is AdamW's there, whose moments are more.
-    """
+    """The estimate of one process's micro-batch; ops: whose memory it is, as in model.estimate."""
     batch_size = config.batch_size // (processes * config.gradient_accumulation)
     return estimate(config.model, batch_size=batch_size, **_settings(config, ops, processes))
 
@@ -78,22 +75,23 @@ def _settings(config: TrainConfig, ops: str, processes: int) -> dict[str, Any]:
     settings = {"dtype": config.dtype, "checkpointing": config.checkpointing, "ops": ops, "optimizer": config.optimizer}
     if processes == 1:
         return settings
-    several = {"gpus": processes, "parallel": config.parallel, "reshard": config.reshard}
-    return settings | several | {"optimizer": "adamw"}
+    return settings | {"gpus": processes, "parallel": config.parallel, "reshard": config.reshard}
 
 
 def check_memory(config: TrainConfig, ops: str, capacity: int, processes: int = 1) -> None:
     """Raise ValueError when a process is predicted to hold more than `capacity`, the machine's memory in bytes.
 
-    For a CPU, where the system would end the process without a word.
+    For a CPU, where the system would end the process without a word, and a checkpoint in the background is copied to.
     """
     # the batch and its gather's indices, int64, stand beside the step
     batch = 16 * (config.batch_size // processes) * (config.model.context_length + 1)
-    need = predicted_step(config, ops, processes).memory.peak + batch
+    memory = predicted_step(config, ops, processes).memory
+    copied = (memory.parameters + memory.optimizer) * config.async_checkpoints
+    need = memory.peak + batch + copied
     if need > capacity:
         raise ValueError(
             f"batch_size {config.batch_size} needs {need / 1e9:,.1f} GB of memory at its peak (predicted), and there "
-            f"are {capacity / 1e9:,.1f} GB: {what_fits(config, ops, capacity, processes)}"
+            f"are {capacity / 1e9:,.1f} GB: {what_fits(config, ops, capacity - copied, processes)}"
         )
 
 

@@ -60,8 +60,16 @@ def test_wrong_corpora_are_named(shards, write_tokens, tmp_path):
         (tmp_path / "empty", r"empty is a folder without token files, expected some x\.bin"),
         ([], "paths: got none, expected a token file or folder at least"),
         ({}, "paths: got none"),
-        ({str(other): 1.0, str(shards / "code.bin"): -0.5}, r"weights: expected positive .*, got \[1\.0, -0\.5\]"),
-        ({str(other): math.nan}, "weights: expected positive and finite numbers"),
+        (
+            {str(other): 1.0, str(shards / "code.bin"): -0.5},
+            r"paths: weights must be positive and finite, got \[1\.0, -0\.5\]",
+        ),
+        ({str(other): math.nan}, "paths: weights must be positive and finite"),
+        (
+            [shards / "web", shards / "code.bin", shards / "web" / "shard-00000.bin"],
+            r"paths: .*shard-00000\.bin is given twice, as .*shard-00000\.bin before; a table gives a path more",
+        ),
+        ([shards / "code.bin", shards / ".." / shards.name / "code.bin"], "code.bin is given twice"),
     ):
         with pytest.raises(ValueError, match=message):
             open_corpus(paths)
@@ -73,8 +81,10 @@ def test_wrong_corpora_are_named(shards, write_tokens, tmp_path):
         ValueError, match=r"context_length 40 needs at least 41 tokens, got .*bin with 30"
     ):  # of one source of two
         Batches(open_corpus({str(shards / "web"): 1.0, str(shards / "code.bin"): 1.0}), 2, 40, CPU, seed=0)
-    with pytest.raises(ValueError, match=r"weights: expected at least 1/10,000 of the sum 1000000\.0 each, got 1\.0"):
-        open_corpus({str(shards / "web"): 999_999.0, str(shards / "code.bin"): 1.0})
+    with pytest.raises(
+        ValueError, match=r"^train_data: weights must be at least 1/10,000 of their sum 1000000\.0, got 1\.0"
+    ):
+        open_corpus({str(shards / "web"): 999_999.0, str(shards / "code.bin"): 1.0}, name="train_data")
 
 
 @pytest.mark.parametrize("order", ["random", "epochs"])

@@ -191,4 +191,14 @@ def test_what_fits_is_said_of_all_processes(config, parallel):
     assert held[0] <= held[1] <= 400_000 < held[2]
     with pytest.raises(ValueError, match=rf"batch_size 4096 needs .*: batch_size {fits} fits"):
         check_memory(config, "eager", 400_000, 4)
-    assert what_fits(dataclasses.replace(config, optimizer="muon"), "eager", 400_000, 4) == said  # not counted yet
+    muon = dataclasses.replace(config, optimizer="muon")
+    assert predicted_step(muon, "eager", 4).optimizer == "muon"
+    assert predicted_step(muon, "eager", 4).memory.optimizer < shared.memory.optimizer
+    # a checkpoint's copy stands beside the step
+    config = dataclasses.replace(config, batch_size=fits, gradient_accumulation=1)
+    copied = dataclasses.replace(config, async_checkpoints=True)
+    least = shared.memory.parameters + shared.memory.optimizer + 400_000
+    check_memory(config, "eager", 500_000, 4)
+    with pytest.raises(ValueError, match=rf"batch_size {fits} needs .*: batch_size \d+ fits"):
+        check_memory(copied, "eager", least - 20_000, 4)
+    check_memory(copied, "eager", least + 100_000, 4)
