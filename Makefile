@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 # pytest-benchmark refuses to work beside pytest-xdist, and tests have no use for it.
 JOBS ?= 2
-PYTEST = $(BIN)/pytest -n $(JOBS) -p no:benchmark
+# Stealing, so that no process waits behind another's minute-long compilations when it has run out of tests.
+PYTEST = $(BIN)/pytest -n $(JOBS) --dist worksteal -p no:benchmark
 UV := $(shell command -v uv 2>/dev/null)
 
 # Busy OpenMP threads that spin-wait cost up to 10x on a shared machine.

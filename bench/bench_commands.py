@@ -176,6 +176,7 @@ def step(
     import torch
     from rich.console import Console
 
+    from ..model import estimate
     from ..training.files import write_json
     from ..training.loop import resolve_device
     from ..training.throughput import measure_peak_flops
@@ -189,7 +190,9 @@ def step(
     place = resolve_device(device)
     console = Console()
     model_name, config = read_model(model)
-    length, kind = context_length or config.context_length, getattr(torch, dtype)
+    length = config.context_length if context_length is None else context_length
+    estimate(config, batch_size=batch_size, context_length=length, dtype=dtype)  # ValueError where one cannot be
+    kind = getattr(torch, dtype)
     title = f"{model_name}, {batch_size} x {length:,}, {dtype}, AdamW"
     done: list[Any] = []
     failures: dict[str, str] = {}
@@ -231,6 +234,8 @@ def kernels(
     from .reports.kernel_tables import failures_table, kernel_results, table
     from .reports.terminal import show
 
+    if not seconds > 0:
+        raise ValueError(f"seconds: expected > 0, got {seconds}")
     require(files=[json_path])
     place = resolve_device(device)
     where = machine(place)

@@ -10,11 +10,14 @@ import errno
 import os
 import re
 import sys
+from pathlib import Path
+from typing import Any
 
 # Before torch is imported: busy OpenMP threads that spin-wait cost up to 10x on a shared machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
+from typer.core import TyperCommand
 
 from .. import __version__
 from ..tokenizer.commands import app as tokenizer
@@ -36,6 +39,24 @@ app.add_typer(bench, name="bench")
 for command in (data, train, replay, generate, plot, import_hf, export_hf, estimate, demo):
     app.command()(command)
 app.command("eval")(evaluate)
+
+
+class _Command(TyperCommand):
+    """Refuses an empty path, an unset variable of the shell's say, which pathlib takes for the current folder."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = self.make_parser(ctx).parse_args(args=list(args))[0]
+        rest = super().parse_args(ctx, args)
+        for name, value in ctx.params.items():
+            values, texts = ([x] if not isinstance(x, list | tuple) else x for x in (value, given.get(name)))
+            if "" in texts and any(isinstance(one, Path) for one in values):
+                raise ValueError(f"{name}: expected a path, got ''")
+        return rest
+
+
+for group in (app, tokenizer, bench):
+    for registered in group.registered_commands:
+        registered.cls = _Command
 
 
 def _version(show: bool) -> None:

@@ -131,12 +131,24 @@ def bench_tokenizer(
     from ..tokenizer.files import atomic
     from ..tokenizer.workers import check_num_workers
     from .cases.tokenizer import compare, results, table
+    from .cases.tokenizer_peers import END_OF_TEXT, coders, trainers
     from .ready import require
     from .reports.terminal import show
 
     require(files=[json_path])
     workers = check_num_workers(num_workers)
+    with file.open("rb"):
+        pass
+    known = sorted({*trainers(), *coders()})
+    if wrong := [name for name in peer or [] if name not in known]:
+        raise ValueError(f"peer: expected one of {', '.join(known)}, got {wrong[0]!r}")
+    if not 0 < megabytes < float("inf"):
+        raise ValueError(f"megabytes: expected a finite number > 0, got {megabytes}")
+    if repeats < 1:
+        raise ValueError(f"repeats: expected a whole number >= 1, got {repeats}")
     loaded = None if tokenizer is None else load(tokenizer)
+    if loaded is None and vocab_size < 257:
+        raise ValueError(f"vocab_size: got {vocab_size}, expected at least 257: 256 bytes and {END_OF_TEXT}")
     vocab_size = vocab_size if loaded is None else loaded.vocab_size
     rows = compare(
         file,

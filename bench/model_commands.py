@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 Model = Annotated[Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face folder.")]
 TokenizerFolder = Annotated[
-    Path | None, typer.Option("--tokenizer", "-t", help="The tokenizer's folder; by default the model's own.")
+    Path | None,
+    typer.Option("--tokenizer", "-t", help="The tokenizer's folder, or a tokenizer.json; by default the model's own."),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")]
 
@@ -40,7 +41,8 @@ def find_tokenizer(model: Path, given: Path | None) -> Tokenizer:
     from ..training.checkpoint import check_tokenizer
 
     for folder in (given,) if given is not None else (model / OWN_TOKENIZER, model):
-        if not any((folder / name).is_file() for name in ("merges.txt", "tokenizer.json")):
+        names = ("merges.txt", "tokenizer.json", "")  # or a tokenizer.json by itself
+        if not any((folder / name).is_file() for name in names):
             continue
         found = Tokenizer.load(folder)
         if not is_hf(model):
@@ -216,6 +218,16 @@ def plot(
     print(f"{out}: written")
 
 
+def _refuse_held(out: Path, *, but: str = "") -> None:
+    """ValueError where the folder holds anything: a run's, a checkpoint's or a model's files are not written over."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file, expected a folder")
+    held = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if held:
+        some = ", ".join(held[:3]) + (", ..." if len(held) > 3 else "")
+        raise ValueError(f"out: {out} holds {some}: expected a new folder, or an empty one{but}")
+
+
 def import_hf(
     path: Annotated[Path, typer.Argument(help="A Hugging Face folder: config.json, safetensors, tokenizer.json.")],
     out: Out,
@@ -227,6 +239,7 @@ def import_hf(
 
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path}: expected a Hugging Face folder, with a config.json")
+    _refuse_held(out)
     words, without = None, f"; {path} has no tokenizer.json"
     if (path / "tokenizer.json").is_file():
         try:
@@ -245,12 +258,20 @@ def export_hf(
     checkpoint: Model,
     out: Out,
     tokenizer: TokenizerFolder = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the Hugging Face model that OUT holds.")
+    ] = False,
 ) -> None:
     """Write a checkpoint and its tokenizer for transformers: AutoModelForCausalLM and AutoTokenizer open the folder."""
     from ..model import save_hf
+    from ..model.hf import is_hf
     from ..model.hf.weights import write_json
     from ..training.pretrained import open_model
 
+    if not is_hf(out):
+        _refuse_held(out)
+    elif not overwrite or out.samefile(checkpoint):
+        _refuse_held(out, but="" if out.samefile(checkpoint) else ", or --overwrite")
     words = find_tokenizer(checkpoint, tokenizer)
     model = open_model(checkpoint)
     if words.vocab_size > model.config.vocab_size:

@@ -46,7 +46,8 @@ class Patched:
 def patch(model: nn.Module) -> Patched:
     """Put our kernels under a Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2 or Gemma 3 of transformers, in place.
 
-    With labels the loss never holds the logits; they are computed when the output's `logits` is read.
+    With labels the loss never holds the logits; they are computed when they are read from the output. Where every label
+    is -100 the loss is 0, not NaN.
     Modules of other classes, activations that are not SiLU and dropout in attention are left alone, and named in what
     is returned. A model that is patched already is patched anew.
     Raises ValueError on a module that is none of transformers' models.
@@ -272,12 +273,55 @@ def _lazy_output() -> type:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     class WithLazyLogits(CausalLMOutputWithPast):
-        """CausalLMOutputWithPast whose logits are made when the attribute is first read."""
+        """CausalLMOutputWithPast whose logits are made when they are first read: by name, by place, or in passing.
+
+        Who goes through all of it while gradients are recorded, as accelerate does, is not given them.
+        """
+
+        def _make(self) -> None:
+            if (make := self.__dict__.pop("make_logits", None)) is not None:
+                self["logits"] = make()
+                for name in [name for name in self if name not in ("loss", "logits")]:
+                    self.move_to_end(name)  # the second, as ever
 
         def __getattribute__(self, name: str) -> Any:
-            if name == "logits" and (make := self.__dict__.pop("make_logits", None)) is not None:
-                self.logits = make()
+            if name == "logits":
+                self._make()
             return super().__getattribute__(name)
+
+        def __getitem__(self, key: Any) -> Any:
+            if key in ("loss", 0):
+                return self.loss
+            self._make()
+            return super().__getitem__(key)
+
+        def get(self, key: Any, default: Any = None) -> Any:
+            try:
+                return self[key]
+            except KeyError:
+                return default
+
+        def __contains__(self, key: Any) -> bool:
+            return (key == "logits" and "make_logits" in self.__dict__) or super().__contains__(key)
+
+        def to_tuple(self) -> tuple[Any, ...]:
+            self._make()
+            return super().to_tuple()
+
+        def items(self) -> Any:
+            if not torch.is_grad_enabled():
+                self._make()
+            return super().items()
+
+        def keys(self) -> Any:
+            if not torch.is_grad_enabled():
+                self._make()
+            return super().keys()
+
+        def values(self) -> Any:
+            if not torch.is_grad_enabled():
+                self._make()
+            return super().values()
 
     return WithLazyLogits
 

@@ -67,6 +67,8 @@ class RopeScaling:
             if name not in needed | optional:
                 raise ValueError(f"rope_scaling: {self.kind} has no {name}, got {value!r}")
             if name in ("short_factor", "long_factor"):
+                if not isinstance(value, list | tuple):
+                    raise ValueError(f"rope_scaling: {name}: expected a list of numbers, got {value!r}")
                 value = tuple(value)
                 object.__setattr__(self, name, value)
             numbers = value if isinstance(value, tuple) else (value,)

@@ -27,7 +27,7 @@ def _pattern(given: str) -> str:
     """`given`, unless it is a name that no pattern has: as an expression it would match that word alone."""
     from .pretokenize.patterns import PATTERNS
 
-    if given not in PATTERNS and given.isidentifier():
+    if not given or (given not in PATTERNS and given.isidentifier()):
         names = ", ".join(PATTERNS)
         raise ValueError(f"pattern: got {given!r}, expected one of {names}, or a regular expression")
     return given
@@ -65,13 +65,14 @@ def train(
 
     from . import Tokenizer, train_bpe, train_bpe_from_counts
     from .corpus.parts import find_files
-    from .files import refuse_same_file
+    from .files import check_folder, refuse_same_file
     from .formats.directory import FILES
 
     if bool(text) == bool(counts):
         raise ValueError(f"text: got {'both text and' if text else 'neither text nor'} --counts, expected one of them")
     # (A pipe is read too.)
     files = [file for path in text or [] for file in (find_files([path])[0] if path.is_dir() else [path])]
+    check_folder("out", out)
     for name in FILES:
         refuse_same_file("out", out / name, *files, *(counts or []))
         if (out / name).exists() and not overwrite:
@@ -104,7 +105,9 @@ def count(
 ) -> None:
     """Count the words of a corpus, or of a part of it, for `train --counts`."""
     from . import count_words
+    from .files import check_file
 
+    check_file("out", out)
     n_words, n_bytes = count_words(
         inputs,
         out,
@@ -189,8 +192,10 @@ def encode(
     """Encode text files into a token file each (.bin and .bin.json), or --text to the screen."""
     import time
 
-    from .files import header_path, read_json
+    from .files import check_file, header_path, read_json
 
+    if text is not None and files:
+        raise ValueError("file: got both a file and --text, expected one of them")
     loaded = load(tokenizer)
     if text is not None:
         if offsets:
@@ -202,6 +207,8 @@ def encode(
     if not files:
         raise ValueError("file: got neither a file nor --text, expected one of them")
     outs = [out] if out is not None and len(files) == 1 else _beside(files, out)
+    for written in outs:
+        check_file("out", written)
     for file, written in zip(files, outs, strict=True):
         began = time.perf_counter()
         n = loaded.encode_file(file, written, num_workers=num_workers, progress=not quiet)
@@ -275,6 +282,8 @@ def decode(
 
     from .files import atomic, header_path, read_token_file, refuse_same_file
 
+    if ids is not None and file is not None:
+        raise ValueError("file: got both a file and --ids, expected one of them")
     loaded = load(tokenizer)
     if ids is not None:
         if wrong := [i for i in ids.replace(",", " ").split() if not (i.isdecimal() and int(i) in loaded.vocab)]:

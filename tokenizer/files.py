@@ -107,6 +107,25 @@ def refuse_same_file(argument: str, path: Path, *inputs: Path) -> None:
                 raise ValueError(f"{argument}: {path} is the input {source}, expected another file")
 
 
+def check_file(argument: str, path: Path) -> None:
+    """Raises ValueError when `path`, to be written to after long work, is a folder or in none."""
+    if path.is_dir():
+        raise ValueError(f"{argument}: {path} is a folder, expected a file")
+    if not _is_stream(path):
+        check_folder(argument, path.parent)
+
+
+def check_folder(argument: str, path: Path) -> None:
+    """Raises ValueError when `path`, a folder to be written to after long work, cannot be, nor made."""
+    there = path
+    while not there.exists() and not there.is_symlink() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"{argument}: {there} is no folder, expected one for {path}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{argument}: {there} cannot be written to, expected another folder")
+
+
 def remove_leftovers(folder: Path, pattern: str) -> None:
     """Removes what writers of files of such names in the folder left there when they were killed."""
     for path in folder.glob(f"{pattern}*.tmp"):

@@ -257,11 +257,13 @@ class Tokenizer:
     def load(cls, directory: str | Path) -> Tokenizer:
         """The tokenizer that save() wrote, or that of a Hugging Face folder or tokenizer.json.
 
-        Raises ValueError when the files no longer hold what was saved.
+        Raises FileNotFoundError when there is none, ValueError when the files no longer hold what was saved.
         """
         path = Path(directory)
         if path.suffix == ".json":
             return cls.from_hf(path)
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path}: no folder of a tokenizer there, and no tokenizer.json")
         if (path / own_format.HUGGING_FACE).exists() and not own_format.is_ours(path):
             return cls.from_hf(path / own_format.HUGGING_FACE)
         definition, saved_hash, by_rank = own_format.read_directory(path)

@@ -101,8 +101,10 @@ def measure_steps(
     ways: some of WAYS; the device's DEFAULT when None.  failures: receives why a way has no time, by its name: a
     compiler that leaves parts of it to eager PyTorch is such a reason. Without it the error is raised.
 
-    Raises ValueError on an unknown way, and on a model that the peer cannot be.
+    Raises ValueError on an unknown way, on no seconds, and on a model that the peer cannot be.
     """
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"seconds: expected a finite number > 0, got {seconds}")
     ways = DEFAULT[device.type] if ways is None else ways
     if unknown := [way for way in ways if way not in WAYS]:
         raise ValueError(f"ways: expected some of {', '.join(WAYS)}, got {unknown[0]!r}")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .plots import COLORS, _figure, _save
+from .plots import COLORS, _figure, _save, require_plots
 
 AGAINST = {"step": ("step", "steps"), "tokens": ("tokens", "tokens"), "time": ("elapsed", "seconds")}
 
@@ -22,13 +22,13 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{run}: no log there, expected a run's folder, with a log.jsonl")
     records: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     for n, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             record = None
-        if not isinstance(record, dict) or "step" not in record:
+        if not isinstance(record, dict) or "step" not in record or not _is_drawn(record):
             if n == len(lines) and not line.endswith("\n"):  # a run that is killed in the middle of one
                 break
             raise ValueError(f"{path}, line {n}: no record of a step")
@@ -36,6 +36,12 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     if not records:
         raise ValueError(f"{path}: no step is in it yet")
     return records
+
+
+def _is_drawn(record: dict[str, Any]) -> bool:
+    """Whether what figures show of a record is numbers."""
+    drawn = ("step", "tokens", "elapsed", "loss", "val_loss")
+    return all(isinstance(record.get(name), int | float | None) for name in drawn)
 
 
 def series(records: Sequence[dict[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
@@ -51,6 +57,7 @@ def plot_runs(runs: Sequence[Path], path: Path, *, against: str = "step") -> Non
     """
     if against not in AGAINST:
         raise ValueError(f"against: expected one of {', '.join(AGAINST)}, got {against!r}")
+    require_plots(path.suffix or path.name)
     x, label = AGAINST[against]
     logs = [read_log(run) for run in runs]
     short = os.path.commonpath([run.parent.resolve() for run in runs])

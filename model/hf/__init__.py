@@ -56,6 +56,8 @@ def load_hf(
     for name in weights:
         if name in missing:
             ours, theirs = missing.pop(name), weights[name]
+            if not theirs.is_floating_point():
+                raise ValueError(f"{name}: expected floating-point numbers, got {theirs.dtype}, in {directory}")
             shape = (sum(part.shape[0] for part in ours), *ours[0].shape[1:])
             if shape != theirs.shape:
                 raise ValueError(f"{name}: expected shape {shape}, got {tuple(theirs.shape)}")

@@ -37,9 +37,6 @@ def from_hf(fields: Any, source: Path) -> tuple[str, ModelConfig]:
     family = FAMILIES[model_type]
     found: dict[str, Any] = {ours: values[theirs] for ours, theirs in FIELDS.items() if values[theirs] is not None}
     found |= family.fixed
-    for name in ("num_attention_heads", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
-        if type(values[name]) is not int or values[name] < 1:
-            raise ValueError(f"{source}: {name}: expected a whole number >= 1, got {values[name]!r}")
     n_head, d_model = values["num_attention_heads"], values["hidden_size"]
     head_dim = found.setdefault("head_dim", d_model // n_head)
 
@@ -120,7 +117,7 @@ WRITERS: dict[str, Callable[[ModelConfig], Any]] = {
     "rope_theta": lambda c: c.rope_theta,
     "rope_local_base_freq": lambda c: c.rope_theta if c.rope_local_theta is None else c.rope_local_theta,
     "rope_scaling": rope.to_hf,
-    "partial_rotary_factor": lambda c: c.rope_dim / c.head_dim,
+    "partial_rotary_factor": rope.part,
     "sliding_window": lambda c: None if c.window is None else c.window + 1,  # theirs counts the query's own position
     "use_sliding_window": lambda c: c.window is not None,
     "max_window_layers": lambda c: 0,

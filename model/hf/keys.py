@@ -7,6 +7,7 @@ unless it is off (null, false, 0 or empty).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +84,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
         GEMMA_2
-        | {"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window_pattern": 6}
+        | {"final_logit_softcapping": None, "sliding_window_pattern": 6}  # its attention has no softcap, set or not
         | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
         SANDWICH | {"qk_norm": True},
         scaled_embedding=True,
@@ -115,6 +116,15 @@ FAMILIES: dict[str, Family] = {
         joined=True,
     ),
 }
+
+# What a key that a family reads may be; the others' defaults say it. OPTIONAL: or null.
+WHOLE = {*REQUIRED, "num_key_value_heads", "head_dim", "original_max_position_embeddings"}
+NUMBERS = {"attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"}
+OPTIONAL = {
+    "num_key_value_heads", "head_dim", "original_max_position_embeddings", "attn_logit_softcapping",
+    "final_logit_softcapping", "hidden_act", "hidden_activation",
+}  # fmt: skip
+ELSEWHERE = {"sliding_window", "layer_types", "no_rope_layers", "rope_parameters", "rope_scaling"}
 
 # Families that read one of these list it in their defaults.
 ONE_VALUE: dict[str, Any] = {
@@ -165,7 +175,7 @@ def read(fields: Any, source: Path) -> tuple[str, dict[str, Any]]:
     if not isinstance(fields, dict):
         raise ValueError(f"{source}: expected a JSON object, got {type(fields).__name__}")
     model_type = fields.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{source}: expected model_type {', '.join(FAMILIES)}, got {model_type!r}")
     values = dict(FAMILIES[model_type].defaults)
     for key in REQUIRED:
@@ -173,6 +183,7 @@ def read(fields: Any, source: Path) -> tuple[str, dict[str, Any]]:
             raise ValueError(f"{source}: {key} is missing")
     for key, value in fields.items():
         if key in values or key in REQUIRED:
+            _check(key, value, values.get(key), source)
             values[key] = value
         elif key in WITHOUT_EFFECT:
             continue
@@ -182,3 +193,20 @@ def read(fields: Any, source: Path) -> tuple[str, dict[str, Any]]:
         elif value:
             raise ValueError(f"{source}: {key} {value!r} is not supported; no such key is known for {model_type}")
     return model_type, values
+
+
+def _check(key: str, value: Any, default: Any, source: Path) -> None:
+    """ValueError unless the value is of the kind that the key has."""
+    if key in ELSEWHERE or (value is None and key in OPTIONAL):
+        return
+    if isinstance(default, bool):
+        kind, right = "true or false", value is None or isinstance(value, bool)
+    elif isinstance(default, str):
+        kind, right = "a name", isinstance(value, str)
+    elif key in NUMBERS or isinstance(default, float):
+        kind, right = "a finite number > 0", type(value) in (int, float) and 0 < value < math.inf
+    else:
+        least = 0 if key == "max_window_layers" else 1
+        kind, right = f"a whole number >= {least}", type(value) is int and value >= least
+    if not right:
+        raise ValueError(f"{source}: {key}: expected {kind}{' or null' if key in OPTIONAL else ''}, got {value!r}")

@@ -22,6 +22,7 @@ FIELDS = {
     "short_factor": "short_factor",
     "long_factor": "long_factor",
 }
+NUMBERS = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "mscale", "mscale_all_dim")
 OF_LAYERS = ("full_attention", "sliding_attention")
 
 
@@ -31,17 +32,23 @@ def from_hf(model_type: str, values: dict[str, Any], head_dim: int, source: Path
     if not isinstance(parameters, dict) or not isinstance(scaling, dict):
         raise ValueError(f"{source}: rope_parameters: expected an object, got {parameters or scaling!r}")
     if "rope_local_base_freq" in values:  # each kind of layer has its own
-        rope = dict(parameters.get("full_attention") or {}) | scaling
-        local = dict(parameters.get("sliding_attention") or {})
-        if set(parameters) - set(OF_LAYERS):
+        # "default" stays beside a scaling that has "type" for rope_type, as the oldest do
+        full, local = (parameters.get(kind) or {"rope_type": "default"} for kind in OF_LAYERS)
+        if set(parameters) - set(OF_LAYERS) or not isinstance(full, dict) or not isinstance(local, dict):
             raise ValueError(f"{source}: rope_parameters: expected {' and '.join(OF_LAYERS)}, got {parameters!r}")
+        rope = full | scaling
         if _kind(model_type, local) != "default":
             raise ValueError(f"{source}: rope_type {_kind(model_type, local)!r} of sliding_attention is not supported")
         found = {"rope_local_theta": local.get("rope_theta", values["rope_local_base_freq"])}
     else:
         rope, found = scaling or parameters, {}
+    for key in NUMBERS:
+        if rope.get(key) is not None and not (type(rope[key]) in (int, float) and 0 <= rope[key] < math.inf):
+            raise ValueError(f"{source}: rope_parameters: {key}: expected a finite number, got {rope[key]!r}")
     theta = rope.get("rope_theta", values["rope_theta"])
-    turning = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    turning = rope.get("partial_rotary_factor")
+    if turning is None:
+        turning = values.get("partial_rotary_factor", 1.0)
     if turning != 1.0 and "partial_rotary_factor" not in values:
         raise ValueError(f"{source}: partial_rotary_factor {turning!r} is not supported for {model_type}, only 1.0")
     found |= {"rope_theta": theta, "rope_dim": int(head_dim * turning)}
@@ -72,12 +79,18 @@ def from_hf(model_type: str, values: dict[str, Any], head_dim: int, source: Path
 
 
 def _kind(model_type: str, rope: dict[str, Any]) -> str:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
     return "longrope" if kind == "su" or (model_type == "phi3" and kind == "yarn") else kind
 
 
 def _mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1
+
+
+def part(config: ModelConfig) -> float:
+    """partial_rotary_factor: the float whose product with head_dim, cut to a whole number as theirs is, is rope_dim."""
+    factor = config.rope_dim / config.head_dim
+    return factor if int(config.head_dim * factor) == config.rope_dim else math.nextafter(factor, 1.0)
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any] | None:

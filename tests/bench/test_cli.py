@@ -72,11 +72,30 @@ def main(monkeypatch, capsys):
         (("estimate", "tiny", "--context-length", "4096"), "at most the model's 256 positions, got 4096"),
         (("bench", "paths", "--arch", "sm_9000"), "arch: expected one of"),
         (("demo", "--text", "nowhere.txt", "--out", "{tmp}/demo"), "nowhere.txt: no such file"),
+        (("tokenizer", "train", "{tmp}/x", "--out", ""), "out: expected a path, got ''"),
+        (("tokenizer", "encode", "", "--tokenizer=."), "files: expected a path, got ''"),
+        (("eval", "", "{tmp}/x", "--tokenizer", "."), "model: expected a path, got ''"),
+        (("tokenizer", "train", __file__, "--out", __file__, "-q"), "test_cli.py is no folder"),
+        (("tokenizer", "train", __file__, "--out", "{tmp}", "--pattern", "", "-q"), "pattern: got '', expected one of"),
+        (("tokenizer", "encode", "x", "--text", "x", "--tokenizer", "{tmp}"), "got both a file and --text"),
+        (("tokenizer", "bench", __file__, "--repeats", 0), "repeats: expected"),
+        (("tokenizer", "bench", __file__, "--megabytes", "nan"), "megabytes: expected"),
+        (("tokenizer", "bench", __file__, "--megabytes", -1), "megabytes: expected"),
+        (("tokenizer", "bench", __file__, "--peer", "tiktokens"), "peer: expected"),
+        (("tokenizer", "bench", __file__, "--vocab-size", 3), "vocab_size: got 3, expected"),
+        (("tokenizer", "bench", "nowhere.txt"), "nowhere.txt"),
+        (
+            ("bench", "step", "tiny", "--seconds", "nan", "--device", "cpu"),
+            "seconds: expected a finite number > 0, got nan",
+        ),
+        (("bench", "step", "tiny", "--dtype", "foo", "--device", "cpu"), "dtype: expected a floating-point dtype"),
+        (("bench", "step", "tiny", "--context-length", 0, "--device", "cpu"), "context_length: expected a whole"),
+        (("bench", "kernels", "--seconds", "nan"), "seconds: expected > 0, got nan"),
         (("generate", "{tmp}/no-run", "--tokenizer", "{tmp}/no-tokenizer"), "no-tokenizer"),
     ],
 )
 def test_bad_input_is_one_sentence(main, arguments, sentence, tmp_path):
-    code, shown = main(*(argument.format(tmp=tmp_path) for argument in arguments))
+    code, shown = main(*(str(argument).format(tmp=tmp_path) for argument in arguments))
     assert code == 2
     assert sentence in shown
     assert "Traceback" not in shown

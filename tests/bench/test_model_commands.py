@@ -157,6 +157,29 @@ def test_generate_goes_as_far_as_the_context(run: Path) -> None:
     assert result.stdout == "b" * 40 + last
 
 
+def test_no_folder_that_holds_something_is_written_into(run: Path, tmp_path: Path) -> None:
+    """A run's config.json, a checkpoint's weights, a downloaded model: all were replaced, with status 0."""
+    rooflight("export-hf", run, "--out", tmp_path / "hf")
+    before = {file: file.read_bytes() for top in (run, tmp_path) for file in top.rglob("*") if file.is_file()}
+    step = run / "checkpoints" / "step-00000003"
+    for out in (run, step, tmp_path / "hf", run / "text.txt"):
+        for command in ("export-hf", run), ("import-hf", tmp_path / "hf"):
+            with pytest.raises(ValueError, match=r"^out: .* (holds .*: expected a new folder|is a file)"):
+                rooflight(*command, "--out", out)
+    for source, out in ((tmp_path / "hf", tmp_path / "hf"), (run, run)):
+        with pytest.raises(ValueError, match=r"^out: .* holds"):
+            rooflight("export-hf", source, "--out", out, "--overwrite")
+    assert before == {file: file.read_bytes() for file in before}
+    rooflight("export-hf", run, "--out", tmp_path / "hf", "--overwrite")
+
+
+def test_a_tokenizer_is_a_folder_or_a_file(run: Path) -> None:
+    whole = [
+        rooflight("generate", run, "-t", run / t, "--prompt", "the") for t in ("tokenizer", "tokenizer/tokenizer.json")
+    ]
+    assert whole[0] == whole[1]
+
+
 def test_generate_stops_at_a_token_by_its_text(run: Path, tokenizer: Tokenizer) -> None:
     common = ("generate", run, "--prompt", "the", "--seed", 5, "--max-new-tokens", 40)
     whole = rooflight(*common)

@@ -157,6 +157,36 @@ def test_logits_are_made_when_they_are_read() -> None:
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda out: out["logits"],
+        lambda out: out.get("logits"),
+        lambda out: out[1],
+        lambda out: out[:2][1],
+        lambda out: out.to_tuple()[1],
+        lambda out: next(v for k, v in out.items() if k != "loss"),  # Trainer's, for what it evaluates
+        lambda out: list(out.values())[1],
+        lambda out: dict(zip(out.keys(), out.to_tuple(), strict=True))["logits"],
+    ],
+)
+def test_logits_are_where_an_output_has_them(read: Any) -> None:
+    model, tokens = _model("llama"), _tokens(1, 5)
+    expected = model(tokens, labels=tokens).logits
+    patch(model)
+    with torch.no_grad():
+        torch.testing.assert_close(read(model(tokens, labels=tokens)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_loss_alone_and_a_recorded_pass_leave_the_logits_out() -> None:
+    model, tokens = _model("llama"), _tokens(1, 5)
+    patch(model)
+    model.lm_head.register_forward_hook(lambda *_: pytest.fail("the logits were made"))
+    out = model(tokens, labels=tokens)
+    assert out[0] is out["loss"] is out.loss is dict(out.items())["loss"]
+    assert "logits" in out
+
+
 def test_what_is_not_known_is_left_alone_and_named() -> None:
     config = transformers.GPTNeoXConfig(
         vocab_size=37, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16

@@ -52,3 +52,12 @@ def test_other_gpus_compile(target):
     ((artifact,),) = compile_cases([(matmul, {"N": 64, "num_warps": 4})], target)
     assert artifact.registers > 0
     assert artifact.count("HMMA|UTCHMMA|UTC.*MMA") > 0
+
+
+@pytest.mark.slow
+def test_without_the_listing_spills_are_told_all_the_same():
+    cases = [(matmul, {"N": 64, "num_warps": 4}), (matmul, {"N": 128, "num_warps": 1})]
+    (small,), (spilling,) = compile_cases(cases, "sm_86", instructions=False)
+    assert (small.spills, small.instructions) == (0, {})
+    assert small.registers > 0
+    assert spilling.spills > 0

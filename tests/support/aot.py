@@ -47,6 +47,7 @@ SHARED_LIMIT = {
 class Artifact:
     """One compiled kernel. spills counts instructions that store or load local memory (vector spills on AMD).
 
+    instructions, loop: empty and None where the machine code was not listed (see compile_cases).
     loop: what its hot inner loop costs, all partitions of warps together; None without tensor cores, and where the
     listing does not tell the shapes of their products (sm_100, AMD).
     """
@@ -68,11 +69,19 @@ class Artifact:
 
 
 def compile_cases(
-    cases: Sequence[tuple[Callable[..., Any], dict[str, Any]]], target: str, timeout: float = 600
+    cases: Sequence[tuple[Callable[..., Any], dict[str, Any]]],
+    target: str,
+    timeout: float = 600,
+    instructions: bool = True,
 ) -> list[list[Artifact]]:
-    """The artifacts that each (function, keyword arguments) compiles for `target`. Arguments must survive JSON."""
+    """The artifacts that each (function, keyword arguments) compiles for `target`. Arguments must survive JSON.
+
+    instructions=False leaves the listing of the machine code out, a third of the time, where the kernel spills nothing
+    and has no products that could be torn (those of sm_90 alone).
+    """
     request = {
         "target": target,
+        "instructions": instructions or target == "sm_90",
         "cases": [[inspect.getfile(function), function.__name__, arguments] for function, arguments in cases],
     }
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -103,26 +112,28 @@ def _absent(target: str) -> AbsentGPU:
     return AbsentGPU(*kind, shared=SHARED_LIMIT[target])
 
 
-def _disassemble(cubin: bytes) -> tuple[int, str]:
-    """Registers and the listing, from the cuobjdump that Triton carries."""
+def _disassemble(cubin: bytes, listed: bool) -> tuple[int, str]:
+    """Registers and, if wanted or where the kernel has local memory, the listing; from the cuobjdump of Triton's."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, listing = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("--dump-resource-usage", "-sass")
-        )
-    return int(re.search(r"REG:(\d+)", usage)[1]), listing  # type: ignore[index]
+
+        def ask(option: str) -> str:
+            return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage = ask("--dump-resource-usage")
+        registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+        return registers, ask("-sass") if listed or stack or local else ""
 
 
-def _artifact(name: str, target: str, constexprs: dict[str, Any], kernel: Any) -> Artifact:
+def _artifact(name: str, target: str, constexprs: dict[str, Any], kernel: Any, listed: bool) -> Artifact:
     metadata = kernel.metadata
     loop = None
     if "cubin" in kernel.asm:
-        registers, listing = _disassemble(kernel.asm["cubin"])
+        registers, listing = _disassemble(kernel.asm["cubin"], listed)
         if torn := torn_products(listing):
             raise AssertionError(f"{name} reads parts of its operands from elsewhere on some path: {torn}")
         instructions = opcodes(listing)
@@ -152,7 +163,7 @@ def _main() -> None:
         given = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
         fixed = {p.name: given[p.name] for p in fn.params if p.is_constexpr and p.name in given}
         shown = {k: v if isinstance(v, int | float | str | bool | None) else str(v) for k, v in fixed.items()}
-        made.append(_artifact(fn.fn.__name__, request["target"], shown, kernel))
+        made.append(_artifact(fn.fn.__name__, request["target"], shown, kernel, request["instructions"]))
 
     compile_launches(_absent(request["target"]), keep)
     answer = []

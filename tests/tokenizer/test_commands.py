@@ -199,3 +199,21 @@ def test_no_command_writes_over_its_input(folder: Path) -> None:
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     run("train", folder / "x.txt", "--out", folder / "tk", "--overwrite", "--vocab-size", 280, "-q")
     assert Tokenizer.load(folder / "tk").vocab_size == 280
+
+
+def test_where_the_result_cannot_go_is_said_before_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("train_bpe", "count_words"):
+        monkeypatch.setattr(f"rooflight.tokenizer.{name}", lambda *_, **__: pytest.fail("the work was begun"))
+    monkeypatch.setattr(Tokenizer, "encode_file", lambda *_, **__: pytest.fail("the work was begun"))
+    text, encode = folder / "x.txt", ("encode", "-t", folder / "tk", folder / "x.txt", "--out")
+    for arguments, message in (
+        (("train", text, "--out", text), "x.txt is no folder"),
+        (("train", text, "--out", text / "tk"), "x.txt is no folder"),
+        (("count", text, "--out", folder), "is a folder, expected a file"),
+        ((*encode, folder), "is a folder, expected a file"),
+        ((*encode[:4], "--text", "x"), "got both a file and --text"),
+        (("decode", "-t", folder / "tk", text, "--ids", "1"), "got both a file and --ids"),
+        (("encode", "-t", folder / "none", text), "none: no folder of a tokenizer there"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            run(*arguments)

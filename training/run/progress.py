@@ -85,7 +85,7 @@ def _records_to(path: Path, step: int) -> list[str]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line)
+                kept.append(line.rstrip("\n") + "\n")  # a crash may have taken the last line's end alone
         except (json.JSONDecodeError, KeyError, TypeError):  # cut off by a crash
             break
     return kept

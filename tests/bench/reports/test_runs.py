@@ -44,6 +44,18 @@ def test_a_log_is_read_up_to_a_line_that_was_cut_off(logs):
         read_log(logs[0].parent)
 
 
+@pytest.mark.parametrize("line", [b"\xff\xfe", b'{"step": "x"}', b'{"step": 1, "loss": "low"}', b"[3]"])
+def test_a_line_that_is_no_record_is_named(logs, line):
+    (logs[0] / "log.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 1: no record of a step"):
+        read_log(logs[0])
+
+
+def test_a_figure_without_a_format_is_refused_by_its_name(logs, tmp_path):
+    with pytest.raises(ValueError, match=r"expected a file that ends in one of .*, got 'loss'"):
+        plot_runs(logs, tmp_path / "loss")
+
+
 def test_series_skip_what_a_record_lacks():
     assert series(RECORDS, "step", "loss") == ([10, 20], [4.0, 3.0])
     assert series(RECORDS, "tokens", "val_loss") == ([0, 1280], [5.0, 3.5])

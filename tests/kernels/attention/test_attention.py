@@ -183,7 +183,8 @@ def test_the_backward_gives_the_same_bits_every_time(device):
 
 def test_the_backward_of_fp32_recomputes_rows_that_sum_to_one(device):
     """Each query's p, summed over the keys by way of dv: a log-sum-exp of 30, rounded, alone would shift it by 1e-6."""
-    inputs = draw(2, 32, 32, 1, 64, 64, torch.float32, device)
+    B, H = (2, 32) if device.type == "cuda" else (1, 16)  # of 16 rows half are 4e-7 off without the correction
+    inputs = draw(B, H, H, 1, 64, 64, torch.float32, device)
     q, k, v = (inputs[name].requires_grad_() for name in "qkv")
     out = flash_attention(q, k, v, scale=1.0)
     (dv,) = torch.autograd.grad(out, v, torch.ones_like(out))

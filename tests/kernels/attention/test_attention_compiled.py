@@ -64,10 +64,13 @@ def check(artifacts: list[Artifact], target: str, head_dim: int) -> None:
             assert artifact.count(TENSOR_CORE.get(target, "HMMA")) > 0, artifact
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", pytest.param("sm_100", marks=pytest.mark.slow)])
+COMMON = ("sm_80", "sm_90", "sm_100")
+COMMON_SIZES = (64, 128)
+
+
+@pytest.mark.parametrize("target", [*COMMON[:2], pytest.param(COMMON[2], marks=pytest.mark.slow)])
 def test_common_head_sizes(target):
-    sizes = (64, 128)
-    cases = [(attention, {"head_dim": size, "dtype": "bfloat16"}) for size in sizes]
+    cases = [(attention, {"head_dim": size, "dtype": "bfloat16"}) for size in COMMON_SIZES]
     for artifacts, case in zip(compile_cases(cases, target), cases, strict=True):
         check(artifacts, target, case[1]["head_dim"])
         for artifact in artifacts:
@@ -76,15 +79,21 @@ def test_common_head_sizes(target):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("target", SHARED_LIMIT)
+@pytest.mark.parametrize("target", [target for target in SHARED_LIMIT if target != "sm_86"])
 def test_every_tile_fits_every_gpu(target, dtype):
+    """Those that test_common_head_sizes does not compile.
+
+    sm_86 has the shared memory of sm_89, which alone chooses the tiles, and Triton treats the two alike but for fp8.
+    """
     # four tiles of 16 rows of 512 fp32 numbers are 128 KiB: the one backward that does not fit everywhere
     large = dtype == "bfloat16" or SHARED_LIMIT[target] > 132 << 10
     cases = [
         (attention, {"head_dim": size, "dtype": dtype, "features": size == 80, "backward": size < 512 or large})
         for size in (16, 64, 80, 128, 256, 512)
+        if not (dtype == "bfloat16" and target in COMMON and size in COMMON_SIZES)
     ]
-    for artifacts, (_, arguments) in zip(compile_cases(cases, target, timeout=1800), cases, strict=True):
+    compiled = compile_cases(cases, target, timeout=1800, instructions=False)
+    for artifacts, (_, arguments) in zip(compiled, cases, strict=True):
         packed = {"_clear"} if arguments["features"] else set()
         assert {short(a) for a in artifacts} == packed | (KERNELS if arguments["backward"] else {"fwd"})
         for artifact in artifacts:

@@ -85,10 +85,11 @@ def test_every_shape(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"packed": True}, {"window": True}], ids=str)
 @pytest.mark.parametrize("kind", [schedule.kind for schedule in SCHEDULES])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_every_schedule(head_dim, kind, options):
-    ((artifact,),) = compile_cases([(forward, {"head_dim": head_dim, "kind": kind} | options)], "sm_90")
-    check(artifact, head_dim)
-    assert artifact.count("ATOMG") == (kind == "dynamic")
+def test_every_schedule(head_dim, kind):
+    shapes: list[dict[str, bool]] = [{}, {"packed": True}, {"window": True}]
+    cases = [(forward, {"head_dim": head_dim, "kind": kind} | options) for options in shapes]
+    for options, (artifact,) in zip(shapes, compile_cases(cases, "sm_90"), strict=True):
+        check(artifact, head_dim)
+        assert artifact.count("ATOMG") == (kind == "dynamic"), options

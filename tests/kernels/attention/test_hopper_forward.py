@@ -85,7 +85,8 @@ def name_of(schedule: Schedule) -> str:
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_many_more_schedules(head_dim: int, mask: str, schedule: Schedule) -> None:
-    for seed in range(5):
+    first = 2 * RUNS.index(schedule) + 10 * list(MASKS).index(mask)  # 50 orders for each head size, none of them twice
+    for seed in (first, first + 1):
         judge_forward(draw(1, 2, 1, 300, 500, head_dim, BF16), seed=seed, schedule=schedule, **MASKS[mask])
         judge_forward(draw_packed(*PACKED, 2, 1, head_dim, BF16), seed=seed, schedule=schedule, **MASKS[mask])
 

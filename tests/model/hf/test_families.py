@@ -65,6 +65,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "gemma3, type": (
+        "Gemma3Text",  # transformers reads no "type" here, so nothing is scaled
+        {"head_dim": 12, "rope_scaling": {"type": "linear", "factor": 8.0}, "layer_types": [FULL, SLIDING, FULL]},
+    ),
     "olmo2": ("Olmo2", {"attention_bias": True}),
     "smollm3": ("SmolLM3", {"no_rope_layer_interval": 2}),
     "smollm3, window": (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from rooflight.kernels import reference
 from rooflight.model import ModelConfig, Transformer, load_hf, save_hf
+from rooflight.model.hf import keys
+from rooflight.model.hf.config import from_hf
 from rooflight.tokenizer import Tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -159,6 +163,8 @@ def test_a_single_file_comes_before_an_index(checkpoint: Path) -> None:
     "change",
     [
         {"d_model": 50, "n_head": 4, "head_dim": 8},  # a Llama must divide d_model; not so a Mistral
+        {"head_dim": 44, "rope_dim": 30},  # 44 * (30 / 44) is less than 30, and theirs is cut
+        {"attention_scale": 2.0},  # whose inverse square, as Gemma has it, rounds to 0
         {"window": 3},
         {"window": 3, "qk_norm": True},
     ],
@@ -237,6 +243,47 @@ def test_a_configuration_that_is_not_ours_is_refused(checkpoint: Path, change: d
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
+        load_hf(checkpoint)
+
+
+# Of every kind of JSON: what is none of a key's own.
+JUNK: list[Any] = [True, 0, -1, 1.5, math.nan, math.inf, "", "x", [], [None], {}, {"a": 1}]
+JUNK += [{"rope_type": ["x"]}, {"rope_type": "linear"}, {"rope_type": "yarn", "factor": 2, "mscale": "a"}]
+JUNK += [{"rope_type": "longrope", "short_factor": 3, "long_factor": "x"}, {"full_attention": 3}, None]
+
+
+@pytest.mark.parametrize("model_type", keys.FAMILIES)
+def test_a_key_of_another_type_is_refused_or_read_as_off(model_type: str) -> None:
+    """Never a TypeError of the arithmetic that it comes to."""
+    shape = dict.fromkeys(keys.REQUIRED, 32) | {"model_type": model_type, "head_dim": 2}
+    from_hf(shape, Path("config.json"))
+    refused = 0
+    for key in (*keys.FAMILIES[model_type].defaults, *keys.REQUIRED, "model_type"):
+        for junk in JUNK:
+            try:
+                from_hf(shape | {key: junk}, Path("config.json"))
+            except ValueError:
+                refused += 1
+        if isinstance(keys.FAMILIES[model_type].defaults.get(key), float):
+            with pytest.raises(
+                ValueError, match=f"config.json: {key}: expected a finite number > 0( or null)?, got 'x'"
+            ):
+                from_hf(shape | {key: "x"}, Path("config.json"))
+    assert refused > 100
+
+
+def test_a_key_that_transformers_does_not_apply_is_not_applied() -> None:
+    """Gemma 3's attention has no softcap, whatever its configuration says: 5e-4 in the logits."""
+    shape = dict.fromkeys(keys.REQUIRED, 4) | {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}
+    with pytest.raises(ValueError, match=r"attn_logit_softcapping 50\.0 is not supported"):
+        from_hf(shape, Path("config.json"))
+
+
+def test_weights_that_are_no_floating_point_numbers_are_refused(checkpoint: Path) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(weights | {name: weights[name].to(torch.int8)}, checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{name}: expected floating-point numbers, got torch\.int8"):
         load_hf(checkpoint)
 
 

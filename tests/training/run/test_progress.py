@@ -20,6 +20,7 @@ from rich.console import Console
 
 from rooflight.training.config import TrainConfig
 from rooflight.training.loop import train
+from rooflight.training.run.progress import RunLog
 from rooflight.training.run.stopping import TrainingFailed
 
 
@@ -48,6 +49,15 @@ def test_what_is_not_installed_is_said_before_anything_is_written(config, monkey
     ):
         train(dataclasses.replace(config, **option), console=Console(file=io.StringIO()))
     assert not config.out_dir.exists()
+
+
+def test_a_log_goes_on_in_a_line_of_its_own_where_a_crash_took_an_end(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}')
+    again = RunLog(log, keep_to=2)
+    again.write({"step": 3})
+    again.close(failed=False)
+    assert log.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 
 def test_tensorboard_gets_every_number(config, monkeypatch):
