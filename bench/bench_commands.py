@@ -162,7 +162,8 @@ def step(
     way: Annotated[
         list[str] | None,
         typer.Option(
-            help="Which to take: 'ours, eager', 'ours, graphed', 'ours, compiled', 'plain, eager', 'plain, compiled'."
+            help="Which to take: 'ours, eager', 'ours, graphed', 'ours, compiled', 'plain, eager', 'plain, compiled', "
+            "'ours, fp8'."
         ),
     ] = None,
     seconds: Annotated[float, typer.Option(help="Seconds of steps for each way.")] = 5.0,

@@ -23,7 +23,8 @@ from rich.console import Console
 
 from ..model import ModelConfig, Transformer, stream
 from ..tokenizer import Tokenizer, train_bpe
-from ..tokenizer.training.merge import MAX_TOKENS
+from ..tokenizer.files import atomic
+from ..tokenizer.sizes import MAX_TOKENS
 from ..training.checkpoint import load_model
 from ..training.config import TrainConfig
 from ..training.files import write_json
@@ -301,10 +302,9 @@ def plot_loss(log: Path, picture: Path) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="rooflight demo")
     axes.grid(alpha=0.3)
     axes.legend()
-    scratch = picture.with_name(f".{picture.name}")
-    figure.savefig(scratch, dpi=150, format="png")
+    with atomic(picture) as file:
+        figure.savefig(file, dpi=150, format="png")
     plt.close(figure)
-    os.replace(scratch, picture)
 
 
 def conclude(result: TrainResult, console: Console) -> int:

@@ -6,7 +6,9 @@ TRITON_INTERPRET=1, and the eager oracle of `reference` on plain CPU tensors.
 
 from . import cost, reference
 from .attention import FlashAttentionFunction, flash_attention, flash_attention_varlen
+from .attention.alibi import alibi_slopes
 from .cross_entropy import CrossEntropyFunction, cross_entropy
+from .fp8 import FP8LinearFunction, fp8_linear
 from .gelu import GELUFunction, gelu
 from .linear_cross_entropy import LinearCrossEntropyFunction, linear_cross_entropy
 from .rms_norm import RMSNormFunction, rms_norm
@@ -17,6 +19,7 @@ from .tiled import TiledAttentionFunction
 
 __all__ = [
     "CrossEntropyFunction",
+    "FP8LinearFunction",
     "FlashAttentionFunction",
     "GELUFunction",
     "LinearCrossEntropyFunction",
@@ -27,10 +30,12 @@ __all__ = [
     "SwiGLUFunction",
     "SwiGLUJoinedFunction",
     "TiledAttentionFunction",
+    "alibi_slopes",
     "cost",
     "cross_entropy",
     "flash_attention",
     "flash_attention_varlen",
+    "fp8_linear",
     "gelu",
     "linear_cross_entropy",
     "reference",

@@ -26,6 +26,8 @@ __all__ = [
     "FLOAT_DTYPES",
     "INTERPRETED",
     "apply",
+    "are_wrapped",
+    "autocast_dtype",
     "bare_apply",
     "call",
     "check_device",
@@ -203,15 +205,26 @@ def apply(name: str, function: type[torch.autograd.Function], *args: Any) -> Any
     """
     if _transforms_are_active():
         refuse_transforms(name)
-    for x in args:
-        if type(x) in _TENSORS and _is_wrapped(x):  # by a transform that has ended
+    for x in args:  # as are_wrapped, without a generator
+        if type(x) in _TENSORS and _is_wrapped(x):
             return function.apply(*args)
     return bare_apply(function)(*args)
+
+
+def are_wrapped(*args: Any) -> bool:
+    """Whether one is a tensor that a transform, which has ended, left wrapped: `call` would find no storage in it."""
+    return any(type(x) in _TENSORS and _is_wrapped(x) for x in args)
 
 
 @cache
 def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """What torch.autocast casts inputs on this kind of device to; None where it is off. "meta" has none."""
+    # torch 2.11 cannot compile is_autocast_available: of the devices used here meta alone has no autocast
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def known(condition: Any) -> bool:

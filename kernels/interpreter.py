@@ -2,7 +2,8 @@
 
 1. bfloat16. The interpreter holds it as uint16, truncates casts to it and computes on the raw bits: 0.1 becomes 7.9e8.
    Here a cast rounds to nearest even, and arithmetic, products and reductions happen in fp32 and round once.
-2. Loop bounds. triton 3.6 turns the bound of `range(n)` from an array of one element into an int, which numpy refuses
+2. fp8. The interpreter rounds halves up and makes nonsense of small numbers. Here a cast from fp32 is torch's.
+3. Loop bounds. triton 3.6 turns the bound of `range(n)` from an array of one element into an int, which numpy refuses
    from 2.4 on.
 
 The corrections hold for every kernel of the process, a user's own too; what has nothing of bfloat16 takes the
@@ -44,6 +45,7 @@ def correct() -> bool:
 
         _correct_loop_bounds(interpreter)
         _correct_bfloat16(interpreter)
+        _correct_fp8(interpreter)
         return _is_exact()
     except Exception:  # another version's internals can fail in any way: bfloat16 is then refused, the rest goes on
         return False
@@ -128,6 +130,22 @@ def _correct_bfloat16(interp: Any) -> None:
         )
 
     interp.ReduceScanOpInterface.apply = apply
+
+
+def _correct_fp8(interp: Any) -> None:
+    builder, handle = interp.InterpreterBuilder, interp.TensorHandle
+    formats = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+    others = builder.create_fp_to_fp
+
+    @functools.wraps(others)
+    def cast(self: Any, src: Any, dst_type: Any, *args: Any) -> Any:
+        target = formats.get(dst_type.scalar)
+        if src.dtype.scalar != tl.float32 or target is None:
+            return others(self, src, dst_type, *args)
+        narrowed = torch.from_numpy(np.ascontiguousarray(src.data)).to(target)
+        return handle(narrowed.view(torch.uint8).numpy().reshape(src.data.shape), dst_type.scalar)
+
+    builder.create_fp_to_fp = cast
 
 
 @triton.jit

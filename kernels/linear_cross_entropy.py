@@ -32,6 +32,7 @@ from .cross_entropy import (
     row_losses,
 )
 from .dispatch import (
+    autocast_dtype,
     call,
     check_device,
     check_dtype,
@@ -353,8 +354,8 @@ def linear_cross_entropy(
     check_device(("x", x), ("weight", weight), ("target", target))
     if keep_gradients and reduction == "none":
         raise ValueError("keep_gradients: expected None or False with reduction 'none', got True")
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if (dtype := autocast_dtype(x.device.type)) is not None:
+        x = x.to(dtype)
     label_smoothing = check_labels(label_smoothing, class_weight, ("x", x), weight.shape[0])
     options = RowOptions(ignore_index, softcap, z_loss, label_smoothing, class_weight)
     compiling = torch.compiler.is_compiling()

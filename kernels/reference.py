@@ -8,16 +8,20 @@ differentiate through autograd, materialise what the kernels do not, and check n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = [
     "cross_entropy",
     "flash_attention",
     "flash_attention_varlen",
+    "fp8_linear",
     "gelu",
+    "key_distance",
     "linear_cross_entropy",
     "rms_norm",
     "rope",
@@ -25,6 +29,11 @@ __all__ = [
     "swiglu",
     "visible_mask",
 ]
+
+
+# The exponent of a format's largest number, 1.75 x 2^exponent: 448 and 57344.
+FP8_EXPONENTS = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}
+FP8_MULTIPLE = 16  # of which the sides of matrices must be that a GPU multiplies in fp8
 
 
 def _statistics(x: Tensor) -> Tensor:
@@ -76,6 +85,12 @@ def visible_mask(
     return mask
 
 
+def key_distance(n_query: int, n_key: int, device: torch.device | None = None) -> Tensor:
+    """|p - j| (T, S), int64: how far key j is from the position p = i + S - T of query i."""
+    position = torch.arange(n_query, device=device)[:, None] + (n_key - n_query)
+    return (position - torch.arange(n_key, device=device)).abs()
+
+
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -88,10 +103,12 @@ def flash_attention(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T + mask) v, with the score matrix in memory (Vaswani et al. 2017, eq. 1).
 
     q: (B, H, T, D).  k: (B, K, S, D).  v: (B, K, S, D_v).  H a multiple of K.  mask: bool, broadcasts to (B, H, T, S).
+    alibi_slopes: (H,) or (B, H), a bias of -slope |i + S - T - j| (Press et al. 2022, section 3).
     Returns (B, H, T, D_v), and with return_lse the natural log-sum-exp (B, H, T) in fp32 (fp64 for fp64), sinks
     included.
     """
@@ -101,6 +118,9 @@ def flash_attention(
     scores = _statistics(q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.to(scores.dtype)[..., None, None]
+        scores = scores - slopes * key_distance(n_query, n_key, q.device)
     visible = visible_mask(n_query, n_key, causal, window, q.device)
     mask = visible if mask is None else visible & mask
     # A row with no visible key must give 0 and zero gradients, not NaN: keep every -inf out of the arithmetic.
@@ -139,6 +159,7 @@ def flash_attention_varlen(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_attention over packed sequences, one at a time.
 
@@ -147,11 +168,12 @@ def flash_attention_varlen(
     """
     outs, lses = [q.new_empty(0, q.shape[1], v.shape[-1])], []
     ends_q, ends_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for q0, q1, k0, k1 in zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False):
+    for b, (q0, q1, k0, k1) in enumerate(zip(ends_q, ends_q[1:], ends_k, ends_k[1:], strict=False)):
         qi, ki, vi = (x.transpose(0, 1)[None] for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
         out, lse = flash_attention(
-            qi, ki, vi, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=True
-        )
+            qi, ki, vi, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=True,
+            alibi_slopes=alibi_slopes[b] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes,
+        )  # fmt: skip
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
     rest = len(q) - ends_q[-1]
@@ -281,3 +303,55 @@ def linear_cross_entropy(
         logits, target, ignore_index=ignore_index, z_loss=z_loss, label_smoothing=label_smoothing,
         class_weight=class_weight, reduction=reduction,
     )  # fmt: skip
+
+
+def fp8_quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x / scale in an fp8 format, and the scale, (), fp32: the least power of two from 2^-126 on that keeps x in range.
+
+    x: any shape, a float dtype.  Where it is not finite the scale is NaN.
+    """
+    amax = x.detach().abs().amax().float().clamp(min=2.0**-126)
+    mantissa, exponent = torch.frexp(amax)  # in [0.5, 1)
+    exponent = exponent + (mantissa > 0.875).int() - 1 - FP8_EXPONENTS[dtype]
+    # by its bits: ldexp multiplies by a pow that need not be exact
+    scale = (exponent.clamp(min=-126) + 127 << 23).view(torch.float32)
+    return (_statistics(x.detach()) / scale).to(dtype), torch.where(amax.isfinite(), scale, torch.nan)
+
+
+def fp8_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """(a b^T) scale_a scale_b of fp8 operands (M, K) and (N, K), summed in fp32 (fp64 for fp64), then rounded."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    with torch.autocast(a.device.type, enabled=False):
+        return (a.to(wide) @ b.to(wide).T * (scale_a.to(wide) * scale_b.to(wide))).to(dtype)
+
+
+class _FP8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x8, x_scale = fp8_quantize(x, torch.float8_e4m3fn)
+        w8, w_scale = fp8_quantize(weight, torch.float8_e4m3fn)
+        ctx.save_for_backward(x8, x_scale, w8, w_scale)
+        ctx.weight_dtype = weight.dtype
+        return fp8_product(x8.flatten(0, -2), w8, x_scale, w_scale, x.dtype).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x8, x_scale, w8, w_scale = ctx.saved_tensors
+        g8, g_scale = fp8_quantize(dy.flatten(0, -2), torch.float8_e5m2)
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = fp8_product(g8, w8.T, g_scale, w_scale, dy.dtype).view_as(x8)
+        if ctx.needs_input_grad[1]:
+            dw = fp8_product(g8.T, x8.flatten(0, -2).T, g_scale, x_scale, ctx.weight_dtype)
+        return dx, dw
+
+
+def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T of operands rounded to fp8, forward and backward (Micikevicius et al. 2022): e4m3, and e5m2 for dy.
+
+    x: (..., K).  weight: (N, K).  Returns (..., N) in x's dtype; dw has the weight's.
+    """
+    if x.numel() == 0:  # which has no largest magnitude
+        return F.linear(x, weight.to(x.dtype))
+    return _FP8Linear.apply(x, weight)

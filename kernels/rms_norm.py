@@ -338,7 +338,7 @@ def rms_norm(
     if torch.compiler.is_compiling():
         y, stream, _ = _fwd(x, weight, eps, residual, weight_offset)
         return y if residual is None else (y, stream)
-    if not torch.is_grad_enabled():  # nothing to save
+    if not (torch.is_grad_enabled() or dispatch.are_wrapped(x, weight, residual)):  # nothing to save
         dispatch.refuse_transforms("rms_norm")
         y, stream, _ = call(_fwd, x, weight, eps, residual, weight_offset)
         return y if residual is None else (y, stream)

@@ -7,6 +7,7 @@ of three or two. In a state dict, and so in every checkpoint, they stand apart u
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.reference import FP8_MULTIPLE
 from .config import ModelConfig
 
 # A tied table is both: as the embedding its scale is free (a norm follows), as the output matrix N(0, 1) would start
@@ -68,20 +70,29 @@ class Linear(nn.Linear):
 
     With a `copy` of its weight in autocast's dtype, it multiplies by that where autocast would cast the weight. The
     gradient leaves the product in that dtype; what the weight accumulates is its grad_dtype's to say, fp32 by itself.
+    With `fp8`, kernels.fp8_linear or its oracle, it multiplies by that where gradients are wanted.
     """
 
     copy: WeightCopy | None = None
+    fp8: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, d_in: int, d_out: int, bias: bool = False) -> None:
         super().__init__(d_in, d_out, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        copy, device = self.copy, x.device.type
+        weight = self._multiplier(x.device.type)
+        if self.fp8 is None or not torch.is_grad_enabled():
+            return F.linear(x, weight, self.bias)
+        y = self.fp8(x, weight)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _multiplier(self, device: str) -> Tensor:
+        copy = self.copy
         if copy is None or torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
-            return super().forward(x)
+            return self.weight
         if torch.get_autocast_dtype(device) != copy.tensor.dtype:
-            return super().forward(x)
-        return F.linear(x, _InPlaceOf.apply(self.weight, copy.of(self.weight)), self.bias)
+            return self.weight
+        return _InPlaceOf.apply(self.weight, copy.of(self.weight))
 
     def reset_parameters(self) -> None:
         self._draw(self.weight)
@@ -133,6 +144,28 @@ class JoinedLinear(Linear):
             if not found and all(key in state_dict for key in keys):
                 state_dict[f"{outer}{name}.{kind}"] = torch.cat([state_dict.pop(key) for key in keys])
         return wrong
+
+
+def use_fp8(blocks: nn.ModuleList, product: Callable[[Tensor, Tensor], Tensor]) -> tuple[list[str], list[str]]:
+    """Have the linear layers of the blocks multiply by `product`, as Linear.fp8; (names in a block, those left out).
+
+    A matrix is left out unless its sides are multiples of 16. Raises ValueError where all are.
+    """
+    taken: dict[str, None] = {}  # as sets, in their order
+    left: dict[str, None] = {}
+    for block in blocks:
+        for name, layer in block.named_modules():
+            if not isinstance(layer, Linear):
+                continue
+            rows, columns = layer.weight.shape
+            if rows % FP8_MULTIPLE or columns % FP8_MULTIPLE:
+                left[f"{name} ({rows} x {columns})"] = None
+            else:
+                layer.fp8 = product
+                taken[name] = None
+    if not taken:
+        raise ValueError(f"fp8: expected a matrix whose sides are multiples of {FP8_MULTIPLE}, got {', '.join(left)}")
+    return list(taken), list(left)
 
 
 class Sublayer(nn.Module):

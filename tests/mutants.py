@@ -151,6 +151,17 @@ MUTANTS = (
     Mutant("attention: log-sum-exp's rounding left in dv", "attention/portable/backward.py",
            "            p *= _load_rows(unround_ptr", "            p *= 1.0 + 0 * _load_rows(unround_ptr",
            "attention/test_attention.py::test_the_backward_of_fp32_recomputes_rows_that_sum_to_one"),
+    Mutant("alibi: distances from the first key, not the last", "attention/portable/backward.py",
+           "distance(j - (m + S - T), rows)", "distance(j - m, rows)",
+           "attention/test_alibi.py::test_against_the_oracle"),
+    Mutant("alibi: one query head's slope for its group", "attention/portable/backward.py",
+           "        alibi = alibi_slope(slopes_ptr, slopes_strides, b, h, exp_scale, ACC)\n        dk",
+           "        alibi = alibi_slope(slopes_ptr, slopes_strides, b, h_kv, exp_scale, ACC)\n        dk",
+           "attention/test_alibi.py::test_against_the_oracle"),
+    Mutant("alibi: the bias of the first sequence for all", "attention/blocks.py",
+           "tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]\n        slope",
+           "tl.cast(h, tl.int64) * strides[1]\n        slope",
+           "attention/test_alibi.py::test_packed_sequences"),
 )  # fmt: skip
 
 

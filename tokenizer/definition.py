@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from operator import lt
 from typing import NamedTuple
 
 import numpy as np
@@ -102,7 +104,8 @@ def define(
     pattern = resolve(pattern)
     vocab = dict(vocab)
     specials = _special_ids(special_tokens, vocab)
-    vocab = dict(sorted(vocab.items()))
+    if not all(map(lt, vocab, islice(vocab, 1, None))):
+        vocab = dict(sorted(vocab.items()))
     special_ids = set(specials.values())
     id_of = _check_vocab(vocab, special_ids, all_bytes)
     _check_holes(vocab, special_ids)
@@ -116,7 +119,8 @@ def define(
 def _special_ids(special_tokens: Sequence[str] | Mapping[str, int], vocab: dict[int, bytes]) -> dict[str, int]:
     """The special tokens with their ids; adds those to `vocab` that it lacks."""
     specials = Specials(special_tokens)
-    known = {token: i for i, token in reversed(vocab.items()) if type(token) is bytes} if specials.tokens else {}
+    wanted = {*specials.encoded}
+    known = {token: i for i, token in reversed(vocab.items()) if type(token) is bytes and token in wanted}
     ids = {}
     for text, token in zip(specials.tokens, specials.encoded, strict=True):
         if isinstance(special_tokens, Mapping):
@@ -150,12 +154,12 @@ def _check_vocab(vocab: Mapping[int, bytes], special_ids: set[int], all_bytes: b
     return id_of
 
 
-def _check_holes(vocab: Mapping[int, bytes], special_ids: set[int]) -> None:
+def _check_holes(vocab: dict[int, bytes], special_ids: set[int]) -> None:
     # tiktoken's own encodings leave gaps among the special tokens at the top; those are harmless.
-    largest = max(vocab.keys() - special_ids)
-    for expected, i in zip(range(largest), vocab, strict=False):
-        if i != expected:
-            raise ValueError(f"vocab: id {expected} is missing, expected no holes below the largest id")
+    largest = next((i for i in reversed(vocab) if i not in special_ids), -1)
+    if len(vocab) - sum(i > largest for i in special_ids) <= largest:
+        expected = next(expected for expected, i in enumerate(vocab) if i != expected)
+        raise ValueError(f"vocab: id {expected} is missing, expected no holes below the largest id")
 
 
 def _pairs(merges: Sequence[tuple[bytes, bytes]], id_of: Mapping[bytes, int]) -> np.ndarray:

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .encoding import cut_stream
+from .corpus.documents import Range, Text, blocks
+from .corpus.parts import Span
 from .files import header_path, refuse_same_file, token_dtype, token_file
-from .inputs import is_cuttable, open_text, refuse_documents
-from .pretokenize import Cutter, file_ranges
+from .inputs import is_cuttable, refuse_documents
+from .pretokenize import Cutter
 from .progress import progress_bars
+from .sizes import TASK
 from .workers import Crew, check_num_workers
-
-# Bytes of text that a process encodes at a time.
-_TASK = 1 << 22
 
 # The ids (int32) of many texts, one text after another, and how many each has.
 EncodeMany = Callable[[Sequence[str]], tuple[np.ndarray, list[int]]]
@@ -44,23 +43,12 @@ def encode_file(
     with progress_bars(progress) as bar, token_file(out_path, vocab_size, tokenizer_hash) as (out, header):
         advance = bar("Encoding", n_bytes)
         with Crew(make, num_workers) as crew:
-            for ids, n in crew.map(_tasks(path, cutter)):
+            for ids, n in crew.map(block for block, _ in blocks(Span(str(path)), cutter, TASK)):
                 out.write(ids)
                 n_done += n
                 advance(n)
         header["n_bytes"] = n_done
     return out.n_tokens
-
-
-def _tasks(path: Path, cutter: Cutter) -> Iterable[bytes | tuple[Path, int, int]]:
-    if is_cuttable(path):
-        return [(path, *span) for span in file_ranges(path, cutter, _TASK)]
-    return _pieces(path, cutter)
-
-
-def _pieces(path: Path, cutter: Cutter) -> Iterator[bytes]:
-    with open_text(path) as file:
-        yield from cut_stream(iter(partial(file.read, _TASK), b""), cutter, _TASK)
 
 
 def encode_batch(encode_many: EncodeMany, texts: Iterable[str], *, num_workers: int | None) -> Iterator[list[int]]:
@@ -78,19 +66,9 @@ class _FileWorker:
         self._encode = encode
         self._dtype = dtype
 
-    def run(self, task: bytes | tuple[Path, int, int]) -> tuple[bytes, int]:
+    def run(self, block: Range | Text) -> tuple[bytes, int]:
         """The ids, and of how many bytes."""
-        data = task if isinstance(task, bytes) else _read(*task)
-        return self._encode(data).astype(self._dtype).tobytes(), len(data)
-
-
-def _read(path: Path, start: int, stop: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(start)
-        data = file.read(stop - start)
-    if len(data) < stop - start:
-        raise OSError(f"{path} became shorter while it was read")
-    return data
+        return self._encode(block.read()).astype(self._dtype).tobytes(), block.size
 
 
 class _BatchWorker:
@@ -106,7 +84,7 @@ def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
             raise ValueError(f"texts: got {type(text).__name__}, expected str")
         group.append(text)
         size += len(text)
-        if size >= _TASK:
+        if size >= TASK:
             yield group
             group, size = [], 0
     if group:

@@ -98,9 +98,10 @@ def open_text(path: str | os.PathLike[str]) -> IO[bytes]:
 
 
 def place(file: IO[bytes]) -> int:
-    """How much of a file on disk, compressed or not, was read by now."""
+    """How much of a file on disk, compressed or not, was read by now; of a pipe 0."""
     raw = getattr(file, "raw", None)
-    return raw.source.tell() if isinstance(raw, _Decompressed) else file.tell()
+    source = raw.source if isinstance(raw, _Decompressed) else file
+    return source.tell() if source.seekable() else 0
 
 
 def _is_compressed(head: bytes) -> bool:
@@ -174,7 +175,9 @@ class _Decompressed(io.RawIOBase):
 
 def count_odd(data: bytes) -> tuple[int, int]:
     """How many NUL and how many U+FFFD, which stand for invalid bytes, a text has."""
-    return data.count(0), 0 if data.isascii() else data.count(b"\xef\xbf\xbd")
+    # (To see that there is none takes a tenth of the time of counting.)
+    n_replaced = data.count(b"\xef\xbf\xbd") if b"\xef" in data else 0
+    return data.count(b"\0") if b"\0" in data else 0, n_replaced
 
 
 def warn_of_odd(n_nul: int, n_replaced: int, n_bytes: int) -> None:

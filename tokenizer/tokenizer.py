@@ -20,10 +20,11 @@ import numpy as np
 from . import encode_file as _files
 from .decode import IncrementalDecoder
 from .definition import Definition, define
-from .encoding import STREAM_PIECE, Encoder, SpecialIds, WordEncoder, compiled_core, cut_stream, is_by_rank
+from .encoding import Core, Encoder, WordEncoder, compiled_core, cutter_of, is_by_rank
 from .formats import directory as own_format
 from .formats import hugging_face, tiktoken
-from .pretokenize import GPT2_PATTERN, Pattern, repair, utf8
+from .pretokenize import GPT2_PATTERN, Cutter, Pattern, cut_stream, repair, utf8
+from .sizes import STREAM_PIECE, TASK
 from .tokens import TokenBytes
 
 AllowedSpecial = Literal["all", "none", "none_raise"] | set[str] | frozenset[str]
@@ -74,9 +75,9 @@ class Tokenizer:
         self._words = WordEncoder(self.definition, self._tokens)
         self._encoder = Encoder(self._words, self.pattern, self._tokens, definition.options)
         self._is_warm = False
-        self.special_ids = SpecialIds(self.special_tokens, self.pattern, definition.options)
-        self._no_special_ids = SpecialIds({}, self.pattern, definition.options)
-        self._some_special_ids: dict[frozenset[str], SpecialIds] = {}
+        # By the special tokens that stand for themselves: all, none, or some.
+        self._all, self._none = cutter_of(definition, self.special_tokens), cutter_of(definition, ())
+        self._some: dict[frozenset[str], Cutter] = {}
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, special_tokens={list(self.special_tokens)})"
@@ -91,8 +92,11 @@ class Tokenizer:
         That is done already, but for a tokenizer that was pickled: most processes that get one encode long texts.
         """
         if not self._is_warm:
-            self._encoder.warm_up(compiled_core(self.definition) if self.is_by_rank else None)
-            self._is_warm = True
+            self._warm_up(compiled_core(self.definition) if self.is_by_rank else None)
+
+    def _warm_up(self, core: Core | None) -> None:
+        self._encoder.warm_up(core)
+        self._is_warm = True
 
     @cached_property
     def merges(self) -> list[tuple[bytes, bytes]]:
@@ -102,7 +106,7 @@ class Tokenizer:
     @cached_property
     def is_by_rank(self) -> bool:
         """Whether the merges list means what tiktoken's ranks mean; export_tiktoken is for such."""
-        return is_by_rank(self.definition, self._words.merge_words)
+        return is_by_rank(self.definition)
 
     @cached_property
     def hash(self) -> str:
@@ -128,19 +132,19 @@ class Tokenizer:
         """
         if not isinstance(text, str):
             raise ValueError(f"text: got {type(text).__name__}, expected str")
-        allowed = self.special_ids
+        allowed = self._all
         if allowed_special != "all":
             allowed = self._allowed(allowed_special)
             if allowed_special == "none_raise":
                 self._refuse_specials(text)
         if offsets:
-            return self._encoder.encode_with_offsets(text, allowed)
+            return self._encoder.encode_with_offsets(text, allowed.specials)
         if len(text) < self._encoder.short:
-            return self._encoder.encode_short(text, allowed)
+            return self._encoder.encode_short(text, allowed.specials)
         if not self._is_warm:
             self.warm_up()
             return self.encode(text, allowed_special=allowed_special)
-        return self._encoder.encode_to_list(cut_stream([utf8(text)], allowed.cutter), allowed)
+        return self._encoder.encode_to_list(cut_stream([utf8(text)], allowed, TASK), allowed.specials)
 
     def encode_iterable(self, iterable: Iterable[str], *, allowed_special: AllowedSpecial = "all") -> Iterator[int]:
         """The ids of "".join(iterable), one by one, in bounded memory: pieces may end anywhere, inside a word too.
@@ -150,11 +154,11 @@ class Tokenizer:
         allowed = self._allowed(allowed_special)
         # Pieces that end inside no special token, allowed or not, so that "none_raise" sees each whole. With a custom
         # pattern they end at special tokens, so these must be allowed.
-        cutter = self.special_ids.cutter if self.special_ids.cutter.inside_documents else allowed.cutter
+        cutter = self._all if self._all.inside_documents else allowed
         for data in cut_stream(map(utf8, iterable), cutter, STREAM_PIECE):
             if allowed_special == "none_raise":
                 self._refuse_specials(data.decode())
-            yield from self._encoder.encode_to_list([data], allowed)
+            yield from self._encoder.encode_to_list([data], allowed.specials)
 
     def encode_batch(
         self, texts: Iterable[str], *, num_workers: int | None = None, allowed_special: AllowedSpecial = "all"
@@ -164,7 +168,7 @@ class Tokenizer:
             texts = list(texts)
             for text in texts:
                 self._refuse_specials(text)
-        allowed = set(self._allowed(allowed_special).id_of)
+        allowed = set(self._allowed(allowed_special).specials.id_of)
         encode_many = partial(self.encode_many, allowed_special=allowed)
         return list(_files.encode_batch(encode_many, texts, num_workers=num_workers))
 
@@ -177,7 +181,7 @@ class Tokenizer:
         if allowed_special == "none_raise":
             for text in texts:
                 self._refuse_specials(text)
-        return self._encoder.encode_many([utf8(text) for text in texts], self._allowed(allowed_special))
+        return self._encoder.encode_many([utf8(text) for text in texts], self._allowed(allowed_special).specials)
 
     def encode_file(
         self, path: str | Path, out_path: str | Path, *, num_workers: int | None = None, progress: bool = False
@@ -190,7 +194,7 @@ class Tokenizer:
         """
         return _files.encode_file(
             self.encode_bytes,
-            self.special_ids.cutter,
+            self._all,
             self.vocab_size,
             self.hash,
             Path(path),
@@ -201,28 +205,25 @@ class Tokenizer:
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """Token ids (int32) of UTF-8 text, special tokens included; invalid sequences are read as U+FFFD."""
-        pieces = map(repair, cut_stream([data], self.special_ids.cutter))
-        return self._encoder.encode_long(pieces, self.special_ids)
+        pieces = map(repair, cut_stream([data], self._all, TASK))
+        return self._encoder.encode_long(pieces, self._all.specials)
 
-    def _allowed(self, allowed: AllowedSpecial) -> SpecialIds:
-        if allowed == "all":
-            return self.special_ids
-        if allowed in ("none", "none_raise"):
-            return self._no_special_ids
+    def _allowed(self, allowed: AllowedSpecial) -> Cutter:
         if isinstance(allowed, str):
-            raise ValueError(f"allowed_special: got {allowed!r}, expected 'all', 'none', 'none_raise' or a set")
+            if allowed not in ("all", "none", "none_raise"):
+                raise ValueError(f"allowed_special: got {allowed!r}, expected 'all', 'none', 'none_raise' or a set")
+            return self._all if allowed == "all" else self._none
         key = frozenset(allowed)
-        if key in self._some_special_ids:
-            return self._some_special_ids[key]
-        if unknown := key - set(self.special_tokens):
-            raise ValueError(f"allowed_special: {unknown} are not special tokens of this tokenizer")
-        if len(self._some_special_ids) > _MAX_SETS:
-            self._some_special_ids.clear()
-        some = {t: i for t, i in self.special_tokens.items() if t in key}
-        return self._some_special_ids.setdefault(key, SpecialIds(some, self.pattern, self.definition.options))
+        if (cutter := self._some.get(key)) is None:
+            if unknown := key - set(self.special_tokens):
+                raise ValueError(f"allowed_special: {unknown} are not special tokens of this tokenizer")
+            if len(self._some) > _MAX_SETS:
+                self._some.clear()
+            cutter = self._some[key] = cutter_of(self.definition, key)
+        return cutter
 
     def _refuse_specials(self, text: str) -> None:
-        if len(parts := self.special_ids.split(text)) > 1:
+        if len(parts := self._all.specials.split(text)) > 1:
             raise ValueError(f"text: has the special token {parts[1]!r}, which allowed_special='none_raise' refuses")
 
     # ------------------------------------------------------------------------------------------------ decoding
@@ -320,13 +321,16 @@ class Tokenizer:
         special_tokens: Sequence[str] | Mapping[str, int] = (),
     ) -> Tokenizer:
         """From tiktoken's ranks; special tokens get the ids after the largest rank unless a mapping gives them."""
-        return _build(tiktoken.read_tiktoken(Path(path), special_tokens, pattern))
+        return _build(*tiktoken.read_tiktoken(Path(path), special_tokens, pattern))
 
 
 def _build(definition: Definition, by_rank: bool | None = None) -> Tokenizer:
     """Of a definition that is checked."""
+    by_rank = is_by_rank(definition) if by_rank is None else by_rank
+    # Before the tables, so that what it is made from is gone when they come.
+    core = compiled_core(definition) if by_rank else None
     tokenizer = _set_up(definition, by_rank)
-    tokenizer.warm_up()
+    tokenizer._warm_up(core)
     return tokenizer
 
 

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ..kernels.reference import FP8_MULTIPLE
 from ..model import ModelConfig, preset
 from ..model.typed import typed
 from .data import ORDERS
@@ -33,8 +34,9 @@ MAY_CHANGE = frozenset((
     "grad_clip", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints", "async_checkpoints",
     "log_every", "tensorboard", "wandb", "dtype", "device", "compile", "checkpointing", "kernels", "peak_flops",
     "resume", "overwrite",
-    "cuda_graph", "init_from", "parallel", "reshard",
+    "cuda_graph", "init_from", "parallel", "reshard", "fp8",
 ))  # fmt: skip
+_FP8_ROWS = f"false unless a micro-batch has a multiple of {FP8_MULTIPLE} tokens, of which it has {{}}"
 _TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}
 _TYPE_NAMES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string"}
 
@@ -83,6 +85,8 @@ class TrainConfig:
         wandb                   a project of Weights & Biases that gets the records too; needs the package wandb
     Execution
         dtype                   "float32", or "bfloat16" by torch.autocast (parameters and their updates stay float32)
+        fp8                     multiply the blocks' matrices in fp8 (e4m3, gradients e5m2, a scale for each tensor);
+                                not in validation; on a GPU of compute capability 8.9 or later, and slowly on a CPU
         device                  "auto" (CUDA when there is one), or a torch device
         compile                 torch.compile the model
         cuda_graph              on a GPU, replay a captured step: the host then costs no time
@@ -138,6 +142,7 @@ class TrainConfig:
     wandb: str | None = None
 
     dtype: str = "bfloat16"
+    fp8: bool = False
     device: str = "auto"
     compile: bool = False
     cuda_graph: bool = True
@@ -188,6 +193,9 @@ class TrainConfig:
         self._require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         self._require("kernels", self.kernels in KERNELS, f"one of {', '.join(KERNELS)}")
         self._require("parallel", self.parallel in PARALLEL, f"one of {', '.join(PARALLEL)}")
+        self._require("fp8", not (self.fp8 and self.parallel != "none"), 'false unless parallel is "none"')
+        rows = self.batch_size // self.gradient_accumulation * self.model.context_length
+        self._require("fp8", not self.fp8 or rows % FP8_MULTIPLE == 0, _FP8_ROWS.format(rows))
         self.lr_factor(0.0)  # checks schedule, warmup, decay and min_lr_ratio
 
     def _train_data(self) -> Path | list[Path] | dict[str, float]:

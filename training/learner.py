@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..kernels import dispatch, reference
+from ..kernels import dispatch, fp8, reference
 from ..model import Transformer
+from ..model.layers import use_fp8
 from ..model.typed import typed
 from .config import TrainConfig
 from .data import IGNORED, Corpus, validation_batches
@@ -44,6 +45,8 @@ class Learner:
         self.config, self.device, self.dtype = config, device, getattr(torch, config.dtype)
         self.ops, self.fresh = choose_ops(config.kernels, device), fresh
         self.model = self._on_meta()
+        if config.fp8:
+            say(self._use_fp8())
         if self.parallel == "fsdp":
             low = None if self.dtype == torch.float32 else self.dtype
             options: dict[str, Any] = {"dtype": low, "cast_inputs": False, "reshard": config.reshard}
@@ -119,6 +122,15 @@ class Learner:
             self.model.reset_parameters()
         if self.config.init_from is not None and self.fresh:
             copy_weights(self.config.init_from, self.model)
+
+    def _use_fp8(self) -> str:
+        """Products in fp8 where the model can have them; a sentence on which these are."""
+        reason = None if self.ops is reference else fp8.refusal(self.device)
+        if reason is not None:
+            raise ValueError(f"fp8: {reason}")
+        taken, left = use_fp8(self.model.layers, self.ops.fp8_linear)
+        others = f"; not {', '.join(left)}, whose sides are no multiples of {fp8.FP8_MULTIPLE}" if left else ""
+        return f"products in fp8, in each block: {', '.join(taken)}{others}"
 
     def set_rates(self, factor: float) -> None:
         """Every learning rate to `factor` times its peak."""

@@ -5,6 +5,7 @@ ours, graphed    forward, backward and update as one CUDA graph: the host's part
 ours, compiled   the model under torch.compile, as `rooflight train --compile` and the demo on a CPU run it
 plain, eager     bench/cases/plain_model.py: scaled_dot_product_attention, torch's fused AdamW
 plain, compiled  the same with its blocks compiled, which take seconds once; the vocabulary padded to 64
+ours, fp8        as a graph, with the blocks' products in fp8: not the others' numbers, so a row to be read apart
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from ...kernels import fp8
 from ...model import ModelConfig, Transformer, estimate
-from ...training.optim import build_optimizers
+from ...model.layers import use_fp8
+from ...training.optim import build_optimizers, low_precision
 from ...training.throughput import keep_freed_memory
 from ..cases.plain_model import PlainTransformer
 from ..measure.clock import clock
@@ -30,9 +33,10 @@ from ..measure.compiler import compiled, no_fallback
 from ..rates.kernel_rates import ops_on
 from .step import graphed, take_step
 
-WAYS = ("ours, eager", "ours, graphed", "ours, compiled", "plain, eager", "plain, compiled")
+WAYS = ("ours, eager", "ours, graphed", "ours, compiled", "plain, eager", "plain, compiled", "ours, fp8")
+GPU_ONLY = ("ours, graphed", "ours, fp8")  # on a CPU fp8 is imitated: asked for, it runs, without a graph
 # what is taken where nothing is asked for: on a GPU a graph does what a compiler would, without its minute
-DEFAULT = {"cpu": tuple(way for way in WAYS if way != "ours, graphed"), "cuda": (*WAYS[:2], *WAYS[3:])}
+DEFAULT = {"cpu": tuple(way for way in WAYS if way not in GPU_ONLY), "cuda": (*WAYS[:2], *WAYS[3:])}
 PADDED = 64  # rows that a vocabulary is padded to
 
 
@@ -71,7 +75,14 @@ class _Step:
                 if self.ours
                 else PlainTransformer(config, vocab_size=self.vocab_size)
             )
-        self.optimizers = build_optimizers(self.model, optimizer="adamw", lr=1e-4)
+        if way == "ours, fp8":
+            if (reason := fp8.refusal(device)) is not None:
+                raise ValueError(f"device: {reason}")
+            use_fp8(self.model.layers, ops_on(device)[1].fp8_linear)
+        # as training builds them: compiled code casts weights by itself; the peer's is torch's fused one
+        copies = low_precision(device, dtype) if self.ours and way != "ours, compiled" else {}
+        triton = None if self.ours else False
+        self.optimizers = build_optimizers(self.model, optimizer="adamw", lr=1e-4, triton=triton, **copies)
         self.forward: Callable[..., Tensor] = self.model
         if way == "ours, compiled":
             self.forward = torch.compile(self.model)
@@ -150,7 +161,7 @@ def _measure(
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     step = _Step(way, config, tokens, dtype)
-    issue = graphed(step.issue) if way == "ours, graphed" else step.issue
+    issue = graphed(step.issue) if cuda and way in GPU_ONLY else step.issue
     first_loss = issue().item()
     first = time.perf_counter() - start
     issue().item()  # the moments are there, compiled code is for them too

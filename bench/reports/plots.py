@@ -5,7 +5,6 @@ Each is drawn into a file whose ending says the format (png, svg, pdf), written 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,17 +57,16 @@ def _figure(columns: int, size: tuple[float, float], rows: int = 1) -> tuple[Fig
 def _save(figure: Figure, path: Path) -> None:
     import matplotlib.pyplot as plt
 
+    from ...tokenizer.files import atomic
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    kind = path.suffix.removeprefix(".") or None
     try:
-        kind = path.suffix.removeprefix(".") or None
         # without a date and with ids that depend on the drawing alone: the same figure is the same file
-        with plt.rc_context({"svg.hashsalt": "rooflight"}):
-            figure.savefig(scratch, dpi=150, format=kind, metadata={"Date": None} if kind == "svg" else None)
-        os.replace(scratch, path)
+        with atomic(path) as file, plt.rc_context({"svg.hashsalt": "rooflight"}):
+            figure.savefig(file, dpi=150, format=kind, metadata={"Date": None} if kind == "svg" else None)
     finally:
         plt.close(figure)
-        scratch.unlink(missing_ok=True)
 
 
 def flop_shares(config: ModelConfig, context_length: int | None = None) -> dict[str, float]:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import apply, bare_apply, check_tensor, checked_once, in_layout_of, runs_triton
-from .checks import Window, check_inputs, check_mask, check_sequences, check_types, reach, score_numbers
+from ..dispatch import apply, autocast_dtype, bare_apply, check_tensor, checked_once, in_layout_of, runs_triton
+from .checks import Window, check_inputs, check_mask, check_sequences, check_slopes, check_types, reach, score_numbers
 from .launch import FlashAttentionFunction, fwd_op
 from .plain import scaled_dot_product, sdpa_serves
 from .prepared import KnownAttention, find, state
@@ -28,10 +28,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     for name, x in zip("qkv", tensors, strict=True):
         check_tensor(name, x)
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    dtype = autocast_dtype(tensors[0].device.type)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(kind)
     return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
@@ -71,6 +70,7 @@ def flash_attention(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T + mask) v  (Dao 2023; grouped queries: Ainslie et al. 2023).
 
@@ -88,6 +88,8 @@ def flash_attention(
     return_lse: also return the log-sum-exp (B, H, T), fp32, natural log, sink included, differentiable.
     mask: bool, broadcasts to (B, H, T, S); a key is visible where it is true and causal and window let it be. No kernel
     reads one: with it the eager oracle runs, on every device, and the scores are in memory.
+    alibi_slopes: (H,) or (B, H), fp32: slope s adds -s |p - j| to a score, after the softcap, before the mask (Press et
+        al. 2022, section 3; `kernels.alibi_slopes` makes the standard ones). Constants, which get no gradient.
 
     A row with no visible key gives output 0, log-sum-exp -inf (the sink's value with sinks) and zero gradients.
     Products accumulate in fp32; fp32 inputs are multiplied in IEEE precision unless
@@ -103,30 +105,34 @@ def flash_attention(
     window < 0, and on a tensor where a number is expected: it would receive no gradient.
     """
     q, k, v = _autocast(q, k, v)
-    if mask is None:
+    if mask is None and alibi_slopes is None:
         found = find(state(), q, k, v, sinks, causal, window, scale, softcap, return_lse)
         if found is not None:
             return _known(q, k, v, found) if torch.is_grad_enabled() else found[0](q, k, v)[0]
     left, right, scale, softcap = _checked(q, k, v, sinks, causal, window, scale, softcap, return_lse, False)
+    if alibi_slopes is not None:
+        check_slopes(alibi_slopes, q, q.shape[0])
     if mask is not None:
-        return _masked(q, k, v, mask, causal, scale, window, softcap, sinks, return_lse)
-    plain = left is None and right in (None, 0) and softcap == 0 and sinks is None and not return_lse
+        return _masked(q, k, v, mask, causal, scale, window, softcap, sinks, return_lse, alibi_slopes)
+    biased = softcap != 0 or sinks is not None or alibi_slopes is not None
+    plain = left is None and right in (None, 0) and not (biased or return_lse)
     if plain and not runs_triton(q) and sdpa_serves(q, k, right == 0):
         return scaled_dot_product(q, k, v, right == 0, scale)
-    out, lse = _attend(q, k, v, sinks, None, None, q.shape[2], k.shape[2], left, right, scale, softcap)
+    out, lse = _attend(q, k, v, sinks, None, None, q.shape[2], k.shape[2], left, right, scale, softcap, alibi_slopes)
     return (out, lse) if return_lse else out
 
 
 def _masked(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, causal: bool, scale: float, window: Window, softcap: float,
-    sinks: Tensor | None, return_lse: bool,
+    sinks: Tensor | None, return_lse: bool, alibi_slopes: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The oracle, on fp32 copies where the inputs are narrower."""
     check_mask(mask, q, k)
     wide = (x.float() if x.dtype.itemsize < 4 else x for x in (q, k, v))
     out, lse = reference.flash_attention(
-        *wide, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=True, mask=mask
-    )
+        *wide, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, return_lse=True, mask=mask,
+        alibi_slopes=alibi_slopes,
+    )  # fmt: skip
     out = out.to(q.dtype)
     if out.shape == q.shape:
         out = in_layout_of(q, out)
@@ -148,13 +154,14 @@ def flash_attention_varlen(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_attention over packed sequences: sequence b is rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1.
 
     q: (total_q, H, D).  k, v: (total_k, K, D).  cu_seqlens_q, cu_seqlens_k: (sequences + 1,), int32, rising from 0 to
-    the total or less.  max_seqlen_q, max_seqlen_k: at least the longest length.  Everything else as flash_attention,
-    each sequence by itself. Returns (total_q, H, D), and with return_lse also the log-sum-exp (H, total_q). Rows past
-    the last sequence are padding: output 0, log-sum-exp -inf, zero gradients.
+    the total or less.  max_seqlen_q, max_seqlen_k: at least the longest length.  alibi_slopes: (H,) or (sequences, H).
+    Everything else as flash_attention, each sequence by itself. Returns (total_q, H, D), and with return_lse also the
+    log-sum-exp (H, total_q). Rows past the last sequence are padding: output 0, log-sum-exp -inf, zero gradients.
 
     Raises ValueError as flash_attention does, and on cu_seqlens or max_seqlen that do not fit; the values of cu_seqlens
     are checked on the CPU alone, since reading them from a GPU would stall it in every call: there rows of a sequence
@@ -168,6 +175,8 @@ def flash_attention_varlen(
         raise ValueError(
             f"cu_seqlens_k: expected cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}, got {tuple(cu_seqlens_k.shape)}"
         )
-    options = (max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
+    if alibi_slopes is not None:
+        check_slopes(alibi_slopes, q, cu_seqlens_q.shape[0] - 1)
+    options = (max_seqlen_q, max_seqlen_k, left, right, scale, softcap, alibi_slopes)
     out, lse = _attend(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *options)
     return (out, lse) if return_lse else out

@@ -119,6 +119,23 @@ def is_visible(i, j, lower, upper, n_key):
 
 
 @triton.jit
+def alibi_slope(slopes_ptr, strides, b, h, exp_scale, ACC: tl.constexpr):
+    """Head (b, h)'s slope for scores that are still to be multiplied by exp_scale; None where there is none."""
+    if slopes_ptr is None:
+        slope = None
+    else:
+        offset = tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
+        slope = tl.load(slopes_ptr + offset).to(ACC) * 1.4426950408889634 / exp_scale
+    return slope
+
+
+@triton.jit
+def distance(i, j):
+    """|i - j|, (len(i), len(j)), in fp32: exact below 2^24, and integers are converted by row and column alone."""
+    return tl.abs(i.to(tl.float32)[:, None] - j.to(tl.float32)[None, :])
+
+
+@triton.jit
 def base_2(lse):
     """A natural log-sum-exp in base 2; +inf, hence p = 0, for rows that see no key."""
     return tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)

@@ -58,6 +58,20 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *, varle
     check_device(("q", q), ("k", k), ("v", v), ("sinks", sinks))
 
 
+def check_slopes(slopes: Tensor, q: Tensor, n_batch: int) -> None:
+    """ALiBi's slopes: fp32, one for each query head, or for each of each of the n_batch sequences; constants."""
+    check_tensor("alibi_slopes", slopes)
+    n_head = q.shape[1]
+    if slopes.dtype != torch.float32 or (slopes.shape != (n_head,) and slopes.shape != (n_batch, n_head)):
+        raise ValueError(
+            f"alibi_slopes: expected float32 of shape ({n_head},) or ({n_batch}, {n_head}), "
+            f"got {slopes.dtype}{tuple(slopes.shape)}"
+        )
+    if slopes.requires_grad:
+        raise ValueError("alibi_slopes: expected a tensor that requires no gradient (none is computed), got one")
+    check_device(("q", q), ("alibi_slopes", slopes))
+
+
 def check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
     """A mask of flash_attention: bool, and it broadcasts to (B, H, T, S)."""
     check_tensor("mask", mask)

@@ -90,7 +90,9 @@ def _by_hopper(pass_: str, asked: tuple[Any, ...], args: tuple[Any, ...]) -> boo
 
 def _path(pass_: str, q: Tensor, k: Tensor, p: Problem, sinks: Tensor | None) -> str:
     windowed = p.left is not None or bool(p.right)
-    used = (windowed, p.ends_q is not None, p.softcap > 0, sinks is not None, p.T < paths.SHORT)
+    used = (
+        windowed, p.ends_q is not None, p.softcap > 0, sinks is not None, p.slopes is not None, p.T < paths.SHORT
+    )  # fmt: skip
     return paths.choose(pass_, q, k, used)
 
 
@@ -107,16 +109,18 @@ def flash_attention_fwd(
     right: int | None,
     scale: float,
     softcap: float,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     out, lse, unround = outputs_like(q, cu_seqlens_q is not None)
-    p = _problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
+    bounds = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    p = _problem(q, k, *bounds, left, right, scale, softcap, alibi_slopes)
     if not runs_triton(q):
         plain.launch_forward(q, k, v, sinks, out, lse, p)
         return out, lse, unround
-    bounds = (p.ends_q, p.ends_k, p.T, p.S, left, right, scale)
+    seen = (p.ends_q, p.ends_k, p.T, p.S, left, right, scale)
     if not (
         _path("forward", q, k, p, sinks) == "hopper"
-        and _by_hopper("forward", (q, k, v, p.ends_q, softcap, sinks is not None), (q, k, v, out, lse, *bounds))
+        and _by_hopper("forward", (q, k, v, p.ends_q, softcap, sinks is not None), (q, k, v, out, lse, *seen))
     ):
         sinks = None if sinks is None else sinks.contiguous()
         portable.launch_forward(q, k, v, sinks, out, lse, unround, p)
@@ -147,8 +151,10 @@ def flash_attention_bwd(
     right: int | None,
     scale: float,
     softcap: float,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    p = _problem(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, left, right, scale, softcap)
+    bounds = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    p = _problem(q, k, *bounds, left, right, scale, softcap, alibi_slopes)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     delta = None
     if sinks is not None:
@@ -158,8 +164,8 @@ def flash_attention_bwd(
         if sinks is None or delta is None:
             return dq, dk, dv, None
         return dq, dk, dv, _sink_gradient(sinks, lse, delta, p.ends_q is not None)
-    bounds = (p.ends_q, p.ends_k, p.T, p.S, left, right, scale)
-    written = (q, k, v, out, dout, lse, dlse, dq, dk, dv, delta, *bounds)
+    seen = (p.ends_q, p.ends_k, p.T, p.S, left, right, scale)
+    written = (q, k, v, out, dout, lse, dlse, dq, dk, dv, delta, *seen)
     if not (
         _path("backward", q, k, p, sinks) == "hopper"
         and _by_hopper("backward", (q, k, v, dout, p.ends_q, softcap), written)
@@ -207,8 +213,10 @@ def _lengths(cu_seqlens: Tensor, longest: int) -> list[int]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, sinks, cu_seqlens_q, cu_seqlens_k)
+    q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *options = inputs
+    ctx.options = options[:6]
+    slopes = options[6] if len(options) > 6 else None
+    ctx.save_for_backward(q, k, v, *output, sinks, cu_seqlens_q, cu_seqlens_k, slopes)
     ctx.set_materialize_grads(False)
 
 
@@ -219,13 +227,13 @@ def _save_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, *rest = ctx.saved_tensors
+    q, k, v, out, *rest, slopes = ctx.saved_tensors
     if dout is None:
         if dlse is None:
-            return (None,) * 12
+            return (None,) * 13
         dout = out.new_zeros(()).expand_as(out)  # only the log-sum-exp was used
-    dq, dk, dv, dsinks = call(bwd_op, dout, dlse, q, k, v, out, *rest, *ctx.options)
-    return dq, dk, dv, dsinks if ctx.needs_input_grad[3] else None, *(None,) * 8
+    dq, dk, dv, dsinks = call(bwd_op, dout, dlse, q, k, v, out, *rest, *ctx.options, slopes)
+    return dq, dk, dv, dsinks if ctx.needs_input_grad[3] else None, *(None,) * 9
 
 
 bwd_op = define_op(flash_attention_bwd, _fake_bwd)
@@ -236,7 +244,7 @@ class FlashAttentionFunction(torch.autograd.Function):
     """apply(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, left, right, scale, softcap).
 
     Returns (out, lse): flash_attention without its checks, always in Triton. cu_seqlens None is a dense batch; left and
-    right are how far a query sees from its own position, None without end.
+    right are how far a query sees from its own position, None without end. alibi_slopes may follow.
 
     apply(q, k, v, is_causal=False) returns out alone, with q of shape (B, H, T, D) or (B, T, D), and saves a
     log-sum-exp of shape (B, H, T) or (B, T). On plain CPU tensors it runs rooflight.kernels.tiled's loops.

@@ -30,12 +30,13 @@ __all__ = [
     "use",
 ]  # fmt: skip
 
-OPTIONS = ("window", "packed", "softcap", "sinks", "short")
+OPTIONS = ("window", "packed", "softcap", "sinks", "alibi", "short")
 SHORT = 512  # fewer queries than that are "short": the least that was measured
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "cpu")
 HOPPER_HEADS = {"forward": (64, 128, 256), "backward": (64, 128)}
 HOPPER_DTYPES = (torch.bfloat16, torch.float16)
-NOT_IN_HOPPER = {"forward": {"softcap", "sinks"}, "backward": {"softcap"}}  # a sink is in the log-sum-exp by then
+# in the backward a sink is in the log-sum-exp by then
+NOT_IN_HOPPER = {"forward": {"softcap", "sinks", "alibi"}, "backward": {"softcap", "alibi"}}
 
 # Where the hopper path is the default: its and the portable path's TFLOP/s of device time by length, on one H200,
 # 2026-11-27, bf16, causal, torch 2.11, triton 3.6.0 (bench/results). Head size 256 was not measured.
@@ -125,7 +126,9 @@ def decide(call: Call, *, asked: str | None = None, measured: str | None = None,
     """
     if call.architecture == "cpu":
         if call.options - {"short"}:
-            return Choice("eager", "torch's scaled_dot_product_attention has no window, packing, softcap or sinks")
+            return Choice(
+                "eager", "torch's scaled_dot_product_attention has no window, packing, softcap, sinks or ALiBi"
+            )
         return Choice("sdpa", "torch's own, unless a log-sum-exp is asked for or causal lengths differ (then eager)")
     obstacle = _obstacle(call)
     if asked == "hopper" and obstacle:
@@ -216,6 +219,7 @@ def table(target: str, device: torch.device | None = None) -> list[tuple[str, st
         frozenset({"packed"}),
         frozenset({"softcap"}),
         frozenset({"sinks"}),
+        frozenset({"alibi"}),
         frozenset({"short"}),
     ]
     measured = table_of(device).paths if device is not None else {}

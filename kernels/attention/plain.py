@@ -2,7 +2,8 @@
 
 Eager keeps the promise of the kernels: q k^T, the softmax and p v in fp32 (fp64 for fp64), whatever the inputs' dtype,
 the result in q's layout. It holds a sequence's score matrix; the backward computes the matrix anew and, with
-p = softmax(z), z = scale q k^T (softcap: z = c tanh(scale q k^T / c)) and delta = rowsum(p * dp) - dlse, has
+p = softmax(z), z = scale q k^T (softcap: z = c tanh(scale q k^T / c); ALiBi: less slope |i + S - T - j|) and
+delta = rowsum(p * dp) - dlse, has
 
     dv = p^T dout      dp = dout v^T      ds = p (dp - delta)      dq = scale ds k      dk = scale ds^T q
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import in_layout_of, known
-from ..reference import visible_mask
+from ..reference import key_distance, visible_mask
 from ..rows import statistics
 from .portable.launch import Problem
 
@@ -38,18 +39,20 @@ def sdpa_serves(q: Tensor, k: Tensor, causal: bool) -> bool:
 def scaled_dot_product(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     """torch's scaled_dot_product_attention, in q's layout where v is as wide."""
     is_causal = causal and known(q.shape[2] == k.shape[2])  # else one query, the last: it sees every key
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = not known(q.shape[1] == k.shape[1])  # takes a bool, and equal numbers of heads too
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=grouped)
     return in_layout_of(q, out) if out.shape == q.shape else out
 
 
-def _sequences(p: Problem) -> Iterator[tuple[slice | None, slice | None]]:
-    """The rows of q and of k of each packed sequence; of a dense batch (None, None), once."""
+def _sequences(p: Problem) -> Iterator[tuple[slice | None, slice | None, Tensor | None]]:
+    """The rows of q and of k of each packed sequence, and its slopes; of a dense batch None, None and all, once."""
     if p.ends_q is None or p.ends_k is None:
-        yield None, None
+        yield None, None, p.slopes
         return
     ends_q, ends_k = p.ends_q.tolist(), p.ends_k.tolist()
     for i in range(len(ends_q) - 1):
-        yield slice(ends_q[i], ends_q[i + 1]), slice(ends_k[i], ends_k[i + 1])
+        slopes = p.slopes[i] if p.slopes is not None and p.slopes.dim() == 2 else p.slopes
+        yield slice(ends_q[i], ends_q[i + 1]), slice(ends_k[i], ends_k[i + 1]), slopes
 
 
 def _view(x: Tensor, rows: slice | None) -> Tensor:
@@ -68,18 +71,20 @@ def _by_key_head(x: Tensor, K: int) -> Tensor:
     return x.reshape(B, K, H // K * T, N)
 
 
-def _scores(q: Tensor, k: Tensor, p: Problem) -> tuple[Tensor, Tensor | None]:
-    """z (B, H, T, S), -inf where hidden, and with a softcap its slope; q and k are fp32 or fp64."""
+def _scores(q: Tensor, k: Tensor, slopes: Tensor | None, p: Problem) -> tuple[Tensor, Tensor | None]:
+    """z (B, H, T, S), -inf where hidden, and with a softcap its derivative; q and k are fp32 or fp64."""
     (B, H, T, _), (K, S) = q.shape, k.shape[1:3]
     z = (_by_key_head(q, K) @ k.mT).view(B, H, T, S).mul_(p.scale)
-    slope = None
+    derivative = None
     if p.softcap > 0:
         z = torch.tanh(z / p.softcap)
-        slope = 1 - z.square()
+        derivative = 1 - z.square()
         z *= p.softcap
+    if slopes is not None:
+        z -= slopes.to(z.dtype)[..., None, None] * key_distance(T, S, q.device)
     if p.left is not None or p.right is not None:
         z.masked_fill_(~visible_mask(T, S, False, (p.left, p.right), q.device), -math.inf)
-    return z, slope
+    return z, derivative
 
 
 def _softmax(z: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -105,9 +110,9 @@ def launch_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: T
         out.zero_()
         lse.fill_(-math.inf)
     wide, K = statistics(q.dtype)[0], k.shape[1]
-    for rows, keys in _sequences(p):
+    for rows, keys, slopes in _sequences(p):
         qi, ki, vi = _view(q, rows).to(wide), _view(k, keys).to(wide), _view(v, keys).to(wide)
-        weights, statistic = _softmax(_scores(qi, ki, p)[0], sinks)
+        weights, statistic = _softmax(_scores(qi, ki, slopes, p)[0], sinks)
         _view(out, rows).copy_((_by_key_head(weights, K) @ vi).view(qi.shape))
         _statistic(lse, rows).copy_(statistic)
 
@@ -124,9 +129,9 @@ def launch_backward(
             if x is not None:
                 x.zero_()
     wide, K = statistics(q.dtype)[0], k.shape[1]
-    for rows, keys in _sequences(p):
+    for rows, keys, slopes in _sequences(p):
         qi, ki, vi = _view(q, rows).to(wide), _view(k, keys).to(wide), _view(v, keys).to(wide)
-        z, slope = _scores(qi, ki, p)
+        z, derivative = _scores(qi, ki, slopes, p)
         weights, _ = _softmax(z, sinks)
         do = _by_key_head(_view(dout, rows).to(wide), K)
         _view(dv, keys).copy_(_by_key_head(weights, K).mT @ do)
@@ -137,8 +142,8 @@ def launch_backward(
         if delta is not None:
             _statistic(delta, rows).copy_(d)
         ds = dp.sub_(d[..., None]).mul_(weights)
-        if slope is not None:
-            ds *= slope
+        if derivative is not None:
+            ds *= derivative
         ds = _by_key_head(ds, K).mul_(p.scale)
         _view(dq, rows).copy_((ds @ ki).view(qi.shape))
         _view(dk, keys).copy_(ds.mT @ _by_key_head(qi, K))

@@ -1,7 +1,7 @@
 """Eager calls of a kind that was seen before: what shapes and options decide is worked out once, and kept as a function
 of the tensors alone that allocates and launches.
 
-The common call has one: a dense batch in 16 bits, one head size, no sinks, the output alone. All others, and tensors
+The common call has one: a dense batch in 16 bits, one head size, no sinks or ALiBi, the output alone. All others, and tensors
 whose addresses are no multiples of 16, go the long way, through the operators of launch.py.
 """
 
@@ -45,7 +45,7 @@ def find(
     options = (q.shape[2], k.shape[2], *reach(causal, window), *score_numbers(scale, softcap, q.shape[-1]))
     if return_lse or sinks is not None or v.shape[-1] != q.shape[-1] or not _serves(q, k):
         return None
-    p = Problem(options[0], options[1], None, None, *options[2:])
+    p = Problem(options[0], options[1], None, None, *options[2:], None)
     out, lse, _ = outputs_like(q, False)
     if paths.choose("forward", q, k, _used(p)) == "hopper":
         run = _hopper_forward(q, k, v, out, lse, p)
@@ -60,7 +60,7 @@ def _serves(q: Tensor, k: Tensor) -> bool:
 
 
 def _used(p: Problem) -> tuple[bool, ...]:
-    return p.left is not None or bool(p.right), False, p.softcap > 0, False, p.T < paths.SHORT
+    return p.left is not None or bool(p.right), False, p.softcap > 0, False, False, p.T < paths.SHORT
 
 
 def _new_like(x: Tensor) -> Callable[[], Tensor]:
@@ -77,7 +77,7 @@ def _portable_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = torch.empty_like(q), new_lse()
-        launch(q, k, v, None, out, lse, None, None, None)
+        launch(q, k, v, None, None, out, lse, None, None, None)
         return out, lse
 
     return run
@@ -129,7 +129,7 @@ def _find_backward(
     """dq, dk and dv of such tensors: the backward of `find`'s forward."""
     if not _serves(q, k):
         return None
-    p = Problem(q.shape[2], k.shape[2], None, None, left, right, scale, softcap)
+    p = Problem(q.shape[2], k.shape[2], None, None, left, right, scale, softcap, None)
     if paths.choose("backward", q, k, _used(p)) == "hopper":
         run = _hopper_backward(dout, q, k, v, out, lse, p)
     else:
@@ -149,8 +149,8 @@ def _portable_backward(
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         lse2, delta = new_rows(), new_rows()
         launch_delta(out, dout, lse, None, lse2, delta, None)
-        launch_keys(q, k, v, dout, lse2, delta, None, dk, dv, None, None)
-        launch_queries(q, k, v, dout, lse2, delta, None, dq, None, None)
+        launch_keys(q, k, v, dout, lse2, delta, None, None, dk, dv, None, None)
+        launch_queries(q, k, v, dout, lse2, delta, None, None, dq, None, None)
         return dq, dk, dv
 
     return run

@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 
 from support.aot import SHARED_LIMIT, compile_cases
-from support.artifacts import CASES, LOOPS, TARGETS, check_committed, committed, rms_norm, rope, swiglu
+from support.artifacts import (
+    CASES,
+    FP8_CASES,
+    LOOPS,
+    TARGETS,
+    cases,
+    check_committed,
+    committed,
+    rms_norm,
+    rope,
+    swiglu,
+)
 
 pytestmark = pytest.mark.cpu
 
@@ -23,8 +34,9 @@ DEFAULT = [
 BUDGET = {("sm_120", "_rms_norm_bwd_kernel", "fp32", 16384): 10}
 
 
-def check(target, cases):
-    for case, artifacts in zip(cases, compile_cases(cases, target, 3000, instructions=target in TARGETS), strict=True):
+def check(target, some):
+    compiled = compile_cases(some, target, 3000, instructions=target in TARGETS)
+    for case, artifacts in zip(some, compiled, strict=True):
         assert artifacts
         for artifact in artifacts:
             constants = artifact.constexprs
@@ -43,7 +55,7 @@ def test_no_spill_and_no_surprise(target):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", SHARED_LIMIT)
 def test_every_configuration(target):
-    check(target, [case for case in CASES if not (target in FAST and case in DEFAULT)])
+    check(target, [case for case in cases(target) if not (target in FAST and case in DEFAULT)])
 
 
 def test_the_table_is_whole():
@@ -62,6 +74,16 @@ def test_the_table_is_whole():
 
 def test_loads_are_vectorised():
     """16-byte loads, from strided rows too: the layout of rows hides no alignment from the compiler."""
-    cases = [(rms_norm, {"N": 128, "dtype": "bfloat16", "heads": True}), (swiglu, {"N": 11008, "dtype": "bfloat16"})]
-    for artifacts in compile_cases(cases, "sm_90"):
+    some = [(rms_norm, {"N": 128, "dtype": "bfloat16", "heads": True}), (swiglu, {"N": 11008, "dtype": "bfloat16"})]
+    for artifacts in compile_cases(some, "sm_90"):
         assert artifacts[0].count(r"LDG(STS)?\.E\..*128") >= 2
+
+
+def test_casts_to_fp8_are_the_hardwares_and_stores_are_vectorised():
+    """Both forms leave in 16-byte stores, the transposed one through shared memory; fp32 is rounded once."""
+    ((amax, cast),) = compile_cases(FP8_CASES[:1], "sm_90")
+    for artifact in amax, cast:
+        assert artifact.spills == 0
+        check_committed("sm_90", FP8_CASES[0], artifact)
+    assert cast.count(r"F2FP\.SATFINITE\.E4M3\.F32") == 32  # two numbers each, of a thread's 64
+    assert (cast.count(r"LDG\.E\.128"), cast.count(r"STG\.E\.128")) == (8, 8)

@@ -79,12 +79,16 @@ def test_an_operator_without_a_derivative_says_so(device):
         dx.sum().backward()
 
 
-FUNCTIONS = [name for name in kernels.__all__ if name.islower() and name not in ("cost", "reference", "rope_tables")]
+FUNCTIONS = [
+    name
+    for name in kernels.__all__
+    if name.islower() and name not in ("alibi_slopes", "cost", "reference", "rope_tables")
+]
 
 
 def test_every_name_is_exported():
     assert set(kernels.__all__) <= set(dir(kernels))
-    assert set(FUNCTIONS) == set(kernels.reference.__all__) - {"visible_mask"}
+    assert set(FUNCTIONS) == set(kernels.reference.__all__) - {"key_distance", "visible_mask"}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -244,6 +248,20 @@ def test_what_a_past_transform_left_wrapped_is_unwrapped(device):
     assert torch._C._functorch.is_functorch_wrapped_tensor(left[0])
     x = torch.full((2, 8), 2.0, device=device)
     torch.testing.assert_close(kernels.swiglu(left[0], left[0]), kernels.swiglu(x, x))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(kernels.rms_norm(left[0], left[0][0]), kernels.rms_norm(x, x[0]))
+
+
+@pytest.mark.cpu
+def test_autocast_leaves_meta_tensors_as_they_are():
+    """Meta has no autocast of its own, and torch raises where it is asked for; its own operations go on without."""
+    q, target = torch.empty(1, 2, 4, 8, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outs = [kernels.flash_attention(q, q, q, **options) for options in ({}, {"window": 2})]
+            outs += [kernels.linear_cross_entropy(q[0, 0], q[0, 1], target)]
+        assert all(out.is_meta and out.dtype == torch.float32 for out in outs)
 
 
 def test_transforms_are_refused(device):

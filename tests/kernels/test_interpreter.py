@@ -109,6 +109,21 @@ def test_casts_round_to_nearest_even(source, target):
     assert torch.equal(y, x.to(target))
 
 
+@pytest.mark.parametrize(("target", "end"), [(torch.float8_e4m3fn, 448.0), (torch.float8_e5m2, 57344.0)], ids=str)
+def test_casts_to_fp8_are_torchs(target, end):
+    """Codes, ties between two of them, what lies beside these, and numbers that are none in the format."""
+    codes = torch.arange(128, dtype=torch.uint8).view(target).float()
+    codes = codes[codes.isfinite()]
+    ties = (codes[1:] + codes[:-1]) / 2
+    beside = [ties.nextafter(torch.full_like(ties, to)) for to in (0.0, end)]
+    tiny = torch.tensor([1e-45, 1e-30, 1e-8])
+    x = torch.cat([codes, ties, *beside, tiny])
+    x = torch.cat([x, -x])
+    y = torch.empty(len(x), dtype=target)
+    _cast_kernel[(1,)](x, y, len(x), BLOCK=2048)
+    assert torch.equal(y.view(torch.uint8), x.to(target).view(torch.uint8))
+
+
 def test_bfloat16_arithmetic_is_exact():
     a, b = torch.randn(2, 64).bfloat16()
     out = torch.empty(7, 64, dtype=torch.bfloat16)

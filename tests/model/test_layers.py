@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 
-from rooflight.model.layers import Linear, WeightCopy
+from rooflight.kernels import fp8_linear, reference
+from rooflight.model import ModelConfig, Transformer
+from rooflight.model.layers import Linear, WeightCopy, use_fp8
 
 LOW = torch.bfloat16
 
@@ -101,3 +103,57 @@ def test_a_change_between_the_passes_is_noticed() -> None:
         linear(x)
     with pytest.raises(RuntimeError, match=r"modified .*inplace"):
         y.sum().backward()
+
+
+class TestFP8:
+    def layer(self, bias: bool = False, copied: bool = False) -> Linear:
+        torch.manual_seed(0)
+        linear = Linear(32, 16, bias)
+        if bias:
+            torch.nn.init.normal_(linear.bias)
+        if copied:
+            linear.copy = WeightCopy(linear.weight, LOW)
+        linear.fp8 = fp8_linear
+        return linear
+
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_it_multiplies_where_gradients_are_wanted(self, bias: bool) -> None:
+        linear, x = self.layer(bias), torch.randn(48, 32)
+        y = linear(x)
+        expected = reference.fp8_linear(x, linear.weight) + (linear.bias if bias else 0)
+        torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+        with torch.no_grad():
+            plain = linear(x)
+        assert torch.equal(plain, torch.nn.functional.linear(x, linear.weight, linear.bias))
+        assert not torch.allclose(plain, y, rtol=1e-3)
+        with torch.autocast("cpu", LOW):
+            assert linear(x.to(LOW)).dtype == LOW
+        y.sum().backward()
+        assert all(p.grad is not None for p in linear.parameters())
+
+    def test_the_optimizers_copy_is_what_it_rounds(self) -> None:
+        """And the weight's gradient leaves the product in the copy's dtype."""
+        linear, x = self.layer(copied=True), torch.randn(48, 32).to(LOW)
+        linear.weight.grad_dtype = LOW
+        assert linear.copy is not None
+        with torch.autocast("cpu", LOW):
+            y = linear(x)
+            linear.copy.tensor.mul_(2)  # an optimizer writes both: none but this test writes one alone
+            twice = linear(x)
+        assert torch.equal(twice, 2 * y)
+        y.float().sum().backward()
+        assert linear.weight.grad is not None
+        assert linear.weight.grad.dtype == LOW
+
+    def test_blocks_whose_matrices_fit(self) -> None:
+        model = Transformer(ModelConfig(16, 8, 2, 2, d_model=32, d_ff=40), reference)
+        taken, left = use_fp8(model.layers, fp8_linear)
+        assert taken == ["attention.qkv_proj", "attention.o_proj", "ffn.gate_up_proj"]
+        assert left == ["ffn.down_proj (32 x 40)"]
+        chosen = {name for name, m in model.named_modules() if getattr(m, "fp8", None) is not None}
+        assert chosen == {f"layers.{i}.{name}" for i in range(2) for name in taken}
+
+    def test_a_model_without_one_is_refused(self) -> None:
+        model = Transformer(ModelConfig(16, 8, 1, 2, d_model=24, d_ff=40), reference)
+        with pytest.raises(ValueError, match=r"fp8: expected a matrix .* multiples of 16, got attention.qkv_proj \(72"):
+            use_fp8(model.layers, fp8_linear)

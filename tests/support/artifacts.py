@@ -110,6 +110,14 @@ def cross_entropy(V: int, dtype: str, softcap: float = 0.0, labels: bool = False
     row_gradients(loss, x, target, lse, options, x)
 
 
+def fp8(format: str, dtype: str) -> None:
+    import torch
+
+    from rooflight.kernels.fp8 import quantize
+
+    quantize(torch.empty(4096, 1600, dtype=getattr(torch, dtype)), getattr(torch, format))
+
+
 CASES: list[Case] = [
     (rms_norm, {"N": 64, "dtype": "bfloat16", "heads": True}),
     (rms_norm, {"N": 128, "dtype": "bfloat16", "heads": True}),
@@ -140,6 +148,18 @@ CASES: list[Case] = [
     (cross_entropy, {"V": 50257, "dtype": "float32", "softcap": 30.0}),
     (cross_entropy, {"V": 128256, "dtype": "bfloat16", "labels": True}),
 ]
+
+
+FP8_CASES: list[Case] = [
+    (fp8, {"format": "float8_e4m3fn", "dtype": "bfloat16"}),
+    (fp8, {"format": "float8_e4m3fn", "dtype": "float32"}),
+    (fp8, {"format": "float8_e5m2", "dtype": "bfloat16"}),
+]
+
+
+def cases(target: str) -> list[Case]:
+    """All but attention's; the older ones have no fp8, and AMD's have another."""
+    return CASES + (FP8_CASES if target in ("sm_89", "sm_90", "sm_100", "sm_120") else [])
 
 
 def _attention() -> Callable[..., None]:
@@ -247,7 +267,7 @@ def write(targets: tuple[str, ...]) -> None:
     compiled = {}
     for target in targets:
         print(f"compiling for {target}", flush=True)
-        compiled[target], compiled[LOOPS + target] = rows(target, CASES + attention_cases(target))
+        compiled[target], compiled[LOOPS + target] = rows(target, cases(target) + attention_cases(target))
     sections = committed() | compiled
     lines = [INTRODUCTION]
     for target in TARGETS:

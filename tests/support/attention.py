@@ -43,6 +43,11 @@ def draw_sinks(H: int, dtype: torch.dtype, device: Any = "cpu", seed: int = 0) -
     return torch.randn(H, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64).to(device, dtype)
 
 
+def draw_slopes(*shape: int, device: Any = "cpu", seed: int = 0) -> Tensor:
+    """ALiBi's, (H,) or (B, H): from nearly no bias to one that leaves a query its next few keys."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed + 2)).to(device)
+
+
 def draw_packed(
     lengths_q: Sequence[int],
     lengths_k: Sequence[int],
@@ -124,7 +129,12 @@ def lay_out_grad(layout: str) -> Callable[[Tensor, torch.Generator], Tensor]:
 
 
 def judge_attention(
-    inputs: dict[str, Any], *, varlen: bool = False, grad: Callable[..., Tensor] = gaussian, **options: Any
+    inputs: dict[str, Any],
+    *,
+    varlen: bool = False,
+    grad: Callable[..., Tensor] = gaussian,
+    frozen: tuple[str, ...] = (),
+    **options: Any,
 ) -> None:
     """Output, log-sum-exp and every gradient against the oracle in fp64; nothing may be NaN."""
     ours, oracle = (
@@ -132,4 +142,5 @@ def judge_attention(
         if varlen
         else (flash_attention, reference.flash_attention)
     )
-    judge(ours, oracle, inputs, grad=grad, return_lse=True, **options)
+    frozen = (*frozen, "alibi_slopes")  # constants
+    judge(ours, oracle, inputs, grad=grad, frozen=frozen, return_lse=True, **options)

@@ -105,6 +105,7 @@ def random_call(rng: Any) -> Callable[[], None]:
         options = {"causal": rng.choice([True, False]), "window": rng.choice([None, 3])}
         if path is None:
             options |= {"softcap": rng.choice([0.0, 3.0]), "sinks": rng.choice([None, torch.zeros(H)])}
+            options |= {"alibi_slopes": rng.choice([None, None, torch.zeros(H)])}
         with paths.use(path or "portable"):
             if varlen:
                 ends = [torch.tensor([0, n], dtype=torch.int32) for n in (T, S)]

@@ -80,6 +80,10 @@ def _packed(lengths: Sequence[int], padding: int) -> Inputs:
     }  # fmt: skip
 
 
+def _slopes(*shape: int) -> Inputs:
+    return {"alibi_slopes": _draw(*shape).abs()}
+
+
 def _turned(B: int, H: int, K: int, T: int, D: int = 8) -> Inputs:
     angle = torch.arange(float(T))[:, None] / torch.arange(1.0, 4.0)
     q, k = _tokens_first(_draw(B, H, T, D)), _tokens_first(_draw(B, K, T, D, seed=1))
@@ -134,6 +138,8 @@ CASES = (
     Case(**DENSE, name="softcap", build=lambda n: _dense(n, n), plain="operator", options={"softcap": 2.0}),
     Case(**DENSE | WITH_LSE, name="sinks, log-sum-exp", plain="operator", options=LSE, sizes=(5, 8, 1),
          build=lambda n: _dense(n, n) | {"sinks": _draw(2)}),
+    Case(**DENSE, name="ALiBi", build=lambda n: _dense(n, n + 2) | _slopes(2), plain="operator", sizes=(5, 8, 1),
+         frozen=("alibi_slopes",)),
     Case(**DENSE, name="scores past fp16, window", build=lambda n: _huge(n, n), plain="operator",
          options={"window": 3}),
     Case(**DENSE, name="scores past fp16, more keys", build=lambda n: _huge(n, n + 3), plain="operator"),
@@ -151,6 +157,8 @@ CASES = (
          options=LSE, layout=("q", "any"), fast=True),
     Case(**PACKED, name="padding, sinks, window", build=lambda n: _packed((n, 4), 3) | {"sinks": _draw(2)},
          options={"window": 3}),
+    Case(**PACKED, name="padding, ALiBi by sequence", build=lambda n: _packed((n, 4), 3) | _slopes(2, 2),
+         frozen=("alibi_slopes",)),
     Case(**PACKED, name="no sequence, padding alone", build=lambda n: _packed((), n),
          frozen=("q", "k", "v")),  # the oracle has nothing to differentiate
     Case(**PACKED, name="no tokens", build=lambda n: _packed((0, 0), 0)),
@@ -168,6 +176,10 @@ CASES = (
     Case("swiglu", "no columns", lambda n: {"gate": _draw(n, 0), "up": _draw(n, 0)}, "torch"),
     Case("gelu", "transposed", lambda n: _transposed(n, 3, 8, names=("x",)), "torch", (5, 8)),
     Case("gelu", "no rows", lambda n: {"x": _draw(0, 8)}, "torch"),
+    Case("fp8_linear", "several lengths", lambda n: {"x": _draw(n, 16, 32), "weight": _draw(48, 32)}, "torch", (5, 8)),
+    Case("fp8_linear", "transposed", lambda n: _transposed(16, n, 32, names=("x",)) | {"weight": _draw(32, 16).T},
+         "torch"),
+    Case("fp8_linear", "no rows", lambda n: {"x": _draw(0, 32), "weight": _draw(16, 32)}, "torch"),
     Case("cross_entropy", "several lengths", _logits, "torch", (5, 8, 1), options={"z_loss": 0.1}),
     Case("cross_entropy", "smoothed labels, weighted classes", lambda n: _logits(n) | _classes(), "torch", (5, 8),
          options={"label_smoothing": 0.1, "z_loss": 0.1}, frozen=("class_weight",)),
@@ -212,7 +224,7 @@ def _without_overflow(q: Tensor, **rest: Any) -> Any:
     return reference.flash_attention(q / 16, scale=16 * q.shape[-1] ** -0.5, **rest)
 
 
-CONSTANT = ("cos", "sin", "class_weight")
+CONSTANT = ("cos", "sin", "class_weight", "alibi_slopes")
 
 
 def is_float(x: Any) -> bool:
@@ -223,12 +235,15 @@ def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def check(case: Case, device: Any = "cpu", *, compiled: bool = False, backend: str = "aot_eager") -> None:
-    """Raise AssertionError unless this path keeps the promise for every size of the case."""
+def check(case: Case, device: Any = "cpu", *, compiled: bool = False, dynamic: bool | None = None) -> None:
+    """Raise AssertionError unless this path keeps the promise for every size of the case.
+
+    dynamic: torch.compile's; True makes every size of the first call a symbol, heads and features too.
+    """
     op = getattr(kernels, case.function)
     if compiled:
         torch._dynamo.reset()
-        op = torch.compile(op, fullgraph=True, backend=backend)
+        op = torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     oracle = getattr(reference, case.function)
     for size in case.sizes if compiled else case.sizes[:1]:
         inputs = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in case.build(size).items()}
@@ -279,13 +294,14 @@ OPTIONAL = {
     "positions",
     "keep_gradients",
     "class_weight",
+    "alibi_slopes",
 }  # None is a choice
 TENSORS = {
-    "flash_attention": ("q", "k", "v", "sinks", "mask"),
-    "flash_attention_varlen": ("q", "k", "v", "sinks", "cu_seqlens_q", "cu_seqlens_k"),
+    "flash_attention": ("q", "k", "v", "sinks", "mask", "alibi_slopes"),
+    "flash_attention_varlen": ("q", "k", "v", "sinks", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k"),
     "rope": ("q", "k", "cos", "sin", "positions"), "rope_qkv": ("qkv", "cos", "sin", "positions"),
     "rms_norm": ("x", "weight", "residual"), "swiglu": ("gate", "up"),
-    "gelu": ("x",), "cross_entropy": ("logits", "target", "class_weight"),
+    "gelu": ("x",), "fp8_linear": ("x", "weight"), "cross_entropy": ("logits", "target", "class_weight"),
     "linear_cross_entropy": ("x", "weight", "target", "class_weight"),
 }  # fmt: skip
 WINDOWS = (2.0, True, "3", torch.tensor(3), (3, -1), (True, 2), (1.5, 2), (1, 2, 3), -1)
@@ -356,6 +372,7 @@ def main(what: str) -> None:
                     assert served(case) == case.plain, f"served by {served(case)}, expected {case.plain}"
                 if case.fast == (what == "eager"):
                     check(case, compiled=True)
+                    check(case, compiled=True, dynamic=True)
             except Exception as error:
                 raise AssertionError(case.id) from error
 

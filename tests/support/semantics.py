@@ -59,6 +59,7 @@ FUNCTIONS = {
     "rms_norm": Promise("fp32", "fp32", ("x", "x"), "contiguous; x + residual in the promoted dtype"),
     "swiglu": Promise("fp32", "none", ("gate",), "contiguous"),
     "gelu": Promise("fp32", "none", ("x",), "contiguous"),
+    "fp8_linear": Promise("e4m3 or e5m2 in, fp32 sums", "fp32", ("x",), "contiguous", "as `torch.matmul`"),
     "cross_entropy": Promise("fp32", "fp32", ("fp32",), ""),
     "linear_cross_entropy": Promise("`torch.matmul`'s: inputs' dtype in, fp32 sums", "fp32", ("fp32",), "",
                                     "as `torch.matmul`"),
@@ -140,7 +141,8 @@ def check_paths() -> None:
         inputs = case.build(5)
         if case.function not in ATTENTION or "mask" in inputs:
             continue
-        used = {"packed": "cu_seqlens_q" in inputs, "sinks": "sinks" in inputs} | dict.fromkeys(case.options, True)
+        used = {"packed": "cu_seqlens_q" in inputs, "sinks": "sinks" in inputs, "alibi": "alibi_slopes" in inputs}
+        used |= dict.fromkeys(case.options, True)
         options = frozenset(name for name, is_used in used.items() if is_used and name in paths.OPTIONS)
         path = paths.decide(paths.Call("forward", "cpu", 8, torch.float32, options)).path
         T, S = inputs["q"].shape[-2], inputs["k"].shape[-2]  # no Call knows them, nor of the log-sum-exp

@@ -30,7 +30,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def text_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(encode_file, "_TASK", 3000)
+    monkeypatch.setattr(encode_file, "TASK", 3000)
     path = tmp_path / "x.txt"
     path.write_bytes(((CORPUS + END) * 150).encode())
     return path

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from rooflight.tokenizer import GPT2_PATTERN, PATTERNS, Tokenizer
 from rooflight.tokenizer import tokens as token_bytes
 from rooflight.tokenizer.encoding import encoder as encode
-from rooflight.tokenizer.encoding.encoder import cut_stream
 from rooflight.tokenizer.pretokenize import Specials, for_ascii
-from rooflight.tokenizer.pretokenize.chunks import Cutter
+from rooflight.tokenizer.pretokenize.chunks import Cutter, cut_stream
 from rooflight.tokenizer.tokens import TokenBytes
 from support import bpe_reference
 
@@ -195,7 +194,7 @@ def test_tokens_that_no_merges_lead_to_are_words_of_their_own_with_ignore_merges
 
 
 def test_short_texts_remember_a_bounded_number_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "MAX_WORDS", 20)
+    monkeypatch.setattr(encode, "MAX_SHORT_TEXT_WORDS", 20)
     tokenizer = unreached()
     words = tokenizer._encoder._words
     for i in range(100):
@@ -354,7 +353,7 @@ def test_encode_batch_refuses_what_encode_refuses(tokenizer: Tokenizer) -> None:
 
 
 def test_threads_share_the_words_of_short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "MAX_WORDS", 20)  # forgotten again and again
+    monkeypatch.setattr(encode, "MAX_SHORT_TEXT_WORDS", 20)  # forgotten again and again
     texts = [CORPUS[i : i + 60] for i in range(300)]
     expected = [Tokenizer(VOCAB, MERGES).encode(text) for text in texts[::30]]
     shared = Tokenizer(VOCAB, MERGES)

@@ -13,9 +13,8 @@ from functools import partial
 from itertools import islice
 from typing import IO, NamedTuple, TypeVar
 
-from ..encoding import cut_stream
 from ..inputs import is_cuttable, kind_of, open_text, place
-from ..pretokenize import Cutter, file_ranges
+from ..pretokenize import Cutter, cut_stream, file_ranges
 from .parts import Span
 
 # Rows of a Parquet file that become Python objects at a time.
@@ -88,7 +87,7 @@ class Rows(NamedTuple):
 Block = Range | Text | Lines | Rows
 
 
-def blocks(span: Span, cutter: Cutter, size: int, field: str) -> Iterator[tuple[Block, int]]:
+def blocks(span: Span, cutter: Cutter, size: int, field: str = "") -> Iterator[tuple[Block, int]]:
     """What the span holds, in blocks of about `size` bytes, and how many bytes of the file each took.
 
     cutter: for text.  field: the column, of a Parquet file.
@@ -97,19 +96,11 @@ def blocks(span: Span, cutter: Cutter, size: int, field: str) -> Iterator[tuple[
     kind = kind_of(span.path)
     if kind == "rows":
         return _rows(span, size, field)
-    if not (cuttable := is_cuttable(span.path)):
-        refuse_to_cut(span)
+    if not (cuttable := is_cuttable(span.path)) and span.n > 1:  # each of the spans would be all of it
+        raise ValueError(f"path: {span.path!r} is compressed, expected a name that ends in .gz or .zst")
     if kind == "lines":
         return _lines(span, size)
-    if cuttable:
-        return _ranges(span, cutter, size)
-    return _pieces(span, cutter, size)
-
-
-def refuse_to_cut(span: Span) -> None:
-    """Raises ValueError on a span of a file that can only be read as a whole: each of the spans would be all of it."""
-    if span.n > 1:
-        raise ValueError(f"path: {span.path!r} is compressed, expected a name that ends in .gz or .zst")
+    return _ranges(span, cutter, size) if cuttable else _pieces(span, cutter, size)
 
 
 def _ranges(span: Span, cutter: Cutter, size: int) -> Iterator[tuple[Block, int]]:

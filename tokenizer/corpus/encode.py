@@ -9,15 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..encoding import SpecialIds, cut_stream
+from ..encoding import cutter_of
 from ..files import token_dtype
 from ..inputs import count_odd
-from ..pretokenize import utf8
+from ..pretokenize import cut_stream, utf8
+from ..sizes import TASK
 from ..tokenizer import Tokenizer
 from .documents import Block, Lines, Range, Rows, Text, documents
-
-# Characters of a document above which it is encoded in pieces, and the bytes of a piece.
-_LONG = _PIECE = 1 << 22
 
 
 class Task(NamedTuple):
@@ -57,8 +55,7 @@ class EncodeWorker:
         every = set(tokenizer.special_tokens) if allow_special else set[str]()
         self._allowed_in_documents, self._allowed_in_text = every, every | ({eod} if eod is not None else set())
         # (Of all special tokens it would cut where a pattern of one's own must not: before one that is ordinary text.)
-        allowed = tokenizer.special_tokens if allow_special else {}
-        self._cutter = SpecialIds(allowed, tokenizer.pattern, tokenizer.definition.options).cutter
+        self._cutter = cutter_of(tokenizer.definition, every)
         self._dtype = token_dtype(tokenizer.vocab_size)
 
     def run(self, task: Task) -> Result:
@@ -94,10 +91,10 @@ class EncodeWorker:
         firsts = []
         for text in texts:
             firsts.append(len(pieces))
-            if len(text) < _LONG:
+            if len(text) < TASK:
                 pieces.append(text)
             else:
-                pieces += (piece.decode() for piece in cut_stream([utf8(text)], self._cutter, _PIECE))
+                pieces += (piece.decode() for piece in cut_stream([utf8(text)], self._cutter, TASK))
         ids, counts = self._tokenizer.encode_many(pieces, allowed_special=self._allowed_in_documents)
         return ids, np.add.reduceat(counts, firsts).tolist() if firsts else []
 

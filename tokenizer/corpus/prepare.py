@@ -21,11 +21,12 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ..encoding import SpecialIds
+from ..encoding import cutter_of
 from ..files import locked, read_json, read_token_file, remove_leftovers, shown, token_file, write_json
 from ..inputs import warn_of_odd
 from ..pretokenize import Cutter
 from ..progress import progress_bars
+from ..sizes import TASK
 from ..tokenizer import Tokenizer
 from ..workers import Crew, check_num_workers
 from .documents import Block, blocks, with_last
@@ -34,8 +35,6 @@ from .parts import Span, check_shard, find_files, parts
 
 FORMAT, VERSION = "rooflight-corpus", 1
 SHARD_TOKENS = 100_000_000
-# Bytes of text that a process encodes at a time.
-_TASK = 1 << 22
 # A part has so many bytes of text for each token of a shard: fewer than texts have, so that it mostly makes one shard.
 _PART = 3
 
@@ -102,11 +101,9 @@ def prepare(
         for pattern in ("corpus.json", *(_path(out, part, None).name for part in todo)):
             remove_leftovers(out, pattern)
         # A task of so many bytes has no more tokens than a shard, were they a byte each and an end behind each.
-        size = min(_TASK, max(1, int(shard_tokens) // 4))
-        marks = {} if eod is None or eod_id is None else {eod: eod_id}
-        cutter = SpecialIds(
-            tokenizer.special_tokens if allow_special else marks, tokenizer.pattern, tokenizer.definition.options
-        ).cutter
+        size = min(TASK, max(1, int(shard_tokens) // 4))
+        marks = () if eod is None else (eod,)
+        cutter = cutter_of(tokenizer.definition, tokenizer.special_tokens if allow_special else marks)
         make = partial(EncodeWorker, tokenizer, eod, field, allow_special)
         n_odd, n_empty = np.zeros(3, np.int64), 0
         with progress_bars(progress) as bar, Crew(make, num_workers) as crew:

@@ -17,7 +17,8 @@ import regex
 
 from ..definition import Definition
 from ..pretokenize import is_vectorised
-from .long import MergeWords
+from ..tokens import TokenBytes
+from .words import WordEncoder
 
 # Classes that patterns tell apart, and Unicode's categories of them.
 _CLASSES = {
@@ -51,7 +52,7 @@ def compiled_core(definition: Definition) -> Core | None:
     return Core(core.encode_single_piece, core.encode_ordinary)
 
 
-def is_by_rank(definition: Definition, merge_words: MergeWords) -> bool:
+def is_by_rank(definition: Definition) -> bool:
     """Whether the merges list means what ranks do: any two neighbours that make a token, the smallest id first.
 
     It does if every merge makes a larger id than those before it, and no token's own bytes end as two tokens. For,
@@ -65,9 +66,54 @@ def is_by_rank(definition: Definition, merge_words: MergeWords) -> bool:
         return False
     if np.isin(made, list(definition.special_tokens.values())).any():  # these are not among the ranks
         return False
-    lengths = np.fromiter(map(len, ordinary), np.int64, len(ordinary))
-    _, counts = merge_words(b"".join(ordinary), np.cumsum(lengths) - lengths, lengths)
+    comes_about = _come_about(definition)
+    if np.count_nonzero(comes_about) == len(ordinary):
+        return True
+    rest = [token for token, i in ordinary.items() if not comes_about[i]]
+    lengths = np.fromiter(map(len, rest), np.int64, len(rest))
+    words = WordEncoder(definition, TokenBytes(definition.vocab))
+    _, counts = words.merge_words(b"".join(rest), np.cumsum(lengths) - lengths, lengths)
     return bool((counts != 2).all() if definition.ignore_merges else (counts == 1).all())
+
+
+def _come_about(definition: Definition) -> np.ndarray:
+    """Which ids are certainly what the merges make of their own bytes, (vocab_size,) bool.
+
+    Such are bytes; and a merge's token whose two parts are such and were made before, if no other merge is across the
+    boundary of the two in time. Which tokens stand there is found backwards: of the two, that which was made last is
+    taken apart (of equal ones the right one), and what then stands there must not have been merged before that.
+    """
+    left, right, made = definition.pairs.T
+    rank = np.full(definition.vocab_size + 1, -1, np.int32)
+    rank[made] = np.arange(len(made))
+    first, last = np.zeros((2, len(rank)), np.int32)  # a token's parts
+    first[made], last[made] = left, right
+    keys = left.astype(np.int64) << 32 | right
+    by_key = np.argsort(keys)
+    keys = keys.take(by_key)
+    stands = np.maximum(rank.take(left), rank.take(right)) < rank.take(made)
+    at = np.flatnonzero(stands)
+    x, y = left.take(at), right.take(at)
+    while True:
+        rank_x, rank_y = rank.take(x), rank.take(y)
+        going = np.flatnonzero(np.maximum(rank_x, rank_y) >= 0)  # not two bytes
+        if not len(going):
+            break
+        at, x, y, rank_x, rank_y = (array.take(going) for array in (at, x, y, rank_x, rank_y))
+        is_left = rank_x > rank_y
+        before = np.where(is_left, rank_x, rank_y + 1)  # the same pair further left is merged earlier
+        x, y = np.where(is_left, last.take(x), x), np.where(is_left, y, first.take(y))
+        key = x.astype(np.int64) << 32 | y
+        slot = np.searchsorted(keys, key)
+        merged = (keys.take(slot, mode="clip") == key) & (by_key.take(slot, mode="clip") < before)
+        stands[at[merged]] = False
+        at, x, y = at[~merged], x[~merged], y[~merged]
+    certain = np.zeros(len(rank), bool)
+    certain[definition.byte_ids] = True
+    certain[made[stands]] = True
+    while (wrong := made[certain.take(made) & ~(certain.take(left) & certain.take(right))]).size:
+        certain[wrong] = False
+    return certain[:-1]
 
 
 @cache

@@ -6,13 +6,13 @@ from __future__ import annotations
 import re
 import threading
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from itertools import chain
 
 import numpy as np
 
-from ..definition import PLAIN, Options
+from ..definition import PLAIN, Definition, Options
 from ..pretokenize import (
     SEPARATOR,
     Cutter,
@@ -24,59 +24,22 @@ from ..pretokenize import (
     pretokenize,
     utf8,
 )
+from ..sizes import COMPILED_TEXT, MAX_SHORT_TEXT_WORDS, MAX_WORD_CHARACTERS, SHORT_TEXT, STREAM_PIECE, TASK
 from ..tokens import TokenBytes
 from .core import Core, disputed
 from .text import TextEncoder
 from .words import WordEncoder
 
-# Bytes of text whose new words are encoded together.
-PIECE = 1 << 22
-# The same of a stream, which is to take less than a megabyte with all its arrays.
-STREAM_PIECE = 1 << 14
-# Characters below which a dictionary look-up for each word costs less than starting up the arrays; and those below
-# which compiled code does, of which new words cost little, while arrays get ahead once they know the words.
-SHORT_TEXT = 3 << 10
-COMPILED_TEXT = 12 << 10
-# Words that short texts left behind: so many at most, so that no text makes the memory grow without bound.
-MAX_WORDS = 1 << 16
-# Longer words than this are rarely met again and are not remembered.
-MAX_WORD_CHARACTERS = 1 << 8
-
-_NOWHERE = "\ud800"
 # Stands between texts that are encoded together; no vocabulary has such an id.
 _END = np.iinfo(np.int32).max
 
 
-class SpecialIds:
-    """The special tokens that stand for themselves in a text, with their ids."""
-
-    def __init__(self, id_of: Mapping[str, int], pattern: Pattern, options: Options = PLAIN) -> None:
-        self.id_of = id_of
-        self.specials = Specials(id_of, {token: flags for token, flags in options.flags.items() if token in id_of})
-        # A piece that begins with a space gets no other one.
-        self.cutter = Cutter(self.specials, pattern, only_at_spaces=options.prefix_space)
-        # What all of them begin with: of the first and last in order, what is common to both. Without any of them,
-        # what is in no text.
-        first, last = min(id_of, default=_NOWHERE), max(id_of, default=_NOWHERE)
-        n = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-        self.beginning = first[:n]
-        self._id_of_bytes = dict(zip(self.specials.encoded, id_of.values(), strict=True))
-
-    def split(self, text: str) -> list[str]:
-        """The text's parts: ordinary text and special tokens, alternating."""
-        # Looking for each token by itself is the faster, and mostly there is not even what all begin with.
-        if self.beginning in text and any(token in text for token in self.id_of):
-            return self.specials.split(text)
-        return [text]
-
-    def mask(self, data: bytes) -> tuple[bytes, np.ndarray]:
-        """The text with a SEPARATOR for each special token, and the special tokens' ids."""
-        masked = self.specials.mask(data)
-        if masked is data or SEPARATOR not in masked:
-            return data, np.empty(0, np.int32)
-        if len(self._id_of_bytes) == 1:
-            return masked, np.full(masked.count(SEPARATOR), next(iter(self.id_of.values())), np.int32)
-        return masked, np.array([self._id_of_bytes[token] for token in self.specials.findall(data)], np.int32)
+def cutter_of(definition: Definition, allowed: Collection[str]) -> Cutter:
+    """The tokenizer's way to cut texts in which the `allowed` special tokens, and they alone, become their ids."""
+    ids = {token: i for token, i in definition.special_tokens.items() if token in allowed}
+    options = definition.options
+    # A piece that begins with a space gets no other one.
+    return Cutter(Specials(ids, options.flags), definition.pattern, only_at_spaces=options.prefix_space)
 
 
 class Encoder:
@@ -115,7 +78,7 @@ class Encoder:
         self._encode_masked((" é" * (STREAM_PIECE // 3)).encode(), np.empty(0, np.int32))
         self._missing = self._words.missing
 
-    def encode_short(self, text: str, allowed: SpecialIds) -> list[int]:
+    def encode_short(self, text: str, allowed: Specials) -> list[int]:
         """Ids of a text below self.short."""
         if allowed.beginning not in text and not self._prepares:
             return self._encode_part(text)
@@ -135,34 +98,30 @@ class Encoder:
             return self._encode_text(text)
         return list(chain.from_iterable(map(self._words.__getitem__, self._split(text))))
 
-    def encode_long(self, pieces: Iterable[bytes], allowed: SpecialIds) -> np.ndarray:
+    def encode_long(self, pieces: Iterable[bytes], allowed: Specials) -> np.ndarray:
         """Ids (int32) of UTF-8 text, in pieces as cut_stream makes them."""
-        parts = [self._encode_masked(*allowed.mask(piece)) for piece in pieces]
+        parts = [self._encode_masked(*allowed.mask_ids(piece)) for piece in pieces]
         return np.concatenate(parts) if parts else np.empty(0, np.int32)
 
-    def encode_to_list(self, pieces: Iterable[bytes], allowed: SpecialIds) -> list[int]:
+    def encode_to_list(self, pieces: Iterable[bytes], allowed: Specials) -> list[int]:
         """encode_long as a list."""
         ids: list[int] = []
         for piece in pieces:
-            ids += self.to_list(self._encode_masked(*allowed.mask(piece)))
+            ids += self._ints.take(self._encode_masked(*allowed.mask_ids(piece))).tolist()
         return ids
 
-    def to_list(self, ids: np.ndarray) -> list[int]:
-        """ids.tolist(), but equal ids are one int."""
-        return self._ints.take(ids).tolist()
-
-    def encode_many(self, texts: list[bytes], allowed: SpecialIds) -> tuple[np.ndarray, list[int]]:
+    def encode_many(self, texts: list[bytes], allowed: Specials) -> tuple[np.ndarray, list[int]]:
         """Ids (int32) of all texts, and how many each has: texts are encoded together, with separators between."""
         parts, counts = [], []
         together: list[bytes] = []
         special_ids: list[np.ndarray] = []
         size = 0
         for i, text in enumerate(texts):
-            masked, ids = allowed.mask(text)
+            masked, ids = allowed.mask_ids(text)
             together.append(masked)
             special_ids += [ids, np.array([_END], np.int32)]
             size += len(masked)
-            if size >= PIECE or i == len(texts) - 1:
+            if size >= TASK or i == len(texts) - 1:
                 encoded = self._encode_masked(SEPARATOR.join(together) + SEPARATOR, np.concatenate(special_ids))
                 ends = np.flatnonzero(encoded == _END)
                 counts += np.diff(ends, prepend=-1).tolist()
@@ -184,11 +143,11 @@ class Encoder:
         check(data, self._missing)  # before any of its words has a number
         return self._local.text_encoder.encode(data, special_ids)
 
-    def encode_with_offsets(self, text: str, allowed: SpecialIds) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode_with_offsets(self, text: str, allowed: Specials) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and the (start, end) of each one's characters in `text`."""
         sizes = self._sizes.tolist()
         data = utf8(text)
-        masked, special_ids = allowed.mask(data)
+        masked, special_ids = allowed.mask_ids(data)
         if self._options.flags or any(self._prepare(part) != part for part in allowed.split(text)[::2]):
             raise ValueError("offsets: expected a text that the tokenizer encodes as it is, without options")
         special_id = iter(special_ids.tolist())
@@ -247,31 +206,8 @@ class _Words(dict[str, tuple[int, ...]]):
             check(data := utf8(word), self.missing)
             ids = tuple(self._encoder.encode_word(data))
         if len(word) <= MAX_WORD_CHARACTERS:
-            if len(self) >= MAX_WORDS // 2:
+            if len(self) >= MAX_SHORT_TEXT_WORDS // 2:
                 self._dropped, self._old = self._old, dict(self)
                 self.clear()
             self[word] = ids
         return ids
-
-
-def cut_stream(blocks: Iterable[bytes], cutter: Cutter, size: int = PIECE) -> Iterator[bytes]:
-    """b"".join(blocks) in pieces that encode apart as they do together, of `size` bytes or little more if they can."""
-    held: list[bytes] = []
-    n, wanted = 0, size
-    for block in blocks:
-        held.append(block)
-        n += len(block)
-        if n <= wanted:
-            continue
-        data = b"".join(held)
-        start = 0
-        while (cut := cutter.find(data, start + size)) >= 0:
-            yield data[start:cut]
-            start = cut
-        data = data[start:]
-        held, n = [data], len(data)
-        # Text without a place to cut is not searched again for every block.
-        wanted = max(size, 2 * n)
-    data = b"".join(held)
-    if data:
-        yield data

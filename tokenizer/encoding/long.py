@@ -14,13 +14,8 @@ from collections.abc import Callable
 import numpy as np
 
 from ..pretokenize import PADDING
+from ..sizes import WINDOW_GROWTH, WORD_WINDOW
 from ..tokens import TokenBytes, ranges
-
-# Bytes of a window. A power of two, since runs of one character have tokens of such lengths.
-WINDOW = 32
-# Stretches of so many windows, which are mostly runs of one character, are encoded by windows that much longer.
-_GROWTH = 8
-
 
 # Bytes, the words' starts and lengths in them; ids of the words and how many each has.
 MergeWords = Callable[[bytes, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -35,7 +30,7 @@ class LongEncoder:
         self._longest = longest
 
     def encode(
-        self, data: bytes, starts: np.ndarray, lengths: np.ndarray, window: int = WINDOW
+        self, data: bytes, starts: np.ndarray, lengths: np.ndarray, window: int = WORD_WINDOW
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids (int32) of the words that stand at `starts`, one word after another, and how many each word has.
 
@@ -89,10 +84,10 @@ class LongEncoder:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids of the spans, and where in `data` each id's bytes start."""
         parts = []
-        longer = lengths > max(self._longest, _GROWTH * window)
+        longer = lengths > max(self._longest, WINDOW_GROWTH * window)
         if longer.any():
             spans = starts[longer], lengths[longer]
-            parts.append((spans[0], *self.encode(data, *spans, _GROWTH * window)))
+            parts.append((spans[0], *self.encode(data, *spans, WINDOW_GROWTH * window)))
         rest = np.flatnonzero(~longer)
         if len(rest):
             parts.append((starts[rest], *self._encode_different(data, starts[rest], lengths[rest])))

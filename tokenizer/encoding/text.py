@@ -1,39 +1,25 @@
 """Whole texts to token ids by array operations: no Python object per word.
 
-Every different word has a number. A word of at most 63 bytes is one, two, four or eight 64-bit integers, and these are
-the key of an open hash table of numbers; longer words, and few, are numbered by a dictionary. All words of a text are
+Every different word has a number. A word of at most 63 bytes is one, two, four or eight 64-bit keys of a table of
+numbers (wordkeys.py); longer words, and few, are numbered by a dictionary. All words of a text are
 numbered first; then those not met before are encoded together; then the numbers are replaced by ids. A number's value
 is an id, for a word of one token, or negative and says where the word's ids are stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import repeat
 
 import numpy as np
 
-from ..pretokenize import PADDING, SEPARATOR, Cutter, Pattern, Specials, pretokenize
+from ..pretokenize import PADDING, SEPARATOR, Cutter, Pattern, Specials, cut_stream, pretokenize
+from ..sizes import CHUNK, FEW_LOOKED_UP, MAX_IDS, MAX_WORD_BYTES, MAX_WORDS, TABLE_BITS, WORDS
 from ..tokens import ranges
-from .words import MULTIPLIER, WordEncoder
+from ..wordkeys import KeyTable, loader, mix, pack
+from .words import WordEncoder
 
-# Words that each table remembers, and ids of words; past either all are forgotten, so that no text makes the memory
-# grow without bound.
-MAX_WORDS = 1 << 17
-MAX_IDS = 1 << 22
-# Longer words than this are rarely met again and are not remembered.
-MAX_WORD_BYTES = 1 << 10
-# Bytes of text cut into words at a time, and words looked up at a time, so that the arrays stay in the cache.
-_PIECE = 1 << 18
-_BLOCK = 1 << 16
-
-# Words longer than others, of which there are less than so many, are looked up in the dictionary instead of a table.
-_FEW = 1 << 6
-# 64-bit integers of a word, of which the last one's top byte is its length: up to 7, 15, 31 and 63 bytes.
+# Keys of a word: up to 7, 15, 31 and 63 bytes. The first half of the keys are full, by the choice of the widths.
 _WIDTHS = (1, 2, 4, 8)
-# Slots of a table: at most three quarters are used, by MAX_WORDS and one block.
-_TABLE_BITS = 18
-_MASKS = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)
 
 
 class TextEncoder:
@@ -49,10 +35,10 @@ class TextEncoder:
         # One allocation, which gets huge pages where there are any: thousands of first touches become a few. Memory
         # that is never touched costs nothing.
         rows = sum(_WIDTHS)
-        memory = np.zeros((rows + (len(_WIDTHS) + 1) // 2, 1 << _TABLE_BITS), np.uint64)
-        numbers = memory[rows:].view(np.int32).reshape(-1, 1 << _TABLE_BITS)
+        memory = np.zeros((rows + (len(_WIDTHS) + 1) // 2, 1 << TABLE_BITS), np.uint64)
+        numbers = memory[rows:].view(np.int32).reshape(-1, 1 << TABLE_BITS)
         keys = np.split(memory[:rows], np.cumsum(_WIDTHS)[:-1])
-        self._tables = [_WordTable(*columns) for columns in zip(keys, numbers, strict=True)]
+        self._tables = [KeyTable(*columns) for columns in zip(keys, numbers, strict=True)]
         self._long: dict[bytes, int] = {}
         # Word 0 is the separator, whose one id is -1.
         self._n_words = 0
@@ -67,15 +53,17 @@ class TextEncoder:
         padded = data + PADDING
         numbers: list[np.ndarray] = []
         ids: list[np.ndarray] = []
-        for start, piece in self._pieces(data):
+        done = 0
+        for piece in cut_stream([data], self._cutter, CHUNK):
             _, starts, lengths = pretokenize(piece, self._pattern)
-            starts += start
-            for i in range(0, len(starts), _BLOCK):
+            starts += done
+            done += len(piece)
+            for i in range(0, len(starts), WORDS):
                 if self._is_full():
                     ids += self._resolve(padded, numbers)
                     numbers.clear()
                     self._forget()
-                numbers.append(self._number(padded, starts[i : i + _BLOCK], lengths[i : i + _BLOCK]))
+                numbers.append(self._number(padded, starts[i : i + WORDS], lengths[i : i + WORDS]))
         ids += self._resolve(padded, numbers)
         joined = np.concatenate(ids) if ids else np.empty(0, np.int32)
         if len(special_ids):
@@ -86,19 +74,9 @@ class TextEncoder:
         most = max(len(self._long), *[table.n for table in self._tables])
         return most > MAX_WORDS or len(self._ids) > MAX_IDS
 
-    def _pieces(self, data: bytes) -> Iterator[tuple[int, bytes]]:
-        start = 0
-        while (cut := self._cutter.find(data, start + _PIECE)) >= 0:
-            yield start, data[start:cut]
-            start = cut
-        yield start, data[start:]
-
     def _number(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """The numbers of the words; those met first are added to self._new, in the order of their numbers."""
-        # load(i): the eight bytes from offset i on. The padding of `data` keeps the loads of the last word inside it.
-        origin, end = int(starts[0]), int(starts[-1] + lengths[-1])
-        loads = np.ndarray(end - origin + len(PADDING) - 7, "<u8", data, origin, (1,))
-        load = loads.copy().take if end - origin < 16 * len(starts) else loads.__getitem__
+        load, origin = loader(data, starts, lengths)
         numbers = np.empty(len(starts), np.int32)
         left = np.arange(len(starts))
         for table in self._tables:
@@ -106,18 +84,15 @@ class TextEncoder:
             chosen, others = fits.nonzero()[0], (~fits).nonzero()[0]
             if len(chosen):
                 start, length = starts.take(chosen), lengths.take(chosen)
-                at = start - origin
-                keys = [load(at + 8 * i if i else at) for i in range(table.width)]
-                # The first half of the integers are full, by the choice of the widths.
-                for i in range(table.width // 2, table.width):
-                    keys[i] &= _MASKS.take(length - 8 * i if i else length, mode="clip")
-                keys[-1] |= length.view(np.uint64) << np.uint64(56)
-                numbers[left.take(chosen)], new = table.number(keys, self._n_words)
+                keys = pack(load, start - origin, length, table.width, table.width // 2)
+                slots, new = table.find(keys, mix(keys))
                 if len(new):
+                    table.values[slots.take(new)] = self._n_words + np.arange(len(new))
                     self._n_words += len(new)
                     self._new.append((start.take(new), length.take(new)))
+                numbers[left.take(chosen)] = table.values.take(slots)
             left, starts, lengths = left.take(others), starts.take(others), lengths.take(others)
-            if len(left) < _FEW:
+            if len(left) < FEW_LOOKED_UP:
                 break
         if len(left):
             numbers[left] = self._number_long(data, starts, lengths)
@@ -177,64 +152,6 @@ class TextEncoder:
         self._ids.extend(stored)
 
 
-class _WordTable:
-    """An open hash table from words of at most 8 * width - 1 bytes to numbers.
-
-    A word is `width` uint64, its bytes in order and zeros after them, with its length in the last one's top byte.
-    """
-
-    def __init__(self, keys: np.ndarray, numbers: np.ndarray) -> None:
-        self.width = len(keys)
-        self.n = 0
-        self._keys = keys  # (width, slots), zero
-        self._numbers = numbers  # (slots,)
-
-    def number(self, keys: list[np.ndarray], n: int) -> tuple[np.ndarray, np.ndarray]:
-        """The number (int32) of each word, and the indices of those that the table lacked: numbered n, n + 1, ...
-
-        >>> table = _WordTable(np.zeros((1, 1 << _TABLE_BITS), np.uint64), np.zeros(1 << _TABLE_BITS, np.int32))
-        >>> the, cat, sat = (int.from_bytes(word + bytes(4) + b"\\x03", "little") for word in (b"the", b"cat", b"sat"))
-        >>> table.number([np.array([the, cat, the], np.uint64)], 5)
-        (array([6, 5, 6], dtype=int32), array([1, 2]))
-        >>> table.number([np.array([cat, sat], np.uint64)], 7)
-        (array([5, 7], dtype=int32), array([1]))
-        """
-        slots = (_mix(keys) >> np.uint64(64 - _TABLE_BITS)).view(np.int64)
-        numbers = self._numbers.take(slots)
-        going = (~self._equal(slots, keys)).nonzero()[0]
-        if not len(going):
-            return numbers, going
-        new = [going[:0]]
-        while len(going):
-            at = slots.take(going)
-            keys_left = [key.take(going) for key in keys]
-            free = (self._keys[-1].take(at) == 0).nonzero()[0]
-            if len(free):
-                # Of several words for one free slot the last gets it; the slot's number says for now which that is.
-                claimed, claims = at.take(free), going.take(free)
-                self._numbers[claimed] = claims
-                won = self._numbers.take(claimed) == claims
-                claimed, claims = claimed[won], claims[won]
-                for column, key in zip(self._keys, keys, strict=True):
-                    column[claimed] = key.take(claims)
-                self._numbers[claimed] = n + np.arange(len(claims))
-                n += len(claims)
-                new.append(claims)
-            equal = self._equal(at, keys_left)
-            numbers[going[equal]] = self._numbers.take(at[equal])
-            going, at = going[~equal], at[~equal]
-            slots[going] = at + 1 & (1 << _TABLE_BITS) - 1
-        found = np.concatenate(new)
-        self.n += len(found)
-        return numbers, found
-
-    def _equal(self, slots: np.ndarray, keys: list[np.ndarray]) -> np.ndarray:
-        equal = self._keys[0].take(slots) == keys[0]
-        for mine, key in zip(self._keys[1:], keys[1:], strict=True):
-            equal &= mine.take(slots) == key
-        return equal
-
-
 class _Growing:
     """An int32 array that is added to at its end."""
 
@@ -253,12 +170,3 @@ class _Growing:
             self.array = grown
         self.array[self._n : end] = more
         self._n = end
-
-
-def _mix(keys: list[np.ndarray]) -> np.ndarray:
-    mixed = keys[0] * MULTIPLIER
-    for key in keys[1:]:
-        mixed ^= mixed >> np.uint64(32)
-        mixed += key
-        mixed *= MULTIPLIER
-    return mixed

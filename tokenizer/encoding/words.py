@@ -18,23 +18,15 @@ from itertools import chain, pairwise
 import numpy as np
 
 from ..definition import Definition
+from ..sizes import CELLS, FEW_MERGED, HEAP_FROM, LONGEST, ROW_BITS
 from ..tokens import TokenBytes, ranges
+from ..wordkeys import MULTIPLIER
 from .long import LongEncoder
 
-# Above this length the scan for the lowest rank (quadratic) costs more than a heap.
-_HEAP_FROM = 64
-# Bytes of words that are worked on together: all arrays of a matrix then stay in the second-level cache or near it.
-CELLS = 1 << 16
-# Words that are fewer bytes in all than so many times the longest are encoded one by one: starting up the arrays costs
-# as much for one word as for hundreds.
-_FEW = 32
-# Fibonacci hashing: 2^64 / golden ratio.
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+# Pairs added to a table at a time: all at once would take as much memory as the table.
+_ADDED = 1 << 14
 
 _EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
-_ROW_BITS = 8
-# Bytes of the longest word that is a column.
-LONGEST = (1 << _ROW_BITS) - 1
 
 
 class WordEncoder:
@@ -111,7 +103,7 @@ class WordEncoder:
 
     def _merge_group(self, data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         height = int(lengths[-1])
-        if lengths.sum() < _FEW * height:
+        if lengths.sum() < FEW_MERGED * height:
             return self._one_by_one(data, starts, lengths)
         # What is past a word's end is ignored, so that it may be anything past the end of the data.
         text = np.frombuffer(data, np.uint8).take(starts + np.arange(height)[:, None], mode="clip")
@@ -127,7 +119,7 @@ class WordEncoder:
         if self.compiled is not None and not self._whole:
             return self.compiled(word)
         ids = [self._byte_ids[byte] for byte in word]
-        if len(ids) >= _HEAP_FROM:
+        if len(ids) >= HEAP_FROM:
             return self._merge_with_heap(ids)
         rank_of, none = self._rank.get, self._none
         ranks = [*[rank_of(left << 32 | right, none) for left, right in pairwise(ids)], none]
@@ -204,11 +196,15 @@ class PairTable:
         # By two bytes, and shifted as the keys of merge() are: the rank of that pair; and the lowest rank of all merges
         # across a boundary between the two, whose left token ends in the one and whose right token starts with the
         # other.
-        self._rank_of_bytes = np.full(1 << 16, n << _ROW_BITS, np.int32)
+        self._rank_of_bytes = np.full(1 << 16, n << ROW_BITS, np.int32)
         self._lowest_across = self._rank_of_bytes.copy()
 
     def add(self, ranks: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
         """Adds the pairs of the merges of these ranks; (n,) integers each."""
+        for i in range(0, len(ranks), _ADDED):
+            self._add(ranks[i : i + _ADDED], left[i : i + _ADDED], right[i : i + _ADDED])
+
+    def _add(self, ranks: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
         keys = left.astype(np.uint64) << self._id_bits | right.astype(np.uint64)
         entries = keys << self._rank_bits | ranks.astype(np.uint64)
         slots = (keys * MULTIPLIER >> self._slot_shift).astype(np.int64)
@@ -217,7 +213,7 @@ class PairTable:
             self._entries[slots[free]] = entries[free]  # of several for one slot, the last stays
             rest = self._entries[slots] != entries
             entries, slots = entries[rest], slots[rest] + 1 & self._slot_mask
-        ranks = ranks.astype(np.int32) << _ROW_BITS
+        ranks = ranks.astype(np.int32) << ROW_BITS
         across = self._last.take(left).astype(np.int64) << 8 | self._first.take(right)
         np.minimum.at(self._lowest_across, across, ranks)
         of_bytes = (self._byte_ids.take(across >> 8) == left) & (self._byte_ids.take(across & 0xFF) == right)
@@ -271,10 +267,10 @@ class PairTable:
         pairs = text[:-1].astype(np.int64) << 8 | text[1:]
         keys[: width - 1] = self._rank_of_bytes.take(pairs)
         outside = rows >= last
-        keys[outside] = self._none << _ROW_BITS
+        keys[outside] = self._none << ROW_BITS
         across = self._lowest_across.take(pairs)
-        across[outside[: width - 1]] = self._none << _ROW_BITS
-        certain = keys[:width] < self._none << _ROW_BITS
+        across[outside[: width - 1]] = self._none << ROW_BITS
+        certain = keys[:width] < self._none << ROW_BITS
         certain[1:] &= keys[1:width] < across
         certain[: width - 2] &= keys[: width - 2] < across[1:]
         at = np.flatnonzero(certain)
@@ -285,7 +281,7 @@ class PairTable:
 
         flat_tokens, flat_keys = tokens.reshape(-1), keys.reshape(-1)
         while True:
-            new = self._merged.take(flat_keys.take(at) >> _ROW_BITS)
+            new = self._merged.take(flat_keys.take(at) >> ROW_BITS)
             absorbed = following.take(at)
             after = following.take(absorbed)
             flat_tokens[absorbed] = -1
@@ -293,16 +289,16 @@ class PairTable:
             following[at] = after
             preceding[after] = at
             before = preceding.take(at)  # after that, since what was there may itself have been absorbed just now
-            flat_keys[absorbed] |= self._none << _ROW_BITS  # no less than "none", whatever rank was there
+            flat_keys[absorbed] |= self._none << ROW_BITS  # no less than "none", whatever rank was there
             changed = np.concatenate([before, at])
             left = np.concatenate([flat_tokens.take(before), new])
             right = np.concatenate([new, flat_tokens.take(after)])
-            row = flat_keys.take(changed) & (1 << _ROW_BITS) - 1
-            flat_keys[changed] = self.ranks(left, right) << _ROW_BITS | row
+            row = flat_keys.take(changed) & (1 << ROW_BITS) - 1
+            flat_keys[changed] = self.ranks(left, right) << ROW_BITS | row
             lowest = keys.min(axis=0)
-            columns = np.flatnonzero(lowest < self._none << _ROW_BITS)
+            columns = np.flatnonzero(lowest < self._none << ROW_BITS)
             if not len(columns):
                 break
-            at = (lowest.take(columns) & (1 << _ROW_BITS) - 1) * np.int64(n) + columns
+            at = (lowest.take(columns) & (1 << ROW_BITS) - 1) * np.int64(n) + columns
         kept = tokens[:width].T >= 0
         return tokens[:width].T[kept], np.count_nonzero(kept, axis=1)

@@ -14,9 +14,9 @@ from ..definition import Definition, Options, define
 from ..files import read_json, write_json
 from ..pretokenize import GPT2_PATTERN, PATTERNS, Pattern, for_oniguruma, is_gpt2, is_vectorised, pretokenize
 from ..tokens import TokenBytes
-from .printable import parse_merges, parse_vocab, printable_merges, printable_vocab
+from .added_tokens import FLAGS, read_added
+from .printable import check_vocab, parse_merges, parse_vocab, printable_merges, printable_vocab
 
-_FLAGS = ("single_word", "lstrip", "rstrip")
 # Texts in which regular expressions and their engines are known to differ: contractions in capitals and with a long s,
 # long numbers, digits and fractions of other scripts, runs of white space and line ends of every kind, punctuation
 # before words and line ends, words of several cases and scripts, combining marks, joiners, controls.
@@ -59,7 +59,7 @@ def export_hf(definition: Definition, path: Path, encode: Callable[[str], list[i
         "padding": None,
         "added_tokens": [
             {"id": i, "content": token, "normalized": False, "special": True}
-            | {flag: flag in options.flags.get(token, ()) for flag in _FLAGS}
+            | {flag: flag in options.flags.get(token, ()) for flag in FLAGS}
             for token, i in sorted(definition.special_tokens.items(), key=lambda item: item[1])
         ],
         "normalizer": {"type": "NFC"} if options.nfc else None,
@@ -118,17 +118,14 @@ def read_hf(path: Path) -> Definition:
     for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(name):
             raise ValueError(f"path: {path} has {name}={model[name]!r}, which byte-level BPE has not")
-    added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
-    flags = {
-        token["content"]: found
-        for token in content.get("added_tokens") or ()
-        if (found := [flag for flag in _FLAGS if token.get(flag)])
-    }
     nfc = _read_normalizer(content.get("normalizer"), path)
-    vocab = parse_vocab(model["vocab"], added, f"path: {path}")
-    vocab |= {i: token.encode() for token, i in added.items()}
     pattern, prefix_space = _read_pre_tokenizer(content.get("pre_tokenizer"), path)
-    merges = parse_merges(model["merges"], model["vocab"], f"path: {path}")
+    check_vocab(model.get("vocab"), f"path: {path}")
+    added, flags = read_added(content.get("added_tokens") or (), model["vocab"], nfc, f"path: {path}")
+    # Each part of the file is let go when it has been read.
+    merges = parse_merges(model.pop("merges"), model["vocab"], f"path: {path}")
+    vocab = parse_vocab(model.pop("vocab"), added, f"path: {path}")
+    vocab |= {i: token.encode() for token, i in added.items()}
     options = Options(nfc, prefix_space, flags)
     return define(vocab, merges, added, pattern, bool(model.get("ignore_merges")), options, all_bytes=False)
 

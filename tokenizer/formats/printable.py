@@ -13,6 +13,9 @@ import numpy as np
 
 from ..definition import Definition
 
+# Merges read at a time.
+_MERGES = 1 << 13
+
 
 @cache
 def byte_to_unicode() -> tuple[str, ...]:
@@ -61,31 +64,47 @@ def printable_merges(definition: Definition) -> list[str]:
 
 def parse_vocab(written: Any, specials: Mapping[str, int | None], where: str) -> dict[int, bytes]:
     """vocab.json's content. specials: tokens that are plain text, where they have the id given (None: any)."""
+    check_vocab(written, where)
+    plain = {token for token in specials if token in written and specials[token] in (None, written[token])}
+    ordinary = [token for token in written if token not in plain]
+    # Ints made anew: those of the file stand between its strings, whose memory then could not be let go.
+    ids = [i + 0 for i in map(written.__getitem__, ordinary)]
+    vocab = dict(zip(ids, _all_from_printable(ordinary), strict=True))
+    vocab |= {written[token]: token.encode() for token in plain}
+    if len(vocab) < len(written):
+        raise ValueError(f"{where} gives one id to two tokens")
+    return vocab
+
+
+def check_vocab(written: Any, where: str) -> None:
+    """Raise ValueError where that is no content of a vocab.json."""
     if not isinstance(written, dict) or {*map(type, written.values())} - {int}:
         raise ValueError(f"{where} holds no JSON object of tokens and ids")
-    if len(set(written.values())) < len(written):
-        raise ValueError(f"{where} gives one id to two tokens")
-    plain = {token for token in specials if token in written and specials[token] in (None, written[token])}
-    ordinary = {token: i for token, i in written.items() if token not in plain} if plain else written
-    vocab = dict(zip(ordinary.values(), _all_from_printable(list(ordinary)), strict=True))
-    return vocab | {written[token]: token.encode() for token in plain}
 
 
 def parse_merges(written: Sequence[str] | Sequence[list[str]], id_of: Mapping[str, int], where: str) -> np.ndarray:
     """merges.txt's lines, or pairs, as Definition.pairs has them. id_of: vocab.json's content."""
-    lines = [line if isinstance(line, str) else " ".join(line) for line in written if line]
+    # Some thousands at a time: no list for each line, and no text for all.
+    parts = [_parse_some(written, i, id_of, where) for i in range(0, max(len(written), 1), _MERGES)]
+    return np.concatenate(parts)
+
+
+def _parse_some(
+    written: Sequence[str] | Sequence[list[str]], first: int, id_of: Mapping[str, int], where: str
+) -> np.ndarray:
+    some = written[first : first + _MERGES]
+    lines = [line if isinstance(line, str) else " ".join(line) for line in some if line]
     text = "\n".join(lines)
-    # All at once: no list for each line.
     ends = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
     ends = ends[(ends == ord(" ")) | (ends == ord("\n"))]
     if len(ends) != max(2 * len(lines) - 1, 0) or (ends[::2] != ord(" ")).any():
         number = next(i for i, line in enumerate(lines) if line.count(" ") != 1)
-        raise ValueError(f"{where}: merge {number} is {lines[number]!r}, expected two tokens")
+        raise ValueError(f"{where}: merge {first + number} is {lines[number]!r}, expected two tokens")
     tokens = text.replace("\n", " ").split(" ") if text else []
     columns = tokens[::2], tokens[1::2], list(map(add, tokens[::2], tokens[1::2]))
     try:
         ids = [np.fromiter(map(id_of.__getitem__, column), np.int32, len(lines)) for column in columns]
     except KeyError as error:
         number = next(i for i, merge in enumerate(zip(*columns, strict=True)) if error.args[0] in merge)
-        raise ValueError(f"{where}: {error.args[0]!r} of merge {number} is not in the vocabulary") from None
+        raise ValueError(f"{where}: {error.args[0]!r} of merge {first + number} is not in the vocabulary") from None
     return np.stack(ids, axis=1)

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from ..definition import Definition, define
-from ..encoding.words import CELLS, PairTable
+from ..encoding.words import PairTable
 from ..files import atomic
 from ..pretokenize import Pattern
+from ..sizes import CELLS
 from ..tokens import TokenBytes
 
 # Longer tokens are few, and one by one then takes less time.
@@ -39,8 +40,10 @@ def export_tiktoken(definition: Definition, path: Path) -> None:
         file.writelines(b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
 
 
-def read_tiktoken(path: Path, special_tokens: Sequence[str] | Mapping[str, int], pattern: Pattern) -> Definition:
-    """See Tokenizer.from_tiktoken."""
+def read_tiktoken(
+    path: Path, special_tokens: Sequence[str] | Mapping[str, int], pattern: Pattern
+) -> tuple[Definition, bool | None]:
+    """See Tokenizer.from_tiktoken. The definition, and Tokenizer.is_by_rank, if known."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines()):
         try:
@@ -48,7 +51,7 @@ def read_tiktoken(path: Path, special_tokens: Sequence[str] | Mapping[str, int],
             ranks[a2b_base64(token, strict_mode=True)] = int(rank)
         except ValueError:  # binascii.Error is one
             raise ValueError(f"path: line {number + 1} of {path} is {line!r}, expected base64 and a rank") from None
-    vocab = {rank: token for token, rank in ranks.items()}
+    vocab = dict(zip(ranks.values(), ranks, strict=True))
     if len(vocab) < len(ranks) or not ranks:
         raise ValueError(f"path: {path} gives one rank to two tokens, or has none")
     if not isinstance(special_tokens, Mapping):
@@ -57,7 +60,10 @@ def read_tiktoken(path: Path, special_tokens: Sequence[str] | Mapping[str, int],
         if vocab.setdefault(i, special.encode()) != special.encode():
             raise ValueError(f"special_tokens: {special!r} has the id {i}, which is that of {vocab[i]!r}")
     pairs, whole = pairs_of_ranks(ranks)
-    return define(vocab, pairs, dict(special_tokens), pattern, ignore_merges=bool(whole))
+    # Ranks say what they say, unless a special token has one.
+    by_rank = True if len(vocab) == len(ranks) + len(special_tokens) else None
+    del ranks
+    return define(vocab, pairs, dict(special_tokens), pattern, ignore_merges=bool(whole)), by_rank
 
 
 def pairs_of_ranks(ranks: Mapping[bytes, int]) -> tuple[np.ndarray, list[bytes]]:
@@ -74,39 +80,43 @@ def pairs_of_ranks(ranks: Mapping[bytes, int]) -> tuple[np.ndarray, list[bytes]]
     for byte in range(256):
         if bytes([byte]) not in ranks:
             raise ValueError(f"vocab: the single byte {bytes([byte])!r} is missing, expected all 256")
-    by_rank = sorted((rank, token) for token, rank in ranks.items() if len(token) > 1)
-    merged = np.array([rank for rank, _ in by_rank], np.int64)
-    tokens = TokenBytes({rank: token for token, rank in ranks.items()})
+    tokens = TokenBytes(dict(zip(ranks.values(), ranks, strict=True)))
+    merged = np.flatnonzero(tokens.sizes > 1)
+    sizes = tokens.sizes.take(merged)
     table = PairTable([ranks[bytes([byte])] for byte in range(256)], merged, tokens)
-    of_length: dict[int, list[int]] = {}
-    for index, (_, token) in enumerate(by_rank):
-        of_length.setdefault(len(token), []).append(index)
-    pairs = np.full((len(by_rank), 3), -1, np.int64)
+    pairs = np.full((len(merged), 3), -1, np.int32)
     pairs[:, 2] = merged
-    for length, indices in sorted(of_length.items()):
-        for group in np.array_split(np.array(indices), -(-len(indices) * length // CELLS)):
+    by_length = np.argsort(sizes, kind="stable")
+    of_length = np.split(by_length, np.flatnonzero(np.diff(sizes.take(by_length))) + 1)
+    for indices in of_length:
+        length = int(sizes[indices[0]]) if len(indices) else 0
+        for group in np.array_split(indices, -(-len(indices) * length // CELLS)) if length else ():
+            data = tokens.join(merged.take(group))
             if length > _LONG:
-                pairs[group, :2] = [_last_pair(by_rank[i][1], ranks) for i in group]
+                words = (data[i : i + length] for i in range(0, len(data), length))
+                pairs[group, :2] = [_last_pair(word, ranks) for word in words]
                 continue
-            text = np.frombuffer(b"".join([by_rank[i][1] for i in group]), np.uint8).reshape(-1, length).T
+            text = np.frombuffer(data, np.uint8).reshape(-1, length).T
             ids, counts = table.merge(text, np.full(len(group), length))
             two = counts == 2
             at = (np.cumsum(counts) - counts)[two]
             pairs[group[two], 0], pairs[group[two], 1] = ids[at], ids[at + 1]
-        done = np.array(indices)
-        done = done[pairs[done, 0] >= 0]
+        done = indices[pairs[indices, 0] >= 0]
         table.add(done, pairs[done, 0], pairs[done, 1])
     found = pairs[:, 0] >= 0
-    return pairs[found].astype(np.int32), [by_rank[i][1] for i in np.flatnonzero(~found)]
+    return pairs[found], [tokens.join([i]) for i in merged[~found].tolist()]
 
 
 def _last_pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[int, int]:
     """The ids that the last merge which makes the token is of; (-1, -1) if none does."""
     parts = [token[i : i + 1] for i in range(len(token))]
+    ranked = [ranks.get(left + right, _NO_RANK) for left, right in pairwise(parts)]
     while len(parts) > 2:
-        ranked = [ranks.get(left + right, _NO_RANK) for left, right in pairwise(parts)]
         if (lowest := min(ranked)) == _NO_RANK:
             return -1, -1
         i = ranked.index(lowest)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        del ranked[i]
+        for j in range(max(i - 1, 0), min(i + 1, len(ranked))):
+            ranked[j] = ranks.get(parts[j] + parts[j + 1], _NO_RANK)
     return ranks[parts[0]], ranks[parts[1]]

@@ -1,6 +1,6 @@
 """Text to pre-tokens: special tokens, patterns, safe cuts."""
 
-from .chunks import RANGE_SIZE, Cutter, document_chunks, file_ranges, read_chunks, stream_chunks
+from .chunks import Cutter, cut_stream, document_chunks, file_ranges
 from .cut import pretokenize
 from .patterns import (
     GPT2_PATTERN,
@@ -21,13 +21,13 @@ __all__ = [
     "GPT2_PATTERN",
     "PADDING",
     "PATTERNS",
-    "RANGE_SIZE",
     "SEPARATOR",
     "Cutter",
     "Pattern",
     "Pretokens",
     "Specials",
     "compile_pattern",
+    "cut_stream",
     "document_chunks",
     "file_ranges",
     "find_pretokens",
@@ -36,9 +36,7 @@ __all__ = [
     "is_gpt2",
     "is_vectorised",
     "pretokenize",
-    "read_chunks",
     "repair",
     "resolve",
-    "stream_chunks",
     "utf8",
 ]

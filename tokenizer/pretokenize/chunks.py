@@ -2,9 +2,8 @@
 
     Cutter(specials, pattern).find(data, at)            the first safe cut
     file_ranges(path, cutter, size) -> [(start, stop)]  a file in pieces for several processes
-    read_chunks(path, start, stop, cutter, size)        a piece in chunks: valid UTF-8, special tokens as separators
-    stream_chunks(path, cutter, size)                   a pipe in such chunks
-    document_chunks(documents, cutter, size)            the same from an iterable of str
+    cut_stream(blocks, cutter, size)                    any bytes in pieces
+    document_chunks(documents, cutter, size)            documents in chunks: valid UTF-8, special tokens as separators
 
 A cut is safe when the pre-tokens of the two sides, put end to end, are those of the whole. With the GPT-2 pattern that
 holds between an ASCII letter or digit and an ASCII character that is neither: no pre-token crosses such a place, and
@@ -18,19 +17,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import IO
 
 from ..inputs import open_text
+from ..sizes import CHUNK, TASK, WINDOW
 from .patterns import GPT2_PATTERN, Pattern, compile_pattern, is_gpt2, is_vectorised
 from .specials import Specials
 from .text import SEPARATOR, repair, utf8
-
-# Chunks that stay in the second-level cache with their class and boundary arrays.
-CHUNK_SIZE = 1 << 18
-RANGE_SIZE = 1 << 22
-_WINDOW = 1 << 16
 
 _WORD_END = re.compile(rb"(?<=[0-9A-Za-z])[^0-9A-Za-z\x80-\xff]")
 _WORD_BEFORE_SPACE = re.compile(rb"(?<=[0-9A-Za-z])[ \n]")
@@ -51,13 +46,12 @@ class Cutter:
         # Bytes needed on both sides of a cut to tell that it is safe.
         self.margin = max(1, specials.max_length)
 
-    def find(self, data: bytes, at: int, *, ends: bool = False) -> int:
+    def find(self, data: bytes, at: int) -> int:
         """The first safe cut of `data` at or after `at`, or -1 when `data` shows none.
 
         data: starts at a safe cut, or at least `margin` bytes before `at`.
-        ends: whether the text ends with `data`, so that nothing can lie across the end.
         """
-        limit = len(data) if ends else len(data) - self.margin
+        limit = len(data) - self.margin
         for cut in self._candidates(data, at):
             if cut > limit:
                 break
@@ -78,7 +72,7 @@ class Cutter:
 
 
 def file_ranges(
-    path: str | os.PathLike[str], cutter: Cutter, size: int = RANGE_SIZE, part: int = 0, n_parts: int = 1
+    path: str | os.PathLike[str], cutter: Cutter, size: int = TASK, part: int = 0, n_parts: int = 1
 ) -> list[tuple[int, int]]:
     """The file as consecutive (start, stop) in bytes, each about `size` long, with safe cuts between.
 
@@ -101,7 +95,7 @@ def _cut_after(file: IO[bytes], at: int, n_bytes: int, cutter: Cutter) -> int:
     at = max(at, cutter.margin) if at else 0
     while 0 < at < n_bytes:
         file.seek(at - cutter.margin)
-        window = file.read(cutter.margin + _WINDOW)
+        window = file.read(cutter.margin + WINDOW)
         cut = cutter.find(window, cutter.margin)
         if cut >= 0:
             return at - cutter.margin + cut
@@ -109,63 +103,47 @@ def _cut_after(file: IO[bytes], at: int, n_bytes: int, cutter: Cutter) -> int:
     return min(at, n_bytes)
 
 
-def read_chunks(
-    path: str | os.PathLike[str], start: int, stop: int, cutter: Cutter, size: int = CHUNK_SIZE
-) -> Iterator[bytes]:
-    """Bytes start to stop of the file, safe cuts both, as chunks of at least `size` bytes, ready for pretokenize.
+def cut_stream(blocks: Iterable[bytes], cutter: Cutter, size: int) -> Iterator[bytes]:
+    """b"".join(blocks) in pieces with safe cuts between, of `size` bytes or little more where there are any.
 
-    Raises OSError when the file is shorter than `stop` by now.
+    Whatever is cut is cut here: files in chunks of arrays' sizes, streams in bounded memory, long documents.
     """
-    with open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        left = yield from _chunks(file, stop - start, cutter, size)
-        if left:
-            raise OSError(f"{os.fspath(path)!r} ends {left} bytes before its size of a moment ago")
+    held: list[bytes] = []
+    n, wanted = 0, size
+    for block in blocks:
+        held.append(block)
+        n += len(block)
+        if n <= wanted:
+            continue
+        data = b"".join(held)
+        start = 0
+        while (cut := cutter.find(data, start + size)) >= 0:
+            yield data[start:cut]
+            start = cut
+        data = data[start:]
+        held, n = [data], len(data)
+        # Text without a place to cut is not searched again for every block.
+        wanted = max(size, 2 * n)
+    data = b"".join(held)
+    if data:
+        yield data
 
 
-def stream_chunks(path: str | os.PathLike[str], cutter: Cutter, size: int = CHUNK_SIZE) -> Iterator[bytes]:
-    """read_chunks of a pipe or device, to its end. Raises ValueError when it is no text."""
-    with open_text(path) as file:
-        yield from _chunks(file, 1 << 62, cutter, size)
+def document_chunks(documents: Iterable[str], cutter: Cutter, size: int = CHUNK) -> Iterator[bytes]:
+    """The documents, each a str, in chunks of about `size` bytes, ready for pretokenize: a SEPARATOR between documents.
 
-
-def _chunks(file: IO[bytes], left: int, cutter: Cutter, size: int) -> Generator[bytes, None, int]:
-    """Chunks of the next `left` bytes, fewer where the file ends. Returns how many bytes were missing."""
-    pending = b""
-    while left:
-        # As much as is pending already: a stretch without cuts costs time linear in its length.
-        block = file.read(min(left, max(size, len(pending)) + cutter.margin))
-        if not block:
-            break
-        left -= len(block)
-        searched = max(size, len(pending) - cutter.margin)
-        pending += block
-        done = 0
-        while left and (cut := cutter.find(pending, searched)) >= 0:
-            yield cutter.mask(pending[done:cut])
-            done, searched = cut, cut + size
-        pending = pending[done:]
-    if pending:
-        yield cutter.mask(pending)
-    return left
-
-
-def document_chunks(documents: Iterable[str], cutter: Cutter, size: int = CHUNK_SIZE) -> Iterator[bytes]:
-    """The documents, each a str, packed into chunks of about `size` bytes with a SEPARATOR between documents."""
+    And at cuts in long ones, where it changes nothing.
+    """
     pack: list[bytes] = []
     packed = 0
     for document in documents:
         if not isinstance(document, str):
             raise ValueError(f"documents: got {type(document).__name__}, expected str")
-        data = utf8(document)
-        done = 0
-        while len(data) > done + size and (cut := cutter.find(data, done + size, ends=True)) >= 0:
-            yield cutter.specials.mask(data[done:cut])
-            done = cut
-        pack.append(cutter.specials.mask(data[done:]))
-        packed += len(data) - done
-        if packed >= size:
-            yield SEPARATOR.join(pack)
-            pack, packed = [], 0
+        for piece in cut_stream([utf8(document)], cutter, size):
+            pack.append(cutter.specials.mask(piece))
+            packed += len(piece)
+            if packed >= size:
+                yield SEPARATOR.join(pack)
+                pack, packed = [], 0
     if pack:
         yield SEPARATOR.join(pack)

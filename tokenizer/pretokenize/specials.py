@@ -1,14 +1,17 @@
-"""Special tokens in text.
+"""Special tokens in text, in str and in UTF-8.
 
+Specials(tokens).split(text) -> list        ordinary text and special tokens, alternating
 Specials(tokens).mask(data) -> bytes        each special token becomes one SEPARATOR byte
-Specials(tokens).findall(data) -> list      ... and these are the tokens it replaced, in order
+Specials(ids).mask_ids(data)                ... and these are the ids of the tokens it replaced, in order
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from os.path import commonprefix
 
+import numpy as np
 import regex
 
 from .text import SEPARATOR, utf8
@@ -20,10 +23,14 @@ _WHITE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 class Specials:
     """Special tokens: found leftmost first, and at one place the longest first.
 
+    tokens: those that stand for themselves in a text, with their ids where ids are asked for.
+    flags: of a token, what goes with it (definition.Options).
     Raises ValueError on an empty, repeated or not encodable token, and on U+FFFD, which stands for invalid bytes.
     """
 
-    def __init__(self, tokens: Iterable[str], flags: Mapping[str, Collection[str]] | None = None) -> None:
+    def __init__(
+        self, tokens: Iterable[str] | Mapping[str, int], flags: Mapping[str, Collection[str]] | None = None
+    ) -> None:
         if isinstance(tokens, str):
             raise ValueError(f"special_tokens: got the string {tokens!r}, expected a list of strings")
         self.tokens = tuple(tokens)
@@ -34,7 +41,11 @@ class Specials:
             twice = next(token for token in self.tokens if self.tokens.count(token) > 1)
             raise ValueError(f"special_tokens: {twice!r} is given more than once")
         self.encoded = tuple(utf8(token) for token in self.tokens)
-        self._flags = flags or {}
+        self.id_of = dict(tokens) if isinstance(tokens, Mapping) else {}
+        self._id_of_bytes = dict(zip(self.encoded, self.id_of.values(), strict=False))
+        self._flags = {token: found for token, found in (flags or {}).items() if token in self.tokens}
+        # What all of them begin with; without any of them, what is in no text.
+        self.beginning = commonprefix(self.tokens or ["\ud800"])  # noqa: RUF071  # of characters
         self.max_length = max(map(len, self.encoded), default=0) + bool(self._flags)
         longest_first = sorted(self.encoded, key=len, reverse=True)
         self._pattern = re.compile(b"|".join(map(re.escape, longest_first))) if longest_first else None
@@ -52,7 +63,8 @@ class Specials:
 
     def split(self, text: str) -> list[str]:
         """The text's parts: ordinary text and special tokens, alternating."""
-        if self._text_pattern is None:
+        # Looking for each token by itself is the faster, and mostly there is not even what all begin with.
+        if self._text_pattern is None or self.beginning not in text or not any(token in text for token in self.tokens):
             return [text]
         parts, done = [], 0
         for match in self._text_pattern.finditer(text):
@@ -70,11 +82,16 @@ class Specials:
             return SEPARATOR.join(data.split(self.encoded[0]))  # replace() would count them first, to allocate
         return self._pattern.sub(SEPARATOR, data)
 
-    def findall(self, data: bytes) -> list[bytes]:
-        """The special tokens in `data`, in order: one for each SEPARATOR of mask(data)."""
+    def mask_ids(self, data: bytes) -> tuple[bytes, np.ndarray]:
+        """mask(data), and the ids (int32) of the special tokens, one for each SEPARATOR."""
+        masked = self.mask(data)
+        if self._pattern is None or masked is data or SEPARATOR not in masked:
+            return data, np.empty(0, np.int32)
+        if len(self.id_of) == 1:
+            return masked, np.full(masked.count(SEPARATOR), next(iter(self.id_of.values())), np.int32)
         if self._flags:
-            return [part.encode() for part in self.split(data.decode())[1::2]]
-        return [] if self._pattern is None else self._pattern.findall(data)
+            return masked, np.array([self.id_of[part] for part in self.split(data.decode())[1::2]], np.int32)
+        return masked, np.array([self._id_of_bytes[token] for token in self._pattern.findall(data)], np.int32)
 
     def starts(self, data: bytes, at: int = 0) -> Iterator[int]:
         """Where special tokens start in `data` at or after `at`."""

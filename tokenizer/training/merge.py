@@ -39,13 +39,11 @@ from functools import partial
 
 import numpy as np
 
+from ..sizes import MAX_BATCH, REACH, TOKENS, TRIES
+from ..tokens import ranges
 from .count import Words
 from .ranking import Groups, Pairs, Ranking, Turns
 
-MAX_TOKENS = 1 << 21
-_MAX_BATCH = 1 << 11
-_SLICE = 1 << 18
-_TRIES, _REACH = 8, 64
 _BOUNDARY = np.int32(2**31 - 1)  # between words
 
 
@@ -68,7 +66,7 @@ def learn_merges(
         ranking = Ranking(pairs, tokens, corpus.context)
         turns = Turns()
         room = n_merges - len(merges)
-        while len(merges) < n_merges and (batch := ranking.take(max(1, min(room, _MAX_BATCH)))):
+        while len(merges) < n_merges and (batch := ranking.take(max(1, min(room, MAX_BATCH)))):
             names = [pairs.names[entry[3]] for entry in batch]
             first_id = len(tokens)
             tokens += [left + right for _, left, right, _ in batch]
@@ -135,15 +133,15 @@ class _Corpus:
         """
         n_tokens = 1 + int(self.tokens.max(where=self.tokens != _BOUNDARY, initial=0))
         slices = []
-        for at in range(0, len(self.tokens) - 1, _SLICE):
-            tokens = self.tokens[at : at + _SLICE + 1]
+        for at in range(0, len(self.tokens) - 1, TOKENS):
+            tokens = self.tokens[at : at + TOKENS + 1]
             inside = tokens != _BOUNDARY
             places = np.flatnonzero(inside[:-1] & inside[1:])
             if not len(places):
                 continue
             code = _pair_codes(tokens[places], tokens[places + 1], n_tokens)
             order = _stable_order(code)
-            code, counts, starts, stops = _group(code, order, self.weights[at : at + _SLICE][places])
+            code, counts, starts, stops = _group(code, order, self.weights[at : at + TOKENS][places])
             slices.append((code, counts, stops - starts, (places[order] + at).astype(np.int32)))
         if not slices:
             return Pairs(1)
@@ -163,10 +161,8 @@ class _Corpus:
         done = 0
         for codes, _, sizes, places in slices:
             part = slice(done, done + len(codes))
-            shift = np.repeat(target[part] - (np.cumsum(sizes) - sizes), sizes)
-            shift += np.arange(len(places))
             chosen = np.repeat(is_hot[part], sizes)
-            positions[shift[chosen]] = places[chosen]
+            positions[ranges(target[part], sizes)[chosen]] = places[chosen]
             done += len(codes)
         bounds = np.append(0, np.cumsum(np.add.reduceat(kept, starts)[hot]))
         pairs = Pairs(threshold)
@@ -229,13 +225,13 @@ class _Corpus:
         a, b = name
         tokens, span = self.tokens, self.span
         first = int(span[a])
-        for place in positions[:_TRIES].tolist():
+        for place in positions[:TRIES].tolist():
             middle = place + first
             if tokens[place] == a and tokens[middle] == b:
                 break
         else:
             return None
-        near = tokens[middle : middle + _REACH] if side else tokens[max(0, middle - _REACH) : middle][::-1]
+        near = tokens[middle : middle + REACH] if side else tokens[max(0, middle - REACH) : middle][::-1]
         found: list[int] = []
         at, row = 0, near.tolist()
         while at < len(row) and row[at] != _BOUNDARY:
@@ -296,11 +292,11 @@ def _repeat(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 def _group_neighbours(neighbour: np.ndarray, member: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, ...]:
     """Groups by neighbour and member: neighbour, member, counts, starts, stops, order. Comes ordered by member."""
     key = neighbour.astype(np.int64)
-    key *= 2 * _MAX_BATCH
+    key *= 2 * MAX_BATCH
     key += member
     order = _stable_order(neighbour)
     key, counts, starts, stops = _group(key, order, weights)
-    return key // (2 * _MAX_BATCH), key % (2 * _MAX_BATCH), counts, starts, stops, order
+    return key // (2 * MAX_BATCH), key % (2 * MAX_BATCH), counts, starts, stops, order
 
 
 def _group(key: np.ndarray, order: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from itertools import islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-_FRONT = 512  # pairs kept sorted: several batches, at a cost well below one
-_NEAR = 1 << 13
-_DEPTH = 128
-_MAX_PLACES = 1 << 18
-_HASH = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd (Knuth, multiplicative hashing)
+from ..sizes import DEPTH, FRONT, MAX_PLACES, NEAR
+from ..tokens import ranges
+from ..wordkeys import KeyTable, mix
+
 _NOWHERE = np.empty(0, np.int32)
 
 Context = Callable[[np.ndarray, tuple[int, int], int], list[int] | None]
@@ -41,7 +40,7 @@ class Groups(NamedTuple):
 
 
 class Pairs:
-    """The pairs watched: by index their tokens (names), counts and places, and an open hash table from tokens to index.
+    """The pairs watched: by index their tokens (names), counts and places, and a table from tokens to index.
 
     Index 0 stands for every pair that is not watched.
     """
@@ -51,9 +50,7 @@ class Pairs:
         self.names: list[tuple[int, int]] = [(0, 0)]
         self.positions: list[np.ndarray] = [_NOWHERE]
         self.counts = np.zeros(1 << 12, np.int64)
-        self._bits = 14
-        self._codes = np.zeros(1 << self._bits, np.uint64)
-        self._indices = np.zeros(1 << self._bits, np.int32)
+        self._index_of = KeyTable.of(1, 14, np.int32)
 
     def __len__(self) -> int:
         return len(self.names) - 1
@@ -66,9 +63,7 @@ class Pairs:
         starts = groups.starts[hot]
         sizes = groups.stops[hot] - starts
         bounds = np.append(0, np.cumsum(sizes))
-        chosen = np.arange(bounds[-1])
-        chosen += np.repeat(starts - bounds[:-1], sizes)
-        positions = groups.positions[groups.order[chosen]]
+        positions = groups.positions[groups.order[ranges(starts, sizes)]]
         positions -= np.repeat(groups.shifts[hot], sizes)
         return self.add(groups.first[hot], groups.second[hot], groups.counts[hot], positions.astype(np.int32), bounds)
 
@@ -82,16 +77,12 @@ class Pairs:
         while len(self.counts) < added.stop:
             self.counts = np.append(self.counts, np.zeros_like(self.counts))
         self.counts[added.start : added.stop] = counts
-        if 4 * added.stop > len(self._codes):
-            while 4 * added.stop > 1 << self._bits:
-                self._bits += 2
-            self._codes = np.zeros(1 << self._bits, np.uint64)
-            self._indices = np.zeros(1 << self._bits, np.int32)
-            names = np.array(self.names)
-            self._insert(_code(names[1:, 0], names[1:, 1]), np.arange(1, added.stop, dtype=np.int32))
-        else:
-            self._insert(_code(first, second), np.arange(added.start, added.stop, dtype=np.int32))
-        return np.arange(added.start, added.stop)
+        if 4 * added.stop > len(self._index_of.values):
+            self._index_of.grow((4 * added.stop).bit_length() + 1)
+        keys, indices = _keys(first, second), np.arange(added.start, added.stop)
+        slots, _ = self._index_of.find(keys, mix(keys))
+        self._index_of.values[slots] = indices
+        return indices
 
     def retire(self, indices: list[int]) -> None:
         """Forgets pairs that are merged."""
@@ -101,35 +92,15 @@ class Pairs:
 
     def subtract(self, groups: Groups) -> np.ndarray:
         """Takes the groups' counts off the pairs that they replace; returns the indices of those watched."""
-        code = _code(groups.lost_first, groups.lost_second)
-        slot = self._home(code)
-        index = np.zeros(len(code), np.int32)
-        rest = np.arange(len(code))
-        while len(rest):
-            held = self._codes[slot]
-            hit = held == code[rest]
-            index[rest[hit]] = self._indices[slot[hit]]
-            on = np.flatnonzero(~hit & (held != 0))
-            rest, slot = rest[on], (slot[on] + 1) & (len(self._codes) - 1)
+        keys = _keys(groups.lost_first, groups.lost_second)
+        index = self._index_of.get(keys, mix(keys))
         np.subtract.at(self.counts, index, groups.counts)
         return index[index > 0]
 
-    def _home(self, code: np.ndarray) -> np.ndarray:
-        return ((code * _HASH) >> np.uint64(64 - self._bits)).view(np.int64)
 
-    def _insert(self, code: np.ndarray, index: np.ndarray) -> None:
-        slot = self._home(code)
-        while len(code):
-            free = self._codes[slot] == 0
-            self._codes[slot[free]] = code[free]
-            self._indices[slot[free]] = index[free]
-            on = np.flatnonzero(self._codes[slot] != code)  # of several that claim a slot, the last is kept
-            code, index, slot = code[on], index[on], (slot[on] + 1) & (len(self._codes) - 1)
-
-
-def _code(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """A non-zero number for each pair."""
-    return ((first.astype(np.int64) + 1) << 32 | second).view(np.uint64)
+def _keys(first: np.ndarray, second: np.ndarray) -> list[np.ndarray]:
+    """A pair's key, which is not 0."""
+    return [((first.astype(np.int64) + 1) << 32 | second).view(np.uint64)]
 
 
 class Ranking:
@@ -143,8 +114,8 @@ class Ranking:
         self._near = np.empty(0, np.int64)  # the other pairs with counts above a lower bound, where the next are sought
         self._front: list[_Entry] = []  # the first to merge comes last
         self._entries: dict[int, _Entry] = {}  # the front's entries by index
-        self._by_left: dict[int, set[int]] = defaultdict(set)  # the front's indices by left token
-        self._by_right: dict[int, set[int]] = defaultdict(set)
+        self._by_left: dict[int, dict[int, _Entry]] = defaultdict(dict)  # ... and by left token
+        self._by_right: dict[int, dict[int, _Entry]] = defaultdict(dict)
 
     def add(self, indices: np.ndarray) -> None:
         """Puts those of the pairs that belong there into the front, where they are not yet."""
@@ -154,9 +125,9 @@ class Ranking:
         entries = []
         for index, count in zip(indices[above].tolist(), counts[above].tolist(), strict=True):
             a, b = self._pairs.names[index]
-            entries.append((count, self._tokens[a], self._tokens[b], index))
-            self._by_left[a].add(index)
-            self._by_right[b].add(index)
+            entry = (count, self._tokens[a], self._tokens[b], index)
+            entries.append(entry)
+            self._by_left[a][index] = self._by_right[b][index] = entry
         self._entries.update((entry[3], entry) for entry in entries)
         if 8 * len(entries) < len(self._front):
             for entry in entries:
@@ -167,7 +138,7 @@ class Ranking:
 
     def first(self) -> _Entry | None:
         """The pair that ranks first, None when no watched pair is left."""
-        if len(self._front) <= _FRONT // 4:
+        if len(self._front) <= FRONT // 4:
             self._lower_bound()
         return self._front[-1] if self._front else None
 
@@ -182,12 +153,12 @@ class Ranking:
         lefts: set[int] = set()
         rights: set[int] = set()
         n_places = 0
-        for entry in islice(reversed(self._front), _DEPTH):
+        for entry in islice(reversed(self._front), DEPTH):
             a, b = self._pairs.names[entry[3]]
             if not batch or (a not in rights and b not in lefts and a != b and self._outranks_ties(entry, a, b)):
                 batch.append(entry)
                 n_places += len(self._pairs.positions[entry[3]])
-                if a == b or n_places > _MAX_PLACES or len(batch) == room:
+                if a == b or n_places > MAX_PLACES or len(batch) == room:
                     break
             lefts.add(a)
             rights.add(b)
@@ -209,7 +180,11 @@ class Ranking:
         >>> {entry[1] + entry[2]: ranking._outranks_ties(entry, *entry[1], *entry[2]) for entry in ranking._front}
         {b'dg': False, b'gc': False, b'hd': True}
         """
-        left = entry[1]
+        count, left = entry[:2]
+        before = [tie for tie in self._by_right[a].values() if tie[0] == count] if a in self._by_right else ()
+        after = [tie for tie in self._by_left[b].values() if tie[0] == count] if b in self._by_left else ()
+        if not (before or after):
+            return True
 
         def is_less(token: bytes) -> bool:
             return token < left and not left.startswith(token)
@@ -217,15 +192,13 @@ class Ranking:
         def is_apart(token: bytes) -> bool:
             return not (token.startswith(left) or left.startswith(token))
 
-        before, after = self._by_right.get(a, ()), self._by_left.get(b, ())
-        return self._all_beside(before, entry, 0, is_less) and self._all_beside(after, entry, 1, is_apart)
+        return self._all_beside(before, 0, is_less) and self._all_beside(after, 1, is_apart)
 
-    def _all_beside(self, indices: Collection[int], entry: _Entry, side: int, fits: Callable[[bytes], bool]) -> bool:
-        """Whether the tokens before (0) or after (1) the middle of each of these pairs of the same count fit."""
-        ties = [index for index in indices if self._entries[index][0] == entry[0]]
-        if not all(fits(self._entries[index][1:3][side]) for index in ties):
+    def _all_beside(self, ties: Sequence[_Entry], side: int, fits: Callable[[bytes], bool]) -> bool:
+        """Whether the tokens before (0) or after (1) the middle of each of these pairs fit."""
+        if not all(fits(tie[1:3][side]) for tie in ties):
             return False  # the nearest token is the pair's own
-        for index in ties:
+        for _, _, _, index in ties:
             tokens = self._context(self._pairs.positions[index], self._pairs.names[index], side)
             if tokens is None or not all(fits(self._tokens[token]) for token in tokens):
                 return False
@@ -243,20 +216,19 @@ class Ranking:
         index = entry[3]
         del self._entries[index]
         a, b = self._pairs.names[index]
-        self._by_left[a].discard(index)
-        self._by_right[b].discard(index)
+        del self._by_left[a][index], self._by_right[b][index]
 
     def _lower_bound(self) -> None:
-        """Puts the _FRONT greatest counts into the front, and all that equal the least of them."""
+        """Puts the FRONT greatest counts into the front, and all that equal the least of them."""
         threshold = self._pairs.threshold
         near = self._near
         near = near[self._pairs.counts[near] > self._near_bound]  # others have fallen
-        if len(near) < _FRONT and self._near_bound >= threshold:
+        if len(near) < FRONT and self._near_bound >= threshold:
             counts = self._pairs.counts[: len(self._pairs.names)]
-            self._near_bound = _greatest(counts[counts <= self._bound], _NEAR, threshold) - 1
+            self._near_bound = _greatest(counts[counts <= self._bound], NEAR, threshold) - 1
             near = np.flatnonzero((counts > self._near_bound) & (counts <= self._bound))
         counts = self._pairs.counts[near]
-        lowest = _greatest(counts, _FRONT, threshold)
+        lowest = _greatest(counts, FRONT, threshold)
         self._near = near[counts < lowest]
         self._bound = lowest - 1
         self.add(near[counts >= lowest])

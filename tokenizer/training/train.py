@@ -11,38 +11,32 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ..corpus.documents import Lines, Rows, blocks, documents, refuse_to_cut
+from ..corpus.documents import Block, Lines, Rows, blocks, documents
 from ..corpus.parts import Span, check_shard, find_files, parts
 from ..files import refuse_same_file
 from ..inputs import count_odd, is_cuttable, kind_of, warn_of_odd
 from ..pretokenize import (
     GPT2_PATTERN,
-    RANGE_SIZE,
     Cutter,
     Pattern,
     Specials,
+    cut_stream,
     document_chunks,
-    file_ranges,
     pretokenize,
-    read_chunks,
     resolve,
-    stream_chunks,
 )
 from ..progress import Advance, progress_bars
+from ..sizes import CHUNK, COUNTED_PART, MAX_TOKENS, TASK
 from ..workers import Crew, check_num_workers
 from .count import Tally, WordCounter, Words
 from .counts import read_counts, write_counts
-from .merge import MAX_TOKENS, learn_merges
+from .merge import learn_merges
 
 Vocabulary = dict[int, bytes]
 Merges = list[tuple[bytes, bytes]]
-
-# Bytes of text that one of several jobs counts at a time.
-_PART = 1 << 28
 
 
 def train_bpe(
@@ -80,11 +74,11 @@ def train_bpe(
     if not paths:
         raise ValueError("input_path: got an empty list, expected a path or a list of paths")
     trainer = _Trainer(vocab_size, special_tokens, num_workers, pattern, max_words)
-    tasks: Iterable[Any] = _tasks([Span(os.fspath(path)) for path in paths], trainer.cutter, field)
+    tasks: Iterable[Block] = _blocks([Span(os.fspath(path)) for path in paths], trainer.cutter, field)
     n_bytes = None
     if all(kind_of(path) == "text" and is_cuttable(path) for path in paths):
         tasks = list(tasks)
-        n_bytes = sum(stop - start for _, start, stop in tasks)
+        n_bytes = sum(block.size for block in tasks)
     return trainer.train(tasks, n_bytes, progress, field)
 
 
@@ -154,23 +148,17 @@ def count_words(
     refuse_same_file("out_path", out_path, *files)
     cutter = Cutter(Specials(special_tokens), resolve(pattern))
     out_path.parent.mkdir(parents=True, exist_ok=True)
-    spans = [span for part in parts(files, _PART)[i::n] for span in part]
+    spans = [span for part in parts(files, COUNTED_PART)[i::n] for span in part]
     with progress_bars(progress) as bar:
         advance = bar("Counting words", None)
-        words, n_bytes = _count(_tasks(spans, cutter, field), cutter, check_num_workers(num_workers), advance, field)
+        words, n_bytes = _count(_blocks(spans, cutter, field), cutter, check_num_workers(num_workers), advance, field)
     write_counts(out_path, words, cutter.specials.tokens, cutter.pattern, n_bytes)
     return len(words.counts), n_bytes
 
 
-def _tasks(spans: Iterable[Span], cutter: Cutter, field: str) -> Iterator[Any]:
+def _blocks(spans: Iterable[Span], cutter: Cutter, field: str) -> Iterator[Block]:
     for span in spans:
-        if kind_of(span.path) != "text":
-            yield from (block for block, _ in blocks(span, cutter, RANGE_SIZE, field))
-        elif is_cuttable(span.path):
-            yield from [(span.path, *piece) for piece in file_ranges(span.path, cutter, part=span.k, n_parts=span.n)]
-        else:
-            refuse_to_cut(span)
-            yield from stream_chunks(span.path, cutter)
+        yield from (block for block, _ in blocks(span, cutter, TASK, field))
 
 
 class _Trainer:
@@ -199,7 +187,7 @@ class _Trainer:
         self.max_words = max_words
 
     def train(
-        self, tasks: Iterable[Any], n_bytes: int | None, progress: bool, field: str = ""
+        self, tasks: Iterable[bytes | Block], n_bytes: int | None, progress: bool, field: str = ""
     ) -> tuple[Vocabulary, Merges]:
         with progress_bars(progress) as bar:
             words, _ = _count(tasks, self.cutter, self.num_workers, bar("Counting words", n_bytes), field)
@@ -213,7 +201,9 @@ class _Trainer:
         return dict(enumerate(tokens)), merges
 
 
-def _count(tasks: Iterable[Any], cutter: Cutter, num_workers: int, advance: Advance, field: str) -> tuple[Words, int]:
+def _count(
+    tasks: Iterable[bytes | Block], cutter: Cutter, num_workers: int, advance: Advance, field: str
+) -> tuple[Words, int]:
     """The words, and in how many bytes of text."""
     make = partial(_Counting, cutter.specials.tokens, cutter.pattern, field)
     with Crew(make, num_workers) as crew:
@@ -235,12 +225,14 @@ class _Counting:
         self.n_bytes = 0
         self.n_odd = np.zeros(2, np.int64)
 
-    def run(self, task: bytes | Lines | Rows | tuple[str, int, int]) -> int:
+    def run(self, task: bytes | Block) -> int:
         """Returns the number of bytes read."""
-        if isinstance(task, Lines | Rows):
-            chunks: Iterable[bytes] = document_chunks(documents(task, self._field), self._cutter)
+        if isinstance(task, bytes):
+            chunks: Iterable[bytes] = [task]
+        elif isinstance(task, Lines | Rows):
+            chunks = document_chunks(documents(task, self._field), self._cutter)
         else:
-            chunks = [task] if isinstance(task, bytes) else read_chunks(*task, self._cutter)
+            chunks = map(self._cutter.mask, cut_stream([task.read()], self._cutter, CHUNK))
         before = self.n_bytes
         for chunk in chunks:
             self.n_bytes += len(chunk)

@@ -5,9 +5,10 @@ delta = rowsum(dout * out) - dlse:
 
     dv = p^T dout      dp = dout v^T      ds = p (dp - delta)      dq = scale ds k      dk = scale ds^T q
 
-(softcap: ds is further multiplied by 1 - tanh^2.) The gradient of the log-sum-exp enters through delta alone, since
-d lse / d z = p. Two passes recompute the scores twice, and in return each gradient tile has one writer that adds in one
-order: no atomics, bitwise the same in every run. The dk/dv program of a key-value head walks all of its query heads.
+(softcap: ds is further multiplied by 1 - tanh^2; ALiBi's bias is in z, a constant.) The gradient of the log-sum-exp
+enters through delta alone, since d lse / d z = p. Two passes recompute the scores twice, and in return each gradient
+tile has one writer that adds in one order: no atomics, bitwise the same in every run. The dk/dv program of a key-value
+head walks all of its query heads.
 """
 
 import triton
@@ -15,7 +16,9 @@ import triton.language as tl
 
 from ...elementwise import tanh
 from ..blocks import (
+    alibi_slope,
     base_2,
+    distance,
     first_row_tile,
     head_pointer,
     is_visible,
@@ -102,6 +105,7 @@ def _accumulate_dkdv(
     k,
     v,
     j,  # (BLOCK_N,) key rows
+    alibi,  # the query head's slope, or None
     q_ptr,
     dout_ptr,
     lse2_ptr,
@@ -138,6 +142,8 @@ def _accumulate_dkdv(
         if cap_scale is not None:
             z = tanh(z * cap_scale)
             slope = 1.0 - z * z
+        if alibi is not None:
+            z -= alibi * distance(j - (m + S - T), rows)
         if MASK:
             z = tl.where(is_visible((m + rows)[None, :], j[:, None], lower, upper, S), z, float("-inf"))
         p = tl.math.exp2(z * exp_scale - lse2[None, :])
@@ -162,6 +168,7 @@ def _flash_attention_bwd_dkdv_kernel(
     lse2_ptr,
     delta_ptr,
     unround_ptr,
+    slopes_ptr,
     dk_ptr,
     dv_ptr,
     cu_seqlens_q_ptr,
@@ -171,6 +178,7 @@ def _flash_attention_bwd_dkdv_kernel(
     v_strides,
     dout_strides,
     lse_strides,  # delta's and unround's too
+    slopes_strides,
     dk_strides,
     dv_strides,
     H,
@@ -222,12 +230,13 @@ def _flash_attention_bwd_dkdv_kernel(
         lse2 = head_pointer(lse2_ptr, lse_strides, b, h, start_q)
         delta = head_pointer(delta_ptr, lse_strides, b, h, start_q)
         unround = None if unround_ptr is None else head_pointer(unround_ptr, lse_strides, b, h, start_q)
+        alibi = alibi_slope(slopes_ptr, slopes_strides, b, h, exp_scale, ACC)
         dk, dv = _accumulate_dkdv(
-            dk, dv, k, v, j, q, dout, lse2, delta, unround, q_strides, dout_strides, lse_strides,
+            dk, dv, k, v, j, alibi, q, dout, lse2, delta, unround, q_strides, dout_strides, lse_strides,
             lo, full_lo, full_hi, hi, lower, upper, T, S, cap_scale, exp_scale, HEAD_DIM, BLOCK_M, PRECISION, True,
         )  # fmt: skip
         dk, dv = _accumulate_dkdv(
-            dk, dv, k, v, j, q, dout, lse2, delta, unround, q_strides, dout_strides, lse_strides,
+            dk, dv, k, v, j, alibi, q, dout, lse2, delta, unround, q_strides, dout_strides, lse_strides,
             lo, full_lo, full_hi, hi, lower, upper, T, S, cap_scale, exp_scale, HEAD_DIM, BLOCK_M, PRECISION, False,
         )  # fmt: skip
 
@@ -246,6 +255,8 @@ def _accumulate_dq(
     delta,
     unround,
     i,  # (BLOCK_M,) query rows
+    position,  # (BLOCK_M,) the keys that they stand at; None without alibi
+    alibi,  # the head's slope, or None
     k_ptr,
     v_ptr,
     k_strides,
@@ -275,6 +286,8 @@ def _accumulate_dq(
         if cap_scale is not None:
             z = tanh(z * cap_scale)
             slope = 1.0 - z * z
+        if alibi is not None:
+            z -= alibi * distance(position - n, rows)
         if MASK:
             z = tl.where(is_visible(i[:, None], (n + rows)[None, :], lower, upper, S), z, float("-inf"))
         p = tl.math.exp2(z * exp_scale - lse2[:, None])
@@ -298,6 +311,7 @@ def _flash_attention_bwd_dq_kernel(
     lse2_ptr,
     delta_ptr,
     unround_ptr,
+    slopes_ptr,
     dq_ptr,
     cu_seqlens_q_ptr,
     cu_seqlens_k_ptr,
@@ -306,6 +320,7 @@ def _flash_attention_bwd_dq_kernel(
     v_strides,
     dout_strides,
     lse_strides,  # delta's and unround's too
+    slopes_strides,
     dq_strides,
     H,
     K,
@@ -357,13 +372,15 @@ def _flash_attention_bwd_dq_kernel(
     last = tl.minimum(first + BLOCK_M, T) - 1
     lo, full_lo, full_hi, hi = visible_blocks(first, last, lower, upper, S, BLOCK_N)
     i = first + rows
+    alibi = alibi_slope(slopes_ptr, slopes_strides, b, h, exp_scale, ACC)
+    position = None if alibi is None else i + (S - T)
     dq = _accumulate_dq(
-        dq, q, dout, lse2, delta, unround, i, k_ptr, v_ptr, k_strides, v_strides, lo, full_lo, full_hi, hi,
-        lower, upper, S, cap_scale, exp_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
+        dq, q, dout, lse2, delta, unround, i, position, alibi, k_ptr, v_ptr, k_strides, v_strides,
+        lo, full_lo, full_hi, hi, lower, upper, S, cap_scale, exp_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     dq = _accumulate_dq(
-        dq, q, dout, lse2, delta, unround, i, k_ptr, v_ptr, k_strides, v_strides, lo, full_lo, full_hi, hi,
-        lower, upper, S, cap_scale, exp_scale, HEAD_DIM, BLOCK_N, PRECISION, True,
+        dq, q, dout, lse2, delta, unround, i, position, alibi, k_ptr, v_ptr, k_strides, v_strides,
+        lo, full_lo, full_hi, hi, lower, upper, S, cap_scale, exp_scale, HEAD_DIM, BLOCK_N, PRECISION, True,
     )  # fmt: skip
     dq_ptr = head_pointer(dq_ptr, dq_strides, b, h, start_q)
     store_tile(dq_ptr, dq_strides, first, rows, cols, T, dq * scale, HEAD_DIM)

@@ -1,6 +1,7 @@
 """The forward kernel: online softmax over key blocks (Dao 2023, FlashAttention-2, algorithm 1).
 
-For a tile of queries, over blocks of keys, with z = scale q k^T (softcap: z = c tanh(scale q k^T / c)):
+For a tile of queries, over blocks of keys, with z = scale q k^T (softcap: z = c tanh(scale q k^T / c); ALiBi: less
+slope |i + S - T - j|):
 
     m' = max(m, rowmax z)      l <- l e^(m - m') + rowsum e^(z - m')      acc <- acc e^(m - m') + e^(z - m') v
 
@@ -17,7 +18,9 @@ import triton.language as tl
 
 from ...elementwise import tanh
 from ..blocks import (
+    alibi_slope,
     base_2,
+    distance,
     head_pointer,
     is_visible,
     load_tile,
@@ -39,6 +42,8 @@ def _attend(
     m_i,  # (BLOCK_M,) row maxima, base 2
     q,  # (BLOCK_M, BLOCK_D)
     i,  # (BLOCK_M,) query rows
+    position,  # (BLOCK_M,) the keys that they stand at; None without alibi
+    alibi,  # the head's slope, or None
     k_ptr,
     v_ptr,
     k_strides,
@@ -67,6 +72,8 @@ def _attend(
         z = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)  # (BLOCK_M, BLOCK_N)
         if cap_scale is not None:
             z = tanh(z * cap_scale)
+        if alibi is not None:
+            z -= alibi * distance(position - n, rows)
         if MASK:
             z = tl.where(is_visible(i[:, None], (n + rows)[None, :], lower, upper, S), z, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(z, 1) * exp_scale)
@@ -87,6 +94,7 @@ def _flash_attention_fwd_kernel(
     k_ptr,
     v_ptr,
     sinks_ptr,  # (H,) or None
+    slopes_ptr,  # ALiBi's, or None
     out_ptr,
     lse_ptr,
     unround_ptr,  # as lse, or None
@@ -97,6 +105,7 @@ def _flash_attention_fwd_kernel(
     v_strides,
     out_strides,
     lse_strides,
+    slopes_strides,  # (b, h), or None
     H,
     K,
     T,  # of the longest sequence
@@ -144,13 +153,15 @@ def _flash_attention_fwd_kernel(
     last = tl.minimum(first + BLOCK_M, T) - 1
     lo, full_lo, full_hi, hi = visible_blocks(first, last, lower, upper, S, BLOCK_N)
     i = first + rows
+    alibi = alibi_slope(slopes_ptr, slopes_strides, b, h, exp_scale, ACC)
+    position = None if alibi is None else i + (S - T)
     acc, l_i, m_i = _attend(
-        acc, l_i, m_i, q, i, k_ptr, v_ptr, k_strides, v_strides, lo, full_lo, full_hi, hi, lower, upper, S,
-        cap_scale, exp_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
+        acc, l_i, m_i, q, i, position, alibi, k_ptr, v_ptr, k_strides, v_strides, lo, full_lo, full_hi, hi,
+        lower, upper, S, cap_scale, exp_scale, HEAD_DIM, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     acc, l_i, m_i = _attend(
-        acc, l_i, m_i, q, i, k_ptr, v_ptr, k_strides, v_strides, lo, full_lo, full_hi, hi, lower, upper, S,
-        cap_scale, exp_scale, HEAD_DIM, BLOCK_N, PRECISION, True,
+        acc, l_i, m_i, q, i, position, alibi, k_ptr, v_ptr, k_strides, v_strides, lo, full_lo, full_hi, hi,
+        lower, upper, S, cap_scale, exp_scale, HEAD_DIM, BLOCK_N, PRECISION, True,
     )  # fmt: skip
 
     l_i = tl.where(l_i == 0, 1.0, l_i)  # no visible key: acc is 0 and m_i is -inf

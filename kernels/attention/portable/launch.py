@@ -39,6 +39,7 @@ class Problem(NamedTuple):
     right: int | None
     scale: float
     softcap: float
+    slopes: Tensor | None  # ALiBi's, (H,) or (n_batch, H)
 
     def n_batch(self, q: Tensor) -> int:
         return q.shape[0] if self.ends_q is None else self.ends_q.shape[0] - 1
@@ -55,6 +56,11 @@ def _strides(strides: Strides, varlen: bool) -> Strides:
         return (0, *strides)
     total, head, dim = strides
     return 0, head, total, dim
+
+
+def _slopes_strides(slopes: Tensor | None) -> Strides | None:
+    """As (b, h): the same for every sequence, or one row for each."""
+    return None if slopes is None else (0, *slopes.stride())[-2:]
 
 
 def _score_factors(scale: float, softcap: float) -> tuple[float | None, float]:
@@ -88,11 +94,11 @@ def _plan(
 def _forward_plan(
     version: int, precision: str, dtype: torch.dtype, device: torch.device, varlen: bool,
     n_batch: int, H: int, K: int, head_dim: int, sq: Strides, sk: Strides, sv: Strides, so: Strides, slse: Strides,
-    T: int, S: int, left: int | None, right: int | None, scale: float, softcap: float,
+    sslopes: Strides | None, T: int, S: int, left: int | None, right: int | None, scale: float, softcap: float,
 ) -> Plan | None:  # fmt: skip
     return _plan(
         _flash_attention_fwd_kernel, "fwd", head_dim, dtype, device, T, n_batch * H,
-        *(TENSOR,) * 9, *(_strides(x, varlen) for x in (sq, sk, sv, so, slse)),
+        *(TENSOR,) * 10, *(_strides(x, varlen) for x in (sq, sk, sv, so, slse)), sslopes,
         H, K, T, S, left, right, *_score_factors(scale, softcap),
     )  # fmt: skip
 
@@ -103,17 +109,17 @@ def launch_forward(
     """Write out, lse (natural log) and, where it is given, the factor that undoes the rounding of lse."""
     plan = forward_plan(q, k, v, out, lse, p)
     if plan is not None:
-        plan(q, k, v, sinks, out, lse, unround, p.ends_q, p.ends_k)
+        plan(q, k, v, sinks, p.slopes, out, lse, unround, p.ends_q, p.ends_k)
 
 
 def forward_plan(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, p: Problem) -> Plan | None:
     """The launch of such tensors; None where there are no rows."""
-    T, S, ends_q, _, *rest = p
+    T, S, ends_q, _, *rest, slopes = p
     shape = q.shape
     return _forward_plan(
         tiles.version(), _precision(q.dtype), q.dtype, q.device, ends_q is not None,
         p.n_batch(q), shape[1], k.shape[1], shape[-1], q.stride(), k.stride(), v.stride(), out.stride(), lse.stride(),
-        T, S, *rest,
+        _slopes_strides(slopes), T, S, *rest,
     )  # fmt: skip
 
 
@@ -121,7 +127,7 @@ def forward_plan(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, p: P
 def _backward_plans(
     version: int, precision: str, dtype: torch.dtype, device: torch.device, varlen: bool,
     n_batch: int, H: int, K: int, head_dim: int, strides: tuple[Strides, ...], sdlse: Strides | None,
-    T: int, S: int, left: int | None, right: int | None, scale: float, softcap: float,
+    sslopes: Strides | None, T: int, S: int, left: int | None, right: int | None, scale: float, softcap: float,
 ) -> tuple[Plan | None, Plan | None, Plan | None]:  # fmt: skip
     """delta, dk and dv, dq.  strides: of q, k, v, out, dout, lse, dq, dk, dv."""
     sq, sk, sv, so, sdo, slse, sdq, sdk, sdv = (_strides(x, varlen) for x in strides)
@@ -135,11 +141,11 @@ def _backward_plans(
         ),
         _plan(
             _flash_attention_bwd_dkdv_kernel, "dkdv", *of, S, n_batch * K,
-            *(TENSOR,) * 11, sq, sk, sv, sdo, slse, sdk, sdv, *sizes,
+            *(TENSOR,) * 12, sq, sk, sv, sdo, slse, sslopes, sdk, sdv, *sizes,
         ),
         _plan(
             _flash_attention_bwd_dq_kernel, "dq", *of, T, n_batch * H,
-            *(TENSOR,) * 10, sq, sk, sv, sdo, slse, sdq, *sizes,
+            *(TENSOR,) * 11, sq, sk, sv, sdo, slse, sslopes, sdq, *sizes,
         ),
     )  # fmt: skip
 
@@ -152,15 +158,15 @@ def launch_backward(
 
     lse2 is lse in base 2, +inf for rows that see no key.
     """
-    ends_q, ends_k = p.ends_q, p.ends_k
+    ends_q, ends_k, slopes = p.ends_q, p.ends_k, p.slopes
     lse2, delta = (torch.empty_strided(lse.shape, lse.stride(), dtype=lse.dtype, device=lse.device) for _ in range(2))
     plans = backward_plans(q, k, v, out, dout, lse, dlse, dq, dk, dv, p)
     for plan, tensors in zip(
         plans,
         (
             (out, dout, lse, dlse, lse2, delta, ends_q),
-            (q, k, v, dout, lse2, delta, unround, dk, dv, ends_q, ends_k),
-            (q, k, v, dout, lse2, delta, unround, dq, ends_q, ends_k),
+            (q, k, v, dout, lse2, delta, unround, slopes, dk, dv, ends_q, ends_k),
+            (q, k, v, dout, lse2, delta, unround, slopes, dq, ends_q, ends_k),
         ),
         strict=True,
     ):
@@ -174,11 +180,11 @@ def backward_plans(
     dq: Tensor, dk: Tensor, dv: Tensor, p: Problem,
 ) -> tuple[Plan | None, Plan | None, Plan | None]:  # fmt: skip
     """The launches of such tensors: delta, dk and dv, dq; None where there are no rows."""
-    T, S, ends_q, _, *rest = p
+    T, S, ends_q, _, *rest, slopes = p
     shape = q.shape
     strides = tuple([x.stride() for x in (q, k, v, out, dout, lse, dq, dk, dv)])
     return _backward_plans(
         tiles.version(), _precision(q.dtype), q.dtype, q.device, ends_q is not None,
         p.n_batch(q), shape[1], k.shape[1], shape[-1], strides,
-        None if dlse is None else dlse.stride(), T, S, *rest,
+        None if dlse is None else dlse.stride(), _slopes_strides(slopes), T, S, *rest,
     )  # fmt: skip

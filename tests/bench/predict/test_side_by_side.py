@@ -12,8 +12,9 @@ from rooflight.bench.cases import plain_model
 from rooflight.bench.cases.plain_model import PlainTransformer
 from rooflight.bench.cli import app
 from rooflight.bench.measure.compiler import NotCompiled
+from rooflight.bench.predict import side_by_side
 from rooflight.bench.predict.side_by_side import DEFAULT, WAYS, measure_steps
-from rooflight.kernels import reference
+from rooflight.kernels import fp8, reference
 from rooflight.model import ModelConfig, Transformer, estimate
 
 CPU = torch.device("cpu")
@@ -43,7 +44,8 @@ def test_what_the_peer_cannot_be_is_named():
 def test_rows_hold_together():
     ways = [way for way in WAYS if "compiled" not in way]  # compiling takes longer than all the rest
     steps = list(measure_steps(CONFIG, 2, 16, torch.float32, CPU, ways=ways, seconds=0.01, peak_flops=1e9))
-    assert [step.name for step in steps] == ["ours, eager", "plain, eager"]
+    assert [step.name for step in steps] == ["ours, eager", "plain, eager", "ours, fp8"]
+    assert steps[0].first_loss != steps[2].first_loss == pytest.approx(steps[0].first_loss, rel=0.02)
     e = estimate(CONFIG, batch_size=2, context_length=16, causal="full")
     for step in steps:
         seconds = step.milliseconds / 1e3
@@ -57,7 +59,30 @@ def test_rows_hold_together():
 
 def test_a_cpu_and_a_gpu_take_the_peer_eager_and_compiled_and_ours_without_a_host():
     assert DEFAULT["cpu"] == ("ours, eager", "ours, compiled", "plain, eager", "plain, compiled")
-    assert DEFAULT["cuda"] == ("ours, eager", "ours, graphed", "plain, eager", "plain, compiled")
+    assert DEFAULT["cuda"] == ("ours, eager", "ours, graphed", "plain, eager", "plain, compiled", "ours, fp8")
+
+
+def test_a_gpu_without_fp8_says_so_in_its_row(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fp8, "refusal", lambda device: "expected another GPU, got this")
+    failures: dict[str, str] = {}
+    assert not list(measure_steps(CONFIG, 2, 16, torch.float32, CPU, ways=["ours, fp8"], failures=failures))
+    assert failures == {"ours, fp8": "ValueError: device: expected another GPU, got this"}
+
+
+def test_ours_has_training_s_optimizer_and_the_peer_torch_s(monkeypatch: pytest.MonkeyPatch):
+    built: dict[str, dict] = {}
+    monkeypatch.setattr(side_by_side, "low_precision", lambda device, dtype: {"copy_dtype": dtype})  # as on a GPU
+    tokens = torch.zeros(1, 17, dtype=torch.long)
+    for way in WAYS:
+        monkeypatch.setattr(
+            side_by_side, "build_optimizers", lambda model, way=way, **options: built.update({way: options})
+        )
+        side_by_side._Step(way, CONFIG, tokens, torch.bfloat16)
+    assert {way: (options.get("copy_dtype"), options["triton"]) for way, options in built.items()} == {
+        "ours, eager": (torch.bfloat16, None), "ours, graphed": (torch.bfloat16, None),
+        "ours, fp8": (torch.bfloat16, None), "ours, compiled": (None, None),
+        "plain, eager": (None, False), "plain, compiled": (None, False),
+    }  # fmt: skip
 
 
 @pytest.fixture

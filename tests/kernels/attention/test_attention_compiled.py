@@ -28,7 +28,7 @@ if version("triton").startswith("3.7."):
 
 def attention(
     head_dim: int, dtype: str, features: bool = False, packed: bool = False, backward: bool = True,
-    path: str = "portable",
+    path: str = "portable", alibi: bool = False,
 ) -> None:  # fmt: skip
     """Launch every kernel of a path once, on inputs aligned as a model's are."""
     from rooflight.kernels.attention import paths
@@ -43,11 +43,12 @@ def attention(
         bounds = (ends, ends, 256, 256)
     if features:  # a window, a softcap, sinks
         mask, softcap, sinks = (128, 0), 30.0, torch.zeros(4)
+    options = (*bounds, *mask, 0.1, softcap, torch.zeros(4) if alibi else None)
     with paths.use(path):
-        out, lse, unround = fwd_op(q, k, v, sinks, *bounds, *mask, 0.1, softcap)
+        out, lse, unround = fwd_op(q, k, v, sinks, *options)
         if backward:
             dlse = lse if features else None
-            bwd_op(torch.zeros_like(out), dlse, q, k, v, out, lse, unround, sinks, *bounds, *mask, 0.1, softcap)
+            bwd_op(torch.zeros_like(out), dlse, q, k, v, out, lse, unround, sinks, *options)
 
 
 def short(artifact: Artifact) -> str:
@@ -78,6 +79,20 @@ def test_common_head_sizes(target):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_alibi(target):
+    """A bias keeps no product from the tensor cores, and what it spills at all it spills outside the inner loop."""
+    cases = [(attention, {"head_dim": size, "dtype": "bfloat16", "alibi": True}) for size in (64, 128)]
+    for artifacts in compile_cases(cases, target):
+        assert {short(a) for a in artifacts} == KERNELS
+        for artifact in artifacts:
+            assert artifact.shared <= SHARED_LIMIT[target], artifact
+            assert artifact.loop is None or artifact.loop.spills == 0, artifact
+            if short(artifact) != "delta":
+                assert artifact.count("HGMMA" if target == "sm_90" else "HMMA") > 0, artifact
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("target", [target for target in SHARED_LIMIT if target != "sm_86"])
 def test_every_tile_fits_every_gpu(target, dtype):
@@ -88,7 +103,16 @@ def test_every_tile_fits_every_gpu(target, dtype):
     # four tiles of 16 rows of 512 fp32 numbers are 128 KiB: the one backward that does not fit everywhere
     large = dtype == "bfloat16" or SHARED_LIMIT[target] > 132 << 10
     cases = [
-        (attention, {"head_dim": size, "dtype": dtype, "features": size == 80, "backward": size < 512 or large})
+        (
+            attention,
+            {
+                "head_dim": size,
+                "dtype": dtype,
+                "features": size == 80,
+                "alibi": size in (80, 128),
+                "backward": size < 512 or large,
+            },
+        )
         for size in (16, 64, 80, 128, 256, 512)
         if not (dtype == "bfloat16" and target in COMMON and size in COMMON_SIZES)
     ]

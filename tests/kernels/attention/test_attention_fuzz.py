@@ -14,7 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.attention import DTYPES, LAYOUTS, draw, draw_packed, draw_sinks, judge_attention, lay_out_grad, tile
+from support.attention import (
+    DTYPES,
+    LAYOUTS,
+    draw,
+    draw_packed,
+    draw_sinks,
+    draw_slopes,
+    judge_attention,
+    lay_out_grad,
+    tile,
+)
 from support.marks import on_cpu
 from support.tolerance import gaussian
 
@@ -37,6 +47,7 @@ class Case:
     layouts: tuple[str, str, str]
     grad_layout: str
     sinks: torch.dtype | None
+    slopes: str | None  # "by head" or "by sequence"
     options: tuple[tuple[str, Any], ...]
     tile: tuple[int, int]
     frozen: tuple[str, ...]
@@ -80,6 +91,7 @@ def draw_case(seed: int) -> Case:
         options=tuple(options.items()),
         tile=block,
         frozen=r.choice([(), (), (), ("q",), ("k", "v"), ("v", "sinks")]),
+        slopes=r.choice([None, None, "by head", "by sequence"]),  # drawn last: the rest is as it was without
     )
 
 
@@ -104,6 +116,10 @@ def run_case(case: Case, seed: int, device: torch.device) -> None:
         # a sum for each of so few heads that eager's error is often small by luck: test_attention judges them
         if case.sinks == torch.float32 or case.H < 4:
             frozen += ("sinks",)
+    if case.slopes is not None:
+        n_batch = len(case.lengths) if case.varlen else case.B
+        shape = (case.H,) if case.slopes == "by head" else (n_batch, case.H)
+        inputs["alibi_slopes"] = draw_slopes(*shape, device=device, seed=seed)
     with tile(*case.tile):
         judge_attention(inputs, varlen=case.varlen, grad=grad, frozen=frozen, **dict(case.options))
 

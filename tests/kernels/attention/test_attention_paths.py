@@ -76,6 +76,7 @@ def test_use_goes_before_a_users_table_and_that_before_the_measurement():
         ({"head_dim": 96}, "head sizes"),
         ({"options": frozenset({"softcap"})}, "softcap"),
         ({"options": frozenset({"window", "sinks"})}, "sinks"),
+        ({"options": frozenset({"alibi"})}, "alibi"),
     ],
 )
 def test_what_hopper_does_not_serve(change, why):
@@ -141,7 +142,7 @@ def test_fewer_queries_than_were_measured_are_short(hopper_gpu):
         q = torch.randn(1, 1, n_query, 64).to(BF16)
         flash_attention(q, q, q)
         assert dict(zip(paths.OPTIONS, chooses.call_args.args[-1], strict=True)) == {
-            "window": False, "packed": False, "softcap": False, "sinks": False, "short": short
+            "window": False, "packed": False, "softcap": False, "sinks": False, "alibi": False, "short": short
         }  # fmt: skip
 
 

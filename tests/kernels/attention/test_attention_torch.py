@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rooflight.kernels import cost, reference
 from rooflight.kernels.attention import FlashAttentionFunction, flash_attention, flash_attention_varlen
 from rooflight.kernels.attention.launch import bwd_op, fwd_op
-from support.attention import draw, draw_sinks, tile
+from support.attention import draw, draw_sinks, draw_slopes, tile
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,8 @@ def operator_arguments(device, *, varlen, sinks, requires_grad):
         bounds = (ends(0, 5, 20, device=device), ends(0, 9, 24, device=device), 15, 15)
     s = draw_sinks(2, torch.float32, device) if sinks else None
     tensors = [t if t is None else t.detach().requires_grad_(requires_grad) for t in (q, k, v, s)]
-    return (*tensors, *bounds, 9, 0, 0.25, 2.0)
+    slopes = draw_slopes(2, 2, device=device)[0] if sinks else draw_slopes(2 if varlen else 1, 2, device=device)
+    return (*tensors, *bounds, 9, 0, 0.25, 2.0, slopes)
 
 
 @pytest.mark.parametrize(("varlen", "sinks"), [(False, True), (True, False)])

@@ -236,3 +236,12 @@ def test_next_to_nothing_is_read_ahead(tmp_path: Path) -> None:
     with open_text(path) as file:
         assert file.read(8) == b"a b a b "
         assert place(file) <= 1 << 14
+
+
+def test_a_file_that_shrinks_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"a b " * 100)
+    block, _ = next(blocks(Span(str(path)), CUTTER, 1 << 20))
+    os.truncate(path, 60)
+    with pytest.raises(OSError, match=r"text\.txt became shorter while it was read"):
+        block.read()

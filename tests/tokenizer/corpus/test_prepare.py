@@ -147,8 +147,7 @@ def test_special_tokens_in_the_text(tmp_path: Path, name: str, eod: bool, allow_
 
 @pytest.mark.parametrize("pattern", ["gpt2", r"\p{L}+"])
 def test_long_documents_are_encoded_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
-    monkeypatch.setattr(encode, "_LONG", 50)
-    monkeypatch.setattr(encode, "_PIECE", 20)
+    monkeypatch.setattr(encode, "TASK", 20)
     tokenizer = Tokenizer(VOCAB, MERGES, [EOD, OTHER], pattern=pattern)
     texts = [*DOCUMENTS, "1", "2", "a", "1 2"]  # of which a pattern of one's own leaves some and some not
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

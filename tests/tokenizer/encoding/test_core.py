@@ -6,6 +6,7 @@ import pickle
 import random
 import sys
 import unicodedata
+from base64 import b64encode
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import regex
 from tiktoken import _tiktoken
 
 from rooflight.tokenizer import PATTERNS, Tokenizer, train_bpe
-from rooflight.tokenizer.encoding.core import disputed
+from rooflight.tokenizer.encoding.core import disputed, is_by_rank
 from support import bpe_reference
 
 END, PAD = "<|endoftext|>", "<pad>"
@@ -115,6 +116,27 @@ def test_it_is_used_only_where_ranks_say_the_same(ignore_merges: bool, tmp_path:
                 expected = bpe_reference.encode_word(word.encode(), merges)
                 assert [vocab[i] for i in tokenizer.encode(word)] == expected
     assert seen == {False, True}
+
+
+def test_what_is_known_of_ranks_is_what_would_be_found_out(tmp_path: Path) -> None:
+    seen = set()
+    for seed in range(80):
+        rng = random.Random(seed)
+        words = {"".join(rng.choices("abc", k=rng.choice((2, 2, 2, 3, 3, 4, 5)))) for _ in range(9)}
+        ranks = dict(enumerate([bytes([byte]) for byte in range(256)] + [word.encode() for word in sorted(words)]))
+        if rng.random() < 0.7:
+            ranks = dict(enumerate([*list(ranks.values())[:256], *sorted(list(ranks.values())[256:], key=len)]))
+        path = tmp_path / "ranks"
+        path.write_bytes(b"".join(b64encode(token) + b" %d\n" % i for i, token in ranks.items()))
+        specials = {"<s>": 300} if seed % 4 else {ranks[256].decode(): 256}
+        tokenizer = Tokenizer.from_tiktoken(path, special_tokens=specials)
+        assert tokenizer.is_by_rank == is_by_rank(tokenizer.definition) == uses_core(tokenizer)
+        seen.add((tokenizer.is_by_rank, tokenizer.ignore_merges))
+        peer = _tiktoken.CoreBPE({token: i for i, token in ranks.items()}, {}, tokenizer.pattern)
+        for word in ("".join(rng.choices("abc", k=k)) for k in range(1, 40)):
+            if seed % 4:
+                assert tokenizer.encode_bytes(word.encode()).tolist() == peer.encode_ordinary(word)
+    assert len(seen) >= 3
 
 
 def test_without_the_package_all_works_as_before(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:

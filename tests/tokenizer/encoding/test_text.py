@@ -53,8 +53,8 @@ def few(request: pytest.FixtureRequest) -> Iterator[None]:
     """Arrays and windows for every word, however few there are; then one by one where that is the faster."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param is not None:
-            patch.setattr(encode_words, "_FEW", request.param)
-            patch.setattr(encode_text, "_FEW", request.param)
+            patch.setattr(encode_words, "FEW_MERGED", request.param)
+            patch.setattr(encode_text, "FEW_LOOKED_UP", request.param)
         TOKENIZERS[:] = [tokenizer_of(merges) for merges in MERGES]  # that have met no words yet
         yield
 
@@ -90,7 +90,7 @@ def test_tables_that_forget_change_nothing(limit: str, most: int, monkeypatch: p
     texts = [b"|".join(b"".join(rng.choices(ALPHABET, k=rng.randrange(1, 30))) for _ in range(1500)) for _ in range(3)]
     expected = [TOKENIZERS[0].encode_bytes(text) for text in texts]
     monkeypatch.setattr(encode_text, limit, 100)
-    monkeypatch.setattr(encode_text, "_BLOCK", 64)
+    monkeypatch.setattr(encode_text, "WORDS", 64)
     tokenizer = tokenizer_of(trained)
     for text, ids in zip(texts, expected, strict=True):
         assert np.array_equal(tokenizer.encode_bytes(text), ids)
@@ -100,7 +100,7 @@ def test_tables_that_forget_change_nothing(limit: str, most: int, monkeypatch: p
 def test_words_with_one_hash_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     text = b"|".join(b"ab" * (i % 19 + 1) for i in range(300)) + "|日é".encode() * 50
     expected = TOKENIZERS[0].encode_bytes(text)
-    monkeypatch.setattr(encode_text, "_mix", lambda keys: np.zeros(len(keys[0]), np.uint64))
+    monkeypatch.setattr(encode_text, "mix", lambda keys: np.zeros(len(keys[0]), np.uint64))
     assert np.array_equal(tokenizer_of(trained).encode_bytes(text), expected)
 
 

@@ -48,6 +48,7 @@ def added(content: str, i: int, **flags: bool) -> dict:
 
 NO_REGEX = BYTE_LEVEL | {"use_regex": False}
 N = len(VOCAB)
+LATER = added("", N + 1, normalized=True, special=False)
 CASES = {
     "NFC, Qwen2": {"normalizer": {"type": "NFC"}, "pre_tokenizer": sequence(split(PATTERNS["qwen2"]), NO_REGEX)},
     "NFC in a sequence, NeoX": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]}},
@@ -63,6 +64,20 @@ CASES = {
     "lstrip, RoBERTa": {"added_tokens": [added("<|end|>", N), added("<mask>", N + 1, lstrip=True)]},
     "rstrip": {"added_tokens": [added("<|end|>", N, rstrip=True), added("<mask>", N + 1, lstrip=True, rstrip=True)]},
     "single word": {"added_tokens": [added("<|end|>", N), added("cat", N + 1, single_word=True)]},
+    "normalized, NeoX": {
+        "normalizer": {"type": "NFC"},
+        "added_tokens": [
+            added("<|end|>", N),
+            *(added(token, i, normalized=True, special=False) for i, token in enumerate(("  ", "   ", "|x|"), N + 1)),
+        ],
+    },
+    "normalized, overlapped": {"added_tokens": [added("<|end|>", N), LATER | {"content": "end"}]},
+    "no special one": {"added_tokens": [added("<|end|>", N), added("<mask>", N + 1, special=False)]},
+    "Split inverted": {"pre_tokenizer": sequence(split(r"\p{L}+", invert=True), NO_REGEX)},
+    "Splits by strings": {"pre_tokenizer": sequence(split("//", kind="String"), split("|", kind="String"), BYTE_LEVEL)},
+    "Digits after a Split": {
+        "pre_tokenizer": sequence(split(PATTERNS["llama3"]), {"type": "Digits", "individual_digits": True}, NO_REGEX)
+    },
     "an ordinary token's bytes": {"added_tokens": [added("日本", N), added("the", 257), added("<|end|>", N + 1)]},
     "all of it": {
         "normalizer": {"type": "NFC"},
@@ -155,6 +170,68 @@ def test_what_cannot_be_expressed_is_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps(content | {"pre_tokenizer": pre_tokenizer}), encoding="utf-8")
         with pytest.raises(ValueError, match="pre_tokenizer"):
             Tokenizer.from_hf(path)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        ([added("<|end|>", N + 1), added("<mask>", N)], "the id 341, where tokenizers gives 340"),
+        ([added("<|end|>", N + 7)], "the id 347, where tokenizers gives 340"),
+        ([added("<|end|>", N), LATER | {"content": "caf\u00e9"}], "NFC could change"),
+        ([added("<|end|>", N), LATER | {"content": "cafe\u0301"}], "NFC could change"),
+        ([added("<|end|>", N), LATER | {"content": "<w>"}], "NFC could change"),  # > and U+0338 are one character
+        ([added("<|end|>", N), LATER | {"content": "OK|"}], "NFC could change"),  # U+212A is a K
+        ([added("sk>", N), LATER | {"content": "<mas|"}], None),
+        ([added("sk|", N), LATER | {"content": "<mask"}], "NFC could change"),
+        ([added("sk|", N), LATER | {"content": "<|sk"}], "NFC could change"),
+        ([added("||", N), LATER | {"content": "<|"}], "can overlap"),
+        ([added("end", N), LATER | {"content": "<|end|"}], "can overlap"),
+        ([added("<mask>", N, lstrip=True), LATER | {"content": "  "}], "'<mask>', with lstrip or rstrip, could take"),
+        ([added(" x", N), LATER | {"content": "<m|", "rstrip": True}], "'<m|', with lstrip or rstrip, could take"),
+    ],
+)
+def test_added_tokens_that_tokenizers_finds_otherwise_are_refused(
+    tokens: list[dict], reason: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(VOCAB, MERGES, []).export_hf(path)
+    content = json.loads(path.read_text(encoding="utf-8")) | {"normalizer": {"type": "NFC"}, "added_tokens": tokens}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    if reason is None:
+        Tokenizer.from_hf(path)
+    else:
+        with pytest.raises(ValueError, match=reason):
+            Tokenizer.from_hf(path)
+
+
+def test_what_is_said_of_added_tokens_by_chance_is_so(tmp_path: Path) -> None:
+    """Of random tokens those that are not refused are found as `tokenizers` finds them."""
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(VOCAB, MERGES, []).export_hf(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    atoms = ["<", "|", "a", " ", "  ", "e\u0301", "\u00e9", "\u0338", "K", "\u212a"]
+    n_read = n_refused = 0
+    for seed in range(150):
+        rng = random.Random(seed)
+        contents = {"".join(rng.choices(atoms, k=rng.randrange(1, 4))) for _ in range(2)}
+        tokens = [
+            added(token, N + i, normalized=rng.random() < 0.5, lstrip=rng.random() < 0.2, rstrip=rng.random() < 0.2)
+            for i, token in enumerate(sorted(contents - {"<", "|", "a", " ", "K"}))
+        ]
+        normalizer = {"type": "NFC"} if rng.random() < 0.5 else None
+        path.write_text(json.dumps(content | {"normalizer": normalizer, "added_tokens": tokens}), encoding="utf-8")
+        try:
+            tokenizer = Tokenizer.from_hf(path)
+        except ValueError:
+            n_refused += 1
+            continue
+        n_read += 1
+        peer = tokenizers.Tokenizer.from_file(str(path))
+        for _ in range(60):
+            text = "".join(rng.choices([*atoms, *contents], k=rng.randrange(1, 9)))
+            assert tokenizer.encode(text) == peer.encode(text, add_special_tokens=False).ids, (text, tokens)
+    assert n_read > 30
+    assert n_refused > 30
 
 
 def test_offsets_are_refused_where_the_text_is_changed(tmp_path: Path) -> None:

@@ -103,12 +103,14 @@ def test_a_pattern_that_does_not_compile_is_refused():
 
 
 def test_specials_longest_first():
-    specials = Specials(["<a>", "<a><b>", "é"])
+    specials = Specials({"<a>": 7, "<a><b>": 8, "é": 9})
     data = "x<a><b><a>y<b>é".encode()
-    assert specials.mask(data) == b"x\xff\xffy<b>\xff"
-    assert specials.findall(data) == [b"<a><b>", b"<a>", "é".encode()]
+    masked, ids = specials.mask_ids(data)
+    assert masked == specials.mask(data) == b"x\xff\xffy<b>\xff"
+    assert ids.tolist() == [8, 7, 9]
+    assert specials.split(data.decode()) == ["x", "<a><b>", "", "<a>", "y<b>", "é", ""]
     assert Specials([]).mask(data) == data
-    assert Specials([]).findall(data) == []
+    assert Specials([]).mask_ids(data)[1].tolist() == []
 
 
 @pytest.mark.parametrize(

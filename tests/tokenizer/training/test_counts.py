@@ -22,7 +22,7 @@ TEXTS = [TEXT * n for n in (1, 300, 20, 5)] + ["cut here" + "y" * n for n in ran
 
 @pytest.fixture
 def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(train, "_PART", 2000)
+    monkeypatch.setattr(train, "COUNTED_PART", 2000)
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a.txt").write_text("".join(TEXTS))
@@ -117,7 +117,7 @@ def test_what_is_refused(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_cut_is_not_counted_once_for_each_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "_PART", 100)
+    monkeypatch.setattr(train, "COUNTED_PART", 100)
     data = gzip.compress(bytes(range(32, 127)) * 2)
     assert len(data) > 100
     (tmp_path / "x.txt").write_bytes(data)

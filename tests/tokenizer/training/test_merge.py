@@ -55,10 +55,10 @@ def test_tied_counts(counts, n_merges):
 def test_many_epochs_small_slices_and_a_short_front(counts, n_merges, rank):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(merge, "_threshold", lambda found, **_: int(np.sort(found)[-rank:][0]))
-        patch.setattr(ranking, "_FRONT", rank)
-        patch.setattr(ranking, "_NEAR", 2 * rank)
-        patch.setattr(ranking, "_MAX_PLACES", 3 * rank)
-        patch.setattr(merge, "_SLICE", 5 * rank)
+        patch.setattr(ranking, "FRONT", rank)
+        patch.setattr(ranking, "NEAR", 2 * rank)
+        patch.setattr(ranking, "MAX_PLACES", 3 * rank)
+        patch.setattr(merge, "TOKENS", 5 * rank)
         assert learn_merges(words_of(counts), n_merges) == naive(counts, n_merges)
 
 
@@ -83,7 +83,7 @@ TIES = [
 @pytest.mark.parametrize("front", [512, 1])
 @pytest.mark.parametrize("counts", TIES)
 def test_ties_that_merging_early_would_spoil(counts, front, monkeypatch):
-    monkeypatch.setattr(ranking, "_FRONT", front)
+    monkeypatch.setattr(ranking, "FRONT", front)
     monkeypatch.setattr(merge, "_threshold", lambda found, **_: 1)  # one epoch, with all pairs in it
     assert learn_merges(words_of(counts), 60) == naive(counts, 60)
 
