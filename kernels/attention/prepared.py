@@ -1,8 +1,8 @@
 """Eager calls of a kind that was seen before: what shapes and options decide is worked out once, and kept as a function
 of the tensors alone that allocates and launches.
 
-The common call has one: a dense batch in 16 bits, one head size, no sinks or ALiBi, the output alone. All others, and tensors
-whose addresses are no multiples of 16, go the long way, through the operators of launch.py.
+The common call has one: a dense batch in 16 bits, one head size, no sinks or ALiBi, the output alone. All others, and
+tensors whose addresses are no multiples of 16, go the long way, through the operators of launch.py.
 """
 
 from __future__ import annotations
