@@ -28,6 +28,7 @@ __all__ = [
     "apply",
     "are_wrapped",
     "autocast_dtype",
+    "bare_apply",
     "call",
     "check_device",
     "check_dtype",
@@ -39,6 +40,8 @@ __all__ = [
     "define_op",
     "in_layout_of",
     "known",
+    "on_its_device",
+    "prepared",
     "refuse_transforms",
     "runs_triton",
 ]
@@ -83,7 +86,7 @@ def define_op(
     torch.library's own autograd and the dispatcher: on the host both take longer than launching a small kernel.
     """
     name = launcher.__name__
-    launch = _on_its_device(launcher)
+    launch = on_its_device(launcher)
 
     def no_derivative(ctx: Any, *grads: Tensor) -> None:
         raise NotImplementedError(f"rooflight::{name} is not differentiable; second derivatives are not implemented")
@@ -155,7 +158,7 @@ def _are_plain(args: tuple[Any, ...]) -> bool:
     return True
 
 
-def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device: make it the first argument's, and its context the thread's."""
 
     def launch(first: Tensor, *args: Any) -> Any:
@@ -205,7 +208,7 @@ def apply(name: str, function: type[torch.autograd.Function], *args: Any) -> Any
     for x in args:  # as are_wrapped, without a generator
         if type(x) in _TENSORS and _is_wrapped(x):
             return function.apply(*args)
-    return _bare_apply(function)(*args)
+    return bare_apply(function)(*args)
 
 
 def are_wrapped(*args: Any) -> bool:
@@ -214,7 +217,7 @@ def are_wrapped(*args: Any) -> bool:
 
 
 @cache
-def _bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
@@ -279,6 +282,46 @@ def checked_once(check: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return checked
+
+
+def prepared(make: Callable[..., Any]) -> Callable[..., Any]:
+    """find(state, *args): make(*args), what a kind of call does from its tensors alone, made once; None: the long way.
+
+    make: looks at nothing of a tensor but its dtype, shape, strides and device, holds none, and returns None for what
+    it does not serve. Calls are of one kind when these, all numbers, with their types, and `state` are equal.
+    find returns None while tracing, under transforms, modes and profilers, and for what is no plain tensor or number:
+    there the operator is to be seen, or the tensor's memory is not its value.
+    """
+    known: dict[tuple[Any, ...], Any] = {}
+
+    def find(state: Any, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or _transforms_are_active():
+            return None
+        if _n_dispatch_modes() or _profiler._is_profiler_enabled:
+            return None
+        key = [state]
+        for x in args:
+            kind = type(x)
+            if kind in _TENSORS:
+                if x.is_neg() or _is_wrapped(x):
+                    return None
+                key += x.dtype, x.shape, x.stride(), x.device
+            elif kind in _VALUES:
+                key += kind, x
+            else:
+                return None
+        of_kind = tuple(key)
+        try:
+            return known[of_kind]
+        except KeyError:
+            pass
+        made = make(*args)
+        if len(known) >= MOST_CHECKED:
+            known.clear()
+        known[of_kind] = made
+        return made
+
+    return find
 
 
 def _described(value: Any) -> str:

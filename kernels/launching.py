@@ -24,7 +24,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-__all__ = ["TENSOR", "Described", "Plan", "direct", "launch", "variant"]
+__all__ = ["TENSOR", "Alike", "Described", "Plan", "direct", "launch", "variant"]
 
 # The C launcher's arguments were read in these versions; hardware has run 3.6.0 (bench/NOTES.md).
 KNOWN_VERSIONS = ("3.6.", "3.7.", "3.9.")
@@ -35,8 +35,6 @@ TENSOR: Any = object()  # a tensor's place in a Plan
 
 _INTEGERS = frozenset({int})
 _TENSORS = (Tensor, Parameter)
-
-Launch = Callable[..., None]  # grid, stream, arguments before the constants
 
 _direct: bool = triton.__version__.startswith(KNOWN_VERSIONS)
 
@@ -80,7 +78,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     handles = kernel.rooflight_handles
     handle = handles.get(key)
     if handle is not None:
-        handle(*grid, *(1,) * (3 - len(grid)), driver.active.get_current_stream(device), given)
+        handle((*grid, 1, 1)[:3], driver.active.get_current_stream(device), given)
         return
     handle = _handle(kernel[grid](*args, **constants), len(kernel.params) - kernel.rooflight_n_runtime)
     if handle is not None:
@@ -117,12 +115,15 @@ class Plan:
     Tensors, or None, come in the order of their places, in the arguments or in a tuple among them.
     """
 
-    __slots__ = ("_args", "_constants", "_grid", "_handles", "_kernel", "_places", "_sizes", "_tuples")
+    __slots__ = (
+        "_args", "_compiled", "_constants", "_grid", "_handles", "_kernel", "_places", "_sizes", "_tuples",
+    )  # fmt: skip
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         self._kernel, self._grid, self._constants = kernel, grid, constants
         self._sizes = (*grid, 1, 1)[:3]
-        self._handles: dict[tuple[Any, ...], Launch] = {}
+        self._compiled = isinstance(kernel, JITFunction)
+        self._handles: dict[tuple[Any, ...], Handle] = {}
         # The arguments flat, tuples that hold tensors taken apart behind the others: (where it goes, type, from, to).
         self._args = list(args)
         self._tuples: list[tuple[int, Any, int, int]] = []
@@ -136,11 +137,12 @@ class Plan:
                 self._args += arg
                 self._tuples.append((i, type(arg), first, len(self._args)))
 
-    def __call__(self, *tensors: Any) -> None:
+    def __call__(self, *tensors: Any) -> Handle | None:
+        """Returns the handle, where there is one."""
         kernel = self._kernel
-        if not (_direct and isinstance(kernel, JITFunction)) or _observed(kernel):
+        if not (_direct and self._compiled) or _observed(kernel):
             self._through_triton(tensors)
-            return
+            return None
         active = driver.active
         device = active.get_current_device()
         key: list[Any] = [device, knobs.runtime.debug, knobs.compilation.instrumentation_mode]
@@ -157,19 +159,20 @@ class Plan:
                 given[at] = x
             else:  # a tensor's subclass: Triton's own way
                 self._through_triton(tensors)
-                return
+                return None
         variant = tuple(key)
         handle = self._handles.get(variant)
         if handle is not None:
             if self._tuples:
                 given = self._together(given)
-            handle(*self._sizes, active.get_current_stream(device), given)
-            return
+            handle(self._sizes, active.get_current_stream(device), given)
+            return handle
         compiled = self._through_triton(tensors)
         n_runtime = _prepared(kernel)
         n_given = len(self._args) if not self._tuples else self._tuples[0][2]
         if n_given >= n_runtime and (handle := _handle(compiled, len(kernel.params) - n_given)):
             self._handles[variant] = handle
+        return handle
 
     def _together(self, flat: list[Any], kept: bool = False) -> list[Any]:
         """The arguments with their tuples. kept: these keep their types, which Triton tells apart."""
@@ -183,6 +186,67 @@ class Plan:
         for at, x in zip(self._places, tensors, strict=True):
             flat[at] = x
         return self._kernel[self._grid](*self._together(flat, kept=True), **self._constants)
+
+
+class Alike:
+    """A plan for tensors that are alike in all calls: no subclasses, of the same dtypes, None in the same places.
+
+    Then, where their addresses are multiples of 16, only the device and the knobs are left to tell variants apart, and
+    each has a function of its own, written out as Triton writes its own launchers: each argument in its place.
+    """
+
+    __slots__ = ("_plan", "_written")
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._written: dict[Any, Callable[..., bool]] = {}  # by device and knobs
+
+    def __call__(self, *tensors: Any) -> None:
+        plan = self._plan
+        if not (_direct and plan._compiled) or _observed(plan._kernel):
+            plan(*tensors)
+            return
+        active = driver.active
+        device = active.get_current_device()
+        state = device, knobs.runtime.debug, knobs.compilation.instrumentation_mode
+        written = self._written.get(state)
+        if written is not None and written(active.get_current_stream(device), *tensors):
+            return
+        handle = plan(*tensors)
+        if handle is not None and all(type(x) not in _TENSORS or x.data_ptr() & 15 == 0 for x in tensors):
+            self._written[state] = _write(plan, handle, tensors)
+
+
+def _write(plan: Plan, handle: Handle, tensors: tuple[Any, ...]) -> Callable[..., bool]:
+    """A function of a stream and of such tensors: launches them, if their addresses are multiples of 16, else False."""
+    fixed: dict[str, Any] = {"start": handle.start, "encode": _encode}
+
+    def name(value: Any) -> str:
+        fixed[f"c{len(fixed)}"] = value
+        return f"c{len(fixed) - 1}"
+
+    fields = dict(handle.descriptors)
+    flat = [name(arg) for arg in plan._args]
+    addresses = {}
+    for n, (at, x) in enumerate(zip(plan._places, tensors, strict=True)):
+        if type(x) in _TENSORS:
+            flat[at] = addresses[f"x{n}"] = f"a{n}"
+        else:
+            flat[at] = "None" if x is None else f"*encode(x{n}, {name(fields[at])})"
+    for i, _, start, stop in plan._tuples:
+        flat[i] = f"({', '.join(flat[start:stop])},)"
+    given = ", ".join((flat[: plan._tuples[0][2]] if plan._tuples else flat) + ["None"] * handle.n_constant)
+    before = ", ".join([*map(str, plan._sizes), "stream", *map(name, handle.fixed)])
+    source = f"""
+def launch(stream, {", ".join(f"x{n}" for n in range(len(tensors)))}):
+    {"; ".join(f"{a} = {x}.data_ptr()" for x, a in addresses.items())}
+    if ({" | ".join(addresses.values())}) & 15:
+        return False
+    start({before}, {f"[{given}]" if handle.as_list else given})
+    return True
+"""
+    exec(source, fixed)
+    return fixed["launch"]
 
 
 def _observed(kernel: Any) -> bool:
@@ -250,7 +314,30 @@ def _read(values: tuple[Any, ...], key: list[Any]) -> list[Any] | None:
 # ---------------------------------------------------------------- Triton's C launcher
 
 
-def _handle(compiled: Any, n_constant: int) -> Launch | None:
+class Handle:
+    """A compiled kernel as Triton's C launcher takes it: start(*grid, stream, *fixed, arguments).
+
+    The arguments are one list (as_list) or follow each other. n_constant: None for as many constants ends them.
+    """
+
+    __slots__ = ("as_list", "constants", "descriptors", "fixed", "n_constant", "start")
+
+    def __init__(self, start: Any, fixed: tuple[Any, ...], descriptors: Any, n_constant: int, as_list: bool) -> None:
+        self.start, self.fixed, self.descriptors = start, fixed, descriptors
+        self.n_constant, self.as_list = n_constant, as_list
+        self.constants = (None,) * n_constant
+
+    def __call__(self, grid: tuple[int, ...], stream: int, given: list[Any]) -> None:
+        for i, fields in self.descriptors:
+            given[i : i + 1] = _encode(given[i], fields)
+        if self.as_list:
+            given.extend(self.constants)
+            self.start(*grid, stream, *self.fixed, given)
+        else:
+            self.start(*grid, stream, *self.fixed, *given, *self.constants)
+
+
+def _handle(compiled: Any, n_constant: int) -> Handle | None:
     """How to launch a compiled kernel again; None where Triton does more than hand over the arguments."""
     from triton.backends.nvidia.driver import CudaLauncher
 
@@ -263,27 +350,14 @@ def _handle(compiled: Any, n_constant: int) -> Launch | None:
     if (code := getattr(start, "__code__", None)) is not None:  # a Python layer that encodes descriptors
         layer = dict(zip(code.co_freevars, (cell.cell_contents for cell in start.__closure__ or ()), strict=True))
         start = layer.get("launcher", start)
-    descriptors = _descriptors(compiled)
-    packed = compiled.packed_metadata
-    flags = launcher.launch_cooperative_grid, launcher.launch_pdl
-    constants = (None,) * n_constant  # the C launcher steps over them
-    if hasattr(launcher, "arg_annotations"):  # from 3.7 on
-        tail = (packed, None, None, None, None, None, launcher.arg_annotations, launcher.kernel_signature)
-
-        def go(x: int, y: int, z: int, stream: int, given: list[Any]) -> None:
-            for i, fields in descriptors:
-                given[i : i + 1] = _encode(given[i], fields)
-            given.extend(constants)
-            start(x, y, z, stream, compiled.function, *flags, *tail, given)
+    packed, flags = compiled.packed_metadata, (launcher.launch_cooperative_grid, launcher.launch_pdl)
+    as_list = hasattr(launcher, "arg_annotations")  # from 3.7 on
+    fixed: tuple[Any, ...]
+    if as_list:
+        fixed = (*flags, packed, *(None,) * 5, launcher.arg_annotations, launcher.kernel_signature)
     else:
-        middle = (*flags, None, None, packed, None, None, None)
-
-        def go(x: int, y: int, z: int, stream: int, given: list[Any]) -> None:
-            for i, fields in descriptors:
-                given[i : i + 1] = _encode(given[i], fields)
-            start(x, y, z, stream, compiled.function, *middle, *given, *constants)
-
-    return go
+        fixed = (*flags, None, None, packed, None, None, None)
+    return Handle(start, (compiled.function, *fixed), _descriptors(compiled), n_constant, as_list)
 
 
 class _Fields:

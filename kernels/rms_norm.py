@@ -3,194 +3,89 @@
 Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4. With xhat = h rstd and g = (w + offset) dy:
 dh = rstd (g - xhat mean(xhat g)) + dstream,  dw = sum over rows of dy xhat,  dx = dresidual = dh.
 
-Forward: each program normalises a tile of rows; a row longer than one tile is read twice, the second time from L2.
-Backward: a fixed number of programs stride over the rows. Each keeps the fp32 sum of dw over its rows in registers, a
-second kernel adds these partial sums in a fixed order: no atomics, so the gradients are bitwise reproducible. Of rows
-longer than a tile a kernel before it computes mean(xhat g), so that a program can own a tile's columns.
+kernels: rms_norm_kernels.py; their tiles: rms_norm_tiles.py.
 """
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import cost, dispatch, reference
 from . import rms_norm_tiles as tiles
-from .dispatch import apply, call, check_device, check_dtype, check_number, checked_once, define_op, runs_triton
-from .launching import TENSOR, Plan
-from .rows import Layout, multiprocessors, row_layout, statistics, tile_offsets
+from .dispatch import (
+    apply,
+    bare_apply,
+    call,
+    check_device,
+    check_dtype,
+    check_number,
+    checked_once,
+    define_op,
+    on_its_device,
+    prepared,
+    runs_triton,
+)
+from .launching import TENSOR, Alike, Plan
+from .rms_norm_kernels import (
+    _rms_norm_bwd_kernel,
+    _rms_norm_dw_kernel,
+    _rms_norm_fwd_kernel,
+    _rms_norm_mean_kernel,
+)
+from .rows import Layout, multiprocessors, row_layout, statistics
 
 __all__ = ["RMSNormFunction", "rms_norm"]
 
-# ---------------------------------------------------------------- kernels
-
-
-@triton.jit
-def _load_scale(w_ptr, offset, cols, N, DTYPE: tl.constexpr):
-    """w + offset (1, BLOCK_N); every row reads it, so it stays in L1. A pipelined loop would fetch it for each anew."""
-    w = tl.load(w_ptr + cols, mask=cols < N, other=0.0, eviction_policy="evict_last")
-    return (w.to(DTYPE) + offset)[None, :]
-
-
-@triton.jit
-def _load_h(
-    x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE: tl.constexpr, KEPT: tl.constexpr
-):
-    """h (ROWS, BLOCK_N): x, or x + residual rounded to the stream's dtype. KEPT: a policy of eviction."""
-    h = tl.load(x_ptr + tile_offsets(row, x_layout, cols), mask=mask, other=0.0, eviction_policy=KEPT).to(DTYPE)
-    if residual_ptr is not None:
-        at = residual_ptr + tile_offsets(row, residual_layout, cols)
-        h += tl.load(at, mask=mask, other=0.0, eviction_policy=KEPT).to(DTYPE)
-        h = h.to(stream_ptr.dtype.element_ty).to(DTYPE)
-    return h
-
-
-@triton.jit
-def _store_normed(y_ptr, stream_ptr, scale, h, rstd, row, cols, mask, N, HAS_RESIDUAL: tl.constexpr):
-    at = row.to(tl.int64)[:, None] * N + cols[None, :]
-    y = h * rstd[:, None]
-    if scale is not None:
-        y *= scale
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
-    if HAS_RESIDUAL:
-        tl.store(stream_ptr + at, h.to(stream_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["M"])
-def _rms_norm_fwd_kernel(
-    x_ptr, x_layout, residual_ptr, residual_layout, w_ptr, y_ptr, stream_ptr, rstd_ptr, M, N, eps, offset,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, ONE_TILE: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
-    SCALE_FIRST: tl.constexpr, ONCE: tl.constexpr,
-):  # fmt: skip
-    cols = tl.arange(0, BLOCK_N)
-    held = _load_scale(w_ptr, offset, cols, N, DTYPE) if w_ptr is not None and SCALE_FIRST else None
-    for tile in tl.range(tl.program_id(0), (M - 1) // ROWS + 1, tl.num_programs(0), num_stages=STAGES):
-        row = tile * ROWS + tl.arange(0, ROWS)
-        live = (row >= 0) & (row < M)  # row wraps below 0 when M is within a tile of 2^31
-        mask = live[:, None] & (cols < N)[None, :]
-        KEPT: tl.constexpr = ONCE if ONE_TILE else "evict_last"
-        h = _load_h(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, cols, mask, DTYPE, KEPT)
-        squares = h * h
-        if not ONE_TILE:
-            for start in range(BLOCK_N, N, BLOCK_N):
-                at = start + cols
-                mask = live[:, None] & (at < N)[None, :]
-                h = _load_h(
-                    x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE, "evict_last"
-                )
-                squares += h * h
-        rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / N + eps)
-        tl.store(rstd_ptr + row, rstd, mask=live)
-        if ONE_TILE:
-            scale = held if SCALE_FIRST or w_ptr is None else _load_scale(w_ptr, offset, cols, N, DTYPE)
-            _store_normed(y_ptr, stream_ptr, scale, h, rstd, row, cols, mask, N, residual_ptr is not None)
-        else:
-            for start in range(0, N, BLOCK_N):
-                at = start + cols
-                mask = live[:, None] & (at < N)[None, :]
-                h = _load_h(x_ptr, x_layout, residual_ptr, residual_layout, stream_ptr, row, at, mask, DTYPE, ONCE)
-                scale = _load_scale(w_ptr, offset, at, N, DTYPE) if w_ptr is not None else None
-                _store_normed(y_ptr, stream_ptr, scale, h, rstd, row, at, mask, N, residual_ptr is not None)
-
-
-@triton.jit
-def _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, scale, rstd, row, cols, mask, DTYPE: tl.constexpr):
-    """xhat, dy and g = scale dy, each (ROWS, BLOCK_N)."""
-    xhat = tl.load(h_ptr + tile_offsets(row, h_layout, cols), mask=mask, other=0.0).to(DTYPE) * rstd[:, None]
-    dy = tl.load(dy_ptr + tile_offsets(row, dy_layout, cols), mask=mask, other=0.0).to(DTYPE)
-    return xhat, dy, dy * scale if scale is not None else dy
-
-
-@triton.jit
-def _rms_norm_mean_kernel(
-    h_ptr, h_layout, dy_ptr, dy_layout, w_ptr, rstd_ptr, mean_ptr, N, offset,
-    BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """mean (M,) of xhat g along rows longer than the backward's tile; a program a row."""
-    row = tl.program_id(0) + tl.arange(0, 1)
-    rstd = tl.load(rstd_ptr + row)
-    products = tl.zeros((1, BLOCK_N), DTYPE)
-    for start in range(0, N, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        scale = _load_scale(w_ptr, offset, cols, N, DTYPE) if w_ptr is not None else None
-        mask = (cols < N)[None, :]
-        xhat, _dy, g = _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, scale, rstd, row, cols, mask, DTYPE)
-        products += xhat * g
-    tl.store(mean_ptr + row, tl.sum(products, axis=1) / N)
-
-
-@triton.jit(do_not_specialize=["M"])
-def _rms_norm_bwd_kernel(
-    h_ptr, h_layout, dy_ptr, dy_layout, dstream_ptr, dstream_layout, w_ptr, rstd_ptr, mean_ptr, dh_ptr, partial_ptr,
-    M, N, offset,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, HOLD_SCALE: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """dh and partial sums of dw (programs, N); program (i, j) takes every so many rows of the j-th tile of columns."""
-    program = tl.program_id(0)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    dw = tl.zeros((ROWS, BLOCK_N), DTYPE)
-    held = _load_scale(w_ptr, offset, cols, N, DTYPE) if w_ptr is not None and HOLD_SCALE else None
-    tiles = (M - 1) // ROWS + 1
-    for step in tl.range(program, tiles, tl.num_programs(0), num_stages=STAGES):
-        tile = step if mean_ptr is None else tiles - 1 - step  # the mean kernel left the last rows in L2
-        row = tile * ROWS + tl.arange(0, ROWS)
-        live = (row >= 0) & (row < M)
-        mask = live[:, None] & (cols < N)[None, :]
-        rstd = tl.load(rstd_ptr + row, mask=live, other=0.0)
-        scale = held
-        if w_ptr is not None and not HOLD_SCALE:
-            scale = tl.zeros((1, BLOCK_N), DTYPE)
-            if tile >= 0:  # always: no pipeline takes a load out of a branch, and L1 has it
-                scale = _load_scale(w_ptr, offset, cols, N, DTYPE)
-        xhat, dy, g = _load_pair(h_ptr, h_layout, dy_ptr, dy_layout, scale, rstd, row, cols, mask, DTYPE)
-        dw += dy * xhat
-        mean = tl.sum(xhat * g, axis=1) / N if mean_ptr is None else tl.load(mean_ptr + row, mask=live, other=0.0)
-        dh = (g - xhat * mean[:, None]) * rstd[:, None]
-        if dstream_ptr is not None:
-            dh += tl.load(dstream_ptr + tile_offsets(row, dstream_layout, cols), mask=mask, other=0.0).to(DTYPE)
-        tl.store(dh_ptr + row.to(tl.int64)[:, None] * N + cols[None, :], dh.to(dh_ptr.dtype.element_ty), mask=mask)
-    if partial_ptr is not None:
-        tl.store(partial_ptr + program.to(tl.int64) * N + cols, tl.sum(dw, axis=0), mask=cols < N)
-
-
-@triton.jit(do_not_specialize=["PROGRAMS"])
-def _rms_norm_dw_kernel(partial_ptr, dw_ptr, PROGRAMS, N, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """dw (N,) from its partial sums (PROGRAMS, N), always added in the same order."""
-    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((ROWS, BLOCK_N), partial_ptr.dtype.element_ty)
-    for start in range(0, PROGRAMS, ROWS):
-        row = start + tl.arange(0, ROWS)
-        mask = (row < PROGRAMS)[:, None] & (cols < N)[None, :]
-        total += tl.load(partial_ptr + row.to(tl.int64)[:, None] * N + cols[None, :], mask=mask, other=0.0)
-    tl.store(dw_ptr + cols, tl.sum(total, axis=0).to(dw_ptr.dtype.element_ty), mask=cols < N)
-
-
 # ---------------------------------------------------------------- launchers
+
+
+def _once(plan: Plan) -> Plan:
+    return plan
+
+
+def _as_they_lie(weight: Tensor | None, *rows: Tensor | None) -> bool:
+    """Whether the kernels take these without a copy."""
+    return (weight is None or weight.is_contiguous()) and all(x is None or row_layout(x)[0] is x for x in rows)
 
 
 def rms_norm_fwd(
     x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y, the stream x + residual (none without a residual) and rstd (rows,)."""
-    N = x.shape[-1]
-    y, stream, rstd = _rms_norm_fwd_fake(x, weight, eps, residual, weight_offset)
-    M = rstd.shape[0]
-    if M == 0:
-        return y, stream, rstd
-    x, x_layout = row_layout(x)
-    residual, residual_layout = (None, None) if residual is None else row_layout(residual)
+    x, residual = row_layout(x)[0], None if residual is None else row_layout(residual)[0]
     weight = None if weight is None else weight.contiguous()
-    element_size = (x if stream is None else stream).dtype.itemsize
-    tile = tiles.forward_tile(N, element_size, residual is not None)
-    plan = _forward_plan(M, N, x.dtype, element_size, x.device, x_layout, residual_layout, eps, weight_offset, tile)
-    plan(x, residual, weight, y, stream, rstd)
-    return y, stream, rstd
+    args = x, weight, eps, residual, weight_offset
+    return _forward(*args)(*args)
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float, repeated: Any = _once
+) -> Any:
+    """rms_norm_fwd of tensors like these, which the kernel takes as they lie.  repeated: Alike, or each plan itself."""
+    M, N, dtype, device = math.prod(x.shape[:-1]), x.shape[-1], x.dtype, x.device
+    if M == 0:
+        return _rms_norm_fwd_fake
+    stream_dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
+    tile = tiles.forward_tile(N, stream_dtype.itemsize, residual is not None)
+    layouts = row_layout(x)[1], None if residual is None else row_layout(residual)[1]
+    plan = repeated(_forward_plan(M, N, dtype, stream_dtype.itemsize, device, *layouts, eps, weight_offset, tile))
+    of_rstd = (M,), (1,)
+    rstd_dtype = statistics(dtype)[0]
+
+    def run(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float) -> Any:
+        y, stream = torch.empty_like(x, memory_format=torch.contiguous_format), None
+        if residual is not None:
+            stream = torch.empty_like(y, dtype=stream_dtype)
+        rstd = torch.empty_strided(*of_rstd, dtype=rstd_dtype, device=device)
+        plan(x, residual, weight, y, stream, rstd)
+        return y, stream, rstd
+
+    return run
 
 
 @lru_cache(maxsize=512)
@@ -217,26 +112,43 @@ def rms_norm_bwd(
     needs_dw: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """dh, contiguous in h's dtype, and dw, where it is needed."""
-    N, M = h.shape[-1], rstd.numel()
-    dh, dw = _rms_norm_bwd_fake(dy, dstream, h, weight, rstd, weight_offset, needs_dw)
-    if M == 0:
+    h, dy, dstream = row_layout(h)[0], row_layout(dy)[0], None if dstream is None else row_layout(dstream)[0]
+    args = dy, dstream, h, None if weight is None else weight.contiguous(), rstd, weight_offset, needs_dw
+    return _gradients(*args)(*args)
+
+
+def _gradients(
+    dy: Tensor, dstream: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, weight_offset: float,
+    needs_dw: bool, repeated: Any = _once,
+) -> Any:  # fmt: skip
+    """rms_norm_bwd of tensors like these, as _forward."""
+    N, M, device, dtype = h.shape[-1], rstd.numel(), h.device, rstd.dtype
+    tile = tiles.backward_tile(M, N, multiprocessors(device), h.dtype.itemsize, dstream is not None)
+    layouts = row_layout(h)[1], row_layout(dy)[1], None if dstream is None else row_layout(dstream)[1]
+    programs, *found = _backward_plans(M, N, h.dtype, device, *layouts, float(weight_offset), tile)
+    plans: list[Any] = [None if plan is None else repeated(plan) for plan in found]
+    mean_plan, plan, dw_plan = plans
+    sizes = (programs, N), (N, 1)
+
+    def run(
+        dy: Tensor, dstream: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, weight_offset: float,
+        needs_dw: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        dh, dw = _rms_norm_bwd_fake(dy, dstream, h, weight, rstd, weight_offset, needs_dw)
+        mean = None
+        if mean_plan is not None:
+            mean_plan(h, dy, weight, rstd, mean := torch.empty_like(rstd))
+        sums = None if dw is None else torch.empty_strided(*sizes, dtype=dtype, device=device)
+        plan(h, dy, dstream, weight, rstd, mean, dh, sums)
+        if dw is not None:
+            dw_plan(sums, dw)
+        return dh, dw
+
+    def nothing(*args: Any) -> tuple[Tensor, Tensor | None]:
+        dh, dw = _rms_norm_bwd_fake(*args)
         return dh, None if dw is None else dw.zero_()
-    h, h_layout = row_layout(h)
-    dy, dy_layout = row_layout(dy)
-    dstream, dstream_layout = (None, None) if dstream is None else row_layout(dstream)
-    weight = None if weight is None else weight.contiguous()
-    tile = tiles.backward_tile(M, N, multiprocessors(h.device), h.dtype.itemsize, dstream is not None)
-    programs, mean_plan, plan, dw_plan = _backward_plans(
-        M, N, h.dtype, h.device, h_layout, dy_layout, dstream_layout, float(weight_offset), tile
-    )
-    mean = None
-    if mean_plan is not None:
-        mean_plan(h, dy, weight, rstd, mean := torch.empty_like(rstd))
-    partial = torch.empty_strided((programs, N), (N, 1), dtype=rstd.dtype, device=h.device) if dw is not None else None
-    plan(h, dy, dstream, weight, rstd, mean, dh, partial)
-    if partial is not None:
-        dw_plan(partial, dw)
-    return dh, dw
+
+    return run if M > 0 else nothing
 
 
 @lru_cache(maxsize=512)
@@ -299,30 +211,42 @@ def _bwd_flops(dy: Any, dstream: Any, h: Any, weight: Any, *args: Any, **kwargs:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    x, weight, _, residual, ctx.weight_offset = inputs
+    x, weight, _, residual, weight_offset = inputs
     ctx.save_for_backward(x if residual is None else output[1], weight, output[2])
-    ctx.dtypes = None if residual is None else (x.dtype, residual.dtype)
+    ctx.options = weight_offset, None if residual is None else (x.dtype, residual.dtype)
     ctx.set_materialize_grads(False)
 
 
 def _save_operator(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Of the operator, which returns more than an eager call."""
     _save(ctx, inputs, output)
-    ctx.mark_non_differentiable(*output[1 if ctx.dtypes is None else 2 :])
+    ctx.mark_non_differentiable(*output[1 if ctx.options[1] is None else 2 :])
 
 
 def _backward(ctx: Any, dy: Tensor | None, dstream: Tensor | None = None, drstd: Tensor | None = None) -> Any:
     h, weight, rstd = ctx.saved_tensors
-    needs_dx, needs_dw, _, needs_dresidual, _ = ctx.needs_input_grad
-    if ctx.dtypes is None:
+    weight_offset, dtypes = ctx.options
+    needs_dx, needs_dw, _, needs_dresidual, *_ = ctx.needs_input_grad
+    if dtypes is None:
         dstream = None  # of the empty output, whatever its gradient
     dh, dw = dstream, None
     if dy is not None:
-        dh, dw = call(_bwd, dy, dstream, h, weight, rstd, ctx.weight_offset, needs_dw)
-    dx, dresidual = (dh if needs else None for needs in (needs_dx, needs_dresidual))
-    if ctx.dtypes is not None:
-        dx, dresidual = (x if x is None else x.to(to) for x, to in zip((dx, dresidual), ctx.dtypes, strict=True))
-    return dx, dw if needs_dw else None, None, dresidual, None
+        args = dy, dstream, h, weight, rstd, weight_offset, needs_dw
+        run = _prepared_bwd(tiles.asked("backward"), *args)
+        dh, dw = call(_bwd, *args) if run is None or torch.is_grad_enabled() else run(*args)
+    dx, dresidual = dh if needs_dx else None, dh if needs_dresidual else None
+    if dtypes is not None:
+        dx, dresidual = (x if x is None else x.to(to) for x, to in zip((dx, dresidual), dtypes, strict=True))
+    return dx, dw if needs_dw else None, None, dresidual, None, None
+
+
+@prepared
+def _prepared_bwd(
+    dy: Tensor, dstream: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, weight_offset: float,
+    needs_dw: bool,
+) -> Any:  # fmt: skip
+    args = dy, dstream, h, weight, rstd, weight_offset, needs_dw
+    return on_its_device(_gradients(*args, Alike)) if _as_they_lie(weight, dy, dstream, h) else None
 
 
 _bwd = define_op(rms_norm_bwd, _rms_norm_bwd_fake, _bwd_flops)
@@ -335,16 +259,20 @@ class RMSNormFunction(torch.autograd.Function):
     """apply(x, weight, eps, residual, weight_offset): rms_norm without its checks, always in Triton."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = call(_fwd, *inputs)
-        _save(ctx, inputs, output)
-        return output[0] if inputs[3] is None else output[:2]
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float,
+        run: Any = None,
+    ) -> Any:  # fmt: skip
+        """run: rms_norm_fwd of such tensors, where it is known."""
+        run = run or partial(call, _fwd)
+        y, stream, rstd = run(x, weight, eps, residual, weight_offset)
+        _save(ctx, (x, weight, eps, residual, weight_offset), (y, stream, rstd))
+        return y if residual is None else (y, stream)
 
     backward = staticmethod(_backward)
 
 
-@checked_once
-def _checked(
+def _check(
     x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float
 ) -> tuple[float, float]:
     """eps and weight_offset, once everything is as rms_norm wants it."""
@@ -364,6 +292,17 @@ def _checked(
             raise ValueError(f"residual: expected x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     check_device(("x", x), ("weight", weight), ("residual", residual))
     return eps, weight_offset
+
+
+_checked = checked_once(_check)
+
+
+@prepared
+def _prepared(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float) -> Any:
+    eps, weight_offset = _check(x, weight, eps, residual, weight_offset)
+    if not runs_triton(x) or not _as_they_lie(weight, x, residual):
+        return None
+    return on_its_device(_forward(x, weight, eps, residual, weight_offset, Alike))
 
 
 def rms_norm(
@@ -386,6 +325,12 @@ def rms_norm(
     oracle. Under the kernels a second derivative and torch.func transforms raise NotImplementedError.
     Raises ValueError on a shape, dtype or device mismatch, on eps <= 0 and on a tensor for a number.
     """
+    run = _prepared(tiles.asked("forward"), x, weight, eps, residual, weight_offset)
+    if run is not None:
+        if torch.is_grad_enabled():
+            return bare_apply(RMSNormFunction)(x, weight, eps, residual, weight_offset, run)
+        y, stream, _ = run(x, weight, eps, residual, weight_offset)
+        return y if residual is None else (y, stream)
     eps, weight_offset = _checked(x, weight, eps, residual, weight_offset)
     if not runs_triton(x):
         result = reference.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)

@@ -73,6 +73,11 @@ def use(pass_: str, tile: Tile) -> Iterator[None]:
             _asked[pass_] = before
 
 
+def asked(pass_: str) -> Tile | None:
+    """The tile that `use` gave a pass."""
+    return _asked.get(pass_)
+
+
 def forward_tile(N: int, element_size: int, residual: bool) -> Tile:
     """The forward's tile for rows of N elements of which the widest tensor has so many bytes each."""
     return _asked["forward"] if "forward" in _asked else _forward_tile(N, element_size, residual)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -26,6 +26,7 @@ from triton.compiler import CompiledKernel
 from ...kernels import dispatch, flash_attention, rms_norm
 from ...kernels.attention import paths
 from ...kernels.attention.hopper import blocks
+from ...kernels.dispatch import bare_apply
 from .absent import AbsentGPU
 
 __all__ = ["StandIn", "cases", "microseconds", "standing_in"]
@@ -119,7 +120,13 @@ def standing_in() -> Iterator[StandIn]:
         yield stand_in
 
 
-Case = tuple[Callable[[], Any], Callable[[], Any]]  # the call, what must come before it
+class Case(NamedTuple):
+    """call: what is timed.  before: what must come before each.  within: what a batch of calls must run in."""
+
+    call: Callable[[], Any]
+    before: Callable[[], Any] = lambda: None
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
+
 
 ROUNDS, BATCH = 100, 10
 
@@ -134,31 +141,52 @@ def microseconds(cases: dict[str, Case]) -> dict[str, float]:
     clock = time.perf_counter_ns if on_gpu else time.thread_time_ns
     best = dict.fromkeys(cases, float("inf"))
     for _ in range(ROUNDS):
-        for name, (call, before) in cases.items():
+        for name, (call, before, within) in cases.items():
             total = 0
-            for n in range(-3, BATCH):  # the first ones find other calls' code in the caches
-                before()
-                start = clock()
-                call()
-                total += clock() - start if n >= 0 else 0
+            with within():
+                for n in range(-3, BATCH):  # the first ones find other calls' code in the caches
+                    before()
+                    start = clock()
+                    call()
+                    total += clock() - start if n >= 0 else 0
             best[name] = min(best[name], total / BATCH / 1e3)
             if on_gpu:
                 torch.cuda.synchronize()
     return best
 
 
-def _passes(name: str, forward: Callable[..., Any], *inputs: torch.Tensor) -> dict[str, Case]:
-    """The forward of inputs that want gradients, and its backward."""
-    gradient = torch.ones_like(forward(*inputs))
+def _passes(name: str, forward: Callable[..., Any], *inputs: torch.Tensor, path: str | None = None) -> dict[str, Case]:
+    """The forward of inputs that want gradients, its backward, and the forward under no_grad; attention's on a path."""
+    gradient = torch.ones_like(inputs[0])
     made: list[torch.Tensor] = []
+
+    @contextmanager
+    def within(grad: bool = True) -> Iterator[None]:
+        with paths.use(path), torch.set_grad_enabled(grad):
+            yield
 
     def graph() -> None:
         made[:] = [forward(*inputs)]
 
     return {
-        f"{name} forward": (lambda: forward(*inputs), lambda: None),
-        f"{name} backward": (lambda: torch.autograd.grad(made[0], inputs, gradient), graph),
+        f"{name} forward": Case(lambda: forward(*inputs), within=within),
+        f"{name} inference": Case(lambda: forward(*inputs), within=lambda: within(False)),
+        f"{name} backward": Case(lambda: torch.autograd.grad(made[0], inputs, gradient), graph, within),
     }
+
+
+class _Floor(torch.autograd.Function):
+    """What no launch through an autograd.Function goes below: `made` fresh tensors, two saved, nothing computed."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        y, statistic = torch.empty_like(inputs[0]), inputs[0].new_empty(1, dtype=torch.float32)
+        ctx.save_for_backward(*inputs, statistic)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return tuple([torch.empty_like(x) for x in ctx.saved_tensors[:-1]])
 
 
 def cases(device: torch.device, rows: int, length: int) -> dict[str, Case]:
@@ -166,7 +194,7 @@ def cases(device: torch.device, rows: int, length: int) -> dict[str, Case]:
 
     On a CPU torch's are stood in for too: its rms_norm is several operators there, and its kernels do their work. So
     it is layer_norm, one operator as rms_norm is on a GPU, and attention, of so few numbers that the kernel's part is
-    small; nothing of it is a launch.
+    small; nothing of it is a launch. floor: an autograd.Function that only allocates, past its own apply.
     """
     on_gpu = device.type == "cuda"
 
@@ -178,13 +206,6 @@ def cases(device: torch.device, rows: int, length: int) -> dict[str, Case]:
             return F.rms_norm(x, weight.shape, weight, 1e-6)
         return F.layer_norm(x, weight.shape, weight, None, 1e-6)
 
-    def attend(path: str) -> Callable[..., Any]:
-        def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-            with paths.use(path):
-                return flash_attention(q, k, v)
-
-        return attention
-
     def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
@@ -193,10 +214,12 @@ def cases(device: torch.device, rows: int, length: int) -> dict[str, Case]:
     small_rows, small_heads = (wanting(1, 8), wanting(8)), [wanting(1, 1, 1, 8) for _ in range(3)]
     return {
         **_passes("rms_norm torch", norm, *(normed if on_gpu else small_rows)),
+        **_passes("rms_norm floor", bare_apply(_Floor), *normed),
         **_passes("rms_norm ours", rms_norm, *normed),
         **_passes("attention torch", sdpa, *(attended if on_gpu else small_heads)),
-        **_passes("attention portable", attend("portable"), *attended),
-        **_passes("attention hopper", attend("hopper"), *attended),
+        **_passes("attention floor", bare_apply(_Floor), *attended),
+        **_passes("attention portable", flash_attention, *attended, path="portable"),
+        **_passes("attention hopper", flash_attention, *attended, path="hopper"),
     }
 
 

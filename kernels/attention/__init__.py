@@ -9,14 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import apply, autocast_dtype, check_tensor, checked_once, in_layout_of, runs_triton
+from ..dispatch import apply, autocast_dtype, bare_apply, check_tensor, checked_once, in_layout_of, runs_triton
 from .checks import Window, check_inputs, check_mask, check_sequences, check_slopes, check_types, reach, score_numbers
 from .launch import FlashAttentionFunction, fwd_op
 from .plain import scaled_dot_product, sdpa_serves
+from .prepared import KnownAttention, find, state
 
 __all__ = ["FlashAttentionFunction", "flash_attention", "flash_attention_varlen"]
 
 
+_known = bare_apply(KnownAttention)
 _autocasts_anywhere = torch._C._is_any_autocast_enabled
 
 
@@ -103,6 +105,10 @@ def flash_attention(
     window < 0, and on a tensor where a number is expected: it would receive no gradient.
     """
     q, k, v = _autocast(q, k, v)
+    if mask is None and alibi_slopes is None:
+        found = find(state(), q, k, v, sinks, causal, window, scale, softcap, return_lse)
+        if found is not None:
+            return _known(q, k, v, found) if torch.is_grad_enabled() else found[0](q, k, v)[0]
     left, right, scale, softcap = _checked(q, k, v, sinks, causal, window, scale, softcap, return_lse, False)
     if alibi_slopes is not None:
         check_slopes(alibi_slopes, q, q.shape[0])

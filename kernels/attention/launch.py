@@ -43,7 +43,7 @@ def _statistic_like(q: Tensor, varlen: bool) -> Tensor:
     return torch.empty_strided((B, H, T), (H * n_row, n_row, 1), dtype=dtype, device=q.device)
 
 
-def _outputs(q: Tensor, varlen: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def outputs_like(q: Tensor, varlen: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """out, lse, and the factor for the backward that undoes the rounding of lse: None for fp16 and bf16, where p itself
     rounds to far less.
     """
@@ -111,7 +111,7 @@ def flash_attention_fwd(
     softcap: float,
     alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    out, lse, unround = _outputs(q, cu_seqlens_q is not None)
+    out, lse, unround = outputs_like(q, cu_seqlens_q is not None)
     bounds = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     p = _problem(q, k, *bounds, left, right, scale, softcap, alibi_slopes)
     if not runs_triton(q):
@@ -130,7 +130,7 @@ def flash_attention_fwd(
 
 
 def _fake_fwd(q: Tensor, k: Any, v: Any, sinks: Any, cu_seqlens_q: Any, *args: Any) -> Any:
-    return _outputs(q, cu_seqlens_q is not None)
+    return outputs_like(q, cu_seqlens_q is not None)
 
 
 def flash_attention_bwd(

@@ -26,7 +26,8 @@ from ..dispatch import INTERPRETED
 from .tuned import PATHS, architecture, table_of
 
 __all__ = [
-    "MEASURED", "OPTIONS", "Call", "Choice", "choose", "decide", "forget", "give_up", "step_back", "table", "use",
+    "MEASURED", "OPTIONS", "Call", "Choice", "choose", "decide", "forget", "give_up", "state", "step_back", "table",
+    "use",
 ]  # fmt: skip
 
 OPTIONS = ("window", "packed", "softcap", "sinks", "alibi", "short")
@@ -94,6 +95,12 @@ def _win(call: Call) -> str | None:
 
 _asked: str | None = None
 _failed: dict[str, str] = {}  # by pass: why the hopper path cannot run here
+_n_changes = 0  # of what failed, and of the user's table
+
+
+def state() -> tuple[str | None, int]:
+    """Another one whenever `choose` may answer otherwise than before."""
+    return _asked, _n_changes
 
 
 @contextmanager
@@ -150,7 +157,7 @@ def give_up(pass_: str, error: Exception) -> None:
     # without the module neither pass runs
     for name in ("forward", "backward") if isinstance(error, ImportError) else (pass_,):
         _failed[name] = why
-    _decided.cache_clear()
+    _decide_anew()
     warnings.warn(
         f"attention's hopper {pass_} cannot run here with triton {triton.__version__} ({why}); the portable kernels"
         " are used from now on",
@@ -168,6 +175,12 @@ def forget() -> None:
     """Read the user's table anew at the next launch, and try again what failed."""
     _failed.clear()
     table_of.cache_clear()
+    _decide_anew()
+
+
+def _decide_anew() -> None:
+    global _n_changes
+    _n_changes += 1
     _decided.cache_clear()
 
 

@@ -212,7 +212,7 @@ def test_a_thread_has_a_context_before_its_first_product(monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *args, device: events.append(f"a launch on {device}"))
     monkeypatch.setattr(dispatch, "_thread", threading.local())
     tensor = SimpleNamespace(is_cuda=True, get_device=lambda: 0, device="cuda:0")
-    operator = dispatch._on_its_device(lambda first: events.append("a product"))
+    operator = dispatch.on_its_device(lambda first: events.append("a product"))
 
     def twice():
         operator(tensor)

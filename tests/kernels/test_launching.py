@@ -40,6 +40,19 @@ def test_the_c_launcher_gets_what_triton_gives_it(results):
     assert len(found["kernels"]) >= 14
 
 
+@pytest.mark.cpu  # the stand-in for the driver is an sm_90
+def test_a_known_call_whose_path_fails_takes_the_other(results):
+    found = results["a_known_call_that_fails"]
+    assert {"_flash_attention_fwd_hopper_kernel", "_flash_attention_bwd_hopper_kernel"} <= set(found["before"])
+    portable = ["fwd", "delta", "bwd_dkdv", "bwd_dq"]
+    assert found["after"] == [f"_flash_attention_{name}_kernel" for name in portable]
+    assert found["failing"] == [*found["after"][:2], *found["after"][1:]]  # the hopper backward had begun
+    assert [text.partition(" cannot")[0] for text in found["warned"]] == [
+        "attention's hopper forward", "attention's hopper backward"
+    ]  # fmt: skip
+    assert found["again"] == found["before"]
+
+
 def test_triton_launches_where_it_does_more(results):
     found = results["who_is_told"]
     again = {name for name, by_triton in found.items() if not by_triton}

@@ -263,7 +263,7 @@ def _flash_attention_bwd_hopper_kernel(
     )  # fmt: skip
 
 
-def _count_row_tiles(q: Tensor, cu_seqlens_q: Tensor | None, T: int) -> int:
+def count_row_tiles(q: Tensor, cu_seqlens_q: Tensor | None, T: int) -> int:
     """Row tiles of a head: each sequence has its own."""
     block_m = BLOCK_M[q.shape[-1]]
     if cu_seqlens_q is not None:
@@ -284,7 +284,7 @@ def supports(
         return "softcap"
     if q.numel() == 0 or k.numel() == 0:
         return "no queries or no keys"
-    if q.shape[1] * _count_row_tiles(q, cu_seqlens_q, q.shape[-2]) * 2 * BLOCK_M[q.shape[-1]] >= 1 << 31:
+    if q.shape[1] * count_row_tiles(q, cu_seqlens_q, q.shape[-2]) * 2 * BLOCK_M[q.shape[-1]] >= 1 << 31:
         return "too many rows"
     tensors = (("q", q), ("k", k), ("v", v), ("dout", dout))
     return next((reason for name, x in tensors if (reason := tma_obstacle(name, x, varlen))), None)
@@ -326,7 +326,7 @@ def launch_backward(
     H, K, head_dim = q.shape[1], k.shape[1], q.shape[-1]
     n_sequence = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
     block_m = BLOCK_M[head_dim]
-    n_row_tile = _count_row_tiles(q, cu_seqlens_q, T)
+    n_row_tile = count_row_tiles(q, cu_seqlens_q, T)
 
     def allocate(n: int, dtype: torch.dtype) -> Tensor:
         return torch.empty_strided((n,), (1,), dtype=dtype, device=q.device)
@@ -344,7 +344,7 @@ def launch_backward(
     )
     strides = tuple([extents(x, varlen)[1] for x in (out, dout, dq, tiles_dk, tiles_dv)])
     row_strides = tuple([None if x is None else (0, *x.stride()) if varlen else x.stride() for x in (dlse, lse)])
-    delta_plan, plan, dq_plan = planned(_plans, q)(
+    delta_plan, plan, dq_plan = planned(plans, q)(
         n_sequence, n_row_tile, H, K, head_dim, strides, row_strides, T, S, left, right, scale, ordered, group
     )
     delta_plan(out, dout, lse, dlse, delta, rows, added, cu_seqlens_q)
@@ -362,7 +362,7 @@ def launch_backward(
 
 
 @lru_cache(maxsize=512)
-def _plans(
+def plans(
     n_sequence: int, n_row_tile: int, H: int, K: int, head_dim: int, strides: tuple[tuple[int, ...], ...],
     row_strides: tuple[tuple[int, ...] | None, ...], T: int, S: int, left: int | None, right: int | None,
     scale: float, ordered: bool, group: int,

@@ -11,6 +11,7 @@ Importing this module imports Gluon: the launchers do it only when a Hopper kern
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
@@ -40,6 +41,7 @@ __all__ = [
     "describe",
     "describe_lines",
     "describe_rows",
+    "describer",
     "extents",
     "fence_async_global",
     "fence_async_shared",
@@ -202,6 +204,12 @@ def describe(x: Tensor, rows: int, varlen: bool) -> Any:
     if _on_gpu(x):
         return _described(x.data_ptr(), x.dtype, sizes, strides, rows)
     return _descriptor(x, x.dtype, sizes, strides, rows)
+
+
+def describer(x: Tensor, rows: int) -> Callable[[int], TensorDescriptor]:
+    """describe(y, rows, False) of tensors y like x, (b, h, row, d) on a GPU, by their addresses."""
+    dtype, sizes, strides = x.dtype, *extents(x, False)
+    return lru_cache(maxsize=64)(lambda address: _described(address, dtype, sizes, strides, rows))
 
 
 @lru_cache(maxsize=1024)

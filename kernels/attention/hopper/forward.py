@@ -348,21 +348,31 @@ def launch_forward(
     from its own position, None without end.  A row with no visible key gives output 0 and lse -inf.
     schedule: how programs take tiles; None is what schedule.py chooses.
     """
-    varlen = cu_seqlens_q is not None
-    n_batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
-    H, K, head_dim = q.shape[1], k.shape[1], q.shape[-1]
-    n_tile = n_batch * H * -(-T // BLOCK_M)
-    if n_tile == 0:
+    plan, schedule = plan_of(q, k, out, lse, cu_seqlens_q, T, S, left, right, scale, schedule)
+    if plan is None:
         return
-    schedule = schedule or choose(head_dim, n_tile, q.device)
-    strides = extents(out, varlen)[1][:3], (0, *lse.stride()) if varlen else lse.stride()
-    of = (q.dtype, q.device, n_batch, H, K, head_dim)
-    plan = planned(_plan, q)(*of, *strides, T, S, left, right, scale, schedule)
-    block_n = TILES[head_dim][0]
+    varlen, block_n = cu_seqlens_q is not None, TILES[q.shape[-1]][0]
     plan(
         describe(q, 64, varlen), describe(k, block_n, varlen), describe(v, block_n, varlen), describe(out, 64, varlen),
         out, lse, cu_seqlens_q, cu_seqlens_k, tile_counter(q.device) if schedule.kind == "dynamic" else None,
     )  # fmt: skip
+
+
+def plan_of(
+    q: Tensor, k: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor | None,
+    T: int, S: int, left: int | None, right: int | None, scale: float, schedule: Schedule | None = None,
+) -> tuple[Plan | None, Schedule]:  # fmt: skip
+    """The launch of such tensors, None where there are no rows, and its schedule."""
+    varlen = cu_seqlens_q is not None
+    n_batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
+    H, K, head_dim = q.shape[1], k.shape[1], q.shape[-1]
+    n_tile = n_batch * H * -(-T // BLOCK_M)
+    schedule = schedule or choose(head_dim, n_tile, q.device)
+    if n_tile == 0:
+        return None, schedule
+    strides = extents(out, varlen)[1][:3], (0, *lse.stride()) if varlen else lse.stride()
+    of = (q.dtype, q.device, n_batch, H, K, head_dim)
+    return planned(_plan, q)(*of, *strides, T, S, left, right, scale, schedule), schedule
 
 
 @lru_cache(maxsize=512)

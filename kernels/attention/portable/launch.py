@@ -107,15 +107,20 @@ def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, unround: Tensor | None, p: Problem
 ) -> None:
     """Write out, lse (natural log) and, where it is given, the factor that undoes the rounding of lse."""
-    T, S, ends_q, ends_k, *rest, slopes = p
+    plan = forward_plan(q, k, v, out, lse, p)
+    if plan is not None:
+        plan(q, k, v, sinks, p.slopes, out, lse, unround, p.ends_q, p.ends_k)
+
+
+def forward_plan(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, p: Problem) -> Plan | None:
+    """The launch of such tensors; None where there are no rows."""
+    T, S, ends_q, _, *rest, slopes = p
     shape = q.shape
-    plan = _forward_plan(
+    return _forward_plan(
         tiles.version(), _precision(q.dtype), q.dtype, q.device, ends_q is not None,
         p.n_batch(q), shape[1], k.shape[1], shape[-1], q.stride(), k.stride(), v.stride(), out.stride(), lse.stride(),
         _slopes_strides(slopes), T, S, *rest,
     )  # fmt: skip
-    if plan is not None:
-        plan(q, k, v, sinks, slopes, out, lse, unround, ends_q, ends_k)
 
 
 @lru_cache(maxsize=512)
@@ -153,15 +158,9 @@ def launch_backward(
 
     lse2 is lse in base 2, +inf for rows that see no key.
     """
-    T, S, ends_q, ends_k, *rest, slopes = p
-    shape = q.shape
+    ends_q, ends_k, slopes = p.ends_q, p.ends_k, p.slopes
     lse2, delta = (torch.empty_strided(lse.shape, lse.stride(), dtype=lse.dtype, device=lse.device) for _ in range(2))
-    strides = tuple([x.stride() for x in (q, k, v, out, dout, lse, dq, dk, dv)])
-    plans = _backward_plans(
-        tiles.version(), _precision(q.dtype), q.dtype, q.device, ends_q is not None,
-        p.n_batch(q), shape[1], k.shape[1], shape[-1], strides,
-        None if dlse is None else dlse.stride(), _slopes_strides(slopes), T, S, *rest,
-    )  # fmt: skip
+    plans = backward_plans(q, k, v, out, dout, lse, dlse, dq, dk, dv, p)
     for plan, tensors in zip(
         plans,
         (
@@ -174,3 +173,18 @@ def launch_backward(
         if plan is not None:
             plan(*tensors)
     return delta
+
+
+def backward_plans(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None,
+    dq: Tensor, dk: Tensor, dv: Tensor, p: Problem,
+) -> tuple[Plan | None, Plan | None, Plan | None]:  # fmt: skip
+    """The launches of such tensors: delta, dk and dv, dq; None where there are no rows."""
+    T, S, ends_q, _, *rest, slopes = p
+    shape = q.shape
+    strides = tuple([x.stride() for x in (q, k, v, out, dout, lse, dq, dk, dv)])
+    return _backward_plans(
+        tiles.version(), _precision(q.dtype), q.dtype, q.device, ends_q is not None,
+        p.n_batch(q), shape[1], k.shape[1], shape[-1], strides,
+        None if dlse is None else dlse.stride(), _slopes_strides(slopes), T, S, *rest,
+    )  # fmt: skip
