@@ -110,13 +110,14 @@ def quantize(x: Tensor, dtype: torch.dtype, *, transposed: bool = True) -> tuple
     codes, scale = x.new_empty(M, N, dtype=dtype), x.new_empty((), dtype=torch.float32)
     turned = x.new_empty(N, M, dtype=dtype) if transposed else None
     n_tile = triton.cdiv(M, BLOCK_M) * triton.cdiv(N, BLOCK_N)
-    programs = min(n_tile, PROGRAMS * multiprocessors(x.device))
+    most = PROGRAMS * multiprocessors(x.device)
+    programs = min(n_tile, most)
     amax = x.new_empty(programs, dtype=torch.int32)
     tile = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
     launch(_fp8_amax_kernel, (programs,), x, *x.stride(), amax, M, N, n_tile, **tile, num_warps=WARPS)
     launch(
         _fp8_cast_kernel, (programs,), x, *x.stride(), amax, codes, turned, scale, M, N, n_tile, programs,
-        EXPONENT=FP8_EXPONENTS[dtype], **tile, BLOCK_A=triton.next_power_of_2(programs), num_warps=WARPS,
+        EXPONENT=FP8_EXPONENTS[dtype], **tile, BLOCK_A=triton.next_power_of_2(most), num_warps=WARPS,
     )  # fmt: skip
     return codes, turned, scale
 

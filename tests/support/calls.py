@@ -74,6 +74,7 @@ def passes(T: int) -> dict[str, Callable[[], None]]:
         "rope_qkv": lambda: both(*kernels.rope_qkv(x, angles, angles, 2, 1)),
         "cross_entropy": lambda: kernels.cross_entropy(x[0], labels).backward(),
         "linear_cross_entropy": lambda: kernels.linear_cross_entropy(x[0], head, labels).backward(),
+        "fp8_linear": lambda: both(kernels.fp8_linear(make(-(-T // 16) * 16, 256), head)),
         "adamw": update,
     }
 
