@@ -244,8 +244,9 @@ def in_layout_of(x: Tensor, result: Tensor) -> Tensor:
     return alike.copy_(result)
 
 
-# Kinds of calls that one check remembers; with more in turn, as with many lengths, they are checked anew.
-MOST_CHECKED = 4096
+# Kinds of calls that one check remembers, and that are kept prepared (up to 40 KiB each); with more in turn, as with
+# many lengths, they are met anew.
+MOST_CHECKED, MOST_PREPARED = 4096, 1024
 
 
 def checked_once(check: Callable[..., Any]) -> Callable[..., Any]:
@@ -293,6 +294,7 @@ def prepared(make: Callable[..., Any]) -> Callable[..., Any]:
     there the operator is to be seen, or the tensor's memory is not its value.
     """
     known: dict[tuple[Any, ...], Any] = {}
+    there = on_its_device(make)  # what is asked of the current GPU is asked of the tensors'
 
     def find(state: Any, *args: Any) -> Any:
         if torch.compiler.is_compiling() or _transforms_are_active():
@@ -315,8 +317,8 @@ def prepared(make: Callable[..., Any]) -> Callable[..., Any]:
             return known[of_kind]
         except KeyError:
             pass
-        made = make(*args)
-        if len(known) >= MOST_CHECKED:
+        made = (there if type(args[0]) in _TENSORS else make)(*args)
+        if len(known) >= MOST_PREPARED:
             known.clear()
         known[of_kind] = made
         return made

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest import mock
 
@@ -192,6 +193,68 @@ def test_a_check_is_made_once_for_each_kind_of_call():
     assert len(made) == 11
     torch.compile(lambda x: x + check(x, 1), backend="eager", fullgraph=True)(x)
     assert len(made) == 12
+
+
+def test_what_a_kind_of_call_does_is_worked_out_once_and_on_its_device(monkeypatch):
+    """A stand-in for a second GPU: what is asked of the current one, its architecture, is asked of the tensors'."""
+    current, asked = [0], []
+
+    @contextmanager
+    def device(index):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    class OnTheSecond:
+        is_cuda, dtype, shape, device = True, torch.float32, (2, 8), "cuda:1"
+        get_device, stride, is_neg = (lambda self: 1), (lambda self: (8, 1)), (lambda self: False)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(dispatch, "_TENSORS", dispatch._TENSORS | {OnTheSecond})
+    monkeypatch.setattr(dispatch, "_is_wrapped", lambda x: False)
+    monkeypatch.setattr(dispatch, "MOST_PREPARED", 3)
+    find = dispatch.prepared(lambda x, n=0: asked.append((current[0], n)))
+    for n in (1, 1, 2):
+        find(None, OnTheSecond(), n)
+    find(None, torch.ones(2, 8), 3)
+    assert asked == [(1, 1), (1, 2), (0, 3)]
+    assert current == [0]
+    find(None, None)  # no tensor at all: what is worked out says so, or not
+    find(None, OnTheSecond(), 1)  # the fifth kind found room for itself alone
+    assert asked[3:] == [(0, 0), (1, 1)]
+
+
+SAVED = {
+    "rms_norm": lambda x: kernels.rms_norm(x, x[0]),
+    "rms_norm of a sum": lambda x: kernels.rms_norm(x, None, residual=x)[0],
+    "swiglu": lambda x: kernels.swiglu(x, x),
+    "gelu": kernels.gelu,
+    "rope": lambda x: kernels.rope(x[None, None], x[None, None], x.detach()[:, :8], x.detach()[:, :8])[0],
+    "cross_entropy": lambda x: kernels.cross_entropy(x, torch.arange(16, device=x.device)),
+    "linear_cross_entropy": lambda x: kernels.linear_cross_entropy(x, x, torch.arange(16, device=x.device)),
+    "flash_attention": lambda x: kernels.flash_attention(*(x[None, None],) * 3, softcap=2.0),
+    "attention's Function": lambda x: kernels.FlashAttentionFunction.apply(*(x[None],) * 3),
+    "fp8_linear, the input frozen": lambda x: kernels.fp8_linear(x.detach(), x),
+    "fp8_linear, the weight frozen": lambda x: kernels.fp8_linear(x, x.detach()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SAVED)
+def test_the_same_is_saved_whoever_looks(device, name, dtype):
+    """A checkpoint compares what the forward saved with what its recomputation saves, tensor by tensor; a mode, such as
+    a count of FLOPs or a profiler, may be there in one of them alone."""
+
+    def saved() -> list[torch.Size]:
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (shapes.append(t.shape), t)[1], lambda t: t):
+            SAVED[name](torch.ones(16, 16, device=device, dtype=dtype, requires_grad=True))
+        return shapes
+
+    unseen = saved()
+    with _Seen():
+        assert saved() == unseen
 
 
 def test_an_operator_returns_an_empty_tensor_for_what_there_is_none_of(device):
