@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd import forward_ad as _forward_ad
 from torch.autograd import profiler as _profiler
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
@@ -212,8 +213,11 @@ def apply(name: str, function: type[torch.autograd.Function], *args: Any) -> Any
 
 
 def are_wrapped(*args: Any) -> bool:
-    """Whether one is a tensor that a transform, which has ended, left wrapped: `call` would find no storage in it."""
-    return any(type(x) in _TENSORS and _is_wrapped(x) for x in args)
+    """Whether one is a tensor that a transform, which has ended, left wrapped: `call` would find no storage in it.
+
+    Or may have a tangent, of forward-mode AD: `call` would lose it, and autograd.Function refuses it.
+    """
+    return _forward_ad._current_level >= 0 or any(type(x) in _TENSORS and _is_wrapped(x) for x in args)
 
 
 @cache
@@ -290,8 +294,8 @@ def prepared(make: Callable[..., Any]) -> Callable[..., Any]:
 
     make: looks at nothing of a tensor but its dtype, shape, strides and device, holds none, and returns None for what
     it does not serve. Calls are of one kind when these, all numbers, with their types, and `state` are equal.
-    find returns None while tracing, under transforms, modes and profilers, and for what is no plain tensor or number:
-    there the operator is to be seen, or the tensor's memory is not its value.
+    find returns None while tracing, under transforms, forward-mode AD, modes and profilers, and for what is no plain
+    tensor or number: there the operator is to be seen, or the tensor's memory is not its value.
     """
     known: dict[tuple[Any, ...], Any] = {}
     there = on_its_device(make)  # what is asked of the current GPU is asked of the tensors'
@@ -299,7 +303,7 @@ def prepared(make: Callable[..., Any]) -> Callable[..., Any]:
     def find(state: Any, *args: Any) -> Any:
         if torch.compiler.is_compiling() or _transforms_are_active():
             return None
-        if _n_dispatch_modes() or _profiler._is_profiler_enabled:
+        if _n_dispatch_modes() or _profiler._is_profiler_enabled or _forward_ad._current_level >= 0:
             return None
         key = [state]
         for x in args:

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rooflight import kernels
 from rooflight.kernels import dispatch
+from rooflight.kernels.attention import prepared
 
 PLAIN = """
 import torch
@@ -325,6 +327,18 @@ def test_autocast_leaves_meta_tensors_as_they_are():
             outs = [kernels.flash_attention(q, q, q, **options) for options in ({}, {"window": 2})]
             outs += [kernels.linear_cross_entropy(q[0, 0], q[0, 1], target)]
         assert all(out.is_meta and out.dtype == torch.float32 for out in outs)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # by torch, of make_dual
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", ["rms_norm", "gelu", "flash_attention"])
+def test_a_tangent_is_refused_not_lost(device, name, grad, monkeypatch):
+    monkeypatch.setattr(prepared, "JITFunction", object)  # interpreted kernels are prepared too
+    x = torch.ones(3, 8, device=device, dtype=torch.float16)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="jvp"):
+            LATE[name](forward_ad.make_dual(x, x))
+        assert not LATE[name](x).requires_grad
 
 
 def test_transforms_are_refused(device):
