@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 import time
 from datetime import timedelta
+from functools import cache
 from uuid import uuid4
 
 import torch.distributed as dist
-
-_MET = "rooflight/met"
 
 
 def meeting(rank: int, size: int, timeout: timedelta) -> dist.Store:
@@ -25,13 +24,14 @@ def meeting(rank: int, size: int, timeout: timedelta) -> dist.Store:
     return meet(store, rank, size, timeout) if _outlives_processes() else store
 
 
-def have_met(rank: int, size: int, timeout: timedelta) -> bool:
-    """Whether processes of this launch have met before.
+@cache
+def started_before(rank: int, size: int, timeout: timedelta) -> bool:
+    """Whether this launch has had a first process before this one, which asks, once, and counts itself.
 
     torchrun's own count says so only where it has restarted processes for their failure: on a machine that another one
     has come back to, it does not go up.
     """
-    return size > 1 and _outlives_processes() and _store(rank, size, timeout).check([_MET])
+    return _outlives_processes() and _store(rank, size, timeout).add("rooflight/first processes", 1) > 1
 
 
 def _outlives_processes() -> bool:
@@ -70,7 +70,6 @@ def meet(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.St
                 if (name := read(f"rooflight/here/{r}")) != names[r]:
                     names[r] = name
                     store.set(f"rooflight/place/{name}", me)
-        store.set(_MET, "")
         store.set(f"{me}/open", "")
         return dist.PrefixStore(me, store)
 

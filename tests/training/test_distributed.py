@@ -221,10 +221,15 @@ def test_torchrun_restarts_a_run_where_it_stood_and_names_the_error(
     assert [r["step"] for r in log_of(config)] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_a_model_on_a_cpu_is_sharded_there_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
+def test_a_model_is_sharded_where_it_is_or_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On meta that is not to be seen, and torch chooses; beside a GPU a model on a CPU stays there."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
+        with torch.device("meta"):
+            module = nn.Linear(4, 4)
+        fully_sharded(module).to_empty(device="cpu")
+        assert module(torch.ones(2, 4)).shape == (2, 4)
+        monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
         module = fully_sharded(nn.Linear(4, 4))
         assert module.weight.device_mesh.device_type == "cpu"
     finally:
