@@ -13,7 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
+from rooflight.kernels import reference
 from rooflight.model import Transformer
 from rooflight.training.checkpoint import list_checkpoints, load_model
 from rooflight.training.config import TrainConfig
@@ -234,3 +236,23 @@ def test_a_model_is_sharded_where_it_is_or_will_be(monkeypatch: pytest.MonkeyPat
         assert module.weight.device_mesh.device_type == "cpu"
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_sharded_blocks_share_their_compilations() -> None:
+    """The compiler's front end: torch gives up on a function that it has compiled eight times."""
+    torch._dynamo.reset()
+    counters.clear()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        model = Transformer(replace(DEEP, n_layer=9, vocab_size=32, d_model=16, d_ff=16), ops=reference)
+        tokens = torch.arange(32).view(2, 16)
+        expected = model(tokens, tokens)
+        fully_sharded(model, model.layers)
+        loss = torch.compile(model, backend="eager")(tokens, tokens)
+        loss.backward()
+    finally:
+        dist.destroy_process_group()
+    assert loss.item() == expected.item()
+    assert counters["stats"]["unique_graphs"] == 4  # before the blocks, the first, any other, after them
