@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd import forward_ad as _forward_ad
 from torch.autograd import profiler as _profiler
 from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
@@ -212,8 +213,11 @@ def apply(name: str, function: type[torch.autograd.Function], *args: Any) -> Any
 
 
 def are_wrapped(*args: Any) -> bool:
-    """Whether one is a tensor that a transform, which has ended, left wrapped: `call` would find no storage in it."""
-    return any(type(x) in _TENSORS and _is_wrapped(x) for x in args)
+    """Whether one is a tensor that a transform, which has ended, left wrapped: `call` would find no storage in it.
+
+    Or may have a tangent, of forward-mode AD: `call` would lose it, and autograd.Function refuses it.
+    """
+    return _forward_ad._current_level >= 0 or any(type(x) in _TENSORS and _is_wrapped(x) for x in args)
 
 
 @cache
@@ -244,8 +248,9 @@ def in_layout_of(x: Tensor, result: Tensor) -> Tensor:
     return alike.copy_(result)
 
 
-# Kinds of calls that one check remembers; with more in turn, as with many lengths, they are checked anew.
-MOST_CHECKED = 4096
+# Kinds of calls that one check remembers, and that are kept prepared (up to 40 KiB each); with more in turn, as with
+# many lengths, they are met anew.
+MOST_CHECKED, MOST_PREPARED = 4096, 1024
 
 
 def checked_once(check: Callable[..., Any]) -> Callable[..., Any]:
@@ -289,15 +294,16 @@ def prepared(make: Callable[..., Any]) -> Callable[..., Any]:
 
     make: looks at nothing of a tensor but its dtype, shape, strides and device, holds none, and returns None for what
     it does not serve. Calls are of one kind when these, all numbers, with their types, and `state` are equal.
-    find returns None while tracing, under transforms, modes and profilers, and for what is no plain tensor or number:
-    there the operator is to be seen, or the tensor's memory is not its value.
+    find returns None while tracing, under transforms, forward-mode AD, modes and profilers, and for what is no plain
+    tensor or number: there the operator is to be seen, or the tensor's memory is not its value.
     """
     known: dict[tuple[Any, ...], Any] = {}
+    there = on_its_device(make)  # what is asked of the current GPU is asked of the tensors'
 
     def find(state: Any, *args: Any) -> Any:
         if torch.compiler.is_compiling() or _transforms_are_active():
             return None
-        if _n_dispatch_modes() or _profiler._is_profiler_enabled:
+        if _n_dispatch_modes() or _profiler._is_profiler_enabled or _forward_ad._current_level >= 0:
             return None
         key = [state]
         for x in args:
@@ -315,8 +321,8 @@ def prepared(make: Callable[..., Any]) -> Callable[..., Any]:
             return known[of_kind]
         except KeyError:
             pass
-        made = make(*args)
-        if len(known) >= MOST_CHECKED:
+        made = (there if type(args[0]) in _TENSORS else make)(*args)
+        if len(known) >= MOST_PREPARED:
             known.clear()
         known[of_kind] = made
         return made

@@ -187,18 +187,18 @@ def _bwd_flops(dy: Any, x8t: Any, x_scale: Any, w8t: Any, *args: Any, **kwargs: 
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-    x, weight, ctx.keep_x, ctx.keep_weight = inputs
+    x, weight, keep_x, keep_weight = inputs
     ctx.wide = weight.dtype != x.dtype
-    saved = output[1:]
-    ctx.save_for_backward(*saved)
-    ctx.mark_non_differentiable(*(t for t in saved if t is not None))
+    _, x8t, x_scale, w8t, w_scale = output
+    # the operator has empty tensors for None
+    ctx.save_for_backward(x8t if keep_x else None, x_scale, w8t if keep_weight else None, w_scale)
+    ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
 
 
 def _backward(ctx: Any, dy: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     x8t, x_scale, w8t, w_scale = ctx.saved_tensors
-    kept = x8t if ctx.keep_x else None, x_scale, w8t if ctx.keep_weight else None, w_scale
-    dx, dw = call(_bwd, dy, *kept, ctx.wide)
-    return dx if ctx.keep_weight else None, dw if ctx.keep_x else None, None, None
+    dx, dw = call(_bwd, dy, x8t, x_scale, w8t, w_scale, ctx.wide)
+    return None if w8t is None else dx, None if x8t is None else dw, None, None
 
 
 _bwd = define_op(fp8_linear_bwd, _bwd_fake, _bwd_flops)

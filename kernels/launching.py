@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import triton
@@ -236,7 +237,7 @@ def _write(plan: Plan, handle: Handle, tensors: tuple[Any, ...]) -> Callable[...
     for i, _, start, stop in plan._tuples:
         flat[i] = f"({', '.join(flat[start:stop])},)"
     given = ", ".join((flat[: plan._tuples[0][2]] if plan._tuples else flat) + ["None"] * handle.n_constant)
-    before = ", ".join([*map(str, plan._sizes), "stream", *map(name, handle.fixed)])
+    before = ", ".join([*map(name, plan._sizes), "stream", *map(name, handle.fixed)])
     source = f"""
 def launch(stream, {", ".join(f"x{n}" for n in range(len(tensors)))}):
     {"; ".join(f"{a} = {x}.data_ptr()" for x, a in addresses.items())}
@@ -245,8 +246,12 @@ def launch(stream, {", ".join(f"x{n}" for n in range(len(tensors)))}):
     start({before}, {f"[{given}]" if handle.as_list else given})
     return True
 """
-    exec(source, fixed)
+    exec(_code(source), fixed)
     return fixed["launch"]
+
+
+# Numbers have names in it: launches of a kernel share it, whatever their sizes.
+_code = cache(lambda source: compile(source, __file__, "exec"))
 
 
 def _observed(kernel: Any) -> bool:

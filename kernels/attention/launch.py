@@ -52,7 +52,7 @@ def outputs_like(q: Tensor, varlen: bool) -> tuple[Tensor, Tensor, Tensor | None
 
 
 def _given(unround: Tensor | None) -> Tensor | None:
-    """Of what the operator returns, where None is an empty tensor."""
+    """Of what the operator returns, where None is an empty tensor: a checkpoint counts what either saves."""
     return None if unround is None or unround.dim() == 1 else unround
 
 
@@ -254,9 +254,9 @@ class FlashAttentionFunction(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Any:
         if len(inputs) <= 4:
             return _short_forward(ctx, *inputs)
-        output = call(fwd_op, *inputs)
-        _save(ctx, inputs, output)
-        return output[:2]
+        out, lse, unround = call(fwd_op, *inputs)
+        _save(ctx, inputs, (out, lse, _given(unround)))
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
@@ -275,7 +275,7 @@ def _short_forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = 
         out, lse, unround = out.flatten(1, 2), lse.flatten(1, 2), None
     if q.dim() == 3:
         out, lse = out[:, 0], lse[:, 0]
-    ctx.save_for_backward(q, k, v, out, lse, unround)
+    ctx.save_for_backward(q, k, v, out, lse, _given(unround))
     return out
 
 

@@ -69,6 +69,11 @@ def _new_like(x: Tensor) -> Callable[[], Tensor]:
     return lambda: torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
+def _anywhere(x: Tensor) -> Tensor:
+    """Like x, at address 0, which keeps nothing from TMA: others of its kind may stand elsewhere than x."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
 def _portable_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, p: Problem) -> Forward | None:
     plan = portable.forward_plan(q, k, v, out, lse, p)
     if plan is None:
@@ -88,7 +93,7 @@ def _hopper_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, p
         from .hopper import blocks, forward, schedule
     except Exception:  # the long way warns of it
         return None
-    if forward.supports(q, k, v, None, p.softcap) is not None:
+    if forward.supports(_anywhere(q), _anywhere(k), _anywhere(v), None, p.softcap) is not None:
         return None
     plan, how = forward.plan_of(q, k, out, lse, None, p.T, p.S, p.left, p.right, p.scale)
     if plan is None:
@@ -164,7 +169,7 @@ def _hopper_backward(
     except Exception:  # the long way warns of it
         return None
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    supported = backward.supports(q, k, v, dout, None, p.softcap) is None
+    supported = backward.supports(_anywhere(q), _anywhere(k), _anywhere(v), _anywhere(dout), None, p.softcap) is None
     if not supported or any(blocks.tma_obstacle("x", x, False) for x in (dk, dv)):
         return None
     (B, H, T, D), K, block_m = q.shape, k.shape[1], backward.BLOCK_M[q.shape[-1]]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest import mock
 
@@ -14,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rooflight import kernels
 from rooflight.kernels import dispatch
+from rooflight.kernels.attention import prepared
 
 PLAIN = """
 import torch
@@ -194,6 +197,68 @@ def test_a_check_is_made_once_for_each_kind_of_call():
     assert len(made) == 12
 
 
+def test_what_a_kind_of_call_does_is_worked_out_once_and_on_its_device(monkeypatch):
+    """A stand-in for a second GPU: what is asked of the current one, its architecture, is asked of the tensors'."""
+    current, asked = [0], []
+
+    @contextmanager
+    def device(index):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    class OnTheSecond:
+        is_cuda, dtype, shape, device = True, torch.float32, (2, 8), "cuda:1"
+        get_device, stride, is_neg = (lambda self: 1), (lambda self: (8, 1)), (lambda self: False)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(dispatch, "_TENSORS", dispatch._TENSORS | {OnTheSecond})
+    monkeypatch.setattr(dispatch, "_is_wrapped", lambda x: False)
+    monkeypatch.setattr(dispatch, "MOST_PREPARED", 3)
+    find = dispatch.prepared(lambda x, n=0: asked.append((current[0], n)))
+    for n in (1, 1, 2):
+        find(None, OnTheSecond(), n)
+    find(None, torch.ones(2, 8), 3)
+    assert asked == [(1, 1), (1, 2), (0, 3)]
+    assert current == [0]
+    find(None, None)  # no tensor at all: what is worked out says so, or not
+    find(None, OnTheSecond(), 1)  # the fifth kind found room for itself alone
+    assert asked[3:] == [(0, 0), (1, 1)]
+
+
+SAVED = {
+    "rms_norm": lambda x: kernels.rms_norm(x, x[0]),
+    "rms_norm of a sum": lambda x: kernels.rms_norm(x, None, residual=x)[0],
+    "swiglu": lambda x: kernels.swiglu(x, x),
+    "gelu": kernels.gelu,
+    "rope": lambda x: kernels.rope(x[None, None], x[None, None], x.detach()[:, :8], x.detach()[:, :8])[0],
+    "cross_entropy": lambda x: kernels.cross_entropy(x, torch.arange(16, device=x.device)),
+    "linear_cross_entropy": lambda x: kernels.linear_cross_entropy(x, x, torch.arange(16, device=x.device)),
+    "flash_attention": lambda x: kernels.flash_attention(*(x[None, None],) * 3, softcap=2.0),
+    "attention's Function": lambda x: kernels.FlashAttentionFunction.apply(*(x[None],) * 3),
+    "fp8_linear, the input frozen": lambda x: kernels.fp8_linear(x.detach(), x),
+    "fp8_linear, the weight frozen": lambda x: kernels.fp8_linear(x, x.detach()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SAVED)
+def test_the_same_is_saved_whoever_looks(device, name, dtype):
+    """A checkpoint compares what the forward saved with what its recomputation saves, tensor by tensor; a mode, such as
+    a count of FLOPs or a profiler, may be there in one of them alone."""
+
+    def saved() -> list[torch.Size]:
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (shapes.append(t.shape), t)[1], lambda t: t):
+            SAVED[name](torch.ones(16, 16, device=device, dtype=dtype, requires_grad=True))
+        return shapes
+
+    unseen = saved()
+    with _Seen():
+        assert saved() == unseen
+
+
 def test_an_operator_returns_an_empty_tensor_for_what_there_is_none_of(device):
     x, w = torch.ones(2, 8, device=device), torch.ones(8, device=device)
     y, stream, _ = torch.ops.rooflight.rms_norm_fwd(x, w, 1e-6, None, 0.0)
@@ -262,6 +327,18 @@ def test_autocast_leaves_meta_tensors_as_they_are():
             outs = [kernels.flash_attention(q, q, q, **options) for options in ({}, {"window": 2})]
             outs += [kernels.linear_cross_entropy(q[0, 0], q[0, 1], target)]
         assert all(out.is_meta and out.dtype == torch.float32 for out in outs)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # by torch, of make_dual
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", ["rms_norm", "gelu", "flash_attention"])
+def test_a_tangent_is_refused_not_lost(device, name, grad, monkeypatch):
+    monkeypatch.setattr(prepared, "JITFunction", object)  # interpreted kernels are prepared too
+    x = torch.ones(3, 8, device=device, dtype=torch.float16)
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="jvp"):
+            LATE[name](forward_ad.make_dual(x, x))
+        assert not LATE[name](x).requires_grad
 
 
 def test_transforms_are_refused(device):

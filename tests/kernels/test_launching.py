@@ -53,6 +53,17 @@ def test_a_known_call_whose_path_fails_takes_the_other(results):
     assert found["again"] == found["before"]
 
 
+@pytest.mark.cpu  # the stand-in for the driver is an sm_90
+def test_new_kinds_of_calls_share_what_they_can(results):
+    found = results["new_kinds"]
+    portable = ["fwd", "delta", "bwd_dkdv", "bwd_dq"]
+    assert found["unaligned"] == [f"_flash_attention_{name}_kernel" for name in portable]
+    assert {"_flash_attention_fwd_hopper_kernel", "_flash_attention_bwd_hopper_kernel"} <= set(found["aligned"])
+    assert found["known"] == ["KnownAttentionBackward"] * 2  # none went the long way
+    assert found["codes"] == 0  # of launches written out, whatever the length
+    assert found["descriptors"] < 6000  # of 12800 that were made
+
+
 def test_triton_launches_where_it_does_more(results):
     found = results["who_is_told"]
     again = {name for name, by_triton in found.items() if not by_triton}

@@ -169,3 +169,87 @@ def comparable(stand_in: Any, call: tuple[Any, ...]) -> Any:
         scratch, packed, signature = call[7:9], call[9], b""
         args = plain(call[13 : len(call) - len(stand_in.kernels[function].src.fn.constexprs)])
     return [repr(part) for part in (grid, stream, function, flags, scratch, packed, signature)] + args
+
+
+# ---------------------------------------------------------------- calls of a kind seen before
+
+
+def a_known_call_that_fails(stand_in: Any) -> dict[str, Any]:
+    """What attention launches when its hopper path, which served such calls before, fails; and what it warns of."""
+    import warnings
+    from unittest import mock
+
+    import torch
+
+    from rooflight.kernels import flash_attention
+    from rooflight.kernels.attention import paths
+    from rooflight.kernels.attention.hopper import blocks
+
+    def launched() -> list[str]:
+        x = torch.empty(1, 1, 512, 128, dtype=torch.bfloat16)
+        inputs = [x.clone().requires_grad_() for _ in range(3)]
+        kept.append(inputs)  # the next ones lie elsewhere
+        stand_in.launched.clear()
+        out = flash_attention(*inputs)
+        torch.autograd.grad(out, inputs, torch.ones_like(out))
+        return [stand_in.kernels[call[4]].name for call in stand_in.launched]
+
+    kept: list[Any] = []
+    paths.forget()
+    found: dict[str, Any] = {"before": [launched() for _ in range(3)][-1]}
+    with mock.patch.object(blocks, "_described", side_effect=RuntimeError("broken")):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found["failing"] = launched()
+        found["warned"] = [str(warning.message) for warning in caught]
+        found["after"] = launched()
+    paths.forget()
+    return found | {"again": launched()}
+
+
+def new_kinds(stand_in: Any) -> dict[str, Any]:
+    """What a kind of call hangs on: not on where its first tensors lie; and what new ones leave behind."""
+    import gc
+    from unittest import mock
+
+    import torch
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from rooflight.kernels import flash_attention, launching, rms_norm
+    from rooflight.kernels.attention import paths, prepared
+    from rooflight.kernels.attention.hopper import blocks
+
+    def attend(T: int, first: int = 0) -> list[str]:
+        """A call of both passes on tensors that lie so many elements behind a multiple of 16 bytes."""
+        inputs = [torch.empty(T * 128 + first, dtype=torch.bfloat16)[first:].view(1, 1, T, 128) for _ in range(3)]
+        stand_in.launched.clear()
+        out = flash_attention(*(x.requires_grad_() for x in inputs))
+        known.append(type(out.grad_fn).__name__)
+        gradient = torch.empty(T * 128 + first, dtype=torch.bfloat16)[first:].view(out.shape)
+        with mock.patch.object(prepared, "call", side_effect=lambda *args: known.append("the long way") or call(*args)):
+            torch.autograd.grad(out, inputs, gradient)
+        return [stand_in.kernels[call[4]].name for call in stand_in.launched]
+
+    known: list[str] = []
+    call = prepared.call
+    paths.forget()
+    found: dict[str, Any] = {"unaligned": attend(1040, 1), "aligned": attend(1040), "known": known.copy()}
+
+    def norm(rows: int) -> None:
+        x = torch.empty(rows, 64, dtype=torch.bfloat16).requires_grad_()
+        for _ in range(2):
+            rms_norm(x, None).backward(torch.empty_like(x))
+
+    norm(700)
+    before = launching._code.cache_info().currsize
+    for n in range(1, 20):
+        norm(700 + n)
+        attend(1040 + 16 * n)
+    found["codes"] = launching._code.cache_info().currsize - before
+    describers = []
+    for T in range(200):
+        of = blocks.describer(torch.empty(1, 1, 512 + T, 128, dtype=torch.bfloat16), 64)
+        describers.append(of)
+        for address in range(0, 64 << 12, 1 << 12):
+            of(address)
+    return found | {"descriptors": sum(type(x) is TensorDescriptor for x in gc.get_objects())}

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from calls import ADDRESSES, comparable, passes, random_call
+from calls import ADDRESSES, a_known_call_that_fails, comparable, new_kinds, passes, random_call
 
 CASES: dict[str, Callable[[Any], Any]] = {}
 
@@ -141,38 +141,8 @@ def what_reaches_the_driver(stand_in: Any) -> dict[str, Any]:
     return {"handled": n_handled, "launched": n_launched, "kernels": sorted(names)}
 
 
-@apart
-def a_known_call_that_fails(stand_in: Any) -> dict[str, Any]:
-    """What attention launches when its hopper path, which served such calls before, fails; and what it warns of."""
-    import warnings
-    from unittest import mock
-
-    import torch
-
-    from rooflight.kernels import flash_attention
-    from rooflight.kernels.attention import paths
-    from rooflight.kernels.attention.hopper import blocks
-
-    def launched() -> list[str]:
-        x = torch.empty(1, 1, 512, 128, dtype=torch.bfloat16)
-        inputs = [x.clone().requires_grad_() for _ in range(3)]
-        kept.append(inputs)  # the next ones lie elsewhere
-        stand_in.launched.clear()
-        out = flash_attention(*inputs)
-        torch.autograd.grad(out, inputs, torch.ones_like(out))
-        return [stand_in.kernels[call[4]].name for call in stand_in.launched]
-
-    kept: list[Any] = []
-    paths.forget()
-    found: dict[str, Any] = {"before": [launched() for _ in range(3)][-1]}
-    with mock.patch.object(blocks, "_described", side_effect=RuntimeError("broken")):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            found["failing"] = launched()
-        found["warned"] = [str(warning.message) for warning in caught]
-        found["after"] = launched()
-    paths.forget()
-    return found | {"again": launched()}
+apart(a_known_call_that_fails)
+apart(new_kinds)
 
 
 # ---------------------------------------------------------------- Triton's own way

@@ -209,10 +209,11 @@ def describe(x: Tensor, rows: int, varlen: bool) -> Any:
 def describer(x: Tensor, rows: int) -> Callable[[int], TensorDescriptor]:
     """describe(y, rows, False) of tensors y like x, (b, h, row, d) on a GPU, by their addresses."""
     dtype, sizes, strides = x.dtype, *extents(x, False)
-    return lru_cache(maxsize=64)(lambda address: _described(address, dtype, sizes, strides, rows))
+    return lambda address: _described(address, dtype, sizes, strides, rows)
 
 
-@lru_cache(maxsize=1024)
+# One memory for all: with one for each shape, shapes that keep changing would fill it without end.
+@lru_cache(maxsize=4096)
 def _described(
     address: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], rows: int
 ) -> TensorDescriptor:
