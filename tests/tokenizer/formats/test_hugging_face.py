@@ -282,8 +282,7 @@ def test_what_is_said_of_added_tokens_by_chance_is_so(tmp_path: Path) -> None:
         assert tokenizer._encoder.encode_to_list(pieces, tokenizer._all.specials) == ids, tokens
         tokenizer.export_hf(tmp_path / "again.json")
         assert tokenizers.Tokenizer.from_file(str(tmp_path / "again.json")).encode(text).ids == ids, tokens
-    assert n_read > 50
-    assert n_refused < 30
+    assert n_read > n_refused > 0
 
 
 def test_offsets_are_refused_where_the_text_is_changed(tmp_path: Path) -> None:
