@@ -98,6 +98,10 @@ CASES = {
         ],
     },
     "normalized before one that is not": {"added_tokens": [added("x<|", N, normalized=True), added("<|end|>", N + 1)]},
+    "lstrip, and a longer one": {"added_tokens": [added("<m", N, lstrip=True), added("<mask>", N + 1)]},
+    "single word, and a shorter one": {
+        "added_tokens": [added("<m|", N), added("<w>x", N + 1, single_word=True), added("<w>", N + 2)]
+    },
     "ids with holes, in the vocabulary": {"added_tokens": [added("<|end|>", N + 9), added("<mask>", N + 20)]},
     "an ordinary token's bytes": {"added_tokens": [added("日本", N), added("the", 257), added("<|end|>", N + 1)]},
     "all of it": {
@@ -283,6 +287,20 @@ def test_what_is_said_of_added_tokens_by_chance_is_so(tmp_path: Path) -> None:
         tokenizer.export_hf(tmp_path / "again.json")
         assert tokenizers.Tokenizer.from_file(str(tmp_path / "again.json")).encode(text).ids == ids, tokens
     assert n_read > n_refused > 0
+
+
+def test_no_stream_is_cut_inside_a_token_that_is_not_normal_yet(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(VOCAB, MERGES, []).export_hf(path)
+    tokens = [added("\u00e9|a b", N, normalized=True)]
+    content = json.loads(path.read_text(encoding="utf-8")) | {"normalizer": {"type": "NFC"}, "added_tokens": tokens}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    tokenizer, text = Tokenizer.from_hf(path), "x y " * 9 + "e\u0301|a b c" * 3 + " x y" * 9
+    pieces = list(cut_stream([text.encode()], tokenizer._all, 1))
+    assert len(pieces) > 9
+    ids = tokenizer._encoder.encode_to_list(pieces, tokenizer._all.specials)
+    assert ids == tokenizers.Tokenizer.from_file(str(path)).encode(text).ids
+    assert ids.count(N) == 3
 
 
 def test_offsets_are_refused_where_the_text_is_changed(tmp_path: Path) -> None:
