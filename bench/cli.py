@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,27 @@ class _Command(TyperCommand):
         return rest
 
 
+class _Ended(_Command):
+    """SIGTERM and SIGHUP end it as Ctrl-C does: no temporary file stays, nor a process of its own."""
+
+    def invoke(self, ctx: Any) -> Any:
+        def end(number: int, frame: Any) -> None:
+            raise SystemExit(128 + number)  # a shell's status of a command that the signal has ended
+
+        ending = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+        for number in ending:
+            signal.signal(number, end)
+        try:
+            return super().invoke(ctx)
+        finally:
+            for number in ending:
+                signal.signal(number, signal.SIG_DFL)
+
+
 for group in (app, tokenizer, bench):
     for registered in group.registered_commands:
-        registered.cls = _Command
+        # train has handlers of its own; before they stand, processes that wait for one another die of the signal
+        registered.cls = _Command if registered.callback is train else _Ended
 
 
 def _version(show: bool) -> None:
@@ -74,7 +93,7 @@ def options(
 
 
 # What the machine refuses in the middle of the work: another disk, a smaller batch, not another argument.
-_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM)
+_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM)
 
 
 def _status(error: Exception) -> int:

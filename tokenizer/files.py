@@ -6,6 +6,7 @@ type, how many, of how much text, and the hash of the tokenizer that made them.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -19,6 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 FORMAT, VERSION = "rooflight-tokens", 1
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what Python does not tell the file of
 
 
 class TokenFile:
@@ -170,6 +172,10 @@ def _written(path: Path) -> Iterator[IO[bytes]]:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)  # see remove_leftovers
             yield out
+    except OSError as error:
+        if error.errno in _FULL and error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .meeting import have_met, meeting
+from .meeting import meeting, started_before
 
 # What a process waits for the others: a checkpoint that rank 0 writes, a compiler that another one runs.
 TIMEOUT = timedelta(minutes=10)
@@ -121,8 +121,8 @@ def launched() -> World:
 
 
 def restarted(world: World) -> bool:
-    """Whether torchrun has started processes of this launch before these."""
-    return world.restarts > 0 or have_met(world.rank, world.size, TIMEOUT)
+    """Whether torchrun has started processes of this launch before these; the first process may ask."""
+    return world.restarts > 0 or started_before(world.rank, world.size, TIMEOUT)
 
 
 @contextmanager
@@ -200,14 +200,14 @@ def fully_sharded(
     dtype: parameters are gathered and compute in it; what an optimizer sees keeps its own.  cast_inputs: so are
     floating inputs of the units cast.  reshard: let go of a unit's parameters after its forward pass, and gather them
     again in the backward pass.  replicated: parameters that stay whole; `average_gradients` is their reduction.
-    device: where the parameters will be, of a module on meta.
+    device: where the parameters will be, of a module on meta; else the GPU, where there is one.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     # torch's own choice is the GPU, where there is one, whatever the module is on
     kind = (device or next(module.parameters()).device).type
-    mesh = init_device_mesh(kind, (dist.get_world_size(),))
+    mesh = None if kind == "meta" else init_device_mesh(kind, (dist.get_world_size(),))
 
     policy = MixedPrecisionPolicy(cast_forward_inputs=cast_inputs)
     if dtype is not None:

@@ -58,7 +58,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> TrainResult
     (checkpoints stay as they were).
     """
     world = launched()
-    if world.first and launch_of(config.out_dir) == world.launch and restarted(world):
+    # asked before the folder is looked at: each first process is to be counted, and in its second run is no restart
+    if world.first and restarted(world) and launch_of(config.out_dir) == world.launch:
         config = replace(config, resume=True, overwrite=False)
     console = (console or Console(stderr=True)) if world.first else Console(quiet=True, force_terminal=False)
     try:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 import time
 from datetime import timedelta
+from functools import cache
 from uuid import uuid4
 
 import torch.distributed as dist
-
-_MET = "rooflight/met"
 
 
 def meeting(rank: int, size: int, timeout: timedelta) -> dist.Store:
@@ -25,13 +24,14 @@ def meeting(rank: int, size: int, timeout: timedelta) -> dist.Store:
     return meet(store, rank, size, timeout) if _outlives_processes() else store
 
 
-def have_met(rank: int, size: int, timeout: timedelta) -> bool:
-    """Whether processes of this launch have met before.
+@cache
+def started_before(rank: int, size: int, timeout: timedelta) -> bool:
+    """Whether this launch has had a first process before this one, which asks, once, and counts itself.
 
     torchrun's own count says so only where it has restarted processes for their failure: on a machine that another one
     has come back to, it does not go up.
     """
-    return size > 1 and _outlives_processes() and _store(rank, size, timeout).check([_MET])
+    return _outlives_processes() and _store(rank, size, timeout).add("rooflight/first processes", 1) > 1
 
 
 def _outlives_processes() -> bool:
@@ -49,14 +49,14 @@ def meet(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.St
 
     Each process comes under a name that is new with every start. The first one tells each name that it finds where to
     meet, and opens that place when of every other rank the last name that came has answered: a process that has ended
-    does not.  Raises TimeoutError, which names a rank that has not come.
+    does not.  Raises TimeoutError, which names a rank that has not come, as far as this one can know.
     """
     deadline = time.monotonic() + timeout.total_seconds()
     me = uuid4().hex
 
-    def wait(missing: int) -> None:
+    def wait(missing: str) -> None:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"of {size} processes rank {missing} has not come in {timeout.total_seconds():g} s")
+            raise TimeoutError(f"of {size} processes {missing} has not come in {timeout.total_seconds():g} s")
         time.sleep(0.02)
 
     def read(key: str) -> str:
@@ -65,12 +65,11 @@ def meet(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.St
     if rank == 0:
         names = dict.fromkeys(range(1, size), "")
         while absent := [r for r, name in names.items() if not (name and store.check([f"{me}/{name}"]))]:
-            wait(absent[0])
+            wait(f"rank {absent[0]}")
             for r in names:  # of those who have answered too: they may have ended since, and come again
                 if (name := read(f"rooflight/here/{r}")) != names[r]:
                     names[r] = name
                     store.set(f"rooflight/place/{name}", me)
-        store.set(_MET, "")
         store.set(f"{me}/open", "")
         return dist.PrefixStore(me, store)
 
@@ -80,5 +79,5 @@ def meet(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.St
         if (told := read(f"rooflight/place/{me}")) != place:  # again, where the first process came again
             place = told
             store.set(f"{place}/{me}", "")
-        wait(0)
+        wait("rank 0, or one that it waits for," if place else "rank 0")
     return dist.PrefixStore(place, store)

@@ -12,6 +12,7 @@ import time
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +75,18 @@ def predict(
 
     Raises ValueError when none are kept or an argument is impossible.
     """
-    return estimate(
+    estimated = partial(
+        estimate,
         config,
         batch_size=batch_size,
         context_length=context_length,
         dtype=dtype,
         causal="full",  # as torch's FlopCounterMode counts
-        ceilings=ceilings or require_ceilings(device),
         ops=ops_on(device)[0],
         optimizer=optimizer,
     )
+    estimated()  # an impossible argument is named before ceilings are asked for
+    return estimated(ceilings=ceilings or require_ceilings(device))
 
 
 def validate(

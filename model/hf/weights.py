@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +101,8 @@ def write(directory: Path, weights: Mapping[str, Tensor]) -> None:
     """Put model.safetensors into the folder, whole or not at all, and remove the index and shards it replaces."""
     partial = directory / f".{WEIGHTS}.{os.getpid()}"
     try:
-        save_file(dict(weights), partial, metadata={"format": "pt"})
+        with as_os_errors(f"could not write {directory / WEIGHTS}: "):
+            save_file(dict(weights), partial, metadata={"format": "pt"})
         replace(partial, directory / WEIGHTS)
     finally:
         partial.unlink(missing_ok=True)
@@ -112,6 +115,22 @@ def write(directory: Path, weights: Mapping[str, Tensor]) -> None:
         (directory / INDEX).unlink()
         for shard in old:
             shard.unlink(missing_ok=True)
+
+
+@contextmanager
+def as_os_errors(before: str = "") -> Iterator[None]:
+    """torch and safetensors have errors of their own for a file that cannot be written; the cause is an OSError's.
+
+    before: what its message begins with.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        failure = OSError(f"{before}{cause}")
+        told = re.search(r"os error (\d+)", str(cause))  # safetensors' way
+        failure.errno = cause.errno if isinstance(cause, OSError) else int(told[1]) if told else None
+        raise failure from error
 
 
 def write_json(path: Path, content: Any) -> None:

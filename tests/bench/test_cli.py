@@ -115,6 +115,7 @@ def test_traceback_shows_one_wherever_it_stands(main):
     ("error", "status", "sentence"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "state.pt"), 1, "No space left on device: 'state.pt'\n"),
+        (OSError(errno.EFBIG, "File too large", "state.pt"), 1, "File too large: 'state.pt'\n"),  # ulimit -f
         (PermissionError(errno.EACCES, "Permission denied", "runs"), 2, "Permission denied: 'runs'\n"),
         (
             TrainingDiverged("loss nan, gradient norm nan by step 3"),

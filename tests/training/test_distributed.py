@@ -13,7 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
+from rooflight.kernels import reference
 from rooflight.model import Transformer
 from rooflight.training.checkpoint import list_checkpoints, load_model
 from rooflight.training.config import TrainConfig
@@ -221,11 +223,36 @@ def test_torchrun_restarts_a_run_where_it_stood_and_names_the_error(
     assert [r["step"] for r in log_of(config)] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_a_model_on_a_cpu_is_sharded_there_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
+def test_a_model_is_sharded_where_it_is_or_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On meta that is not to be seen, and torch chooses; beside a GPU a model on a CPU stays there."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
+        with torch.device("meta"):
+            module = nn.Linear(4, 4)
+        fully_sharded(module).to_empty(device="cpu")
+        assert module(torch.ones(2, 4)).shape == (2, 4)
+        monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda"))
         module = fully_sharded(nn.Linear(4, 4))
         assert module.weight.device_mesh.device_type == "cpu"
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("default")  # the compiler's own
+def test_sharded_blocks_share_their_compilations() -> None:
+    """The compiler's front end: torch gives up on a function that it has compiled eight times."""
+    torch._dynamo.reset()
+    counters.clear()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        model = Transformer(replace(DEEP, n_layer=9, vocab_size=32, d_model=16, d_ff=16), ops=reference)
+        tokens = torch.arange(32).view(2, 16)
+        expected = model(tokens, tokens)
+        fully_sharded(model, model.layers)
+        loss = torch.compile(model, backend="eager")(tokens, tokens)
+        loss.backward()
+    finally:
+        dist.destroy_process_group()
+    assert loss.item() == expected.item()
+    assert counters["stats"]["unique_graphs"] == 4  # before the blocks, the first, any other, after them

@@ -8,8 +8,10 @@ import io
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
+from rooflight.training import meeting
 from rooflight.training.checkpoint import load_model
 from rooflight.training.loop import train
 from support.runs import log_of, weights_of
@@ -74,6 +76,35 @@ def test_a_restart_goes_on_with_its_own_launch_alone(config, quiet, monkeypatch)
     assert (fresh.step, (config.out_dir / "previous-1").is_dir()) == (20, True)
     assert train(dataclasses.replace(again, overwrite=True), console=quiet).step == 40
     assert not (config.out_dir / "previous-2").exists()
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    """A launch whose processes have torchrun's store; it counts no restart, as where another machine comes back."""
+    store = dist.HashStore()
+    monkeypatch.setattr(meeting, "_store", lambda *_: store)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    meeting.started_before.cache_clear()
+    yield
+    meeting.started_before.cache_clear()
+
+
+def test_other_processes_of_a_launch_go_on(config, quiet, torchrun):
+    config = dataclasses.replace(config, max_steps=2, val_data=None, overwrite=True)
+    train(config, console=quiet)
+    meeting.started_before.cache_clear()  # as they have none
+    assert train(dataclasses.replace(config, max_steps=3), console=quiet).step == 3
+    assert not (config.out_dir / "previous-1").exists()
+
+
+def test_a_second_run_of_the_same_processes_is_no_restart(config, quiet, torchrun):
+    config = dataclasses.replace(config, max_steps=2, val_data=None)
+    train(config, console=quiet)
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(config, console=quiet)
+    train(dataclasses.replace(config, overwrite=True), console=quiet)
+    assert (config.out_dir / "previous-1").is_dir()
 
 
 @pytest.mark.cpu

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...model import Transformer
+from ...model.hf.weights import as_os_errors
 from ...model.transformer import unwrapped
 from ...model.typed import typed
 from ..distributed import TIMEOUT, is_sharded
@@ -166,7 +165,9 @@ def _write(final: Path, snapshot: _Snapshot, tokenizer_hash: str | None, keep: i
             files = save(folder, snapshot, ranks)
             ranks.first(lambda: write_manifest(folder, step=step, tokenizer_hash=tokenizer_hash, files=files))
     except OSError as error:
-        raise OSError(f"could not write {final}: {error}") from error
+        failure = OSError(f"could not write {final}: {error}")
+        failure.errno = error.errno
+        raise failure from error
 
     def remove_old() -> None:
         whole = earlier_whole(final)
@@ -180,7 +181,7 @@ def _write(final: Path, snapshot: _Snapshot, tokenizer_hash: str | None, keep: i
 def _write_whole(folder: Path, snapshot: _Snapshot, ranks: Ranks) -> dict[str, Any]:
     """The files of one process; returns what is known of them by now: nothing."""
     rng, cuda_rng = snapshot.generators
-    with _as_os_errors():
+    with as_os_errors():
         safetensors.torch.save_file(snapshot.tensors, folder / WEIGHTS)
     _write_rest(folder, snapshot, {"rng": rng, "cuda_rng": cuda_rng})
     return {}
@@ -205,17 +206,8 @@ def _write_shards(folder: Path, snapshot: _Snapshot, ranks: Ranks) -> dict[str, 
 
 def _write_rest(folder: Path, snapshot: _Snapshot, generators: dict[str, Any]) -> None:
     (folder / MODEL).write_text(json.dumps(snapshot.config, indent=2) + "\n", encoding="utf-8")
-    with _as_os_errors(), (folder / STATE).open("wb") as file:
+    with as_os_errors(), (folder / STATE).open("wb") as file:
         torch.save(snapshot.state | generators, file)
-
-
-@contextmanager
-def _as_os_errors() -> Iterator[None]:
-    """torch and safetensors have errors of their own for a file that cannot be written; the cause is an OSError's."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise OSError(str(error.__context__ if isinstance(error.__context__, OSError) else error)) from error
 
 
 def plain_model(model: nn.Module) -> Transformer:

@@ -69,7 +69,9 @@ class RunFolder:
             )
 
     def _held(self) -> list[str]:
-        return sorted(p.name for p in self.path.iterdir() if p.name != LOCK and not p.name.startswith(PREVIOUS))
+        # the marker's temporary file is what a run leaves that was killed as it began
+        no_run = (PREVIOUS, f".{MARKER}.")
+        return sorted(p.name for p in self.path.iterdir() if p.name != LOCK and not p.name.startswith(no_run))
 
     def _check_marker(self) -> None:
         marker = self.path / MARKER

@@ -195,6 +195,17 @@ def test_without_ceilings_the_command_to_run_is_named(monkeypatch: pytest.Monkey
     assert "run `rooflight bench ceilings`" in str(error)
 
 
+@pytest.mark.parametrize(
+    ("option", "given"), [("--dtype", "foo"), ("--optimizer", "foo"), ("--context-length", "9999")]
+)
+def test_what_is_wrong_is_named_before_ceilings_are_asked_for(option, given, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    options = ["--device", "cpu", "--json", str(tmp_path / "results.json")]
+    error = run(bench, "validate", "tiny", *options, option, given).exception
+    assert isinstance(error, ValueError)
+    assert f"got {given}" in str(error).replace("'", "")
+
+
 def stub(monkeypatch: pytest.MonkeyPatch, measure) -> None:
     """measure(name) before each model, whose step then took a second."""
 

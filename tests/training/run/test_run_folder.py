@@ -62,6 +62,12 @@ def test_a_folder_that_holds_other_things_is_refused(tmp_path, name, resume):
         _folder(tmp_path / name)
 
 
+def test_a_run_that_was_killed_while_it_wrote_its_marker_begins_again(tmp_path):
+    (tmp_path / f".{MARKER}.123.0badcafe").write_text("")
+    with _folder(tmp_path):
+        assert (tmp_path / MARKER).is_file()
+
+
 def test_a_run_is_resumed_moved_aside_or_refused(tmp_path):
     with _folder(tmp_path):
         (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
