@@ -25,7 +25,7 @@ def read_added(
     ids = _read_ids(tokens, vocab, where)
     flags = {content: [flag for flag in FLAGS if token.get(flag)] for content, token in tokens.items()}
     late = [content for content, found in flags.items() if "normalized" in found]
-    early = [content for content in tokens if content not in {*late}]
+    early = [content for content, found in flags.items() if "normalized" not in found]
     for content in late if nfc else ():
         if not unicodedata.is_normalized("NFC", content):
             raise ValueError(f"{where} has the added token {content!r}, which is normalized and not in normal form C")
