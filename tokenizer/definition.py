@@ -19,7 +19,8 @@ class Options(NamedTuple):
 
     nfc: it is brought to Unicode's normal form C.  prefix_space: a text that does not begin with a space, after a
     special token too, gets one.  flags: of special tokens, "lstrip" and "rstrip", which take the white space before
-    and after, and "single_word", which are none beside a letter, digit or underscore.
+    and after, "single_word", which are none beside a letter, digit or underscore, and "normalized", which are found
+    when the others are, in the normal form.
     """
 
     nfc: bool = False

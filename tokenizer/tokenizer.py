@@ -298,8 +298,9 @@ class Tokenizer:
         """From a tokenizer.json with a byte-level BPE model; added tokens become special tokens.
 
         Pre-tokenizers may be Splits by expressions, Digits and ByteLevel, the normalizer NFC (decoding then gives the
-        normal form), added tokens may take white space beside them. Raises ValueError on a model, normalizer or
-        pre-tokenizer of another kind. Post-processors, which add tokens at the ends, are left out.
+        normal form), added tokens may take white space beside them. Their ids are those that `tokenizers` gives them,
+        with a warning where the file says otherwise. Post-processors, which add tokens at the ends, are left out.
+        Raises ValueError on a model, normalizer, pre-tokenizer or added token of another kind.
         A vocabulary may lack single bytes (SmolLM2's has no token for the control character 4): to encode a text that
         has one is then a ValueError, where `tokenizers` drops the byte.
         """

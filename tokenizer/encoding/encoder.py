@@ -39,7 +39,9 @@ def cutter_of(definition: Definition, allowed: Collection[str]) -> Cutter:
     ids = {token: i for token, i in definition.special_tokens.items() if token in allowed}
     options = definition.options
     # A piece that begins with a space gets no other one.
-    return Cutter(Specials(ids, options.flags), definition.pattern, only_at_spaces=options.prefix_space)
+    return Cutter(
+        Specials(ids, options.flags, nfc=options.nfc), definition.pattern, only_at_spaces=options.prefix_space
+    )
 
 
 class Encoder:

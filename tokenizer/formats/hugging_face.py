@@ -58,7 +58,7 @@ def export_hf(definition: Definition, path: Path, encode: Callable[[str], list[i
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": token, "normalized": False, "special": True}
+            {"id": i, "content": token, "special": True}
             | {flag: flag in options.flags.get(token, ()) for flag in FLAGS}
             for token, i in sorted(definition.special_tokens.items(), key=lambda item: item[1])
         ],

@@ -55,9 +55,7 @@ class Cutter:
         for cut in self._candidates(data, at):
             if cut > limit:
                 break
-            near = data[max(0, cut - self.margin) : cut + self.margin]
-            middle = min(cut, self.margin)
-            if not any(start < middle < stop for start, stop in self.specials.spans(near)):
+            if not self.specials.across(data[max(0, cut - self.margin) : cut], data[cut : cut + self.margin]):
                 return cut
         return -1
 
