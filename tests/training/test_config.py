@@ -132,7 +132,7 @@ def test_what_a_resumed_run_may_change():
         "log_every": 1,
         "tensorboard": True, "wandb": "p", "dtype": "float32", "device": "cpu", "compile": True, "checkpointing": True,
         "kernels": "eager", "peak_flops": 1.0, "resume": True, "overwrite": True, "cuda_graph": False, "init_from": "m",
-        "parallel": "ddp", "reshard": False, "order": "epochs", "documents": True, "eod": 1,
+        "parallel": "ddp", "reshard": False, "order": "epochs", "documents": True, "eod": 1, "fp8": True,
     }  # fmt: skip
     assert others.keys() == {field.name for field in dataclasses.fields(TrainConfig)}
     refused = set()

@@ -41,6 +41,7 @@ def test_a_signal_saves_and_the_run_resumes(config, quiet, tmp_path, monkeypatch
     if not whole_run:  # once for the three
         whole_run.update(weights_of(train(config, console=quiet)))
     cut = dataclasses.replace(config, out_dir=tmp_path / "cut")
+    before = signal.signal(number, signal.default_int_handler)  # these tests may run under nohup
     handlers = [signal.getsignal(n) for n in STOPPING]
     with monkeypatch.context() as patch:
         kill = after(12, graph.clip_grad_norm, lambda: os.kill(os.getpid(), number))
@@ -50,6 +51,7 @@ def test_a_signal_saves_and_the_run_resumes(config, quiet, tmp_path, monkeypatch
     assert result.checkpoint.name == "step-00000013"
     assert result.val_loss == result.first_val_loss  # no time is spent on another validation
     assert [signal.getsignal(n) for n in STOPPING] == handlers
+    signal.signal(number, before)
     resumed = train(dataclasses.replace(cut, resume=True), console=quiet)
     assert resumed.stopped == "steps"
     assert_equal(whole_run, weights_of(resumed))
