@@ -8,6 +8,7 @@ as a script, outside the interpreter, it does so on the plain CPU. docs/semantic
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -361,6 +362,8 @@ def main(what: str) -> None:
 
     assert not dispatch.INTERPRETED
     torch.set_num_threads(1)
+    # torch's own, of tracing the autograd.Function of an eager path
+    warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
     with poisoned_empty():
         if what == "eager":
             check_refusals()
