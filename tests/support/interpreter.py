@@ -14,6 +14,7 @@ bfloat16 is exact is no strictness: the package itself sees to it (kernels/inter
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -254,3 +255,16 @@ def poisoned_empty() -> Iterator[None]:
     finally:
         for patch in patches:
             patch.stop()
+        _dynamo_knows_the_allocators()
+
+
+@functools.cache
+def _tables_made_anew(rules: Any) -> None:
+    rules.get_torch_obj_rule_map.cache_clear()
+
+
+def _dynamo_knows_the_allocators() -> None:
+    """torch.compile too knows them by identity, from a table made at its first use: not of those that were patched."""
+    if (rules := sys.modules.get("torch._dynamo.trace_rules")) is not None:
+        _tables_made_anew(rules)
+        rules.get_torch_obj_rule_map()
