@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import autocast_dtype
 from .transformer import Transformer
 from .typed import typed
 
@@ -19,9 +20,8 @@ class KVCache:
 
     def __init__(self, model: Transformer, batch_size: int, capacity: int) -> None:
         c, weight = model.config, model.embedding.weight
-        device, dtype = weight.device, weight.dtype
-        if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        device = weight.device
+        dtype = autocast_dtype(device.type) or weight.dtype
         shape = (c.n_layer, batch_size, c.n_kv_head, capacity, c.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.dispatch import autocast_dtype
 from ..kernels.reference import FP8_MULTIPLE
 from .config import ModelConfig
 
@@ -88,9 +89,7 @@ class Linear(nn.Linear):
 
     def _multiplier(self, device: str) -> Tensor:
         copy = self.copy
-        if copy is None or torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
-            return self.weight
-        if torch.get_autocast_dtype(device) != copy.tensor.dtype:
+        if copy is None or torch.compiler.is_compiling() or autocast_dtype(device) != copy.tensor.dtype:
             return self.weight
         return _InPlaceOf.apply(self.weight, copy.of(self.weight))
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import kernels
+from ..kernels.dispatch import autocast_dtype
 from ..kernels.linear_cross_entropy import pad_rows
 from ..kernels.rope_tables import RopeScaling, rope_tables
 from .blocks import Block, Cache, Positions, Tables
@@ -195,10 +196,8 @@ class Transformer(nn.Module):
         x = self.embedding(tokens)
         if self.config.embedding_scale != 1:
             x = x * self.config.embedding_scale
-        device = x.device.type
-        # torch 2.11 cannot compile is_autocast_available: of the devices used here meta alone has no autocast
-        if device != "meta" and torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        if (dtype := autocast_dtype(x.device.type)) is not None:
+            x = x.to(dtype)
         h = None
         for block in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
