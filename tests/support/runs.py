@@ -6,11 +6,15 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+from rich.console import Console
 
+from rooflight.training import learner
 from rooflight.training.checkpoint import load_model
 from rooflight.training.config import TrainConfig
-from rooflight.training.loop import TrainResult
+from rooflight.training.loop import TrainResult, train
+from support.recorder import Recorder
 
 
 def log_of(config: TrainConfig) -> list[dict[str, Any]]:
@@ -24,6 +28,15 @@ def weights_of(result: TrainResult) -> dict[str, torch.Tensor]:
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_graphs_make(plain: TrainResult, graphed: TrainConfig, console: Console, patch: pytest.MonkeyPatch) -> None:
+    """`graphed`, run as graphs that a recorder stands in for, ends with the weights of the run without them."""
+    recorder = Recorder()
+    patch.setattr(learner, "graphs_for", lambda config, device: recorder)
+    result = train(graphed, console=console)
+    assert recorder.captures == graphed.gradient_accumulation + 1
+    torch.testing.assert_close(weights_of(result), weights_of(plain), rtol=0, atol=1e-5)
 
 
 def crash() -> None:

@@ -13,12 +13,12 @@ from rich.console import Console
 from rooflight.kernels import fp8
 from rooflight.model import ModelConfig, Transformer
 from rooflight.model.layers import use_fp8
-from rooflight.training import graph, learner
+from rooflight.training import graph
 from rooflight.training.learner import Learner
 from rooflight.training.loop import train
 from rooflight.training.run.stopping import TrainingDiverged
 from support.recorder import Recorder
-from support.runs import after, assert_equal, crash, log_of, weights_of
+from support.runs import after, assert_equal, assert_graphs_make, crash, log_of, weights_of
 
 DEVICE = torch.device("cpu")
 MODEL = ModelConfig(32, 8, 1, 2, d_model=16, d_ff=32)
@@ -64,13 +64,10 @@ def test_a_run_of_graphs_is_the_same_run(config, quiet, tmp_path, accumulation, 
     """Scales are found anew in every replay, and nothing in the step asks the device for a number."""
     config = dataclasses.replace(config, gradient_accumulation=accumulation, max_steps=10)
     plain = train(config, console=quiet)
-    recorder = Recorder()
-    monkeypatch.setattr(learner, "graphs_for", lambda config, device: recorder)
     said = io.StringIO()
-    result = train(dataclasses.replace(config, out_dir=tmp_path / "graphed"), console=Console(file=said))
+    graphed = dataclasses.replace(config, out_dir=tmp_path / "graphed")
+    assert_graphs_make(plain, graphed, Console(file=said), monkeypatch)
     assert "without a CUDA graph" not in said.getvalue()
-    assert recorder.captures == accumulation + 1
-    torch.testing.assert_close(weights_of(result), weights_of(plain), rtol=0, atol=1e-5)
 
 
 def test_the_kernels_step_is_captured_too(device):

@@ -13,12 +13,11 @@ from rich.console import Console
 
 from rooflight.kernels import dispatch
 from rooflight.model import ModelConfig, estimate
-from rooflight.training import graph, learner, loop
+from rooflight.training import graph, loop
 from rooflight.training.checkpoint import list_checkpoints, load_model
 from rooflight.training.config import TrainConfig
 from rooflight.training.loop import train
-from support.recorder import Recorder
-from support.runs import after, assert_equal, crash, log_of, weights_of
+from support.runs import after, assert_equal, assert_graphs_make, crash, log_of, weights_of
 
 MODEL = ModelConfig(32, 8, 1, 2, d_model=16, d_ff=24)
 
@@ -65,12 +64,8 @@ def test_a_run_of_graphs_is_the_same_run(config, quiet, tmp_path, accumulation, 
     """Steps and validation, whose last batch is a shorter one; all but the learning rates' rounding to fp32."""
     config = dataclasses.replace(config, gradient_accumulation=accumulation, max_steps=10)
     plain = train(config, console=quiet)
-    recorder = Recorder()
-    monkeypatch.setattr(learner, "graphs_for", lambda config, device: recorder)
     graphed = dataclasses.replace(config, out_dir=tmp_path / "graphed")
-    result = train(graphed, console=quiet)
-    torch.testing.assert_close(weights_of(result), weights_of(plain), rtol=0, atol=1e-5)
-    assert recorder.captures == accumulation + 1
+    assert_graphs_make(plain, graphed, quiet, monkeypatch)
     timeless = {"elapsed", "tokens_per_second", "mfu"}
     for a, b in zip(log_of(config), log_of(graphed), strict=True):
         assert {k: v for k, v in a.items() if k not in timeless} == pytest.approx(
