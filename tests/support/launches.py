@@ -87,7 +87,7 @@ def random_arguments(stand_in: Any) -> list[int]:
     for _ in range(20000):
         args = tuple(pick(pool) for pool in (pointers, integers, integers, floats, tuples))
         options = {"FIRST": pick(constants), "SECOND": pick(constants), "num_warps": pick([4, 8])}
-        known = variant(_every_kind, 0, args, options)
+        known = variant(_every_kind, args, options)
         assert known is not None
         _, specialization, left = binder(*args, **options)
         # Triton's table of its own keys takes True for 1; what it compiles for does not
