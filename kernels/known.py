@@ -50,31 +50,37 @@ class Known:
     Where an address is no multiple of 16, someone looks at launches or what was written fails, it runs too.
     """
 
-    __slots__ = ("_function", "_n_watched", "_run", "_watched")
+    __slots__ = ("_function", "_n_watched", "_run", "_there")
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function, self._n_watched = function, 0
-        self._watched = on_its_device(self._watch)
-        self._run: Callable[..., Any] | None = None
+        self._run: Callable[..., Any] = _nothing
+        self._there = on_its_device(self._launch)
 
     def __call__(self, *tensors: Tensor | None) -> Any:
-        if self._run is not None:
-            try:
-                if (outputs := self._run(*tensors)) is not None:
-                    return outputs
-            except Exception:  # the function will tell
-                self._run = None
-        return self._watched(*tensors)
+        try:
+            if (outputs := self._run(*tensors)) is not None:
+                return outputs
+        except Exception:  # the function will tell
+            self._run = _nothing
+        return self._there(*tensors)
 
-    def _watch(self, *tensors: Tensor | None) -> Any:
-        if self._n_watched == MOST_WATCHED or any(x is not None and x.data_ptr() & 15 for x in tensors):
+    def _launch(self, *tensors: Tensor | None) -> Any:
+        if (outputs := self._run(*tensors)) is not None:  # it was the device, or the thread's context
+            return outputs
+        unaligned = any(x is not None and x.data_ptr() & 15 for x in tensors)
+        if unaligned or self._n_watched == MOST_WATCHED or not launching.goes_direct():
             return self._function(*tensors)
         self._n_watched += 1
         seen = _Seen(tensors)
         with seen, told(seen.launch):
             outputs = self._function(*seen.inputs)
-        self._run = seen.written(outputs)
+        self._run = seen.written(outputs) or self._run
         return outputs
+
+
+def _nothing(*tensors: Tensor | None) -> None:
+    """What was written before anything is."""
 
 
 class _Seen(TorchDispatchMode):

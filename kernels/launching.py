@@ -27,7 +27,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 __all__ = [
-    "TENSOR", "Described", "Handle", "Made", "Plan", "Via", "direct", "encode", "launch", "state", "told",
+    "TENSOR", "Described", "Handle", "Made", "Plan", "Via", "direct", "encode", "goes_direct", "launch", "state", "told",
     "unobserved_stream", "variant",
 ]  # fmt: skip
 
@@ -73,7 +73,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     """kernel[grid](*args, **constants), the constants being its trailing constexprs and Triton's options."""
     if (listener := getattr(_thread, "listener", None)) is not None:
         listener(None, ())
-    if not (_direct and isinstance(kernel, JITFunction)) or observed() or kernel.pre_run_hooks:
+    if not (isinstance(kernel, JITFunction) and goes_direct()) or kernel.pre_run_hooks:
         kernel[grid](*args, **constants)
         return
     known = variant(kernel, args, constants)
@@ -184,7 +184,7 @@ class Plan:
         if self.made:
             tensors += tuple([make() for _, make in self.made])
         kernel, given = self.kernel, self.args.copy()
-        if not (_direct and self.compiled) or observed() or kernel.pre_run_hooks:
+        if not (self.compiled and goes_direct()) or kernel.pre_run_hooks:
             self._through_triton(tensors)
             return None
         key: list[Any] = [*state()]
@@ -235,16 +235,16 @@ def state() -> tuple[Any, ...]:
 def unobserved_stream(before: tuple[Any, ...]) -> int | None:
     """The current stream; None where launches are not to go past Triton, or the state is another than before."""
     now = state()
-    return driver.active.get_current_stream(now[0]) if _direct and now == before and not observed() else None
+    return driver.active.get_current_stream(now[0]) if now == before and goes_direct() else None
 
 
-def observed() -> bool:
-    """Whether someone asked Triton to be told of launches, or changes what it compiles."""
+def goes_direct() -> bool:
+    """Whether launches go past Triton: nobody asked it to be told of them, or changes what it compiles."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     if (enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True)):
-        return True
-    return getattr(runtime, "add_stages_inspection_hook", None) is not None
+        return False
+    return _direct and getattr(runtime, "add_stages_inspection_hook", None) is None
 
 
 def _prepared(kernel: Any) -> int:

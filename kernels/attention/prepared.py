@@ -83,4 +83,4 @@ class KnownAttention(torch.autograd.Function):
             run = _find_backward(state(), dout, *saved, *options)
             if run is not None:
                 return run(dout, *saved)
-        return *call(bwd_op, dout, None, *saved, None, None, None, None, None, *options)[:3], None
+        return *call(bwd_op, dout, None, *saved, None, None, None, None, *options)[:3], None

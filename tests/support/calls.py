@@ -197,7 +197,7 @@ def a_known_call_that_fails(stand_in: Any) -> dict[str, Any]:
     kept: list[Any] = []
     paths.forget()
     found: dict[str, Any] = {"before": [launched() for _ in range(3)][-1]}
-    with mock.patch.object(blocks, "_described", side_effect=RuntimeError("broken")):
+    with mock.patch.object(blocks, "_prototype", side_effect=RuntimeError("broken")):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found["failing"] = launched()
@@ -215,7 +215,8 @@ def new_kinds(stand_in: Any) -> dict[str, Any]:
     import torch
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from rooflight.kernels import flash_attention, launching, rms_norm
+    from rooflight.kernels import flash_attention, rms_norm
+    from rooflight.kernels import known as known_calls
     from rooflight.kernels.attention import paths, prepared
     from rooflight.kernels.attention.hopper import blocks
 
@@ -241,14 +242,14 @@ def new_kinds(stand_in: Any) -> dict[str, Any]:
             rms_norm(x, None).backward(torch.empty_like(x))
 
     norm(700)
-    before = launching._code.cache_info().currsize
+    before = known_calls._code.cache_info().currsize
     for n in range(1, 20):
         norm(700 + n)
         attend(1040 + 16 * n)
-    found["codes"] = launching._code.cache_info().currsize - before
+    found["codes"] = known_calls._code.cache_info().currsize - before
     describers = []
     for T in range(200):
-        of = blocks.describer(torch.empty(1, 1, 512 + T, 128, dtype=torch.bfloat16), 64)
+        of = blocks.boxes(64, False).describer(torch.empty(1, 1, 512 + T, 128, dtype=torch.bfloat16))
         describers.append(of)
         for address in range(0, 64 << 12, 1 << 12):
             of(address)

@@ -319,13 +319,13 @@ def descriptors(stand_in: Any) -> dict[str, bool]:
     from rooflight.kernels.attention.hopper import blocks
 
     x = torch.zeros(2, 4, 32, 128, dtype=torch.bfloat16)
-    one = blocks.describe(x, 64, False)
+    one = blocks.boxes(64, False).describe(x)
     found = {
-        "the same": blocks.describe(x.view(x.shape), 64, False) is one,
-        "other rows": blocks.describe(x, 128, False) is not one,
-        "other strides": blocks.describe(x.transpose(1, 2), 64, False) is not one,
-        "other address": blocks.describe(x[1:], 64, False) is not one,
-        "other type": blocks.describe(x.view(torch.float16), 64, False) is not one,
+        "the same": blocks.boxes(64, False).describe(x.view(x.shape)) is one,
+        "other rows": blocks.boxes(128, False).describe(x) is not one,
+        "other strides": blocks.boxes(64, False).describe(x.transpose(1, 2)) is not one,
+        "other address": blocks.boxes(64, False).describe(x[1:]) is not one,
+        "other type": blocks.boxes(64, False).describe(x.view(torch.float16)) is not one,
         "encodes the address": one.base.data_ptr() == x.data_ptr(),
     }
     alive = weakref.ref(x)
