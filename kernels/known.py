@@ -246,7 +246,7 @@ def prepared(make: Callable[..., Any]) -> Callable[..., Any]:
             kind = type(x)
             if kind in dispatch._TENSORS:
                 tensors.append(x)
-                key.append(kind)
+                key.append(Tensor)
             elif kind in dispatch._VALUES:
                 key += kind, x
             else:

@@ -27,8 +27,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 __all__ = [
-    "TENSOR", "Described", "Handle", "Made", "Plan", "Via", "direct", "encode", "goes_direct", "launch", "state", "told",
-    "unobserved_stream", "variant",
+    "TENSOR", "Described", "Handle", "Made", "Plan", "Via", "direct", "encode", "goes_direct", "launch", "state",
+    "told", "unobserved_stream", "variant",
 ]  # fmt: skip
 
 # The C launcher's arguments were read in these versions; hardware has run 3.6.0 (bench/NOTES.md).

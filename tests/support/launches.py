@@ -6,11 +6,12 @@ Triton's driver is a stand-in (bench/measure/host.py) whose launcher is Triton's
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
-from calls import ADDRESSES, a_known_call_that_fails, comparable, new_kinds, passes, random_call
+import calls
+from calls import a_known_call_that_fails, comparable, new_kinds, passes, random_call, told
 
 CASES: dict[str, Callable[[Any], Any]] = {}
 
@@ -123,6 +124,7 @@ def what_reaches_the_driver(stand_in: Any) -> dict[str, Any]:
         return made
 
     launching._handle = counting
+    calls.ALIVE = deque()
     try:
         for seed in range(300):
             traces = []
@@ -130,7 +132,9 @@ def what_reaches_the_driver(stand_in: Any) -> dict[str, Any]:
                 stand_in.launched.clear()
                 with launching.direct(direct):
                     random_call(random.Random(seed))()
-                traces.append([comparable(stand_in, call) for call in stand_in.launched])
+                places: dict[int, int] = {}
+                traces.append([comparable(stand_in, call, places) for call in stand_in.launched])
+                calls.ALIVE.clear()
             n_launched += len(traces[0])
             for trace in traces[1:]:
                 for ours, theirs in zip(trace, traces[0], strict=True):
@@ -138,6 +142,7 @@ def what_reaches_the_driver(stand_in: Any) -> dict[str, Any]:
                         return {"seed": seed, "ours": str(ours), "theirs": str(theirs)}
     finally:
         launching._handle = handle
+        calls.ALIVE = deque(maxlen=0)
     return {"handled": n_handled, "launched": n_launched, "kernels": sorted(names)}
 
 
@@ -340,7 +345,7 @@ def main() -> None:
     from rooflight.bench.measure.host import standing_in
 
     data_ptr = torch.Tensor.data_ptr
-    torch.Tensor.data_ptr = lambda x: (ADDRESSES.add(data_ptr(x)), data_ptr(x))[1]  # type: ignore[method-assign]
+    torch.Tensor.data_ptr = lambda x: told(x, data_ptr(x))  # type: ignore[method-assign]
     with standing_in() as stand_in:
         print(json.dumps({name: case(stand_in) for name, case in CASES.items()}))
 
