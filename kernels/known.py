@@ -100,6 +100,11 @@ class _Seen(TorchDispatchMode):
         self.launches: list[tuple[Plan, tuple[Any, ...], Any]] = []
         self.nothing_else, self.launching = True, False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Else torch would import its compiler, which takes a second; no compiled call comes here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result, operator = func(*args, **(kwargs or {})), func._schema.name
         if operator in _EMPTY:
