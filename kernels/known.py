@@ -1,6 +1,6 @@
 """Eager calls of a kind that was seen before: one look-up, then allocations and launches written out as one function.
 
-What an operator's launcher does with its tensors is watched in the first call of a kind (dtypes, shapes, strides,
+What an operator's launcher does with its tensors is watched in the second call of a kind (dtypes, shapes, strides,
 devices, numbers) and written down: what it allocates, and which plan it gives what. Such calls then run what was
 written, which is no more than
 
@@ -32,8 +32,8 @@ __all__ = ["Known", "prepared"]
 
 # Kinds of calls that are kept (up to 40 KiB each); with more in turn, as with many lengths, they are met anew.
 MOST_KINDS = 1024
-# Calls of a kind that are watched: the first may do more than others, as when it fills a cache.
-MOST_WATCHED = 3
+# Calls of a kind that are watched, until one does nothing else. Not the first: many a kind comes once, as lengths do.
+WATCHED = range(2, 5)
 # Ways of one kind that are told apart in C++ (requires_grad, inference mode); more in turn are told apart in Python.
 MOST_GUARDS = 4
 
@@ -43,17 +43,17 @@ _EMPTY = frozenset(
 
 
 class Known:
-    """function(*tensors) as it went in the first call with such tensors, or None in place of some.
+    """function(*tensors) as it went in an earlier call with such tensors, or None in place of some.
 
     function: a launcher, which allocates, launches plans and returns what it allocated, and does no more than that
     in any later call of the kind; in a call that does more it is watched, and in the end run itself.
     Where an address is no multiple of 16, someone looks at launches or what was written fails, it runs too.
     """
 
-    __slots__ = ("_function", "_n_watched", "_run", "_there")
+    __slots__ = ("_function", "_n_calls", "_run", "_there")
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._function, self._n_watched = function, 0
+        self._function, self._n_calls = function, 0
         self._run: Callable[..., Any] = _nothing
         self._there = on_its_device(self._launch)
 
@@ -69,9 +69,11 @@ class Known:
         if (outputs := self._run(*tensors)) is not None:  # it was the device, or the thread's context
             return outputs
         unaligned = any(x is not None and x.data_ptr() & 15 for x in tensors)
-        if unaligned or self._n_watched == MOST_WATCHED or not launching.goes_direct():
+        if unaligned or not launching.goes_direct():
             return self._function(*tensors)
-        self._n_watched += 1
+        self._n_calls += 1
+        if self._n_calls not in WATCHED:
+            return self._function(*tensors)
         seen = _Seen(tensors)
         with seen, told(seen.launch):
             outputs = self._function(*seen.inputs)
@@ -139,34 +141,29 @@ class _Seen(TorchDispatchMode):
         device = next(x.device for x in self.inputs if x is not None)
         fixed: dict[str, Any] = {
             "encode": encode, "empty": _allocator(device), "unobserved_stream": unobserved_stream,
+            "state": launching.state() if any(plan.compiled for plan, *_ in self.launches) else None,
             "thread": dispatch._thread,
         }  # fmt: skip
-
-        def name(value: Any) -> str:
-            fixed[f"c{len(fixed)}"] = value
-            return f"c{len(fixed) - 1}"
-
         names = {self.names[id(x)]: None for x in used if x is not None}  # each once
         lines = [f"a{x} = {x}.data_ptr()" for x in names if x[0] == "x"]
         if device.type == "cuda":
             lines += ["if not getattr(thread, 'has_context', False):", "    return None"]
-        handle = next((handle for *_, handle in self.launches if handle is not None), None)
-        if handle is not None:
-            hooks = [f"{name(plan.kernel)}.pre_run_hooks" for plan, _, handle in self.launches if handle]
-            lines += [f"stream = unobserved_stream({name(launching.state())})"]
-            lines += [f"if stream is None or {' or '.join(hooks)}:", "    return None"]
+        hooks = [f" or k{n}.pre_run_hooks" for n, (*_, handle) in enumerate(self.launches) if handle is not None]
+        if hooks:
+            lines += ["stream = unobserved_stream(state)", f"if stream is None{''.join(hooks)}:", "    return None"]
         for n, x in enumerate(self.fresh):
             if f"t{n}" in names:
-                lines.append(f"t{n} = empty({name(tuple(x.shape))}, {name(x.stride())}, {name(x.dtype)})")
-                lines.append(f"at{n} = t{n}.data_ptr()")
+                fixed |= zip(of := _names(f"t{n}_", 3), (tuple(x.shape), x.stride(), x.dtype), strict=True)
+                lines += [f"t{n} = empty({', '.join(of)})", f"at{n} = t{n}.data_ptr()"]
         if names:
-            lines += [f"if ({' | '.join(f'a{x}' for x in names)}) & 15:", "    return None"]
-        for plan, tensors, handle in self.launches:
+            lines += [f"if ({' | '.join([f'a{x}' for x in names])}) & 15:", "    return None"]
+        for n, (plan, tensors, handle) in enumerate(self.launches):
             given = [self.names[id(x)] for x in tensors]
             if handle is None:
-                lines.append(f"{name(plan)}({', '.join(given)})")
+                fixed[f"p{n}"] = plan
+                lines.append(f"p{n}({', '.join(given)})")
             else:
-                lines.append(_start(plan, handle, tensors, given, name))
+                lines.append(_start(n, plan, handle, tensors, given, fixed))
         returns = ", ".join([self.names[id(x)] for x in returned])
         lines.append(f"return ({returns},)" if several else f"return {returns}")
         head = f"def run({', '.join(f'x{n}' for n in range(len(self.inputs)))}):\n    "
@@ -174,9 +171,14 @@ class _Seen(TorchDispatchMode):
         return fixed["run"]
 
 
-def _start(plan: Plan, handle: Any, tensors: tuple[Any, ...], names: list[str], name: Callable[[Any], str]) -> str:
-    """The call of the C launcher: each argument in its place, tensors by their addresses."""
-    flat = [name(arg) for arg in plan.args]
+def _start(
+    n: int, plan: Plan, handle: Any, tensors: tuple[Any, ...], names: list[str], fixed: dict[str, Any]
+) -> str:  # fmt: skip
+    """The n-th call of the C launcher: each argument in its place, tensors by their addresses."""
+    fixed[f"k{n}"], fixed[f"start{n}"] = plan.kernel, handle.start
+    of_start = (*plan.grid, *handle.fixed)
+    fixed |= zip(before := _names(f"s{n}_", len(of_start)), of_start, strict=True)
+    fixed |= zip(flat := [*_names(f"p{n}_", len(plan.args))], plan.args, strict=True)
     fields = dict(handle.descriptors)
     for (at, via), x, given in zip(plan.places, tensors, names, strict=False):
         if x is None:
@@ -184,14 +186,21 @@ def _start(plan: Plan, handle: Any, tensors: tuple[Any, ...], names: list[str], 
         elif via is None:
             flat[at] = f"a{given}"
         else:
-            flat[at] = f"*encode({name(via.describer(x))}(a{given}), {name(fields[at])})"
+            fixed |= {f"d{n}_{at}": via.describer(x), f"f{n}_{at}": fields[at]}
+            flat[at] = f"*encode(d{n}_{at}(a{given}), f{n}_{at})"
     for at, make in plan.made:
-        flat[at] = f"{name(make)}().data_ptr()"
+        fixed[f"m{n}_{at}"] = make
+        flat[at] = f"m{n}_{at}().data_ptr()"
     for i, _, start, stop in plan.tuples:
         flat[i] = f"({', '.join(flat[start:stop])},)"
     arguments = ", ".join((flat[: plan.tuples[0][2]] if plan.tuples else flat) + ["None"] * handle.n_constant)
-    before = ", ".join([*map(name, plan.grid), "stream", *map(name, handle.fixed)])
-    return f"{name(handle.start)}({before}, {f'[{arguments}]' if handle.as_list else arguments})"
+    grid, rest = ", ".join(before[:3]), ", ".join(before[3:])
+    return f"start{n}({grid}, stream, {rest}, {f'[{arguments}]' if handle.as_list else arguments})"
+
+
+@cache
+def _names(first: str, n: int) -> tuple[str, ...]:
+    return tuple([f"{first}{i}" for i in range(n)])
 
 
 def _allocator(device: torch.device) -> Callable[..., Tensor]:
