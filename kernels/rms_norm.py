@@ -204,7 +204,9 @@ def _prepared_bwd(
     dy: Tensor, dstream: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, weight_offset: float,
     needs_dw: bool,
 ) -> Any:  # fmt: skip
-    return Known(lambda *tensors: rms_norm_bwd(*tensors, weight_offset, needs_dw))
+    return Known(
+        lambda dy, dstream, h, weight, rstd: rms_norm_bwd(dy, dstream, h, weight, rstd, weight_offset, needs_dw)
+    )
 
 
 _bwd = define_op(rms_norm_bwd, _rms_norm_bwd_fake, _bwd_flops)

@@ -190,8 +190,8 @@ def _via(make: Callable[..., TensorDescriptor], facts: Callable[[Tensor], tuple[
 # One memory for all: with one for each shape, shapes that keep changing would fill it without end.
 @lru_cache(maxsize=4096)
 def _described(make: Callable[..., TensorDescriptor], dtype: torch.dtype, *facts: Any) -> TensorDescriptor:
-    *facts, address = facts
-    return make(_Address(address, dtype), dtype, *facts)
+    *of, address = facts
+    return make(_Address(address, dtype), dtype, *of)
 
 
 def _rows_descriptor(base: Tensor | _Address, dtype: torch.dtype, size: int, rows: int) -> TensorDescriptor:
