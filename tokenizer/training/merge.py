@@ -36,13 +36,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from heapq import nsmallest
 
 import numpy as np
 
 from ..sizes import MAX_BATCH, REACH, TOKENS, TRIES
 from ..tokens import ranges
 from .count import Words
-from .ranking import Groups, Pairs, Ranking, Turns
+from .ranking import Entry, Groups, Pairs, Ranking, Turns
 
 _BOUNDARY = np.int32(2**31 - 1)  # between words
 
@@ -59,14 +60,15 @@ def learn_merges(
     tokens = [bytes([byte]) for byte in range(256)]
     corpus = _Corpus(words)
     merges: list[tuple[bytes, bytes]] = []
+    done: list[Entry] = []
     while len(merges) < n_merges:
         pairs = corpus.pairs(partial(_threshold, n_merges=n_merges, n_done=len(merges)))
         if not len(pairs):
             break
         ranking = Ranking(pairs, tokens, corpus.context)
         turns = Turns()
-        room = n_merges - len(merges)
-        while len(merges) < n_merges and (batch := ranking.take(max(1, min(room, MAX_BATCH)))):
+        least = (0, b"", b"", 0)  # merges that rank below come after the last
+        while len(merges) < n_merges and (batch := ranking.take(least)):
             names = [pairs.names[entry[3]] for entry in batch]
             first_id = len(tokens)
             tokens += [left + right for _, left, right, _ in batch]
@@ -78,7 +80,9 @@ def learn_merges(
             turns.add(batch, names, first_id)
             in_turn = turns.release(ranking.first())
             merges += in_turn
-            room -= len(batch)
+            done += batch
+            if least[0] == 0 and len(done) >= n_merges:
+                least = nsmallest(len(done) - n_merges + 1, done)[-1]
             advance(min(len(in_turn), n_merges - len(merges) + len(in_turn)))
         if len(merges) < n_merges:
             corpus.compact()
