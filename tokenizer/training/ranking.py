@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..sizes import DEPTH, FRONT, MAX_PLACES, MAX_TOKENS, NEAR
+from ..sizes import FRONT, MAX_BATCH, MAX_PLACES, NEAR, PASSED
 from ..tokens import ranges
 from ..wordkeys import KeyTable, mix
 
-_TOKEN_BITS = MAX_TOKENS.bit_length()
 _NOWHERE = np.empty(0, np.int32)
 
 Context = Callable[[np.ndarray, tuple[int, int], int], list[int] | None]
@@ -64,7 +63,7 @@ class Pairs:
         starts = groups.starts[hot]
         sizes = groups.stops[hot] - starts
         bounds = np.append(0, np.cumsum(sizes))
-        positions = groups.positions[groups.order[ranges(starts, sizes)]]
+        positions = groups.positions.take(groups.order.take(ranges(starts, sizes)))
         positions -= np.repeat(groups.shifts[hot], sizes)
         return self.add(groups.first[hot], groups.second[hot], groups.counts[hot], positions.astype(np.int32), bounds)
 
@@ -117,23 +116,20 @@ class Ranking:
         self._entries: dict[int, Entry] = {}  # the front's entries by index
         self._by_left: dict[int, dict[int, Entry]] = defaultdict(dict)  # ... and by left token
         self._by_right: dict[int, dict[int, Entry]] = defaultdict(dict)
-        # Left and right tokens of the front's pairs, now or once, with their counts: without one there is no tie.
-        self._lefts: set[int] = set()
-        self._rights: set[int] = set()
 
     def add(self, indices: np.ndarray) -> None:
         """Puts those of the pairs that belong there into the front, where they are not yet."""
         counts = self._pairs.counts[indices]
         above = counts > self._bound
-        self._near = np.append(self._near, indices[~above & (counts > self._near_bound)])
+        near = indices[~above & (counts > self._near_bound)]
+        if len(near):
+            self._near = np.append(self._near, near)
         entries = []
         for index, count in zip(indices[above].tolist(), counts[above].tolist(), strict=True):
             a, b = self._pairs.names[index]
             entry = (count, self._tokens[a], self._tokens[b], index)
             entries.append(entry)
             self._by_left[a][index] = self._by_right[b][index] = entry
-            self._lefts.add(count << _TOKEN_BITS | a)
-            self._rights.add(count << _TOKEN_BITS | b)
         self._entries.update((entry[3], entry) for entry in entries)
         if 8 * len(entries) < len(self._front):
             for entry in entries:
@@ -160,7 +156,7 @@ class Ranking:
         lefts: set[int] = set()
         rights: set[int] = set()
         n_places = 0
-        for entry in islice(reversed(self._front), DEPTH):
+        for entry in islice(reversed(self._front), MAX_BATCH):
             a, b = self._pairs.names[entry[3]]
             if not batch or (a not in rights and b not in lefts and a != b and self._outranks_ties(entry, a, b)):
                 if batch and entry < least:
@@ -171,6 +167,8 @@ class Ranking:
                     break
             else:
                 passed.append(entry)
+                if len(passed) == PASSED:
+                    break
             lefts.add(a)
             rights.add(b)
         self._front[len(self._front) - len(batch) - len(passed) :] = passed[::-1]
@@ -193,8 +191,6 @@ class Ranking:
         {b'dg': False, b'gc': False, b'hd': True}
         """
         count, left = entry[:2]
-        if count << _TOKEN_BITS | a not in self._rights and count << _TOKEN_BITS | b not in self._lefts:
-            return True
         before = [tie for tie in self._by_right[a].values() if tie[0] == count] if a in self._by_right else ()
         after = [tie for tie in self._by_left[b].values() if tie[0] == count] if b in self._by_left else ()
         if not (before or after):
@@ -265,9 +261,9 @@ class Turns:
         self._waiting: dict[int, list[tuple[Entry, tuple[int, int]]]] = {}  # by a token that is not there yet
 
     def add(self, batch: list[Entry], names: list[tuple[int, int]], first_id: int) -> None:
-        for new, (entry, name) in enumerate(zip(batch, names, strict=True), first_id):
+        for new, ((count, left, right, _), name) in enumerate(zip(batch, names, strict=True), first_id):
             self._waiting[new] = []
-            self._put((*entry[:3], new), name)
+            self._put((count, left, right, new), name)
 
     def release(self, first: Entry | None) -> list[tuple[bytes, bytes]]:
         """The merges that go before the pair `first` and what may come of it; None: all."""
