@@ -3,9 +3,10 @@
     python -m rooflight.bench.measure.processes TEXT TOKENIZER [WORKERS] [REPEATS]    # default: 2 workers, 5 repeats
 
 TEXT is a text file; its first 40 MB, in texts of 2,000 characters, are the list. TOKENIZER is a folder. Each run is a
-process of its own, which starts with empty tables, and one and several take turns. Shown is the fastest run of each, in
-seconds on the wall, and the busiest process's processor time, which is what the wall would show on cores that nothing
-else uses: of this kind the least counts too.
+process of its own, which starts with empty tables, and one and several take turns. Shown is the least of each: seconds
+on the wall, of processor time of the busiest process, and of all. On cores that nothing else uses the first two are
+nearly the same. On others whoever gets a core does more of the work, and what all take is the steadier figure: the
+speed-up that it stands for is WORKERS x one / all.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ MEGABYTES, CHARACTERS = 40, 2_000
 TASKS = ("encode_file", "encode_batch")
 
 
-def measure(task: str, text: Path, folder: Path, workers: int) -> tuple[float, float]:
-    """Wall seconds, and processor seconds of the busiest process; of several workers their mean."""
+def measure(task: str, text: Path, folder: Path, workers: int) -> tuple[float, float, float]:
+    """Wall seconds, and processor seconds of the busiest process (of several started ones their mean) and of all."""
     tokenizer = Tokenizer.load(folder)
     with TemporaryDirectory() as name:
         if task == "encode_file":
@@ -39,7 +40,7 @@ def measure(task: str, text: Path, folder: Path, workers: int) -> tuple[float, f
             clock = Clock()
             tokenizer.encode_batch(texts, num_workers=workers)
         wall, own, others = clock.read_apart()
-    return wall, max(own, others / max(1, workers - 1))
+    return wall, max(own, others / max(1, workers - 1)), own + others
 
 
 def main(text: str, tokenizer: str, workers: str = "2", repeats: str = "5", task: str = "") -> None:
@@ -52,10 +53,11 @@ def main(text: str, tokenizer: str, workers: str = "2", repeats: str = "5", task
             for n, found in runs.items():
                 command = [sys.executable, "-m", __spec__.name, text, tokenizer, n, "1", name]
                 found.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
-        (wall, cpu), (walls, busiest) = (map(min, zip(*found, strict=True)) for found in runs.values())
-        print(f"{name:<13} 1 process     {wall:6.2f} s, processor time {cpu:6.2f} s")
-        print(f"{'':<13} {workers} processes   {walls:6.2f} s, of the busiest {busiest:6.2f} s")
-        print(f"{'':<13} times as fast {wall / walls:5.2f}     by processor time {cpu / busiest:5.2f}", flush=True)
+        one, several = ([min(column) for column in zip(*found, strict=True)] for found in runs.values())
+        gain = [one[0] / several[0], one[1] / several[1], int(workers) * one[2] / several[2]]
+        print(f"{name:<14}{'wall':>8}{'busiest':>9}{'all':>8}")
+        for label, row in (("1 process", one), (f"{workers} processes", several), ("times as fast", gain)):
+            print(f"{label:<14}{row[0]:8.2f}{row[1]:9.2f}{row[2]:8.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rooflight.tokenizer.workers import Crew, check_num_workers
 HELPER = """
 import os, signal, time
 class Helper:
-    def __init__(self, start=0): self.total = start
+    def __init__(self, start=0, naps=False): self.total, self.naps = start, naps
     def run(self, task):
         kind, value = task
         self.total += 1
@@ -32,7 +32,9 @@ class Helper:
         if kind == "sleep": time.sleep(value)
         if kind == "double": time.sleep(0.02); return 2 * value, os.getpid()
         return value, os.getpid()
-    def finish(self): return self.total
+    def finish(self):
+        if self.naps: time.sleep(os.getpid() % 4 / 2)  # one ends before the other
+        return self.total
     def join(self, total): self.total += total
 """
 
@@ -95,6 +97,17 @@ def test_what_no_started_process_has_begun_is_done_here(helper):
     with Crew(helper, 2) as crew:  # one that is ready by now, and one that has come to nothing
         assert len(list(crew.map([("sleep", 0.02)] * 60))) == 60
         assert crew.finish().total == 60
+
+
+def test_a_process_that_has_ended_is_no_failure_while_another_has_not(helper):
+    def ending(crew):
+        while sum(process.has_run for process in crew._processes.values()) < 2:
+            yield "sleep", 0.02
+
+    with Crew(partial(helper, naps=True), 3) as crew:
+        list(crew.map([("sleep", 0.02)] * 2))
+        list(crew.map(ending(crew)))
+        assert crew.finish().total > 2
 
 
 def test_several_threads_have_crews(helper):
