@@ -62,8 +62,9 @@ def encode_batch(
 ) -> list[list[int]]:
     """The ids of each text. `encode_many` is sent to other processes; lists are made here, of arrays."""
     lists: list[list[int]] = []
-    with Crew(partial(_BatchWorker, encode_many), check_num_workers(num_workers)) as crew:
-        for ids, counts in crew.map(_groups(texts)):
+    num_workers = check_num_workers(num_workers)
+    with Crew(partial(_BatchWorker, encode_many), num_workers) as crew:
+        for ids, counts in crew.map(_groups(texts, GROUP if num_workers > 1 else TASK)):
             ends = np.cumsum(counts).tolist()
             lists += [to_list(ids[i:j]) for i, j in pairwise([0, *ends])]
     return lists
@@ -85,10 +86,11 @@ class _BatchWorker:
         self.run = encode_many
 
 
-def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
+def _groups(texts: Iterable[str], later: int) -> Iterator[list[str]]:
+    """The texts in groups of a TASK's characters, and of `later` from the second on, which starts processes."""
     group: list[str] = []
     size = 0
-    most = TASK  # a second group starts processes
+    most = TASK
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"texts: got {type(text).__name__}, expected str")
@@ -96,6 +98,6 @@ def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
         size += len(text)
         if size >= most:
             yield group
-            group, size, most = [], 0, GROUP
+            group, size, most = [], 0, later
     if group:
         yield group

@@ -97,7 +97,7 @@ class Encoder:
 
     def to_list(self, ids: np.ndarray) -> list[int]:
         """The ids as one int for all that are equal: made anew they would be five times the memory."""
-        return self._ints.take(ids).tolist()
+        return self._ints.take(ids, mode="clip").tolist()  # without a look at each, which takes a fifth longer
 
     def encode_with_offsets(self, text: str, allowed: Specials) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and the (start, end) of each one's characters in `text`."""
