@@ -53,20 +53,14 @@ def encode_file(
     return out.n_tokens
 
 
-def encode_batch(
-    encode_many: EncodeMany,
-    to_list: Callable[[np.ndarray], list[int]],
-    texts: Iterable[str],
-    *,
-    num_workers: int | None,
-) -> list[list[int]]:
+def encode_batch(encode_many: EncodeMany, texts: Iterable[str], *, num_workers: int | None) -> list[list[int]]:
     """The ids of each text. `encode_many` is sent to other processes; lists are made here, of arrays."""
     lists: list[list[int]] = []
     num_workers = check_num_workers(num_workers)
     with Crew(partial(_BatchWorker, encode_many), num_workers) as crew:
         for ids, counts in crew.map(_groups(texts, GROUP if num_workers > 1 else TASK)):
             ends = np.cumsum(counts).tolist()
-            lists += [to_list(ids[i:j]) for i, j in pairwise([0, *ends])]
+            lists += [ids[i:j].tolist() for i, j in pairwise([0, *ends])]
     return lists
 
 

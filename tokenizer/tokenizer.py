@@ -168,12 +168,8 @@ class Tokenizer:
             texts = list(texts)
             for text in texts:
                 self._refuse_specials(text)
-        return _files.encode_batch(
-            partial(self._encoder.bulk.encode_many, allowed=self._allowed(allowed_special).specials),
-            self._encoder.to_list,
-            texts,
-            num_workers=num_workers,
-        )
+        encode_many = partial(self._encoder.bulk.encode_many, allowed=self._allowed(allowed_special).specials)
+        return _files.encode_batch(encode_many, texts, num_workers=num_workers)
 
     def encode_many(
         self, texts: Sequence[str], *, allowed_special: AllowedSpecial = "all"
