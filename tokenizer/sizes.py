@@ -11,6 +11,8 @@ from __future__ import annotations
 # What a process is given at a time, or a call works on: long enough that starting costs nothing beside it, short enough
 # that its arrays are no burden and that many processes end together.
 TASK = 1 << 22
+# The same of texts whose lists are made in one process, so that what is left of it to the others is shared evenly.
+GROUP = 1 << 20
 # Cut into pre-tokens at a time: with its arrays of classes and bounds it stays in the cache.
 CHUNK = 1 << 18
 # The same of a stream, which is to take less than a megabyte with all its arrays.

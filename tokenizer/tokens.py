@@ -43,13 +43,24 @@ class TokenBytes:
         ids = list(vocab)
         self.ints[ids] = ids
         self.sizes = np.fromiter(map(len, tokens), np.int64, len(tokens))
-        self._offsets = np.cumsum(self.sizes) - self.sizes
-        # Eight bytes from every offset of the tokens' bytes, and those at which each token starts.
-        data = _join_many(tokens) + bytes(8)
-        self._loads = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))
-        self._heads = self._loads[self._offsets]
+        self._index(_join_many(tokens) + bytes(8))
         # None, which cannot be joined, where there is no token.
         self._tokens: list[Any] = [token or None for token in tokens] if self._has_gaps else tokens
+
+    def _index(self, data: bytes) -> None:
+        self._data = data
+        self._offsets = np.cumsum(self.sizes) - self.sizes
+        # Eight bytes from every offset of the tokens' bytes, and those at which each token starts.
+        self._loads = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))
+        self._heads = self._loads[self._offsets]
+
+    def __getstate__(self) -> tuple[np.ndarray, bytes, bool]:
+        # Who gets it pickled encodes, by arrays, and has no need of Python objects for 100,000 tokens.
+        return self.sizes, self._data, self._has_gaps
+
+    def __setstate__(self, state: tuple[np.ndarray, bytes, bool]) -> None:
+        self.sizes, data, self._has_gaps = state
+        self._index(data)
 
     def edges(self) -> tuple[np.ndarray, np.ndarray]:
         """Each token's first and last byte (uint8); anything where the vocabulary has no such id."""
