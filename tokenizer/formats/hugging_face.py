@@ -13,7 +13,6 @@ from typing import Any
 from ..definition import Definition, Options, define
 from ..files import read_json, write_json
 from ..pretokenize import GPT2_PATTERN, PATTERNS, Pattern, for_oniguruma, is_gpt2, is_vectorised, pretokenize
-from ..tokens import TokenBytes
 from .added_tokens import FLAGS, read_added
 from .printable import check_vocab, parse_merges, parse_vocab, printable_merges, printable_vocab
 
@@ -93,7 +92,7 @@ def _try(content: dict[str, Any], definition: Definition, encode: Callable[[str]
         from tokenizers import Tokenizer
 
         peer = Tokenizer.from_str(json.dumps(content))
-        missing = TokenBytes(definition.vocab).missing()
+        missing = definition.tokens.missing()
         for text in SAMPLES:
             if missing and missing.search(text.encode()):
                 continue  # tokenizers leaves such bytes out
