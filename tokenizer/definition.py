@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import islice
@@ -104,7 +104,7 @@ class Definition:
 
 def define(
     vocab: Mapping[int, bytes],
-    merges: Iterable[tuple[bytes, bytes]] | np.ndarray,
+    merges: Iterable[tuple[bytes, bytes]] | Callable[[TokenBytes], np.ndarray],
     special_tokens: Sequence[str] | Mapping[str, int],
     pattern: Pattern,
     ignore_merges: bool,
@@ -113,8 +113,9 @@ def define(
     all_bytes: bool = True,
     ordinary: dict[bytes, int] | None = None,
 ) -> Definition:
-    """A definition, all of it checked. merges: tokens, or as Definition.pairs has them. Raises ValueError.
+    """A definition, all of it checked. Raises ValueError.
 
+    merges: pairs of tokens; or what makes Definition.pairs when the vocabulary is found to be right.
     all_bytes: each byte must be a token.  ordinary: Definition.ordinary, if it is there already.
     """
     pattern = resolve(pattern)
@@ -125,11 +126,11 @@ def define(
     special_ids = set(specials.values())
     id_of = _check_vocab(vocab, special_ids, all_bytes, ordinary)
     _check_holes(vocab, special_ids)
-    pairs = merges if isinstance(merges, np.ndarray) else _pairs(list(merges), id_of)
-    keys = np.sort(pairs[:, 0].astype(np.int64) << 32 | pairs[:, 1])
+    definition = Definition(vocab, np.empty((0, 3), np.int32), specials, pattern, ignore_merges, options)
+    definition.pairs = merges(definition.tokens) if callable(merges) else _pairs(list(merges), id_of)
+    keys = np.sort(definition.pairs[:, 0].astype(np.int64) << 32 | definition.pairs[:, 1])
     if (keys[1:] == keys[:-1]).any():
         raise ValueError("merges: a pair is listed more than once")
-    definition = Definition(vocab, pairs, specials, pattern, ignore_merges, options)
     if ordinary is None and len(id_of) == len(vocab):  # then it is but for the special tokens: it takes long to make
         ordinary = id_of
         for i in special_ids:

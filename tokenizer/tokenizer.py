@@ -283,7 +283,7 @@ class Tokenizer:
     ) -> Tokenizer:
         """From GPT-2's vocab.json (encoder.json) and merges.txt (vocab.bpe), or files of that form."""
         vocab, merges = own_format.read_gpt2(Path(vocab_path), Path(merges_path), dict.fromkeys(special_tokens or ()))
-        return cls(vocab, merges, special_tokens, pattern=pattern)
+        return _build(define(vocab, merges, special_tokens or (), pattern, False))
 
     def export_hf(self, path: str | Path) -> None:
         """Write a tokenizer.json for Hugging Face tokenizers and transformers, which then gives the same ids.

@@ -10,9 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..definition import Definition, Options, define
 from ..files import read_json, write_json
 from ..pretokenize import GPT2_PATTERN, PATTERNS, Pattern, for_oniguruma, is_gpt2, is_vectorised, pretokenize
+from ..tokens import TokenBytes
 from .added_tokens import FLAGS, read_added
 from .printable import check_vocab, parse_merges, parse_vocab, printable_merges, printable_vocab
 
@@ -32,6 +35,15 @@ SAMPLES = (
     "\n",
     "  \n",
     "x \n  ",
+)
+
+
+_KEY = re.compile(rb'"merges"[ \t\n\r]*:[ \t\n\r]*(?=\[)')
+# "left right", "... or ["left", "right"], ["..., up to where the second merge begins.
+_FIRST = re.compile(
+    rb"""(?P<list>\[W)?"(?P<text>[^"]*)(?(list)"(?P<comma>W,W)"[^"]*)"(?P<between>(?(list)(?P<close>W\])W,W\[W|W,W))\"""".replace(
+        b"W", rb"[ \t\n\r]*"
+    )
 )
 
 
@@ -110,7 +122,7 @@ def _try(content: dict[str, Any], definition: Definition, encode: Callable[[str]
 
 def read_hf(path: Path) -> Definition:
     """See Tokenizer.from_hf."""
-    content = read_json(path)
+    content, merges = _read(path)
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
         raise ValueError(f"path: {path} holds no BPE model")
@@ -121,12 +133,51 @@ def read_hf(path: Path) -> Definition:
     pattern, prefix_space = _read_pre_tokenizer(content.get("pre_tokenizer"), path)
     check_vocab(model.get("vocab"), f"path: {path}")
     added, flags = read_added(content.get("added_tokens") or (), model["vocab"], nfc, f"path: {path}")
-    # Each part of the file is let go when it has been read.
-    merges = parse_merges(model.pop("merges"), model["vocab"], f"path: {path}")
-    vocab = parse_vocab(model.pop("vocab"), added, f"path: {path}")
+    vocab = parse_vocab(model["vocab"], added, f"path: {path}")
     vocab |= {i: token.encode() for token, i in added.items()}
     options = Options(nfc, prefix_space, flags)
-    return define(vocab, merges, added, pattern, bool(model.get("ignore_merges")), options, all_bytes=False)
+
+    def pairs(tokens: TokenBytes) -> np.ndarray:
+        return parse_merges(merges or model["merges"], model["vocab"], tokens, f"path: {path}")
+
+    return define(vocab, pairs, added, pattern, bool(model.get("ignore_merges")), options, all_bytes=False)
+
+
+def _read(path: Path) -> tuple[Any, str]:
+    """The file's JSON and, read apart, its merges, a line each: as JSON they take three times the time and memory.
+
+    Empty where they are not written as libraries write them; the JSON has them then.
+    """
+    data = path.read_bytes()
+    if key := _KEY.search(data, data.find(b'"merges": [')):
+        closes = data.rfind(b"]")
+        merges = _lines(data[key.end() + 1 : closes].strip(b" \t\n\r"))
+        found: list[str] = []  # what stands for the merges
+        with suppress(ValueError, LookupError, TypeError):
+            text = (data[: key.end()] + b"NaN" + data[closes + 1 :]).decode()
+            content = json.loads(text, parse_constant=lambda name: found.append(name) or found)
+            if merges and content["model"]["merges"] is found and len(found) == 1:
+                return content, merges
+    return read_json(path), ""
+
+
+def _lines(written: bytes) -> str | None:
+    """The merges inside a JSON list, a line each; None unless all are written as the first is."""
+    first = _FIRST.match(written)
+    if not first or not written.endswith(close := b'"' + (first["close"] or b"")):
+        return None
+    text = written[first.start("text") : -len(close)].replace(b'"' + first["between"] + b'"', b"\n")
+    n_lines = text.count(b"\n")
+    if first["comma"]:
+        text = text.replace(b'"' + first["comma"] + b'"', b" ")
+    # If each quotation mark was one that ends a string, what is left of them is escaped, and no backslash before one.
+    controls = np.frombuffer(text, np.uint8) < 0x20
+    if np.count_nonzero(controls) == n_lines:
+        text = text.replace(rb"\\", b"\0").replace(rb"\"", b"\1")
+        if b"\\" not in text and b'"' not in text:
+            with suppress(UnicodeDecodeError):
+                return text.replace(b"\0", b"\\").replace(b"\1", b'"').decode()
+    return None
 
 
 def _read_normalizer(written: Any, path: Path) -> bool:

@@ -65,9 +65,8 @@ def read_tiktoken(
         if vocab.setdefault(i, special.encode()) != special.encode():
             raise ValueError(f"special_tokens: {special!r} has the id {i}, which is that of {vocab[i]!r}")
     _check_bytes(ranks)
-    no_pairs = np.empty((0, 3), np.int32)
     ordinary = None if any(special.encode() in ranks for special in special_tokens) else ranks
-    definition = define(vocab, no_pairs, dict(special_tokens), pattern, ignore_merges=False, ordinary=ordinary)
+    definition = define(vocab, (), dict(special_tokens), pattern, ignore_merges=False, ordinary=ordinary)
     definition.pairs, whole = pairs_of_ranks(ranks, definition.tokens)
     definition.ignore_merges = bool(whole)
     # Ranks say what they say, unless a special token has one.
