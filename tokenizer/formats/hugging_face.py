@@ -17,6 +17,7 @@ from ..files import read_json, write_json
 from ..pretokenize import GPT2_PATTERN, PATTERNS, Pattern, for_oniguruma, is_gpt2, is_vectorised, pretokenize
 from ..tokens import TokenBytes
 from .added_tokens import FLAGS, read_added
+from .large_json import read_apart
 from .printable import check_vocab, parse_merges, parse_vocab, printable_merges, printable_vocab
 
 # Texts in which regular expressions and their engines are known to differ: contractions in capitals and with a long s,
@@ -35,15 +36,6 @@ SAMPLES = (
     "\n",
     "  \n",
     "x \n  ",
-)
-
-
-_KEY = re.compile(rb'"merges"[ \t\n\r]*:[ \t\n\r]*(?=\[)')
-# "left right", "... or ["left", "right"], ["..., up to where the second merge begins.
-_FIRST = re.compile(
-    rb"""(?P<list>\[W)?"(?P<text>[^"]*)(?(list)"(?P<comma>W,W)"[^"]*)"(?P<between>(?(list)(?P<close>W\])W,W\[W|W,W))\"""".replace(
-        b"W", rb"[ \t\n\r]*"
-    )
 )
 
 
@@ -122,7 +114,7 @@ def _try(content: dict[str, Any], definition: Definition, encode: Callable[[str]
 
 def read_hf(path: Path) -> Definition:
     """See Tokenizer.from_hf."""
-    content, merges = _read(path)
+    content = read_apart(path.read_bytes()) or read_json(path)
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
         raise ValueError(f"path: {path} holds no BPE model")
@@ -138,46 +130,9 @@ def read_hf(path: Path) -> Definition:
     options = Options(nfc, prefix_space, flags)
 
     def pairs(tokens: TokenBytes) -> np.ndarray:
-        return parse_merges(merges or model["merges"], model["vocab"], tokens, f"path: {path}")
+        return parse_merges(model["merges"], model["vocab"], tokens, f"path: {path}")
 
     return define(vocab, pairs, added, pattern, bool(model.get("ignore_merges")), options, all_bytes=False)
-
-
-def _read(path: Path) -> tuple[Any, str]:
-    """The file's JSON and, read apart, its merges, a line each: as JSON they take three times the time and memory.
-
-    Empty where they are not written as libraries write them; the JSON has them then.
-    """
-    data = path.read_bytes()
-    if key := _KEY.search(data, data.find(b'"merges": [')):
-        closes = data.rfind(b"]")
-        merges = _lines(data[key.end() + 1 : closes].strip(b" \t\n\r"))
-        found: list[str] = []  # what stands for the merges
-        with suppress(ValueError, LookupError, TypeError):
-            text = (data[: key.end()] + b"NaN" + data[closes + 1 :]).decode()
-            content = json.loads(text, parse_constant=lambda name: found.append(name) or found)
-            if merges and content["model"]["merges"] is found and len(found) == 1:
-                return content, merges
-    return read_json(path), ""
-
-
-def _lines(written: bytes) -> str | None:
-    """The merges inside a JSON list, a line each; None unless all are written as the first is."""
-    first = _FIRST.match(written)
-    if not first or not written.endswith(close := b'"' + (first["close"] or b"")):
-        return None
-    text = written[first.start("text") : -len(close)].replace(b'"' + first["between"] + b'"', b"\n")
-    n_lines = text.count(b"\n")
-    if first["comma"]:
-        text = text.replace(b'"' + first["comma"] + b'"', b" ")
-    # If each quotation mark was one that ends a string, what is left of them is escaped, and no backslash before one.
-    controls = np.frombuffer(text, np.uint8) < 0x20
-    if np.count_nonzero(controls) == n_lines:
-        text = text.replace(rb"\\", b"\0").replace(rb"\"", b"\1")
-        if b"\\" not in text and b'"' not in text:
-            with suppress(UnicodeDecodeError):
-                return text.replace(b"\0", b"\\").replace(b"\1", b'"').decode()
-    return None
 
 
 def _read_normalizer(written: Any, path: Path) -> bool:
