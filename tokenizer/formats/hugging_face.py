@@ -114,7 +114,13 @@ def _try(content: dict[str, Any], definition: Definition, encode: Callable[[str]
 
 def read_hf(path: Path) -> Definition:
     """See Tokenizer.from_hf."""
-    content = read_apart(path.read_bytes()) or read_json(path)
+    with suppress(ValueError):  # which is then raised of what the parser reads
+        if content := read_apart(path.read_bytes()):
+            return _definition(content, path)
+    return _definition(read_json(path), path)
+
+
+def _definition(content: Any, path: Path) -> Definition:
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
         raise ValueError(f"path: {path} holds no BPE model")

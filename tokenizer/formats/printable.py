@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cache
 from io import BytesIO
-from itertools import accumulate
 from operator import itemgetter
 from typing import Any
 
@@ -14,6 +12,7 @@ import numpy as np
 
 from ..definition import Definition
 from ..tokens import TokenBytes
+from .large_json import WrittenVocab
 from .lookup import find_merges
 
 # What characters are that stand for no byte.
@@ -53,16 +52,6 @@ def _bytes_of(text: str) -> np.ndarray:
     return _byte_of().take(codes, mode="clip")
 
 
-def _all_from_printable(texts: list[str]) -> list[bytes]:
-    """The inverse of printable() of each. Raises ValueError on a character that stands for no byte."""
-    joined = "".join(texts)
-    found = _bytes_of(joined)
-    if (wrong := np.flatnonzero(found > 0xFF)).size:
-        text = texts[bisect_right(list(accumulate(map(len, texts))), wrong[0])]
-        raise ValueError(f"token {text!r}: {joined[wrong[0]]!r} is none of GPT-2's 256 stand-ins for bytes")
-    return list(map(BytesIO(found.astype(np.uint8)).read, map(len, texts)))
-
-
 def printable_vocab(definition: Definition, *, leave_out: bool = False) -> dict[str, int]:
     """Tokens as vocab.json has them; special ones are plain text.
 
@@ -84,10 +73,24 @@ def parse_vocab(written: Any, specials: Mapping[str, int | None], where: str) ->
     """vocab.json's content. specials: tokens that are plain text, where they have the id given (None: any)."""
     check_vocab(written, where)
     plain = {token for token in specials if token in written and specials[token] in (None, written[token])}
-    ordinary = {token: i for token, i in written.items() if token not in plain} if plain else written
-    # Ints made anew: those of the file stand between its strings, whose memory then could not be let go.
-    ids = [i + 0 for i in ordinary.values()]
-    vocab = dict(zip(ids, _all_from_printable(list(ordinary)), strict=True))
+    if isinstance(written, WrittenVocab):
+        characters = _bytes_of(written.names)
+        ends = np.flatnonzero(characters == _NEWLINE)
+        sizes, ids = np.diff(ends) - 1, written.ids
+        characters = characters[characters != _NEWLINE]
+    else:
+        # Ints made anew: those of the file stand between its strings, whose memory then could not be let go.
+        sizes, ids = np.fromiter(map(len, written), np.int64, len(written)), [i + 0 for i in written.values()]
+        characters = _bytes_of("".join(written))
+    starts = np.cumsum(sizes) - sizes
+    plain_ids = {written[token] for token in plain}
+    for at in [at for at, i in enumerate(ids) if i in plain_ids] if plain else ():
+        characters[starts[at] : starts[at] + sizes[at]] = 0
+    if (wrong := np.flatnonzero(characters > 0xFF)).size:
+        token = list(written)[np.searchsorted(starts, wrong[0], side="right") - 1]
+        character = next(character for character in token if character not in byte_to_unicode())
+        raise ValueError(f"token {token!r}: {character!r} is none of GPT-2's 256 stand-ins for bytes")
+    vocab = dict(zip(ids, map(BytesIO(characters.astype(np.uint8)).read, sizes.tolist()), strict=True))
     vocab |= {written[token]: token.encode() for token in plain}
     if len(vocab) < len(written):
         raise ValueError(f"{where} gives one id to two tokens")
@@ -96,6 +99,8 @@ def parse_vocab(written: Any, specials: Mapping[str, int | None], where: str) ->
 
 def check_vocab(written: Any, where: str) -> None:
     """Raise ValueError where that is no content of a vocab.json."""
+    if isinstance(written, WrittenVocab):
+        return  # JSON numbers of digits alone
     if not isinstance(written, dict) or {*map(type, written.values())} - {int}:
         raise ValueError(f"{where} holds no JSON object of tokens and ids")
 
@@ -133,4 +138,4 @@ def _find(text: str, tokens: TokenBytes) -> np.ndarray | None:
         return None
     ends = np.append(ends, len(found)) - np.arange(len(ends) + 1)
     data = found[found <= 0xFF].astype(np.uint8)
-    return find_merges(tokens, data, ends[::2], ends[1::2])
+    return find_merges(tokens, data, ends)
