@@ -104,7 +104,7 @@ class Definition:
 
 def define(
     vocab: Mapping[int, bytes],
-    merges: Iterable[tuple[bytes, bytes]] | Callable[[TokenBytes], np.ndarray],
+    merges: Iterable[tuple[bytes, bytes]] | Callable[[Definition], np.ndarray],
     special_tokens: Sequence[str] | Mapping[str, int],
     pattern: Pattern,
     ignore_merges: bool,
@@ -127,7 +127,7 @@ def define(
     id_of = _check_vocab(vocab, special_ids, all_bytes, ordinary)
     _check_holes(vocab, special_ids)
     definition = Definition(vocab, np.empty((0, 3), np.int32), specials, pattern, ignore_merges, options)
-    definition.pairs = merges(definition.tokens) if callable(merges) else _pairs(list(merges), id_of)
+    definition.pairs = merges(definition) if callable(merges) else _pairs(list(merges), id_of)
     keys = np.sort(definition.pairs[:, 0].astype(np.int64) << 32 | definition.pairs[:, 1])
     if (keys[1:] == keys[:-1]).any():
         raise ValueError("merges: a pair is listed more than once")

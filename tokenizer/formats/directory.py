@@ -15,7 +15,6 @@ import numpy as np
 from ..definition import PLAIN, Definition, Options, define
 from ..files import atomic, read_json, write_json
 from ..pretokenize import Pattern
-from ..tokens import TokenBytes
 from .printable import parse_merges, parse_vocab, printable_merges, printable_vocab
 
 VOCAB, MERGES, CONFIG = "vocab.json", "merges.txt", "tokenizer_config.json"
@@ -116,11 +115,11 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def read_gpt2(
     vocab_path: Path, merges_path: Path, special_tokens: Mapping[str, int | None]
-) -> tuple[dict[int, bytes], Callable[[TokenBytes], np.ndarray]]:
+) -> tuple[dict[int, bytes], Callable[[Definition], np.ndarray]]:
     """Vocabulary and merges, as define() takes them, of GPT-2's files; special tokens in vocab.json are plain text."""
     written = read_json(vocab_path)
     vocab = parse_vocab(written, special_tokens, f"vocab_path: {vocab_path}")
     merges = merges_path.read_text(encoding="utf-8")
     if merges.startswith("#version"):
         merges = merges.partition("\n")[2]
-    return vocab, lambda tokens: parse_merges(merges, written, tokens, f"merges_path: {merges_path}")
+    return vocab, lambda definition: parse_merges(merges, written, definition, f"merges_path: {merges_path}")

@@ -15,9 +15,8 @@ import numpy as np
 from ..definition import Definition, Options, define
 from ..files import read_json, write_json
 from ..pretokenize import GPT2_PATTERN, PATTERNS, Pattern, for_oniguruma, is_gpt2, is_vectorised, pretokenize
-from ..tokens import TokenBytes
 from .added_tokens import FLAGS, read_added
-from .large_json import read_apart
+from .large_json import WrittenVocab, read_apart
 from .printable import check_vocab, parse_merges, parse_vocab, printable_merges, printable_vocab
 
 # Texts in which regular expressions and their engines are known to differ: contractions in capitals and with a long s,
@@ -124,6 +123,8 @@ def _definition(content: Any, path: Path) -> Definition:
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
         raise ValueError(f"path: {path} holds no BPE model")
+    if not isinstance(model["merges"], str if isinstance(model.get("vocab"), WrittenVocab) else list):
+        raise ValueError(f"path: {path} has merges={model['merges']!r:.80}, expected a list")
     for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(name):
             raise ValueError(f"path: {path} has {name}={model[name]!r}, which byte-level BPE has not")
@@ -135,8 +136,8 @@ def _definition(content: Any, path: Path) -> Definition:
     vocab |= {i: token.encode() for token, i in added.items()}
     options = Options(nfc, prefix_space, flags)
 
-    def pairs(tokens: TokenBytes) -> np.ndarray:
-        return parse_merges(model["merges"], model["vocab"], tokens, f"path: {path}")
+    def pairs(definition: Definition) -> np.ndarray:
+        return parse_merges(model.pop("merges"), model["vocab"], definition, f"path: {path}")
 
     return define(vocab, pairs, added, pattern, bool(model.get("ignore_merges")), options, all_bytes=False)
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from ..definition import Definition
-from ..tokens import TokenBytes
 from .large_json import WrittenVocab
 from .lookup import find_merges
 
+# Characters read at a time.
+_CHARACTERS = 1 << 16
 # What characters are that stand for no byte.
 _NONE, _SPACE, _NEWLINE = 0x100, 0x101, 0x102
 
@@ -48,8 +49,8 @@ def _bytes_of(text: str) -> np.ndarray:
     """(characters,) uint16: the byte that each stands for; _SPACE, _NEWLINE, or _NONE."""
     if text.isascii():  # then a character is a byte
         return _byte_of().take(np.frombuffer(text.encode(), np.uint8))
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-    return _byte_of().take(codes, mode="clip")
+    parts = (text[i : i + _CHARACTERS].encode("utf-32-le", "surrogatepass") for i in range(0, len(text), _CHARACTERS))
+    return np.concatenate([_byte_of().take(np.frombuffer(part, "<u4"), mode="clip") for part in parts])
 
 
 def printable_vocab(definition: Definition, *, leave_out: bool = False) -> dict[str, int]:
@@ -105,10 +106,10 @@ def check_vocab(written: Any, where: str) -> None:
         raise ValueError(f"{where} holds no JSON object of tokens and ids")
 
 
-def parse_merges(written: Merges, id_of: Mapping[str, int], tokens: TokenBytes, where: str) -> np.ndarray:
-    """Merges as Definition.pairs has them. id_of: vocab.json's content.  tokens: of a definition with these ids."""
+def parse_merges(written: Merges, id_of: Mapping[str, int], definition: Definition, where: str) -> np.ndarray:
+    """Merges as Definition.pairs has them. id_of: vocab.json's content.  definition: with these ids."""
     lines = [] if isinstance(written, str) else [_line(merge) for merge in written if merge]
-    pairs = _find(written.rstrip("\n") if isinstance(written, str) else "\n".join(lines), tokens)
+    pairs = _find(written.rstrip("\n") if isinstance(written, str) else "\n".join(lines), definition)
     if pairs is not None and len(pairs) == (len(lines) or len(pairs)):
         return pairs
     # Something is unusual, or wrong.
@@ -130,7 +131,7 @@ def _line(merge: str | list[str]) -> str:
     return merge if isinstance(merge, str) else " ".join(merge)
 
 
-def _find(text: str, tokens: TokenBytes) -> np.ndarray | None:
+def _find(text: str, definition: Definition) -> np.ndarray | None:
     """The merges of lines of two tokens of GPT-2's stand-ins each; None where that is not all there is."""
     found = _bytes_of(text)
     ends = np.flatnonzero(found > 0xFF)
@@ -138,4 +139,4 @@ def _find(text: str, tokens: TokenBytes) -> np.ndarray | None:
         return None
     ends = np.append(ends, len(found)) - np.arange(len(ends) + 1)
     data = found[found <= 0xFF].astype(np.uint8)
-    return find_merges(tokens, data, ends)
+    return find_merges(definition, data, ends)
