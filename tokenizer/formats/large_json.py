@@ -1,8 +1,10 @@
-"""The two large parts of a tokenizer.json read without a JSON parser: each takes it a third of a load, and memory.
+"""The two large parts of a tokenizer.json, read without a JSON parser, for which they are most of a load.
 
 Of what is in strings only two escapes are known, a backslash's and a mark's, for which control characters stand here,
 since JSON has none in strings. All other quotation marks then begin and end strings in turn, as the parser reads them;
 and what is between strings must be what is between the first two, or numbers. Anything else is left to the parser.
+
+The tests compare the two; what is refused is refused by the parser's reading, which says why (hugging_face.read_hf).
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ class WrittenVocab(Mapping[str, int]):
 
     @cached_property
     def _id_of(self) -> dict[str, int]:
-        return dict(zip(self.names[1:-1].split("\n"), self.ids, strict=True))
+        id_of = dict(zip(self.names[1:-1].split("\n"), self.ids, strict=True))
+        if len(id_of) < len(self.ids):
+            raise ValueError("a token is named twice")  # the parser takes the last
+        return id_of
 
     def __getitem__(self, name: str) -> int:
         self._asked += 1
@@ -51,6 +56,8 @@ class WrittenVocab(Mapping[str, int]):
         at = self.names.find(f"\n{name}\n")
         if at < 0 or "\n" in name:
             raise KeyError(name)
+        if at != self.names.rfind(f"\n{name}\n"):
+            raise ValueError(f"{name!r} is named twice")
         return self.ids[self.names.count("\n", 0, at)]
 
     def __iter__(self) -> Iterator[str]:
@@ -69,8 +76,10 @@ def read_apart(data: bytes) -> Any | None:
     opens, key = _VOCAB.search(data, max(data.find(b'"vocab"'), 0)), _MERGES.search(data, at)
     if b"\0" in data or b"\1" in data or not opens or not key or not opens.end() < key.start() < closes:
         return None
-    before = data[opens.end() : key.start()].rstrip(_SPACES).removesuffix(b",").rstrip(_SPACES)
-    vocab = _vocab(_unescaped(before[:-1])) if before.endswith(b"}") else None
+    before = data[opens.end() : key.start()].rstrip(_SPACES)
+    inside = before[:-1].rstrip(_SPACES)
+    closed = before.endswith(b",") and inside.endswith(b"}")
+    vocab = _vocab(_unescaped(inside[:-1])) if closed else None
     merges = _merges(data[key.end() : closes].strip(_SPACES))
     if vocab is None or merges is None:
         return None

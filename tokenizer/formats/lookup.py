@@ -27,7 +27,7 @@ def find_merges(definition: Definition, data: np.ndarray, ends: np.ndarray) -> n
     if (in_order[1:] == in_order[:-1]).any():
         return None
     # By the highest bits of a key the first token with these, which is asked for most; and the others, sorted.
-    shift = np.uint64(64 - (4 * len(ids)).bit_length())
+    shift = np.uint64(64 - (8 * len(ids)).bit_length())
     first = np.zeros(1 << 64 - int(shift), np.int32)
     numbers = np.arange(len(ids), dtype=np.int32)
     first[keys[::-1] >> shift] = numbers[::-1]
