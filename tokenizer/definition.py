@@ -171,9 +171,9 @@ def _check_vocab(
                 raise ValueError(f"vocab: {i!r}: {token!r}, expected an id >= 0 and non-empty bytes")
     id_of = dict(zip(vocab.values(), vocab, strict=True)) if ordinary is None else ordinary
     if ordinary is None and len(id_of) < len(vocab):
-        ordinary = {i: token for i, token in vocab.items() if i not in special_ids}
-        id_of |= {token: i for i, token in ordinary.items()}
-        if twice := [(i, token) for i, token in ordinary.items() if id_of[token] != i]:
+        others = {i: token for i, token in vocab.items() if i not in special_ids}
+        id_of |= {token: i for i, token in others.items()}
+        if twice := [(i, token) for i, token in others.items() if id_of[token] != i]:
             i, token = twice[0]
             raise ValueError(f"vocab: ids {i} and {id_of[token]} are both {token!r}")
     for byte in range(256):

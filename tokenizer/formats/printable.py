@@ -91,7 +91,7 @@ def parse_vocab(written: Any, specials: Mapping[str, int | None], where: str) ->
         token = list(written)[np.searchsorted(starts, wrong[0], side="right") - 1]
         character = next(character for character in token if character not in byte_to_unicode())
         raise ValueError(f"token {token!r}: {character!r} is none of GPT-2's 256 stand-ins for bytes")
-    vocab = dict(zip(ids, map(BytesIO(characters.astype(np.uint8)).read, sizes.tolist()), strict=True))
+    vocab = dict(zip(ids, map(BytesIO(characters.astype(np.uint8).tobytes()).read, sizes.tolist()), strict=True))
     vocab |= {written[token]: token.encode() for token in plain}
     if len(vocab) < len(written):
         raise ValueError(f"{where} gives one id to two tokens")
