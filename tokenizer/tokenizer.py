@@ -25,7 +25,6 @@ from .formats import directory as own_format
 from .formats import hugging_face, tiktoken
 from .pretokenize import GPT2_PATTERN, Cutter, Pattern, cut_stream, utf8
 from .sizes import STREAM_PIECE, TASK
-from .tokens import TokenBytes
 
 AllowedSpecial = Literal["all", "none", "none_raise"] | set[str] | frozenset[str]
 Offsets = list[tuple[int, int]]
@@ -71,7 +70,7 @@ class Tokenizer:
         self.special_tokens = self.definition.special_tokens
         self.pattern = self.definition.pattern
         self.ignore_merges = definition.ignore_merges
-        self._tokens = TokenBytes(self.vocab)
+        self._tokens = definition.tokens
         self._words = WordEncoder(self.definition, self._tokens)
         self._encoder = Encoder(self._words, self.pattern, self._tokens, definition.options)
         self._is_warm = False
@@ -96,6 +95,7 @@ class Tokenizer:
 
     def _warm_up(self, core: Core | None) -> None:
         self._encoder.warm_up(core)
+        self.definition.forget()
         self._is_warm = True
 
     @cached_property
@@ -281,7 +281,7 @@ class Tokenizer:
     ) -> Tokenizer:
         """From GPT-2's vocab.json (encoder.json) and merges.txt (vocab.bpe), or files of that form."""
         vocab, merges = own_format.read_gpt2(Path(vocab_path), Path(merges_path), dict.fromkeys(special_tokens or ()))
-        return cls(vocab, merges, special_tokens, pattern=pattern)
+        return _build(define(vocab, merges, special_tokens or (), pattern, False))
 
     def export_hf(self, path: str | Path) -> None:
         """Write a tokenizer.json for Hugging Face tokenizers and transformers, which then gives the same ids.

@@ -37,11 +37,12 @@ class TokenBytes:
     """
 
     def __init__(self, vocab: Mapping[int, bytes]) -> None:
-        tokens = list(map(vocab.get, range(max(vocab) + 1), repeat(b"")))
-        self._has_gaps = len(vocab) < len(tokens)
-        self.ints = np.empty(len(tokens), object)
-        ids = list(vocab)
-        self.ints[ids] = ids
+        ids = np.fromiter(vocab, np.int64, len(vocab))
+        self.ints = np.empty(int(ids.max()) + 1, object)
+        self.ints[ids] = list(vocab)
+        self._has_gaps = len(ids) < len(self.ints)
+        in_order = not self._has_gaps and (ids[1:] > ids[:-1]).all()
+        tokens = list(vocab.values() if in_order else map(vocab.get, range(len(self.ints)), repeat(b"")))
         self.sizes = np.fromiter(map(len, tokens), np.int64, len(tokens))
         self._index(_join_many(tokens) + bytes(8))
         # None, which cannot be joined, where there is no token.
@@ -65,6 +66,11 @@ class TokenBytes:
     def edges(self) -> tuple[np.ndarray, np.ndarray]:
         """Each token's first and last byte (uint8); anything where the vocabulary has no such id."""
         return self._heads.astype(np.uint8), self._loads[self._offsets + self.sizes - 1].astype(np.uint8)
+
+    def matrix(self, ids: np.ndarray, length: int) -> np.ndarray:
+        """(length, n) uint8, the bytes of tokens of that length, a token a column."""
+        offsets = self._offsets.take(ids) + np.arange(length)[:, None]
+        return np.frombuffer(self._data, np.uint8).take(offsets)
 
     def missing(self) -> re.Pattern[bytes] | None:
         """A byte of UTF-8 that is no token; None where every byte is one."""
