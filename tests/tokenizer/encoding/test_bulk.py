@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 
@@ -19,7 +20,7 @@ TOKENIZERS = {
     "plain": PLAIN,
     "custom pattern": Tokenizer(VOCAB, MERGES, [END], pattern=r"\S+|\s+"),
     "whole words": Tokenizer(VOCAB | {len(VOCAB): b" zzz"}, MERGES, [END], pattern="llama3", ignore_merges=True),
-    "options": _build(PLAIN.definition._replace(options=Options(nfc=True, prefix_space=True))),
+    "options": _build(replace(PLAIN.definition, options=Options(nfc=True, prefix_space=True))),
     "gaps": Tokenizer(VOCAB | {1000: END.encode()}, MERGES, [END]),
 }
 
@@ -44,7 +45,7 @@ def test_a_pickled_encoder_gives_the_same_ids(name: str) -> None:
 
 def test_a_byte_without_a_token_is_refused_by_the_copy_too() -> None:
     vocab = dict(enumerate(token for token in VOCAB.values() if token != b"\x04"))
-    definition = PLAIN.definition._replace(vocab=vocab, pairs=PLAIN.definition.pairs[:0], special_tokens={})
+    definition = replace(PLAIN.definition, vocab=vocab, pairs=PLAIN.definition.pairs[:0], special_tokens={})
     bulk = pickle.loads(pickle.dumps(_build(definition)._encoder.bulk))
     with pytest.raises(ValueError, match="has no token in this vocabulary"):
         bulk.encode_many(["a\x04"], PLAIN._none.specials)
