@@ -25,6 +25,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 from rooflight.kernels.interpreter import correct, widen
+from support.interpreter_speed import hasten
 
 # ---------------------------------------------------------------- products
 
@@ -213,6 +214,7 @@ def install() -> None:
     _patch_bounds(interp, tl)
     _patch_launch(interp)
     _patch_tables()
+    hasten(interp, tl)
 
 
 # ---------------------------------------------------------------- poison
