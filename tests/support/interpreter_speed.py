@@ -23,7 +23,8 @@ def hasten(interp: Any, tl: Any) -> None:
 
 
 def _keep_numpy_types(interp: Any, tl: Any) -> None:
-    original, kept = interp._get_np_dtype, {}
+    original = interp._get_np_dtype
+    kept: dict[str, Any] = {}
 
     def get_np_dtype(dtype: Any) -> Any:
         element = dtype.scalar
