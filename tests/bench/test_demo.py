@@ -18,7 +18,7 @@ import torch._dynamo
 from rich.console import Console
 from torch._inductor import config as inductor
 
-from rooflight.bench import demo
+from rooflight.bench import cli, demo
 from rooflight.bench.measure.harness import machine
 from rooflight.bench.predict import validate
 from rooflight.bench.rates import ceilings
@@ -30,7 +30,13 @@ from rooflight.training.loop import TrainResult
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
-CODE = "import sys; from rooflight.bench.cli import main; sys.exit(main())"
+CODE = """
+import sys
+from rooflight.bench.cli import main
+from rooflight.bench.predict import validate
+validate.STEP_SECONDS = 0.5
+sys.exit(main())
+"""
 
 
 @pytest.fixture
@@ -47,7 +53,9 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, st
     # the ceilings take most of a minute to measure: these stand for an earlier measurement
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     where = machine(CPU)
-    known = Ceilings({"bfloat16": 1e11}, 1e10, device=where["device"], versions={"torch": where["torch"]})
+    known = Ceilings(
+        dict.fromkeys(("bfloat16", "float32"), 1e11), 1e10, device=where["device"], versions={"torch": where["torch"]}
+    )
     save_ceilings(known, CPU)
     return kept | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "COLUMNS": "160"}
 
@@ -57,7 +65,13 @@ def logged_steps(out: Path) -> int:
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
-def test_interrupted_resumed_and_finished(tmp_path: Path, command: list[str], environment: dict[str, str]):
+def test_interrupted_resumed_and_finished(
+    tmp_path: Path,
+    command: list[str],
+    environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
     out = tmp_path / "demo"
     arguments = [*command, "--device", "cpu", "--seconds", "600", "--steps", "16"]
 
@@ -80,9 +94,11 @@ def test_interrupted_resumed_and_finished(tmp_path: Path, command: list[str], en
     assert rows["step time"]["predicted"] > 0
     assert rows["peak memory"]["ratio"] == pytest.approx(1, abs=0.02)
 
-    other = subprocess.run([*arguments, "--vocab-size", "500"], env=environment, capture_output=True, text=True)
-    assert other.returncode == 2
-    assert "vocab_size 400, not 500" in other.stderr
+    monkeypatch.setattr(sys, "argv", ["rooflight", *arguments[3:], "--vocab-size", "500"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert "vocab_size 400, not 500" in capsys.readouterr().err
 
 
 @pytest.fixture

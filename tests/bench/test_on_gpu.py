@@ -78,16 +78,31 @@ def test_that_waits():
 """
 
 
+# In the place of torch, whose import is most of what a made-up suite takes: the conftest asks it for a GPU alone.
+NO_TORCH = """
+class cuda:
+    is_available = staticmethod(lambda: False)
+"""
+
+
+def made_up(folder: Path, tests: str, conftest: str = (ROOT / "conftest.py").read_text(encoding="utf-8")) -> list[str]:
+    """A suite of these tests with our own conftest; the command that runs it, in `folder`."""
+    shutil.copy(ROOT / "pyproject.toml", folder / "pyproject.toml")
+    (folder / "conftest.py").write_text(conftest, encoding="utf-8")
+    (folder / "tests").mkdir()
+    (folder / "tests" / "torch.py").write_text(NO_TORCH, encoding="utf-8")
+    (folder / "tests" / "test_made_up.py").write_text(tests, encoding="utf-8")
+    options = ["-p", "no:benchmark", "-q", "--tb=no", "--announce"]
+    start = "import sys; sys.path.insert(0, 'tests'); import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    return [sys.executable, "-P", "-c", start, *options]
+
+
 def test_a_failure_is_announced_while_the_others_run(tmp_path):
     """In the plain process and in xdist's: the last test ends only once both failures were read here."""
-    for name in ("conftest.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_made_up.py").write_text(FAILING, encoding="utf-8")
+    command = made_up(tmp_path, FAILING)
     for options in (["-p", "no:xdist", "-p", "no:timeout"], ["-n", "1"]):
         (tmp_path / "go on").unlink(missing_ok=True)
-        command = [sys.executable, "-P", "-m", "pytest", "-p", "no:benchmark", "-q", "--tb=no", "--announce", *options]
-        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen([*command, *options], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             expected = [
                 "test_that_fails: AssertionError: the first line",
@@ -122,14 +137,10 @@ def test_that_never_ends():
 
 @pytest.mark.parametrize("options", [["-p", "no:xdist"], ["-n", "1"]], ids=["plain", "xdist"])
 def test_slow_tests_and_those_that_a_ctrl_c_cuts_are_named(tmp_path, options):
-    shutil.copy(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
     source = (ROOT / "conftest.py").read_text(encoding="utf-8")
     shorter = source.replace("SLOW_SECONDS = 10 ", "SLOW_SECONDS = 0.25 ")
     assert shorter != source
-    (tmp_path / "conftest.py").write_text(shorter, encoding="utf-8")
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_made_up.py").write_text(SLOW, encoding="utf-8")
-    command = [sys.executable, "-P", "-m", "pytest", "-p", "no:benchmark", "-q", "--tb=no", "--announce", *options]
+    command = [*made_up(tmp_path, SLOW, shorter), *options]
 
     def hear_ctrl_c() -> None:  # which a suite in the background of a shell ignores, and its children with it
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -293,3 +294,26 @@ def test_a_user_gets_bfloat16_right_or_refused(missing, tmp_path):
         check=False,
     )
     assert done.stdout.strip() == "right", done.stderr
+
+
+def test_types_that_are_made_once_are_what_they_were():
+    """support.interpreter_speed keeps them: each element type and shape has its own, wrong shapes are still errors."""
+    pointers = [tl.pointer_type(tl.float32), tl.pointer_type(tl.bfloat16), tl.pointer_type(tl.float32, const=True)]
+    elements = [tl.float32, tl.bfloat16, tl.int32, tl.uint32, tl.int64, tl.int1, *pointers]
+    shapes = [[16], [1], [16, 1], [1, 16], [4, 4], [2, 2, 4]]
+    blocks = [tl.block_type(element, shape) for element in elements for shape in shapes]
+    for i, block in enumerate(blocks):
+        element, shape = elements[i // len(shapes)], shapes[i % len(shapes)]
+        assert (block.scalar, list(block.shape), block.numel) == (element, shape, math.prod(shape))
+        assert [j for j, other in enumerate(blocks) if other == block] == [i]
+        assert tl.block_type(element, [tl.constexpr(size) for size in shape]) == block
+        for _ in range(2):
+            tensor = tl.tensor(None, block)
+            assert (tensor.type, tensor.dtype, tensor.numel.value) == (block, element, block.numel)
+            assert [size.value for size in tensor.shape] == shape
+    for shape, error in (([3], ValueError), ([], TypeError)):
+        for _ in range(2):
+            with pytest.raises(error):
+                tl.block_type(tl.float32, shape)
+    assert tl.float32 == tl.constexpr(tl.float32) != tl.float16
+    assert tl.float32 != "fp32"

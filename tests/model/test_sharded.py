@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from rooflight.kernels import dispatch
 from rooflight.model import ModelConfig, Transformer, estimate
+from support.ranks import forks
 from support.sharded import Case, batch, steps
 
 pytestmark = pytest.mark.cpu
@@ -35,9 +35,7 @@ CASES = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cases, run once."""
     folder = tmp_path_factory.mktemp("sharded")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)  # the processes take the fast path of a plain CPU
-        mp.spawn(steps, (WORLD, str(folder), CASES, BATCH), nprocs=WORLD)
+    forks(steps, WORLD, WORLD, str(folder), CASES, BATCH)
     return folder
 
 

@@ -1,6 +1,6 @@
 """Compile what the launchers launch, for any GPU, on a machine without one, and inspect the result.
 
-A case is a module-level function that calls launchers (or kernels) on CPU tensors. A subprocess without
+A case is a module-level function that calls launchers (or kernels) on CPU tensors. A process without
 TRITON_INTERPRET runs it under a stand-in for Triton's driver that names the wanted GPU and compiles instead of
 launching, so tiles, warps, specialisations and options are the ones that ship. No kernel may have torn products.
 
@@ -23,11 +23,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # the subprocess
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from rooflight.bench.measure.absent import AbsentGPU, compile_launches
 from support.descriptors import torn_products
+from support.ranks import forks
 from support.sass import Bound, inner_loops, opcodes, together
 
 # Shared memory one block may use, bytes: CUDA C++ Programming Guide, table "Technical specifications per compute
@@ -84,27 +82,18 @@ def compile_cases(
         "instructions": instructions or target == "sm_90",
         "cases": [[inspect.getfile(function), function.__name__, arguments] for function, arguments in cases],
     }
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    with tempfile.TemporaryDirectory() as cache:
-        env["TRITON_CACHE_DIR"] = cache
-        done = subprocess.run(
-            [sys.executable, __file__],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            env=env,
-            timeout=timeout,
-            check=False,
-        )
-    assert done.returncode == 0, f"compiling for {target} failed:\n{done.stderr[-4000:]}"
-    # The answer is the last line: the compiler may print before it.
-    return [
-        [Artifact(**a | {"loop": a["loop"] and Bound(**a["loop"])}) for a in case]
-        for case in json.loads(done.stdout.splitlines()[-1])
-    ]
+    with tempfile.TemporaryDirectory() as folder:
+        process = forks(_compile, 1, request, folder, join=False)
+        try:
+            if not process.join(timeout):
+                raise TimeoutError(f"compiling for {target} took over {timeout} s")
+        finally:
+            process.processes[0].kill()
+        answer = json.loads(Path(folder, "answer.json").read_text(encoding="utf-8"))
+    return [[Artifact(**a | {"loop": a["loop"] and Bound(**a["loop"])}) for a in case] for case in answer]
 
 
-# ---------------------------------------------------------------- in the subprocess
+# ---------------------------------------------------------------- in the other process
 
 
 def _absent(target: str) -> AbsentGPU:
@@ -152,8 +141,9 @@ def _artifact(name: str, target: str, constexprs: dict[str, Any], kernel: Any, l
     )  # fmt: skip
 
 
-def _main() -> None:
-    request = json.load(sys.stdin)
+def _compile(rank: int, request: dict[str, Any], folder: str) -> None:
+    """Writes folder/answer.json."""
+    os.environ["TRITON_CACHE_DIR"] = folder
     import triton
 
     made: list[Artifact] = []
@@ -179,9 +169,4 @@ def _main() -> None:
         getattr(module, name)(**arguments)
         answer.append([asdict(artifact) for artifact in made])
     assert not triton.knobs.runtime.interpret
-    print()
-    print(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    _main()
+    Path(folder, "answer.json").write_text(json.dumps(answer), encoding="utf-8")

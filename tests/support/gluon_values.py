@@ -92,15 +92,26 @@ class Pointer:
         return offsets, live
 
 
+def _scalar(x: Tensor) -> Any:
+    value = x.item()
+    return integer(value) if isinstance(value, int) else value
+
+
+def _element(pointer: Pointer, mask: Any) -> Tensor | None:
+    """The one element of a pointer that is a scalar, as where others are waited for: many times, and so at once."""
+    memory, at = pointer.memory(), pointer.offset
+    return memory[at] if mask is None and isinstance(at, int) and 0 <= at < memory.numel() else None
+
+
 def _load(pointer: Pointer, mask: Any = None, other: Any = 0, **_: Any) -> Any:
+    element = _element(pointer, mask)
+    if element is not None:
+        return _scalar(element)
     offsets, live = pointer.where(mask)
     values = torch.where(
         live, pointer.memory()[offsets.where(live, 0)], torch.as_tensor(other, dtype=pointer.tensor.dtype)
     )
-    if values.dim():
-        return values
-    scalar = values.item()
-    return integer(scalar) if isinstance(scalar, int) else scalar
+    return values if values.dim() else _scalar(values)
 
 
 def _store(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> None:
@@ -112,6 +123,10 @@ def _store(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> None:
 def _atomic_add(pointer: Pointer, value: Any, mask: Any = None, **_: Any) -> Any:
     current_program().pause(polls=isinstance(value, int) and value == 0)
     before = _load(pointer, mask)
+    element = _element(pointer, mask)
+    if element is not None:
+        element += value
+        return before
     offsets, live = pointer.where(mask)
     values = torch.as_tensor(value).to(pointer.tensor.dtype).expand(offsets.shape)
     pointer.memory().index_add_(0, offsets[live].long().reshape(-1), values[live].reshape(-1))

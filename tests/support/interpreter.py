@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 from rooflight.kernels.interpreter import correct, widen
 from rooflight.kernels.known import _Seen
+from support.interpreter_speed import hasten
 
 # ---------------------------------------------------------------- products
 
@@ -216,6 +217,7 @@ def install() -> None:
     _patch_bounds(interp, tl)
     _patch_launch(interp)
     _patch_tables()
+    hasten(interp, tl)
 
 
 # ---------------------------------------------------------------- poison

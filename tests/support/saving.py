@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import multiprocessing
 import os
 import resource
 import shutil
@@ -21,7 +20,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -46,12 +44,12 @@ from rooflight.training.checkpoint.ranks import Ranks
 from rooflight.training.config import TrainConfig
 from rooflight.training.optim import build_optimizers
 from rooflight.training.run.stopping import TrainingDiverged
+from support.ranks import forks
 
 # Nothing divides by 3, the fused q, k and v have unequal rows, and the embedding is the output's matrix too.
 CONFIG = ModelConfig(32, 8, 2, 4, n_kv_head=2, d_model=16, d_ff=40, qk_norm=True, tie_embeddings=True)
 
 LAYOUTS = ("one", "fsdp", "ddp")
-PRELOADED = ["pytest", "torch._dynamo", "rooflight.training.checkpoint.shards", "rooflight.training.loop"]
 STATES = {"AdamW": ("exp_avg", "exp_avg_sq", "step"), "Muon": ("momentum",)}
 
 
@@ -131,14 +129,7 @@ def start(world: int, folder: Path, work: Callable[..., None], *args: Any) -> An
     """`work`(rank, *args) in so many processes; torch's context of them.  folder: for their rendezvous."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rendezvous").unlink(missing_ok=True)
-    # they are forks of one process that has imported what takes seconds
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)  # the fast path of a plain CPU
-        patch.setenv("OMP_NUM_THREADS", "1")
-        return mp.start_processes(
-            _rank, (world, str(folder), work, args), nprocs=world, join=False, start_method="forkserver"
-        )
+    return forks(_rank, world, world, str(folder), work, args, join=False)
 
 
 def run(world: int, folder: Path, work: Callable[..., None], *args: Any) -> None:

@@ -39,9 +39,9 @@ def _config(parallel: str, **options: Any) -> TrainConfig:
 
 
 CASES = {  # and steps
-    "ddp": (_config("ddp", gradient_accumulation=2), 20),
+    "ddp": (_config("ddp", gradient_accumulation=2), 10),
     "ddp, adamw, clipped": (_config("ddp", optimizer="adamw", grad_clip=0.1), 5),
-    "fsdp": (_config("fsdp", gradient_accumulation=2), 20),
+    "fsdp": (_config("fsdp", gradient_accumulation=2), 10),
     "fsdp, tied, clipped": (_config("fsdp", grad_clip=0.1, model=replace(MODEL, tie_embeddings=True)), 5),
     "fsdp, adamw, kept": (_config("fsdp", reshard=False, checkpointing=True, optimizer="adamw"), 5),
 }
