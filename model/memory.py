@@ -37,7 +37,7 @@ class Memory:
 
     casts        the weights in the products' dtype: the optimizer's copies, autocast's, or of sharded ones what is
                  gathered at a time
-    activations  what the forward pass keeps for the backward pass
+    activations  what the forward pass keeps for the backward pass; in fp8 the codes of the weights are among it
     peak         the most that is held at once
     peak_at      when: in the backward pass of the component of that name, or in the "AdamW" or "Muon" step
     """

@@ -98,14 +98,14 @@ class Work:
         around = 0
         if self.fp8 == IMITATED and self.executed:
             product = matmul_cost(*self.sizes, alike, backward=self.kernel.endswith(BACKWARD))
-            around = self.cost.unfused_bytes - product.bytes
+            around = self.cost.unfused_bytes - product.bytes * (self.work // product.flops)
         return self.work / rate + around / ceilings.copy_bandwidth, limit
 
     def _product_rate(self, ceilings: Ceilings, dtype: str) -> tuple[float, str]:
         """FLOP/s of its products at their best, and the dtype in which products of its sizes were measured."""
         if self.fp8 == NATIVE:
             return ceilings.fp8_rate(dtype, "backward" if self.kernel.endswith(BACKWARD) else "forward")
-        alike = FP32 if self.fp8 == IMITATED else dtype
+        alike = FP32 if self.fp8 == IMITATED and FP32 in ceilings.gemm_flops else dtype
         return ceilings.gemm_rate(alike), alike
 
 

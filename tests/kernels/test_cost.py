@@ -243,7 +243,7 @@ class TestBytesAreTheInputsAndTheOutputs:
             return y
 
         monkeypatch.setattr(fp8, "launch", lambda kernel, grid, *args, **options: weigh(*args))
-        monkeypatch.setattr(fp8, "_product", product)
+        monkeypatch.setattr(fp8, "product", product)
         x, dy = torch.ones(M, K, dtype=dtype), torch.ones(M, N, dtype=dtype)
         for weight in (torch.ones(N, K), torch.ones(N, K, dtype=dtype)):
             moved = 0

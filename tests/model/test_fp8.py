@@ -111,7 +111,7 @@ def test_the_table_and_json_tell_it() -> None:
         assert json.loads(json.dumps(e.to_dict()))["in_fp8"]["flops"] == 6 * 16384 * 48 * 30_720_000
         return console.export_text()
 
-    assert "in fp8: products of 145 TFLOP (86%); casts of 130 GB" in told(None)
+    assert "in fp8: products of 145 TFLOP (90%); casts of 130 GB" in told(None)
     unmeasured = told(FAST)
     assert "fp8's rate is not measured on this machine: 2.00 GFLOP/s is 2 times bfloat16's" in unmeasured
     measured = told(replace(FAST, fp8_flops={"forward": 4e9, "backward": 3e9}))
