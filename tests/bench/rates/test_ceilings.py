@@ -189,7 +189,6 @@ def test_a_device_that_multiplies_in_fp8_has_rates_of_it(small: pytest.MonkeyPat
     e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
     assert asked == [(a, e4m3, (32, 32), torch.bfloat16, fast) for a, fast in ((e4m3, True), (e5m2, False))]
     assert set(measured.kernels) == {"fp8_cast bfloat16"}
-    assert ceilings.sizes_left_out(measured, CPU).keys() & {"fp8_cast bfloat16"} == set()
     shown = Console(width=120, record=True, file=io.StringIO())
     shown.print(ceilings.ceilings_table(measured))
     assert "products, fp8 backward" in shown.export_text()
