@@ -97,7 +97,8 @@ class Work:
             return max(roof, self.work / (rate * peak / ceilings.gemm_rate(alike))), limit
         around = 0
         if self.fp8 == IMITATED and self.executed:
-            product = matmul_cost(*self.sizes, alike, backward=self.kernel.endswith(BACKWARD))
+            M, N, K = self.sizes
+            product = matmul_cost(M, N, K, alike, backward=self.kernel.endswith(BACKWARD))
             around = self.cost.unfused_bytes - product.bytes * (self.work // product.flops)
         return self.work / rate + around / ceilings.copy_bandwidth, limit
 
