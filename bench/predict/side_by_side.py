@@ -76,7 +76,7 @@ class _Step:
                 else PlainTransformer(config, vocab_size=self.vocab_size)
             )
         if way == "ours, fp8":
-            multiply_in_fp8(self.model, ops_on(device)[1], device)
+            multiply_in_fp8(self.model.layers, ops_on(device)[1], device)
         # as training builds them: compiled code casts weights by itself; the peer's is torch's fused one
         copies = low_precision(device, dtype) if self.ours and way != "ours, compiled" else {}
         triton = None if self.ours else False

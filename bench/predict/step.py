@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -74,7 +74,7 @@ class Step:
             self.model = Transformer(config, ops)
             tokens = torch.randint(config.vocab_size, (batch_size, context_length + 1))
         if fp8:
-            multiply_in_fp8(self.model, ops, device)
+            multiply_in_fp8(self.model.layers, ops, device)
         self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         copies = {} if compiled else low_precision(device, dtype)
         self.optimizers = build_optimizers(self.model, optimizer=optimizer, lr=1e-4, muon_dtype=dtype, **copies)
@@ -116,11 +116,11 @@ class Step:
         return states + peak_bytes(self, self.device)
 
 
-def multiply_in_fp8(model: Transformer, ops: ModuleType, device: torch.device) -> None:
+def multiply_in_fp8(blocks: nn.ModuleList, ops: ModuleType, device: torch.device) -> None:
     """Have the blocks multiply in fp8, as training has it; ValueError where the device has no such products."""
     if (reason := kernels_fp8.refusal(device)) is not None:
         raise ValueError(f"device: {reason}")
-    use_fp8(model.layers, ops.fp8_linear)
+    use_fp8(blocks, ops.fp8_linear)
 
 
 def count_flops(

@@ -314,7 +314,7 @@ def validate_step(
     """
     # handed on, not read again: a machine without a folder to keep them in has none to read
     ceilings = ceilings_of(device, run.dtype, seconds)
-    sizes = {"batch_size": run.batch_size, "context_length": run.model.context_length}
+    sizes: dict[str, Any] = {"batch_size": run.batch_size, "context_length": run.model.context_length}
     options: dict[str, Any] = {"optimizer": run.optimizer, "fp8": run.fp8}
     e = predict(run.model, **sizes, dtype=run.dtype, device=device, ceilings=ceilings, **options)
     step = Step(run.model, run.batch_size, run.model.context_length, getattr(torch, run.dtype), device, **options)
