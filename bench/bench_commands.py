@@ -87,6 +87,7 @@ def validate(
     context_length: Annotated[int | None, typer.Option(help="Tokens per sequence; the model's own by default.")] = None,
     dtype: Annotated[str, typer.Option(help="Of activations and products.")] = "bfloat16",
     optimizer: Annotated[str, typer.Option(help="adamw, or muon for the blocks' matrices.")] = "adamw",
+    fp8: Annotated[bool, typer.Option("--fp8", help="The blocks' products in fp8.")] = False,
     device: Device = "auto",
     compiled: Annotated[bool, typer.Option("--compile", help="Also time the step under torch.compile.")] = False,
     runs: Annotated[int, typer.Option(min=1, help="Rounds over all models; the medians count.")] = 1,
@@ -133,6 +134,7 @@ def validate(
             context_length=context_length,
             dtype=dtype,
             optimizer=optimizer,
+            fp8=fp8,
             compiled=compiled,
             counted=counters,
             runs=runs,
@@ -184,6 +186,7 @@ def step(
     from .measure.harness import machine
     from .predict.side_by_side import as_results, measure_steps, steps_table
     from .predict.validate import read_model
+    from .rates.ceilings import load_ceilings
     from .ready import require
     from .reports.terminal import show
 
@@ -193,7 +196,8 @@ def step(
     model_name, config = read_model(model)
     length = config.context_length if context_length is None else context_length
     estimate(config, batch_size=batch_size, context_length=length, dtype=dtype)  # ValueError where one cannot be
-    kind = getattr(torch, dtype)
+    kind, rates = getattr(torch, dtype), load_ceilings(place)
+    rates = rates if rates and dtype in rates.gemm_flops else None  # nothing is predicted
     title = f"{model_name}, {batch_size} x {length:,}, {dtype}, AdamW"
     done: list[Any] = []
     failures: dict[str, str] = {}
@@ -206,7 +210,7 @@ def step(
         peak = measure_peak_flops(place, kind)
         for one in measure_steps(
             config, batch_size, length, kind, place,
-            ways=way, seconds=seconds, peak_flops=peak, progress=status.update, failures=failures,
+            ways=way, seconds=seconds, peak_flops=peak, ceilings=rates, progress=status.update, failures=failures,
         ):  # fmt: skip
             done.append(one)
             keep()

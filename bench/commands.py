@@ -51,6 +51,7 @@ def estimate(
         float | None, typer.Option(help="GB/s that a device can send: is the link or compute the bound?")
     ] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, or muon for the blocks' matrices.")] = "adamw",
+    fp8: Annotated[bool, typer.Option("--fp8", help="The blocks' products in fp8, as a run with fp8 = true.")] = False,
     ops: Annotated[
         str | None,
         typer.Option(help="Whose memory: triton (on a GPU), cpu or eager; by default as the ceilings were measured."),
@@ -94,6 +95,7 @@ def estimate(
         ceilings=measured,
         ops=ops or (ops_on(place)[0] if measured else "triton"),
         optimizer=optimizer,
+        fp8=fp8,
     )
     if as_json:
         print(json.dumps(result.to_dict(), indent=1))

@@ -27,6 +27,7 @@ DType = str | torch.dtype
 
 STATISTIC = 4  # bytes of an fp32 statistic
 INDEX = 8  # bytes of an int64 token id
+FP8 = 1  # bytes of an fp8 operand's element
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,27 @@ def matmul_cost(M: int, N: int, K: int, dtype: DType = "bfloat16", *, backward: 
     """(M, K) @ (K, N). Backward: dX = dY Wᵀ and dW = Xᵀ dY, each as large as the forward."""
     once = Cost(2 * M * N * K, (M * K + K * N + M * N) * itemsize(dtype))
     return 2 * once if backward else once
+
+
+def fp8_cast_cost(M: int, N: int, dtype: DType = "bfloat16") -> Cost:
+    """(M, N) of `dtype` to fp8, as it is and transposed (kernels/fp8.py): read for its largest magnitude and once more.
+
+    Two kernels: one cannot know the scale before it has read everything. Per element a magnitude, a maximum, a product.
+    Unfused, by the oracle: the magnitudes and their maximum; in fp32 the quotient, rounded to codes of one form.
+    """
+    elements, size = M * N, itemsize(dtype)
+    unfused = 3 * elements * size + _eager(elements, 3, STATISTIC) + elements * FP8
+    return Cost(3 * elements, elements * (2 * size + 2 * FP8), 0, unfused + _eager(elements, 0, size, casts=1))
+
+
+def fp8_matmul_cost(M: int, N: int, K: int, dtype: DType = "bfloat16") -> Cost:
+    """(M, K) @ (N, K)ᵀ of operands in fp8 that are cast already; the result is of `dtype`.
+
+    Unfused, by the oracle: both operands to fp32, the product there, times the scales, to the dtype.
+    """
+    operands, result = M * K + N * K, M * N
+    unfused = operands * (FP8 + 2 * STATISTIC) + result * STATISTIC + _eager(result, 2, itemsize(dtype), casts=1)
+    return Cost(2 * M * N * K, operands * FP8 + result * itemsize(dtype), 0, unfused)
 
 
 def flash_attention_cost(

@@ -122,7 +122,7 @@ def quantize(x: Tensor, dtype: torch.dtype, *, transposed: bool = True) -> tuple
     return codes, turned, scale
 
 
-def _product(
+def product(
     a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, *, fast: bool = False
 ) -> Tensor:
     """(a b^T) scale_a scale_b.  a: (M, K), b: (N, K), fp8.  fast: sums stay in the tensor cores' own registers.
@@ -141,7 +141,7 @@ def fp8_linear_fwd(
     """y, x's codes transposed (K, M) and its scale, the weight's transposed (K, N) and its scale."""
     x8, x8t, x_scale = quantize(x.reshape(-1, x.shape[-1]), torch.float8_e4m3fn, transposed=keep_x)
     w8, w8t, w_scale = quantize(weight, torch.float8_e4m3fn, transposed=keep_weight)
-    y = _product(x8, w8, x_scale, w_scale, x.dtype, fast=x.dtype.itemsize == 2)
+    y = product(x8, w8, x_scale, w_scale, x.dtype, fast=x.dtype.itemsize == 2)
     return y.view(*x.shape[:-1], weight.shape[0]), x8t, x_scale, w8t, w_scale
 
 
@@ -153,9 +153,9 @@ def fp8_linear_bwd(
     g8, g8t, g_scale = quantize(g, torch.float8_e5m2, transposed=x8t is not None)
     dx = dw = None
     if w8t is not None:
-        dx = _product(g8, w8t, g_scale, w_scale, dy.dtype).view(*dy.shape[:-1], w8t.shape[0])
+        dx = product(g8, w8t, g_scale, w_scale, dy.dtype).view(*dy.shape[:-1], w8t.shape[0])
     if x8t is not None and g8t is not None:
-        dw = _product(g8t, x8t, g_scale, x_scale, torch.float32 if wide else dy.dtype)
+        dw = product(g8t, x8t, g_scale, x_scale, torch.float32 if wide else dy.dtype)
     return dx, dw
 
 

@@ -10,6 +10,10 @@ from typing import Any
 
 Sizes = tuple[int, ...]
 
+# fp8's rate over that of two bytes, dense, by the data sheet of an H100 or H200: 1,979 over 989 TFLOP/s. It stands in
+# where products in fp8 were not measured, and is the only figure here that was not.
+FP8_RATIO = 2.0
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -25,6 +29,8 @@ class Ceilings:
     memory_bytes    the device's memory; None: unknown
     host            "gemm bfloat16", ... -> seconds that the host takes to issue a call of that kernel, a GPU's alone; a
                     kernel that is not here takes the host no time
+    fp8_flops       "forward", "backward" -> FLOP/s of large products in fp8, as kernels/fp8.py sums them in each pass;
+                    empty where the device has none, or they were not measured
     """
 
     gemm_flops: dict[str, float]
@@ -36,6 +42,7 @@ class Ceilings:
     versions: dict[str, str] = field(default_factory=dict)
     memory_bytes: int | None = None
     host: dict[str, float] = field(default_factory=dict)
+    fp8_flops: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rates: list[tuple[str, object]] = [("copy_bandwidth", self.copy_bandwidth)]
@@ -43,6 +50,7 @@ class Ceilings:
             rates.append(("exp_rate", self.exp_rate))
         rates += [(f"gemm_flops[{dtype!r}]", rate) for dtype, rate in self.gemm_flops.items()]
         rates += [(f"host[{kernel!r}]", seconds) for kernel, seconds in self.host.items()]
+        rates += [(f"fp8_flops[{pass_!r}]", rate) for pass_, rate in self.fp8_flops.items()]
         for kernel, points in self.kernels.items():
             if not points or len({len(sizes) for sizes in points}) != 1 or min(min(sizes) for sizes in points) < 1:
                 raise ValueError(f"kernels[{kernel!r}]: expected rates at sizes >= 1, as many each, got {points!r}")
@@ -57,6 +65,13 @@ class Ceilings:
             measured = ", ".join(self.gemm_flops) or "none"
             raise ValueError(f"ceilings: no GEMM rate for dtype {dtype!r} (measured: {measured}); measure it first")
         return self.gemm_flops[dtype]
+
+    def fp8_rate(self, dtype: str, pass_: str) -> tuple[float, str]:
+        """FLOP/s of products in fp8 in the forward or backward pass, and the dtype whose products' shares of their peak
+        are taken for theirs: bfloat16's where it was measured, else `dtype`'s, as is FP8_RATIO times its rate where
+        fp8's was not."""
+        alike = "bfloat16" if "bfloat16" in self.gemm_flops else dtype
+        return self.fp8_flops.get(pass_) or FP8_RATIO * self.gemm_rate(alike), alike
 
     def rate(self, kernel: str, sizes: Sizes) -> float | None:
         """Work/s of a kernel at those sizes, log-linear between the ones measured, level beyond; None: not measured."""
@@ -86,6 +101,7 @@ class Ceilings:
             ("gemm_flops", dict),
             ("kernels", dict),
             ("host", dict),
+            ("fp8_flops", dict),
             ("versions", dict),
             ("device", str),
             ("date", str),

@@ -31,8 +31,9 @@ from ..kernels.cost import Cost, itemsize
 from .ceilings import Ceilings
 from .communication import PARALLEL, Communication, Overlap, communication, sentences
 from .config import ModelConfig
+from .fp8 import IMITATED, NATIVE, InFp8, check_fp8
 from .memory import OPS, OPTIMIZERS, Memory, in_low_precision, largest, largest_batch, memory, saved_activations
-from .parts import LEDGERS, Work, parts
+from .parts import LEDGERS, Work, in_fp8, parts, roofline
 from .quantities import duration, figures, in_unit, quantity
 from .typed import typed
 
@@ -120,6 +121,7 @@ class Estimate:
     memory: Memory
     ceilings: Ceilings | None = None
     link: float | None = None
+    in_fp8: InFp8 | None = None
 
     @property
     def parameters(self) -> int:
@@ -215,7 +217,7 @@ class Estimate:
 
     def _settings(self) -> dict[str, Any]:
         names = ("context_length", "dtype", "checkpointing", "gpus", "parallel", "reshard", "ops", "optimizer")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"fp8": self.in_fp8 is not None}
 
     def table(self) -> Table:
         """For rich.print: components, totals and what follows from them, a column in the unit that its head names."""
@@ -271,6 +273,8 @@ class Estimate:
             f"FLOPs, forward + backward: {'; '.join(ledgers)}",
             f"peak memory {quantity(m.peak, 'B')}, at {m.peak_at}: {parts}",
         ]
+        if self.in_fp8 is not None:
+            lines += self.in_fp8.sentences(self.flops, self.dtype, self.ceilings)
         if self.gpus > 1:
             lines += sentences(self.communication, self.gpus, self.parallel, self.reshard, self.link, self.overlap)
         if self.ceilings is None or self.utilization is None:
@@ -321,6 +325,7 @@ def estimate(
     link: float | None = None,
     ops: str = "triton",
     optimizer: str = "adamw",
+    fp8: bool = False,
 ) -> Estimate:
     """What one training step of `config` costs per device.
 
@@ -334,6 +339,7 @@ def estimate(
     ops: whose memory and casts they are, "triton" (rooflight.kernels on a GPU), "cpu" (the same on a plain CPU) or
     "eager" (the oracles).
     optimizer: "adamw" for every parameter, or "muon" for the blocks' matrices beside it.
+    fp8: the blocks' products are in fp8, as TrainConfig.fp8 has it; on one device alone.
     Raises ValueError naming the argument.
     """
     T = config.context_length if context_length is None else context_length
@@ -353,19 +359,22 @@ def estimate(
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     itemsize(dtype)
+    if fp8:
+        check_fp8(config, batch_size * T, gpus)
+    how = "" if not fp8 else NATIVE if ops == "triton" else IMITATED
     copies, low = in_low_precision(dtype, ops, optimizer, gpus, parallel)
     rows = parts(
         config, batch_size, T, dtype, checkpointing=checkpointing, gpus=gpus, parallel=parallel, optimizer=optimizer,
-        copies=copies, low_gradients=low,
+        copies=copies, low_gradients=low, fp8=how,
     )  # fmt: skip
     parameters = sum(row.parameters for row in rows)
-    saved = saved_activations(config, batch_size * T, T, dtype, ops)
+    saved = saved_activations(config, batch_size * T, T, dtype, ops, fp8)
 
     def total(works: Sequence[Work]) -> Pass:
         ledger = {name: sum(work.flops(name) for work in works) for name in LEDGERS}
         cost = sum((work.cost for work in works), Cost(0, 0))
         other = sum(work.cost.flops for work in works if not work.executed)
-        seconds, bound_by = _roofline(works, ceilings, dtype) if ceilings and works else (None, "")
+        seconds, bound_by = roofline(works, ceilings, dtype) if ceilings and works else (None, "")
         ledgers = ledger["full"], ledger["exact"], ledger["executed"]
         moved = cost.bytes, cost.unfused_bytes
         return Pass(ledger[causal], *ledgers, other, *moved, cost.exps, seconds, bound_by)
@@ -376,18 +385,9 @@ def estimate(
     )
     held = memory(
         config, parameters, batch_size=batch_size, context_length=T, dtype=dtype, checkpointing=checkpointing,
-        gpus=gpus, parallel=parallel, reshard=reshard, ops=ops, optimizer=optimizer,
+        gpus=gpus, parallel=parallel, reshard=reshard, ops=ops, optimizer=optimizer, fp8=fp8,
     )  # fmt: skip
     return Estimate(
         config, batch_size, T, dtype, causal, checkpointing, gpus, parallel, reshard, ops, optimizer, components, held,
-        ceilings, link,
+        ceilings, link, in_fp8(rows, how, ceilings, dtype) if how else None,
     )  # fmt: skip
-
-
-def _roofline(works: Sequence[Work], ceilings: Ceilings, dtype: str) -> tuple[float, str]:
-    """Seconds of the works one after another, and the limit that most of the time goes to."""
-    by_limit: dict[str, float] = {}
-    for work in works:
-        seconds, limit = work.seconds(ceilings, dtype)
-        by_limit[limit] = by_limit.get(limit, 0.0) + seconds
-    return sum(by_limit.values()), max(by_limit, key=by_limit.__getitem__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,6 +15,8 @@ from ..kernels.cost import (
     cross_entropy_cost,
     embedding_cost,
     flash_attention_cost,
+    fp8_cast_cost,
+    fp8_matmul_cost,
     gelu_cost,
     itemsize,
     linear_cross_entropy_cost,
@@ -29,6 +31,9 @@ from ..kernels.cost import (
 from ..kernels.linear_cross_entropy import keeps_gradients
 from .ceilings import Ceilings
 from .config import ModelConfig, hidden_matrices
+from .fp8 import IMITATED, NATIVE, InFp8, Matrix, block_matrices
+
+Pair = tuple["Work", "Work | None"]  # forward and backward
 
 LEDGERS = ("full", "exact", "executed")
 FP32 = "float32"  # parameters, gradients and both moments; products run in the estimate's dtype
@@ -42,6 +47,7 @@ class Work:
 
     kernel, sizes: which measured rate is its own.  work: what that rate counts, FLOPs or elements.
     calls: how often the host issues it.
+    fp8: NATIVE or IMITATED where it casts to fp8 or multiplies in it.
     """
 
     cost: Cost
@@ -52,6 +58,7 @@ class Work:
     exact: int = 0
     executed: int = 0
     calls: int = 1
+    fp8: str = ""
 
     def __mul__(self, times: int) -> Work:
         amounts = {name: times * getattr(self, name) for name in ("work", "calls", *LEDGERS)}
@@ -66,24 +73,67 @@ class Work:
 
     def roof(self, ceilings: Ceilings, dtype: str) -> tuple[float, str]:
         """The least time that the machine's rates leave it, and which of them asks for that."""
-        limits = {"memory": self.cost.bytes / ceilings.copy_bandwidth}
+        moved = self.cost.unfused_bytes if self.fp8 == IMITATED else self.cost.bytes
+        limits = {"memory": moved / ceilings.copy_bandwidth}
         if self.executed:
-            limits["products"] = self.executed / ceilings.gemm_rate(dtype)
+            limits["products"] = self.executed / self._product_rate(ceilings, dtype)[0]
         if ceilings.exp_rate is not None:
             limits["exponentials"] = self.cost.exps / ceilings.exp_rate
         limit = max(limits, key=limits.__getitem__)
         return limits[limit], limit
 
     def seconds(self, ceilings: Ceilings, dtype: str) -> tuple[float, str]:
-        """The time it takes, by the kernel's own rate where that was measured, else its roof; and the roof's limit."""
+        """The time it takes, by the kernel's own rate where that was measured, else its roof; and the roof's limit.
+
+        A product in fp8 has the share of its peak that one of the same sizes has in two bytes, but for the bytes that
+        it moves; an imitated one is the sum of the product in fp32 and of what is cast around it.
+        """
         roof, limit = self.roof(ceilings, dtype)
-        rate = ceilings.rate(f"{self.kernel} {dtype}", self.sizes)
-        return roof if rate is None else self.work / rate, limit
+        peak, alike = self._product_rate(ceilings, dtype) if self.executed else (0.0, dtype)
+        rate = ceilings.rate(f"{self.kernel} {alike}", self.sizes)
+        if rate is None:
+            return roof, limit
+        if self.fp8 == NATIVE and self.executed:
+            return max(roof, self.work / (rate * peak / ceilings.gemm_rate(alike))), limit
+        around = 0
+        if self.fp8 == IMITATED and self.executed:
+            M, N, K = self.sizes
+            product = matmul_cost(M, N, K, alike, backward=self.kernel.endswith(BACKWARD))
+            around = self.cost.unfused_bytes - product.bytes * (self.work // product.flops)
+        return self.work / rate + around / ceilings.copy_bandwidth, limit
+
+    def _product_rate(self, ceilings: Ceilings, dtype: str) -> tuple[float, str]:
+        """FLOP/s of its products at their best, and the dtype in which products of its sizes were measured."""
+        if self.fp8 == NATIVE:
+            return ceilings.fp8_rate(dtype, "backward" if self.kernel.endswith(BACKWARD) else "forward")
+        alike = FP32 if self.fp8 == IMITATED and FP32 in ceilings.gemm_flops else dtype
+        return ceilings.gemm_rate(alike), alike
 
 
 def _gemm(M: int, N: int, K: int, dtype: str, *, backward: bool = False) -> Work:
     cost = matmul_cost(M, N, K, dtype, backward=backward)
     return Work(cost, "gemm" + BACKWARD * backward, (M, N, K), cost.flops, cost.flops, cost.flops, cost.flops)
+
+
+def _fp8_product(M: int, matrix: Matrix, dtype: str, weight: str, gradient: str, fp8: str) -> list[Pair]:
+    """(forward, backward) of what kernels.fp8_linear launches: casts of x and the weight, and of dy; the products.
+
+    weight, gradient: the dtypes in which the weight is read and its gradient written.
+    """
+    N, K = matrix
+
+    def cast(rows: int, columns: int, of: str) -> Work:
+        return replace(_elementwise(fp8_cast_cost(rows, columns, of), "fp8_cast", rows * columns), fp8=fp8)
+
+    def product(cost: Cost, kernel: str) -> Work:
+        return Work(cost, kernel, (M, N, K), cost.flops, cost.flops, cost.flops, cost.flops, fp8=fp8)
+
+    dx, dw = fp8_matmul_cost(M, K, N, dtype), fp8_matmul_cost(N, K, M, gradient)
+    return [
+        (cast(M, K, dtype), cast(M, N, dtype)),
+        (cast(N, K, weight), None),
+        (product(fp8_matmul_cost(M, N, K, dtype), "gemm"), product(dx + dw, "gemm" + BACKWARD)),
+    ]
 
 
 def _elementwise(cost: Cost, kernel: str, elements: int, *rows: int) -> Work:
@@ -108,26 +158,32 @@ def _join(a: Part, b: Part) -> Part:
 
 def parts(
     c: ModelConfig, B: int, T: int, dtype: str, *, checkpointing: bool, gpus: int, parallel: str = "fsdp",
-    optimizer: str = "adamw", copies: bool = False, low_gradients: bool = False,
+    optimizer: str = "adamw", copies: bool = False, low_gradients: bool = False, fp8: str = "",
 ) -> list[Part]:  # fmt: skip
     """The step's components in the model's order, for B sequences of T tokens on each of `gpus` devices.
 
     copies: the optimizer keeps copies of the blocks' matrices, which then are not cast.  low_gradients: nor are their
-    gradients.
+    gradients.  fp8: NATIVE or IMITATED where the blocks' products are in it, as far as their matrices can be.
     Additions of biases and multiplications by a configuration's scales are left out: they ride on kernels that are
     counted, or are small.
     """
     N, L, d, H, K, D, V = B * T, c.n_layer, c.d_model, c.n_head, c.n_kv_head, c.head_dim, c.vocab_size
     low = dtype != FP32
 
-    def layers(name: str, parameters: int, *works: tuple[Work, Work], once: int = 0, times: int = L) -> Part:
+    def layers(name: str, parameters: int, *works: Pair, once: int = 0, times: int = L) -> Part:
         """Layers of (forward, backward) pairs; the last `once` of them are not run again by checkpointing."""
-        forward, backward = [w * times for w, _ in works], [w * times for _, w in works]
+        forward, backward = [w * times for w, _ in works], [w * times for _, w in works if w]
         again = [w.again() for w in forward[: len(forward) - once]] if checkpointing else []
         return Part(name, times * parameters, tuple(forward), (*again, *backward))
 
-    def gemm(n: int, k: int) -> tuple[Work, Work]:
-        return _gemm(N, n, k, dtype), _gemm(N, n, k, dtype, backward=True)
+    matrices = block_matrices(c)
+
+    def product(name: str) -> list[Pair]:
+        n, k = matrix = matrices[name]
+        if fp8 and matrix.fp8:
+            weight = dtype if copies else FP32
+            return _fp8_product(N, matrix, dtype, weight, weight, fp8)
+        return [(_gemm(N, n, k, dtype), _gemm(N, n, k, dtype, backward=True))]
 
     def both(cost: Callable[..., Cost], kernel: str, *rows: int) -> tuple[Work, Work]:
         forward, backward = cost(backward=False), cost(backward=True)
@@ -160,12 +216,12 @@ def parts(
     if c.norm_placement == "both":
         norms = _join(norms, layers("norms", 2 * d, plain, plain))
     norms = replace(norms, parameters=norms.parameters + d)
-    matrices = 2 if c.ffn == "gelu" else 3
+    ffn_matrices = 2 if c.ffn == "gelu" else 3
     ffn_cost = partial(gelu_cost if c.ffn == "gelu" else swiglu_cost, N, c.d_ff, dtype)
-    ffn_biases = ((matrices - 1) * c.d_ff + d) * c.ffn_bias
+    ffn_biases = ((ffn_matrices - 1) * c.d_ff + d) * c.ffn_bias
     activation = both(ffn_cost, c.ffn, N, c.d_ff)
     columns = (H + 2 * K) * D
-    products = layers("QKV", (d + c.qkv_bias) * columns, gemm(columns, d))
+    products = layers("QKV", (d + c.qkv_bias) * columns, *product("qkv"))
     if c.qk_norm:  # the gradients of q, k and v, joined: two thirds of a sum's traffic
         rotation = both(partial(rope_cost, B, H, K, T, D, dtype), "rope", N * (H + K), D)
         joined = _elementwise(Cost(0, 2 * N * columns * itemsize(dtype)), "add", 2 * N * columns // 3)
@@ -178,12 +234,18 @@ def parts(
 
     logits, loss = _head(N, d, V, dtype, cast(V * d))
 
-    weights = L * (2 * d * (H + K) * D + matrices * d * c.d_ff)
-    # of each block four: q, k and v; output; gate and up; down
-    casts = [replace(_elementwise(cast(weights), f"cast{b}", weights), calls=4 * L) for b in ("", BACKWARD)]
-    cast_passes: Passes = (casts[0],), (casts[1],)
+    def casts_of(some: list[Matrix], suffix: str = "") -> tuple[Work, ...]:
+        """All layers' casts of these, of each block's four."""
+        elements = L * sum(matrix.weights for matrix in some)
+        work = _elementwise(cast(elements), "cast" + suffix, elements)
+        return (replace(work, calls=len(some) * L),) if some else ()
+
+    weights = L * sum(matrix.weights for matrix in matrices.values())
+    # a product in fp8 reads the fp32 weight itself, and its gradient leaves it in the weight's dtype
+    plain_matrices = [matrix for matrix in matrices.values() if not (fp8 and matrix.fp8)]
+    cast_passes: Passes = casts_of(plain_matrices), casts_of(plain_matrices, BACKWARD)
     if copies:  # the products take the copies
-        cast_passes = (), () if low_gradients else (casts[1],)
+        cast_passes = (), () if low_gradients else casts_of([*matrices.values()], BACKWARD)
     table = [embedding_cost(N, d, V, FP32, backward=b) for b in (False, True)]
     if low:  # the embedding is looked up in fp32, then takes the dtype of the residual stream
         table = [t + Cost(0, N * d * (4 + itemsize(dtype))) for t in table]
@@ -198,14 +260,15 @@ def parts(
         products,
         layers("RoPE", 0, rotation),
         scores,
-        layers("output projection", (H * D + c.output_bias) * d, gemm(d, H * D)),
+        layers("output projection", (H * D + c.output_bias) * d, *product("o")),
         layers(
             "FFN",
-            matrices * d * c.d_ff + ffn_biases,
-            gemm((matrices - 1) * c.d_ff, d),
+            ffn_matrices * d * c.d_ff + ffn_biases,
+            *product("up"),
             activation,
-            gemm(d, c.d_ff),
-            once=1,
+            *product("down"),
+            # the last product's result is not wanted again; in fp8 what it keeps is there when it has ended
+            once=not (fp8 and matrices["down"].fp8),
         ),
         layers("residual sums", 0, (add, add), once=1) if checkpointing else Part("residual sums", backward=(add,)),
         Part("logits", 0 if c.tie_embeddings else V * d, *logits),
@@ -288,3 +351,20 @@ def _attention(c: ModelConfig, window: int | None, B: int, T: int, dtype: str) -
             tiled * 5 // 2,
         ),
     )
+
+
+def roofline(works: Sequence[Work], ceilings: Ceilings, dtype: str) -> tuple[float, str]:
+    """Seconds of the works one after another, and the limit that most of the time goes to."""
+    by_limit: dict[str, float] = {}
+    for work in works:
+        seconds, limit = work.seconds(ceilings, dtype)
+        by_limit[limit] = by_limit.get(limit, 0.0) + seconds
+    return sum(by_limit.values()), max(by_limit, key=by_limit.__getitem__)
+
+
+def in_fp8(rows: Sequence[Part], how: str, ceilings: Ceilings | None, dtype: str) -> InFp8:
+    """What of these components is in fp8, `how`."""
+    works = [work for row in rows for work in (*row.forward, *row.backward) if work.fp8]
+    products, casts = [w for w in works if w.executed], [w for w in works if not w.executed]
+    seconds = [roofline(some, ceilings, dtype)[0] if ceilings else None for some in (products, casts)]
+    return InFp8(how, sum(w.full for w in products), sum(w.cost.bytes for w in casts), *seconds)

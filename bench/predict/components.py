@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...model import ModelConfig, Transformer
+from ...model.fp8 import block_matrices
 from ..measure.clock import Call, median_seconds, on_capture_stream
 from ..rates.kernel_rates import Leaves, both_passes, ops_on
 
@@ -60,11 +61,13 @@ class Bench:
         dtype: torch.dtype,
         device: torch.device,
         optimizer: str = "adamw",
+        fp8: bool = False,
     ) -> None:
         self.config, self.B, self.T, self.dtype, self.device = config, batch_size, context_length, dtype, device
         self.optimizer = optimizer
         with device:
             self.model = Transformer(config, ops_on(device)[1])
+        self.in_fp8 = {name: fp8 and matrix.fp8 for name, matrix in block_matrices(config).items()}
         self.N = batch_size * context_length
 
     def tasks(self) -> Iterator[list[Task]]:
@@ -81,7 +84,7 @@ class Bench:
             *self._layers("norms", d, self._norms),
             *self._once("norms", self._first_norm),
         ]
-        yield self._layers("QKV", d, lambda make: self._products(make(B, T, d), (H + 2 * K) * D, make))
+        yield self._layers("QKV", d, lambda make: self._products("qkv", make(B, T, d), make))
 
         def heads(make: Leaves, count: int) -> Tensor:
             return make(B, T, count, D).transpose(1, 2)
@@ -100,12 +103,12 @@ class Bench:
             return lambda: ops.flash_attention(q, k, v, causal=True, **mask)
 
         yield self._layers("scores and weighted sum", (H + 2 * K) * D, attention)
-        yield self._layers("output projection", H * D, lambda make: self._products(make(B, T, H * D), d, make))
+        yield self._layers("output projection", H * D, lambda make: self._products("o", make(B, T, H * D), make))
         yield self._layers("FFN", d + c.d_ff, self._ffn)
         yield self._sums()
         yield self._once("logits", self._loss)
-        if self.dtype != torch.float32 and (self.device.type == "cpu" or self.optimizer == "muon"):
-            yield self._casts()
+        if self.dtype != torch.float32 and (matrices := self._cast_matrices()):
+            yield self._casts(matrices)
         yield self._update()
 
     def _layers(self, component: str, width: int, make_call: Callable[[Leaves], Call]) -> list[Task]:
@@ -155,18 +158,24 @@ class Bench:
         """A weight that keeps what it multiplies at unit size, as a model's does: exponentials then stay in range."""
         return make(rows, columns, dtype=dtype, scale=columns**-0.5)
 
-    def _products(self, x: Tensor, width: int, make: Leaves) -> Call:
-        """x times a matrix of `width` rows; it is already in the dtype (the casts are a row of their own)."""
-        weight = self._matrix(make, width, x.shape[-1])
-        return lambda: F.linear(x, weight)
+    def _products(self, name: str, x: Tensor, make: Leaves) -> Call:
+        """x times one of a block's matrices; that is already in the dtype (the casts are a row of their own)."""
+        return partial(self._product(name, make), x)
+
+    def _product(self, name: str, make: Leaves) -> Callable[[Tensor], Tensor]:
+        """In fp8 on a CPU of the fp32 weight, as a model there has no other."""
+        n, k = block_matrices(self.config)[name]
+        fp8 = self.in_fp8[name]
+        weight = self._matrix(make, n, k, torch.float32 if fp8 and self.device.type == "cpu" else None)
+        multiply = ops_on(self.device)[1].fp8_linear if fp8 else F.linear
+        return lambda x: multiply(x, weight)
 
     def _ffn(self, make: Leaves) -> Call:
         c, ops = self.config, self.model.ops
-        x, down = make(self.B, self.T, c.d_model), self._matrix(make, c.d_model, c.d_ff)
-        up = self._matrix(make, c.d_ff * (1 + (c.ffn == "swiglu")), c.d_model)
-        if c.ffn == "gelu":
-            return lambda: F.linear(ops.gelu(F.linear(x, up)), down)
-        return lambda: F.linear(ops.swiglu(F.linear(x, up)), down)
+        x = make(self.B, self.T, c.d_model)
+        up, down = self._product("up", make), self._product("down", make)
+        activation = ops.gelu if c.ffn == "gelu" else ops.swiglu
+        return lambda: down(activation(up(x)))
 
     def _sums(self) -> list[Task]:
         """The gradients of the first norm's input, which two have read; every other sum is a norm's own."""
@@ -182,9 +191,17 @@ class Bench:
         weight = self._matrix(make, c.vocab_size, c.d_model, torch.float32)
         return lambda: self.model.ops.linear_cross_entropy(x, weight, target)
 
-    def _casts(self) -> list[Task]:
-        """What autocast casts: the blocks' matrices, and their gradients back; on a GPU Muon's gradients alone."""
+    def _cast_matrices(self) -> list[Tensor]:
+        """The blocks' matrices that autocast casts, in fp8 none; on a GPU those whose gradients are, Muon's."""
+        gpu = self.device.type != "cpu"
+        if gpu and self.optimizer != "muon":
+            return []
         matrices = [p for p in self.model.layers.parameters() if p.dim() == 2]
+        taken = {tuple(m) for name, m in block_matrices(self.config).items() if self.in_fp8[name] and not gpu}
+        return [p for p in matrices if tuple(p.shape) not in taken]
+
+    def _casts(self, matrices: list[Tensor]) -> list[Task]:
+        """What autocast casts: these matrices, and their gradients back; on a GPU the gradients alone."""
         low = [p.detach().to(self.dtype) for p in matrices]
 
         def forward() -> None:
@@ -230,11 +247,12 @@ def measure_components(
     device: torch.device,
     *,
     optimizer: str = "adamw",
+    fp8: bool = False,
     seconds: float = 10.0,
     progress: Callable[[str], object] = lambda what: None,
 ) -> dict[str, Timed]:
     """Each component's seconds in one step, for about `seconds` in all; named as the rows of the estimate."""
-    bench = Bench(config, batch_size, context_length, dtype, device, optimizer)
+    bench = Bench(config, batch_size, context_length, dtype, device, optimizer, fp8)
     times: dict[str, dict[str, float]] = {}
     with on_capture_stream(device):
         for tasks in bench.tasks():

@@ -19,7 +19,7 @@ def host_seconds(e: Estimate) -> float | None:
     rows = parts(
         e.config, e.batch_size, e.context_length, e.dtype,
         checkpointing=e.checkpointing, gpus=e.gpus, parallel=e.parallel, optimizer=e.optimizer,
-        copies=copies, low_gradients=low,
+        copies=copies, low_gradients=low, fp8=e.in_fp8.how if e.in_fp8 else "",
     )  # fmt: skip
     works = [work for row in rows for work in (*row.forward, *row.backward, *row.update)]
     # the softmax stands beside the products of the operation that computes it: one call, not two

@@ -15,23 +15,22 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from ...kernels import fp8
-from ...model import ModelConfig, Transformer, estimate
-from ...model.layers import use_fp8
+from ...model import Ceilings, ModelConfig, Transformer, estimate
 from ...training.optim import build_optimizers, low_precision
 from ...training.throughput import keep_freed_memory
 from ..cases.plain_model import PlainTransformer
 from ..measure.clock import clock
 from ..measure.compiler import compiled, no_fallback
 from ..rates.kernel_rates import ops_on
-from .step import graphed, take_step
+from .host import eager_seconds
+from .step import graphed, multiply_in_fp8, take_step
 
 WAYS = ("ours, eager", "ours, graphed", "ours, compiled", "plain, eager", "plain, compiled", "ours, fp8")
 GPU_ONLY = ("ours, graphed", "ours, fp8")  # on a CPU fp8 is imitated: asked for, it runs, without a graph
@@ -58,6 +57,7 @@ class StepTime:
     mfu_full: float | None  # counting T^2 pairs, as is usual
     first_loss: float
     last_loss: float
+    predicted_milliseconds: float | None = None  # of ours, on this machine's ceilings
 
 
 class _Step:
@@ -76,9 +76,7 @@ class _Step:
                 else PlainTransformer(config, vocab_size=self.vocab_size)
             )
         if way == "ours, fp8":
-            if (reason := fp8.refusal(device)) is not None:
-                raise ValueError(f"device: {reason}")
-            use_fp8(self.model.layers, ops_on(device)[1].fp8_linear)
+            multiply_in_fp8(self.model.layers, ops_on(device)[1], device)
         # as training builds them: compiled code casts weights by itself; the peer's is torch's fused one
         copies = low_precision(device, dtype) if self.ours and way != "ours, compiled" else {}
         triton = None if self.ours else False
@@ -104,13 +102,15 @@ def measure_steps(
     ways: Sequence[str] | None = None,
     seconds: float = 5.0,
     peak_flops: float | None = None,
+    ceilings: Ceilings | None = None,
     progress: Callable[[str], object] = lambda way: None,
     failures: dict[str, str] | None = None,
 ) -> Iterator[StepTime]:
     """Each way's step, about `seconds` of them after the first; a way that this device does not have is left out.
 
-    ways: some of WAYS; the device's DEFAULT when None.  failures: receives why a way has no time, by its name: a
-    compiler that leaves parts of it to eager PyTorch is such a reason. Without it the error is raised.
+    ways: some of WAYS; the device's DEFAULT when None.  ceilings: of this machine; with them ours is predicted too.
+    failures: receives why a way has no time, by its name: a compiler that leaves parts of it to eager PyTorch is such a
+    reason. Without it the error is raised.
 
     Raises ValueError on an unknown way, on no seconds, and on a model that the peer cannot be.
     """
@@ -141,10 +141,31 @@ def measure_steps(
                 raise
             failures[way] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         else:
+            if ceilings is not None and step.ours:
+                predicted = _predicted(way, config, batch_size, context_length, dtype, device, ceilings)
+                step = replace(step, predicted_milliseconds=predicted)
             yield step
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _predicted(
+    way: str,
+    config: ModelConfig,
+    batch_size: int,
+    context_length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    ceilings: Ceilings,
+) -> float | None:
+    """Milliseconds of that way; a compiled step and a graph have no host in them."""
+    e = estimate(
+        config, batch_size=batch_size, context_length=context_length, dtype=str(dtype).removeprefix("torch."),
+        ceilings=ceilings, ops=ops_on(device)[0], fp8=way == "ours, fp8",
+    )  # fmt: skip
+    seconds = eager_seconds(e) if way == "ours, eager" else e.seconds
+    return None if seconds is None else seconds * 1e3
 
 
 def _measure(
@@ -207,11 +228,23 @@ def steps_table(title: str, steps: Sequence[StepTime]) -> Table:
     """For the terminal."""
     out = Table(title=title)
     out.add_column("step")
-    for column in ("vocabulary", "ms", "best-worst", "tokens/s", "MFU", "MFU, T^2", "host ms", "peak GiB", "first, s"):
+    for column in (
+        "vocabulary",
+        "predicted",
+        "ms",
+        "best-worst",
+        "tokens/s",
+        "MFU",
+        "MFU, T^2",
+        "host ms",
+        "peak GiB",
+        "first, s",
+    ):
         out.add_column(column, justify="right", no_wrap=True)
     for s in steps:
         out.add_row(
-            s.name, f"{s.vocab_size:,}", f"{s.milliseconds:,.1f}",
+            s.name, f"{s.vocab_size:,}",
+            "" if s.predicted_milliseconds is None else f"{s.predicted_milliseconds:,.1f}", f"{s.milliseconds:,.1f}",
             f"{s.milliseconds_best:,.1f}-{s.milliseconds_worst:,.1f}", f"{s.tokens_per_second:,.0f}",
             *("" if share is None else f"{share:.1%}" for share in (s.mfu, s.mfu_full)),
             f"{s.host_milliseconds:,.1f}", "" if s.peak_bytes is None else f"{s.peak_bytes / 2**30:.1f}",

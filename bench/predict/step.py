@@ -5,14 +5,17 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
+from ...kernels import fp8 as kernels_fp8
 from ...kernels import reference
 from ...model import ModelConfig, Transformer
+from ...model.layers import use_fp8
 from ...training.graph import CudaGraphs
 from ...training.optim import build_optimizers, low_precision
 from ..measure.clock import median_seconds
@@ -63,11 +66,15 @@ class Step:
         *,
         compiled: bool = False,
         optimizer: str = "adamw",
+        fp8: bool = False,
     ) -> None:
         self.device, self.dtype = device, dtype
+        ops = ops_on(device)[1]
         with device:
-            self.model = Transformer(config, ops_on(device)[1])
+            self.model = Transformer(config, ops)
             tokens = torch.randint(config.vocab_size, (batch_size, context_length + 1))
+        if fp8:
+            multiply_in_fp8(self.model.layers, ops, device)
         self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         copies = {} if compiled else low_precision(device, dtype)
         self.optimizers = build_optimizers(self.model, optimizer=optimizer, lr=1e-4, muon_dtype=dtype, **copies)
@@ -109,11 +116,22 @@ class Step:
         return states + peak_bytes(self, self.device)
 
 
-def count_flops(config: ModelConfig, batch_size: int, context_length: int | None = None) -> tuple[int, int]:
+def multiply_in_fp8(blocks: nn.ModuleList, ops: ModuleType, device: torch.device) -> None:
+    """Have the blocks multiply in fp8, as training has it; ValueError where the device has no such products."""
+    if (reason := kernels_fp8.refusal(device)) is not None:
+        raise ValueError(f"device: {reason}")
+    use_fp8(blocks, ops.fp8_linear)
+
+
+def count_flops(
+    config: ModelConfig, batch_size: int, context_length: int | None = None, fp8: bool = False
+) -> tuple[int, int]:
     """(parameters, matrix-product FLOPs of a forward and backward) as torch counts them, on tensors without storage."""
     with torch.device("meta"):
         model = Transformer(config, ops=reference)
         tokens = torch.zeros(batch_size, context_length or config.context_length, dtype=torch.int64)
+    if fp8:
+        use_fp8(model.layers, reference.fp8_linear)
     with FlopCounterMode(display=False) as counter:
         model(tokens, targets=tokens).backward()
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops()

@@ -25,8 +25,8 @@ from ...training.config import TrainConfig, model_config
 from ...training.files import write_json
 from ...training.loop import TrainResult
 from ..measure.harness import machine
+from ..rates.ceilings import BUSY, ceilings_of, faster_now, require_ceilings, unmeasured
 from ..rates.ceilings import SECONDS as CEILINGS_SECONDS
-from ..rates.ceilings import ceilings_of, require_ceilings, unmeasured
 from ..rates.kernel_rates import ops_on
 from . import counters
 from .compared import ComponentRow, Row, Validation
@@ -69,6 +69,7 @@ def predict(
     dtype: str,
     device: torch.device,
     optimizer: str = "adamw",
+    fp8: bool = False,
     ceilings: Ceilings | None = None,
 ) -> Estimate:
     """The closed form on these ceilings, or on those kept of this machine.
@@ -84,6 +85,7 @@ def predict(
         causal="full",  # as torch's FlopCounterMode counts
         ops=ops_on(device)[0],
         optimizer=optimizer,
+        fp8=fp8,
     )
     estimated()  # an impossible argument is named before ceilings are asked for
     return estimated(ceilings=ceilings or require_ceilings(device))
@@ -97,6 +99,7 @@ def validate(
     context_length: int | None = None,
     dtype: str = "bfloat16",
     optimizer: str = "adamw",
+    fp8: bool = False,
     compiled: bool = False,
     counted: bool = False,
     runs: int = 1,
@@ -123,6 +126,7 @@ def validate(
             dtype=dtype,
             device=device,
             optimizer=optimizer,
+            fp8=fp8,
         )
         for name, config in models.items()
     }
@@ -205,14 +209,15 @@ def _measure(
     """One model's step and components in about so many seconds; torch.OutOfMemoryError where the step does not fit."""
     deadline = time.perf_counter() + seconds
     sizes = e.config, e.batch_size, e.context_length, getattr(torch, e.dtype), device
+    options: dict[str, Any] = {"optimizer": e.optimizer, "fp8": e.in_fp8 is not None}
     progress(f"{name}: FLOPs, memory")
-    step = Step(*sizes, optimizer=e.optimizer)
+    step = Step(*sizes, **options)
     rows = [*_counted(e), _memory(e, step.peak_bytes())]
     progress(f"{name}: step")
     step_seconds = min(STEP_SECONDS, STEP_SHARE * seconds)
     with Clock(device) as during:
         whole, host = step.seconds(step_seconds)
-    rows += _times(e, eager_seconds(e), whole, f"eager, {TITLES[e.optimizer]}")
+    rows += _times(e, eager_seconds(e), whole, f"eager, {_title(e)}")
     if host is not None and (predicted_host := host_seconds(e)) is not None:
         what = "until the host has issued an eager step"
         rows.append(Row("host's part", "ms", predicted_host * 1e3, host * 1e3, what))
@@ -221,7 +226,7 @@ def _measure(
         progress(f"{name}: step, as a CUDA graph")
         try:
             replayed, _ = step.seconds(step_seconds, graph=True)
-            rows += _times(e, e.seconds, replayed, f"one CUDA graph, {TITLES[e.optimizer]}", ", graphed")
+            rows += _times(e, e.seconds, replayed, f"one CUDA graph, {_title(e)}", ", graphed")
         except RuntimeError as error:
             notes.append(f"no CUDA graph of the step: {str(error).strip().splitlines()[0]}")
     busy = busy_seconds(step, device)
@@ -230,7 +235,7 @@ def _measure(
     with Clock(device) as alone:
         components = measure_components(
             *sizes,
-            optimizer=e.optimizer,
+            **options,
             seconds=COMPONENTS_SHARE * max(0.0, deadline - time.perf_counter()),
             progress=lambda what: progress(f"{name}: {what}"),
         )
@@ -238,9 +243,12 @@ def _measure(
     parted = split(whole, sum(row.measured for row in side_by_side), busy, (during.megahertz, alone.megahertz))
     if compiled:
         progress(f"{name}: step, compiled")
-        fused, _ = Step(*sizes, compiled=True, optimizer=e.optimizer).seconds(step_seconds)
-        rows += _times(e, e.seconds, fused, f"torch.compile, {TITLES[e.optimizer]}", ", compiled")
+        fused, _ = Step(*sizes, compiled=True, **options).seconds(step_seconds)
+        rows += _times(e, e.seconds, fused, f"torch.compile, {_title(e)}", ", compiled")
     assert e.ceilings is not None
+    if (times := faster_now(e.ceilings, device, e.dtype)) > BUSY:
+        measured = f"its rates of {e.ceilings.date}: `rooflight bench ceilings` measures them anew"
+        notes.insert(0, f"this machine is {times:.2f} times as fast now as {measured}")
     missing = unmeasured(e.ceilings, device, e.dtype)
     if missing:
         notes.insert(0, f"no rate was measured of {', '.join(missing)}: the machine's rates stand in")
@@ -251,6 +259,10 @@ def _measure(
         except RuntimeError as error:
             notes.append(str(error))
     return Validation(name, e, tuple(rows), side_by_side, whole, tuple(notes), host, parted)
+
+
+def _title(e: Estimate) -> str:
+    return TITLES[e.optimizer] + ", fp8" * (e.in_fp8 is not None)
 
 
 def _executed(e: Estimate, operations: float, moved: float) -> list[Row]:
@@ -264,7 +276,7 @@ def _executed(e: Estimate, operations: float, moved: float) -> list[Row]:
 
 
 def _counted(e: Estimate) -> list[Row]:
-    parameters, flops = count_flops(e.config, e.batch_size, e.context_length)
+    parameters, flops = count_flops(e.config, e.batch_size, e.context_length, e.in_fp8 is not None)
     return [
         Row("parameters", "", e.parameters, parameters, "counted in the model"),
         Row("matrix FLOPs", "GFLOP", e.flops / 1e9, flops / 1e9, "torch's FlopCounterMode"),
@@ -302,14 +314,13 @@ def validate_step(
     """
     # handed on, not read again: a machine without a folder to keep them in has none to read
     ceilings = ceilings_of(device, run.dtype, seconds)
-    sizes = {"batch_size": run.batch_size, "context_length": run.model.context_length}
-    e = predict(run.model, **sizes, dtype=run.dtype, device=device, optimizer=run.optimizer, ceilings=ceilings)
-    step = Step(
-        run.model, run.batch_size, run.model.context_length, getattr(torch, run.dtype), device, optimizer=run.optimizer
-    )
+    sizes: dict[str, Any] = {"batch_size": run.batch_size, "context_length": run.model.context_length}
+    options: dict[str, Any] = {"optimizer": run.optimizer, "fp8": run.fp8}
+    e = predict(run.model, **sizes, dtype=run.dtype, device=device, ceilings=ceilings, **options)
+    step = Step(run.model, run.batch_size, run.model.context_length, getattr(torch, run.dtype), device, **options)
     memory = _memory(e, step.peak_bytes())
     alone, _ = step.seconds(STEP_SECONDS)
-    rows = [*_counted(e), memory, *_times(e, eager_seconds(e), alone, f"eager, one step alone, {TITLES[e.optimizer]}")]
+    rows = [*_counted(e), memory, *_times(e, eager_seconds(e), alone, f"eager, one step alone, {_title(e)}")]
     what = f"the run{', compiled' * run.compile}: with data, clipping, logging"
     rows.append(Row("step time in training", "ms", (e.seconds or 0) * 1e3, measured.step_seconds * 1e3, what))
     return Validation("One training step", e, tuple(rows), (), alone)

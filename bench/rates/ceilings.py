@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Container, Sequence
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from ...kernels import fp8
 from ...model.ceilings import Ceilings, Sizes
 from ...model.parts import BACKWARD
 from ...training.files import write_json
@@ -29,11 +31,15 @@ from ...training.throughput import measure_peak_flops
 from ..measure.clock import best_seconds
 from ..measure.harness import machine
 from .exponentials import exp_rate
-from .kernel_rates import KERNELS, Rates, grids, host_seconds, kernel_rates
+from .kernel_rates import KERNELS, Rates, grids, has_fp8, host_seconds, kernel_rates
 from .schedule import left_out
 
 SECONDS = 30.0  # the budget: with imports and the kernel that is running when it ends, under 45
 DTYPES = (torch.bfloat16,)
+FP8_SIDE, FP8_SECONDS = 8192, 0.2  # of a product in fp8: its rate is that of measure_peak_flops's largest
+# What is asked of kept rates before they are trusted: products, and a kernel that memory bounds. A busy hour made the
+# demo's step 1.8 times too long (2026-11-27); medians of the same kernels on a quiet machine are within a few percent.
+PROBED, PROBE_SECONDS, BUSY = ("gemm", "rms_norm"), 0.3, 1.15
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**32}  # far beyond any cache
 
 
@@ -43,6 +49,21 @@ def _copy_bandwidth(device: torch.device) -> float:
     target = torch.empty_like(source)
     # as it is called: in a CUDA graph the copy engine does it, at two thirds of the rate (H200, 2026-11-27)
     return 2 * size / best_seconds(lambda: target.copy_(source), device, capture=False)
+
+
+def fp8_flops(device: torch.device) -> dict[str, float]:
+    """{"forward", "backward": FLOP/s of a large square product in fp8}, as kernels/fp8.py has each pass's summed."""
+    n = FP8_SIDE
+    low = [torch.randn(n, n, device=device).to(torch.float8_e4m3fn) for _ in range(2)]
+    dy, one = low[0].to(torch.float32).to(torch.float8_e5m2), torch.ones((), device=device)
+
+    def rate(a: torch.Tensor, fast: bool) -> float:
+        def call() -> torch.Tensor:
+            return fp8.product(a, low[1], one, one, torch.bfloat16, fast=fast)
+
+        return 2 * n**3 / best_seconds(call, device, FP8_SECONDS)
+
+    return {"forward": rate(low[0], fast=True), "backward": rate(dy, fast=False)}
 
 
 def _memory_bytes(device: torch.device) -> int:
@@ -80,6 +101,7 @@ def measure_ceilings(
         date=where["date"],
         versions={key: str(where[key]) for key in ("torch", "triton", "cuda") if where[key]},
         memory_bytes=_memory_bytes(device),
+        fp8_flops=fp8_flops(device) if has_fp8(device) else {},
     )
     keep(ceilings)
     for i, dtype in enumerate(dtypes):
@@ -151,7 +173,8 @@ def _beside(known: Ceilings | None, measured: Ceilings) -> Ceilings:
     if known is None:
         return measured
     peaks, kernels = known.gemm_flops | measured.gemm_flops, known.kernels | measured.kernels
-    return replace(measured, gemm_flops=peaks, kernels=kernels, host=known.host | measured.host)
+    host, low = known.host | measured.host, known.fp8_flops | measured.fp8_flops
+    return replace(measured, gemm_flops=peaks, kernels=kernels, host=host, fp8_flops=low)
 
 
 def sizes_left_out(ceilings: Ceilings, device: torch.device) -> dict[str, list[Sizes]]:
@@ -176,6 +199,8 @@ def ceilings_table(ceilings: Ceilings) -> Table:
         table.add_column(column, justify="right")
     for dtype, rate in ceilings.gemm_flops.items():
         table.add_row(f"products, {dtype}", f"{rate / 1e12:.3f} TFLOP/s")
+    for pass_, rate in ceilings.fp8_flops.items():
+        table.add_row(f"products, fp8 {pass_}", f"{rate / 1e12:.3f} TFLOP/s")
     table.add_row("copies", f"{ceilings.copy_bandwidth / 1e9:.1f} GB/s")
     if ceilings.exp_rate is not None:
         table.add_row("exponentials", f"{ceilings.exp_rate / 1e9:.2f} G/s")
@@ -255,9 +280,28 @@ def unmeasured(ceilings: Ceilings, device: torch.device, dtype: str) -> list[str
 
 
 def ceilings_of(device: torch.device, dtype: str, seconds: float = SECONDS) -> Ceilings:
-    """The ones kept from an earlier measurement on this machine; what is not among them is measured now and kept."""
-    known = load_ceilings(device)
-    if known is None or dtype not in known.gemm_flops:
-        return keep_ceilings(device, dtypes=(getattr(torch, dtype),), seconds=seconds)
+    """The ones kept from an earlier measurement on this machine; what is not among them is measured now and kept.
+
+    So is all of that dtype where the machine is faster now than what is kept says: it was taken in a busy hour.
+    """
+    known, dtypes = load_ceilings(device), (getattr(torch, dtype),)
+    if known is None or dtype not in known.gemm_flops or faster_now(known, device, dtype) > BUSY:
+        return keep_ceilings(device, dtypes=dtypes, seconds=seconds)
     names = unmeasured(known, device, dtype)
-    return keep_ceilings(device, dtypes=(getattr(torch, dtype),), names=names, seconds=seconds) if names else known
+    return keep_ceilings(device, dtypes=dtypes, names=names, seconds=seconds) if names else known
+
+
+def faster_now(known: Ceilings, device: torch.device, dtype: str) -> float:
+    """How many times as fast as they are kept to be a few kernels are now, in the median of their sizes.
+
+    They are measured as they were then. 1 where none of them is kept; a machine that is busy now has less than 1.
+    """
+    kept = {name: known.kernels.get(f"{name} {dtype}", {}) for name in (*PROBED, *(n + BACKWARD for n in PROBED))}
+    if not any(kept.values()):
+        return 1.0
+    now = kernel_rates(
+        getattr(torch, dtype), device, names=PROBED, deadline=time.perf_counter() + PROBE_SECONDS,
+        peak=known.gemm_flops[dtype],
+    )  # fmt: skip
+    ratios = [rate / kept[name][at] for name, points in now.items() for at, rate in points.items() if at in kept[name]]
+    return statistics.median(ratios) if ratios else 1.0

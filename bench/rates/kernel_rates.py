@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import kernels
-from ...kernels import dispatch, reference
+from ...kernels import dispatch, fp8, reference
 from ...kernels.cost import flash_attention_cost, linear_cross_entropy_cost, matmul_cost, muon_cost
 from ...model.ceilings import Sizes
 from ...model.parts import BACKWARD
@@ -35,6 +35,7 @@ HURRY = 0.05  # seconds left for each task, below which one round is all that a 
 LEAST_SECONDS = 1e-4  # of the device for a call of the least size, about: a hundred of them are issued
 HEADS = 4  # of the q that is rotated, and of the k
 WIDTH = 256  # of the embedding's rows
+FP8_WIDTH = 2048  # of a matrix that is cast to fp8
 TENSOR = 2**18  # elements of one parameter that AdamW updates
 MATRICES = 4  # of one shape, that Muon updates at once
 ROTATED = {"cpu": 2**8, "cuda": 2**11}  # tokens of a sequence, whose cosines all sequences share
@@ -144,6 +145,11 @@ def _cast(make: Leaves, elements: int) -> Call:
     return lambda: weight.to(make.dtype)
 
 
+def _fp8_cast(make: Leaves, elements: int) -> Call:
+    rows = make(elements // FP8_WIDTH, FP8_WIDTH).detach()
+    return lambda: fp8.quantize(rows, torch.float8_e4m3fn)
+
+
 def _adamw(make: Leaves, elements: int) -> Call:
     parameters = [make(size, dtype=torch.float32) for size in [TENSOR] * (elements // TENSOR) or [elements]]
     for parameter in parameters:
@@ -239,6 +245,7 @@ KERNELS: dict[str, Kernel] = {
     "scale": Kernel(_scale, FLAT, backward=False),
     "embedding": Kernel(_embedding, FLAT, _embedding_elements),
     "cast": Kernel(_cast, FLAT),
+    "fp8_cast": Kernel(_fp8_cast, FLAT | {"cpu": ()}, backward=False),
     "adamw": Kernel(_adamw, FLAT, backward=False),
     "muon": Kernel(_muon, MATRIX, _muon_flops, "FLOP", backward=False),
 }
@@ -255,8 +262,13 @@ def both_passes(call: Callable[[], Any], leaves: list[Tensor]) -> tuple[Call, Ca
 
 def grids(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Sizes, ...]]:
     """{kernel: the sizes it is timed at} of every kernel that a step in that dtype launches there."""
-    needless = ("cast",) if dtype == torch.float32 else ()
+    needless = [*(["cast"] if dtype == torch.float32 else []), *([] if has_fp8(device) else ["fp8_cast"])]
     return {name: kernel.sizes[device.type] for name, kernel in KERNELS.items() if name not in needless}
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device multiplies in fp8; a CPU imitates it."""
+    return device.type == "cuda" and fp8.refusal(device) is None
 
 
 def kernel_rates(

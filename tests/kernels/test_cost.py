@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from rooflight.kernels import cost, reference
+from rooflight.kernels import cost, fp8, reference
 from support.traffic import Traffic
 
 WINDOWS = [None, 0, 1, 3, 20, (0, 0), (1, 2), (2, 1), (0, 5), (5, 0)]
@@ -72,6 +72,19 @@ class TestUnfusedBytesAreWhatEagerOperatorsMove:
             torch.autograd.grad(outputs, leaves, upstream)
         assert forward.total == pytest.approx(price(False).unfused_bytes, rel=0.01)
         assert backward.total == pytest.approx(price(True).unfused_bytes, rel=0.01)
+
+    def test_products_in_fp8(self, dtype: torch.dtype) -> None:
+        M, N, K = 64, 96, 128
+        x, weight = torch.ones(M, K, dtype=dtype), torch.ones(N, K)
+
+        def price(backward: bool) -> cost.Cost:
+            if not backward:
+                casts = cost.fp8_cast_cost(M, K, dtype) + cost.fp8_cast_cost(N, K, torch.float32)
+                return casts + cost.fp8_matmul_cost(M, N, K, dtype)
+            products = cost.fp8_matmul_cost(M, K, N, dtype) + cost.fp8_matmul_cost(N, K, M, torch.float32)
+            return cost.fp8_cast_cost(M, N, dtype) + products
+
+        self._hold(price, lambda: reference.fp8_linear(x, weight), x, weight)
 
     @pytest.mark.parametrize("weight", [True, False])
     @pytest.mark.parametrize("residual", [True, False])
@@ -214,6 +227,33 @@ class TestBytesAreTheInputsAndTheOutputs:
         assert cost.swiglu_cost(M, N, dtype, backward=True).bytes == _weigh(y, y, y, y, y)
         assert cost.gelu_cost(M, N, dtype).bytes == _weigh(y, y)
         assert cost.gelu_cost(M, N, dtype, backward=True).bytes == _weigh(y, y, y)
+
+    def test_products_in_fp8(self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What each launch of kernels/fp8.py is given, and each product; but the maxima and the scales."""
+        M, N, K = 48, 32, 16
+        moved = 0
+
+        def weigh(*tensors: Any) -> None:
+            nonlocal moved
+            moved += sum(t.nbytes for t in tensors if isinstance(t, Tensor) and t.numel() > 16)
+
+        def product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, *, fast: bool = False):
+            y = reference.fp8_product(a, b, scale_a, scale_b, dtype)
+            weigh(a, b, y)
+            return y
+
+        monkeypatch.setattr(fp8, "launch", lambda kernel, grid, *args, **options: weigh(*args))
+        monkeypatch.setattr(fp8, "product", product)
+        x, dy = torch.ones(M, K, dtype=dtype), torch.ones(M, N, dtype=dtype)
+        for weight in (torch.ones(N, K), torch.ones(N, K, dtype=dtype)):
+            moved = 0
+            _, *kept = fp8.fp8_linear_fwd(x, weight, True, True)
+            casts = cost.fp8_cast_cost(M, K, dtype) + cost.fp8_cast_cost(N, K, weight.dtype)
+            assert moved == (casts + cost.fp8_matmul_cost(M, N, K, dtype)).bytes
+            moved = 0
+            fp8.fp8_linear_bwd(dy, *kept, weight.dtype != dtype)
+            products = cost.fp8_matmul_cost(M, K, N, dtype) + cost.fp8_matmul_cost(N, K, M, weight.dtype)
+            assert moved == (cost.fp8_cast_cost(M, N, dtype) + products).bytes
 
     def test_losses(self, dtype: torch.dtype) -> None:
         M, N, V = 6, 10, 40

@@ -13,6 +13,7 @@ from rooflight.bench.measure.memory import peak_bytes
 from rooflight.bench.predict.step import Step
 from rooflight.kernels import dispatch, reference
 from rooflight.model import PRESETS, ModelConfig, Transformer, estimate
+from rooflight.model.layers import use_fp8
 from rooflight.model.memory import saved_activations
 from rooflight.training.optim import AdamW
 
@@ -44,9 +45,20 @@ def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tupl
     return "cpu", kernels
 
 
-def _step_of(config: ModelConfig, batch_size: int, length: int, dtype: str, checkpointing: bool, ops: ModuleType):
+def _step_of(
+    config: ModelConfig,
+    batch_size: int,
+    length: int,
+    dtype: str,
+    checkpointing: bool,
+    ops: ModuleType,
+    *,
+    fp8: bool = False,
+):
     torch.manual_seed(0)
     model = Transformer(config, ops, checkpointing=checkpointing)
+    if fp8:
+        use_fp8(model.layers, ops.fp8_linear)
     optimizer = AdamW(model.parameters())
     tokens = torch.randint(config.vocab_size, (batch_size, length))
 
@@ -71,6 +83,44 @@ def test_the_peak_of_a_training_step(shape: str, dtype: str, checkpointing: bool
         config, batch_size=batch_size, context_length=length, dtype=dtype, checkpointing=checkpointing, ops=ops[0]
     )
     assert e.memory_bytes == pytest.approx(measured, rel=0.015)
+
+
+# peaks in the loss, in the FFN's backward and forward, in attention, in a product's own results; a matrix left out
+IN_FP8 = {
+    "gqa, tied": SHAPES["gqa, tied"],
+    "gelu, few words": (ModelConfig(64, 64, 4, 4, d_model=128, ffn="gelu"), 8, 64),
+    "softcap": SHAPES["softcap"],
+    "wide stream": SHAPES["wide stream"],
+    "odd width": (ModelConfig(64, 64, 2, 4, d_model=128, d_ff=344), 8, 64),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU's allocator")
+@pytest.mark.parametrize(
+    ("ops", "shape", "dtype", "checkpointing"),
+    [
+        (ops, shape, dtype, checkpointing)
+        for shape in IN_FP8
+        for ops in (("cpu", "eager") if shape == "gqa, tied" else ("cpu",))
+        for dtype in ("float32", "bfloat16")
+        for checkpointing in (False, True)
+        # there the norms' peak is told 1.3 % too high, in fp8 or not
+        if (shape, dtype) != ("wide stream", "bfloat16")
+    ],
+    indirect=["ops"],
+)
+def test_the_peak_of_a_training_step_in_fp8(
+    shape: str, dtype: str, checkpointing: bool, ops: tuple[str, ModuleType]
+) -> None:
+    config, batch_size, length = IN_FP8[shape]
+    step, states = _step_of(config, batch_size, length, dtype, checkpointing, ops[1], fp8=True)
+    step()
+    measured = states + peak_bytes(step, torch.device("cpu"))
+    e = estimate(
+        config, batch_size=batch_size, context_length=length, dtype=dtype, checkpointing=checkpointing, ops=ops[0],
+        fp8=True,
+    )  # fmt: skip
+    assert e.memory_bytes == pytest.approx(measured, rel=0.01)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU's allocator")
@@ -117,3 +167,24 @@ def test_what_the_fused_kernels_save(name: str, dtype: str, device: torch.device
     saved = saved_activations(config, 16, 16, dtype, "triton")
     measured = _saved(model, tokens, getattr(torch, dtype)) - casts
     assert sum(saved.values()) == measured
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["swiglu", "gelu", "left out"])
+def test_what_products_in_fp8_keep(name: str, dtype: str, device: torch.device) -> None:
+    """One byte an element of each input and each weight, and two scales, in the place of the input."""
+    config = ModelConfig(64, 16, 2, 4, n_kv_head=2, d_model=64, d_ff=96)
+    config = {"swiglu": config, "gelu": replace(config, ffn="gelu"), "left out": replace(config, d_ff=72)}[name]
+    model = Transformer(config, kernels).to(device)
+    _, left = use_fp8(model.layers, kernels.fp8_linear)
+    assert len(left) == (name == "left out")  # down alone: twice 72 rows are a multiple of 16
+    tokens = torch.zeros(1, 16, dtype=torch.long, device=device)
+    casts = 2 * 2 * 64 * 72 * len(left) if dtype != "float32" else 0
+    measured = _saved(model, tokens, getattr(torch, dtype)) - casts
+    saved = saved_activations(config, 16, 16, dtype, "triton", fp8=True)
+    assert sum(saved.values()) == measured
+    plain, rows = saved_activations(config, 16, 16, dtype, "triton"), 16 * 64
+    assert saved["output projection"] - plain["output projection"] == 2 * (rows + 64 * 64 + 8)
+    assert saved["QKV"] - plain["QKV"] == 2 * (
+        rows * (1 - torch.empty(0, dtype=getattr(torch, dtype)).itemsize) + 64 * 128 + 8
+    )

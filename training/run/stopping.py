@@ -72,7 +72,8 @@ def predicted_step(config: TrainConfig, ops: str, processes: int = 1) -> Estimat
 
 
 def _settings(config: TrainConfig, ops: str, processes: int) -> dict[str, Any]:
-    settings = {"dtype": config.dtype, "checkpointing": config.checkpointing, "ops": ops, "optimizer": config.optimizer}
+    settings = {"dtype": config.dtype, "checkpointing": config.checkpointing, "ops": ops}
+    settings |= {"optimizer": config.optimizer, "fp8": config.fp8}
     if processes == 1:
         return settings
     return settings | {"gpus": processes, "parallel": config.parallel, "reshard": config.reshard}

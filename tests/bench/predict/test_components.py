@@ -19,12 +19,17 @@ GELU = replace(SWIGLU, ffn="gelu", tie_embeddings=True, window=9)
 B, T = 2, 24
 
 
-@pytest.mark.parametrize("config", [SWIGLU, GELU], ids=["swiglu", "gelu"])
-def test_every_component_does_the_estimates_products(config: ModelConfig):
-    e = estimate(config, batch_size=B, context_length=T, causal="full")
+EVEN = replace(SWIGLU, d_model=48, head_dim=8, rope_dim=8)  # `up` and the attention's can be in fp8, `down` not
+
+
+@pytest.mark.parametrize(
+    ("config", "fp8"), [(SWIGLU, False), (GELU, False), (EVEN, True)], ids=["swiglu", "gelu", "fp8"]
+)
+def test_every_component_does_the_estimates_products(config: ModelConfig, fp8: bool):
+    e = estimate(config, batch_size=B, context_length=T, causal="full", fp8=fp8)
     counted: dict[tuple[str, str], int] = defaultdict(int)
     with torch.device("cpu"):
-        for tasks in Bench(config, B, T, torch.float32, CPU).tasks():
+        for tasks in Bench(config, B, T, torch.float32, CPU, fp8=fp8).tasks():
             for task in tasks:
                 with FlopCounterMode(display=False) as counter:
                     task.call()

@@ -15,7 +15,7 @@ from rooflight.bench.measure.compiler import NotCompiled
 from rooflight.bench.predict import side_by_side
 from rooflight.bench.predict.side_by_side import DEFAULT, WAYS, measure_steps
 from rooflight.kernels import fp8, reference
-from rooflight.model import ModelConfig, Transformer, estimate
+from rooflight.model import Ceilings, ModelConfig, Transformer, estimate
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(vocab_size=130, context_length=16, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=64)
@@ -43,7 +43,12 @@ def test_what_the_peer_cannot_be_is_named():
 
 def test_rows_hold_together():
     ways = [way for way in WAYS if "compiled" not in way]  # compiling takes longer than all the rest
-    steps = list(measure_steps(CONFIG, 2, 16, torch.float32, CPU, ways=ways, seconds=0.01, peak_flops=1e9))
+    rates = {"ceilings": Ceilings({"float32": 1e9}, 1e8), "peak_flops": 1e9}
+    steps = list(measure_steps(CONFIG, 2, 16, torch.float32, CPU, ways=ways, seconds=0.01, **rates))
+    sizes = {"batch_size": 2, "context_length": 16, "dtype": "float32", "ceilings": rates["ceilings"], "ops": "eager"}
+    predicted = [1e3 * estimate(CONFIG, fp8=fp8, **sizes).seconds for fp8 in (False, True)]
+    assert [step.predicted_milliseconds for step in steps] == [predicted[0], None, predicted[1]]
+    assert predicted[0] < predicted[1]  # a CPU imitates fp8
     assert [step.name for step in steps] == ["ours, eager", "plain, eager", "ours, fp8"]
     assert steps[0].first_loss != steps[2].first_loss == pytest.approx(steps[0].first_loss, rel=0.02)
     e = estimate(CONFIG, batch_size=2, context_length=16, causal="full")

@@ -92,6 +92,32 @@ def test_muon_beside_adamw(tmp_path: Path):
     assert "Muon" in next(row.what for row in done.rows if row.quantity == "step time")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_in_fp8(dtype: str, tmp_path: Path):
+    """The step multiplies in it, its memory is fp8's, and the components are predicted and measured as it does."""
+    sizes = {"batch_size": 4, "context_length": 48, "dtype": dtype, "fp8": True}
+    (done,) = validate({"small": SMALL}, CPU, **sizes, predictions=tmp_path / "predicted.json")
+    rows = {row.quantity: row for row in done.rows}
+    assert rows["matrix FLOPs"].ratio == 1
+    assert rows["peak memory"].ratio == pytest.approx(1, abs=0.01)
+    assert rows["step time"].what.endswith("AdamW, fp8")
+    assert "casts" not in {row.name for row in done.components}  # no matrix is left out
+    assert sum(row.predicted for row in done.components) == pytest.approx(done.predicted.seconds)
+    assert done.predicted.in_fp8 is not None
+    written = json.loads((tmp_path / "predicted.json").read_text())["predictions"]["small"]
+    assert written["in_fp8"]["how"] == "imitated"
+
+
+def test_rates_of_a_busy_hour_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "faster_now", lambda ceilings, device, dtype: 1.3)
+    sizes = {"batch_size": 1, "dtype": "float32", "predictions": tmp_path / "predicted.json"}
+    (done,) = validate({"small": SMALL}, CPU, **sizes)
+    assert any(note.startswith("this machine is 1.30 times as fast now as its rates of") for note in done.notes)
+    monkeypatch.setattr(module, "faster_now", lambda ceilings, device, dtype: 1.1)
+    (done,) = validate({"small": SMALL}, CPU, **sizes)
+    assert not any("as fast now" in note for note in done.notes)
+
+
 def test_the_prediction_is_on_disk_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     predictions = tmp_path / "predicted.json"
     seen = []
@@ -157,6 +183,13 @@ BAD = {
     "heads": ("heads.toml", [], "n_kv_head: expected a divisor of n_head (4), got 3"),
     "no file": ("none.toml", [], "No such file or directory: 'none.toml'"),
 }  # fmt: skip
+
+
+def test_an_estimate_in_fp8():
+    result = run(estimate_app(), "tiny", "--dtype", "float32", "--batch-size", "2", "--fp8")
+    assert result.exit_code == 0, result.output
+    assert "in fp8: products of" in result.output
+    assert "in fp8" not in run(estimate_app(), "tiny", "--dtype", "float32").output
 
 
 def test_an_estimate_in_a_dtype_that_was_not_measured_has_no_times():

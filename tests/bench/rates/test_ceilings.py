@@ -1,6 +1,7 @@
 """Ceilings are kept per machine and version, and never trusted elsewhere."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from rooflight.bench.bench_commands import bench
@@ -115,13 +117,16 @@ def test_the_rates_of_one_number_of_threads_are_not_those_of_another(monkeypatch
 SMALL = {
     "gemm": (32, 16, 8), "attention": (16, 8), "linear_cross_entropy": (8, 4, 16), "rms_norm": (64, 8),
     "rms_norm residual": (64, 8), "rope": (256, 8), "swiglu": (64, 8), "gelu": (64, 8), "add": (64,),
-    "scale": (64,), "embedding": (512,), "cast": (64,), "adamw": (64,), "muon": (8, 16),
+    "scale": (64,), "embedding": (512,), "cast": (64,), "fp8_cast": (64,), "adamw": (64,), "muon": (8, 16),
 }  # fmt: skip
+
+CPUS = SMALL.keys() - {"fp8_cast"}
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Every kernel at two sizes that take no time; the rates of products and copies are given."""
+    monkeypatch.setattr(kernel_rates, "FP8_WIDTH", 16)
     for name, kernel in kernel_rates.KERNELS.items():
         sizes = SMALL[name], (2 * SMALL[name][0], *SMALL[name][1:])
         monkeypatch.setitem(kernel_rates.KERNELS, name, dataclasses.replace(kernel, sizes={"cpu": sizes}))
@@ -152,7 +157,8 @@ def test_measuring_gives_every_rate(monkeypatch: pytest.MonkeyPatch):
     assert set(measured.gemm_flops) == {"float32", "bfloat16"}
     assert measured.copy_bandwidth == 2 * 2**16 / 0.5
     for dtype in measured.gemm_flops:
-        rates = {name: measured.kernels[f"{name} {dtype}"] for name in SMALL if (name, dtype) != ("cast", "float32")}
+        needless = {"fp8_cast", "cast"} if dtype == "float32" else {"fp8_cast"}  # a CPU only imitates fp8
+        rates = {name: measured.kernels[f"{name} {dtype}"] for name in SMALL.keys() - needless}
         # FLOPs of the products: 2 M N K; 4 D for each of the T (T + 1) / 2 visible pairs of each of the 64 / T heads
         assert rates["gemm"] == {(32, 16, 8): 2 * 32 * 16 * 8 / 0.5}
         assert measured.kernels[f"gemm backward {dtype}"] == {(32, 16, 8): 2 * 2 * 32 * 16 * 8 / 0.5}
@@ -161,7 +167,73 @@ def test_measuring_gives_every_rate(monkeypatch: pytest.MonkeyPatch):
         # elements everywhere else
         assert rates["rms_norm"] == rates["swiglu"] == {(64, 8): 64 / 0.5}
         assert rates["adamw"] == {(64,): 64 / 0.5}
+    assert measured.fp8_flops == {}
     assert Ceilings.from_dict(json.loads(json.dumps(measured.to_dict()))) == measured
+
+
+def test_a_device_that_multiplies_in_fp8_has_rates_of_it(small: pytest.MonkeyPatch):
+    """A CPU's interpreter in the place of a GPU: the products as each pass sums them, and the casts."""
+    asked = []
+
+    def product(a, b, scale_a, scale_b, dtype, *, fast):
+        asked.append((a.dtype, b.dtype, tuple(a.shape), dtype, fast))
+        return a
+
+    small.setattr(ceilings.fp8, "product", product)
+    small.setattr(ceilings, "has_fp8", lambda device: True)
+    small.setattr(kernel_rates, "has_fp8", lambda device: True)
+    small.setattr(ceilings, "FP8_SIDE", 32)
+    small.setattr(ceilings, "best_seconds", lambda call, device, *_, **__: (call(), 0.5)[1])
+    measured = ceilings.measure_ceilings(CPU, seconds=5.0, names=("fp8_cast",))
+    assert measured.fp8_flops == {"forward": 2 * 32**3 / 0.5, "backward": 2 * 32**3 / 0.5}
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    assert asked == [(a, e4m3, (32, 32), torch.bfloat16, fast) for a, fast in ((e4m3, True), (e5m2, False))]
+    assert set(measured.kernels) == {"fp8_cast bfloat16"}
+    shown = Console(width=120, record=True, file=io.StringIO())
+    shown.print(ceilings.ceilings_table(measured))
+    assert "products, fp8 backward" in shown.export_text()
+    # another dtype's rates, measured later, leave it
+    beside = ceilings._beside(measured, here())
+    assert (beside.fp8_flops, set(beside.gemm_flops)) == (measured.fp8_flops, {"bfloat16", "float32"})
+
+
+@pytest.mark.parametrize(("then", "again"), [(0.5, True), (0.9, False), (2.0, False)])
+def test_rates_of_a_busy_hour_are_measured_again(small: pytest.MonkeyPatch, then: float, again: bool):
+    """Kept at half of today's they were another day's; a machine that is busy today changes nothing."""
+    clock = Clock(small)
+    took = [1.0]
+
+    def time_(kernel, group, dtype, device, seconds, rounds):
+        clock.now += 0.01
+        passes = (False, True) if kernel.backward else (False,)
+        return {(backward, sizes): took[0] for sizes in group for backward in passes}
+
+    small.setattr(kernel_rates, "_time", time_)
+    small.setattr(ceilings, "SECONDS", 5.0)
+    quiet = ceilings.keep_ceilings(CPU, dtypes=(torch.float32,), seconds=5.0)
+    took[0] = 1 / then
+    busy = ceilings.keep_ceilings(CPU, dtypes=(torch.float32,), seconds=5.0)
+    took[0] = 1.0
+    assert ceilings.faster_now(busy, CPU, "float32") == pytest.approx(1 / then)
+    found = ceilings.ceilings_of(CPU, "float32", seconds=5.0)
+    assert found.kernels == (quiet if again else busy).kernels
+    assert ceilings.load_ceilings(CPU) == found
+
+
+def test_the_probe_takes_its_share_of_a_second(small: pytest.MonkeyPatch):
+    known = ceilings.keep_ceilings(CPU, dtypes=(torch.float32,), seconds=5.0)
+    asked = []
+
+    def probe(dtype, device, **options):
+        asked.append(options["deadline"] - 100.0)
+        return {"gemm": {(1, 1, 1): 1.0}}
+
+    Clock(small)
+    small.setattr(ceilings, "kernel_rates", probe)
+    assert ceilings.faster_now(known, CPU, "float32") == 1.0  # of sizes that are not kept
+    assert asked == [pytest.approx(ceilings.PROBE_SECONDS)]
+    assert ceilings.faster_now(here(), CPU, "bfloat16") == 1.0  # nothing of it is kept, and nothing probed
+    assert len(asked) == 1
 
 
 class Clock:
@@ -231,7 +303,7 @@ def test_an_interrupt_keeps_what_was_measured(small: pytest.MonkeyPatch, stop: s
     whole = ceilings.ceilings_of(CPU, "bfloat16", seconds=5.0)
     assert {name: whole.kernels[name] for name in done} == {name: kept.kernels[name] for name in done}
     assert ceilings.load_ceilings(CPU) == whole
-    assert {f"{name} bfloat16" for name in SMALL} <= set(whole.kernels)
+    assert {f"{name} bfloat16" for name in CPUS} <= set(whole.kernels)
 
 
 def test_the_command_ends_in_time_and_keeps_its_rates(small: pytest.MonkeyPatch):
@@ -268,19 +340,20 @@ def test_what_was_not_measured_yet_is_measured_and_kept_beside_the_rest(small: p
     both = ceilings.ceilings_of(CPU, "bfloat16", seconds=5.0)
     assert set(both.gemm_flops) == {"float32", "bfloat16"}
     assert {name: both.kernels[name] for name in known.kernels} == known.kernels
-    assert {f"{name} bfloat16" for name in SMALL} <= set(both.kernels)
+    assert {f"{name} bfloat16" for name in CPUS} <= set(both.kernels)
     assert ceilings.load_ceilings(CPU) == both
 
 
 def test_every_kernel_of_a_step_has_its_rate():
     """What the estimate asks for is what is measured, by the same names and as many sizes."""
     asked = {}
-    for config in (PRESETS["tiny"], dataclasses.replace(PRESETS["gpt2-small"], qk_norm=True)):
-        for part in parts(config, 2, 64, "bfloat16", checkpointing=False, gpus=1, optimizer="muon"):
+    other = dataclasses.replace(PRESETS["gpt2-small"], qk_norm=True)
+    for config, fp8 in ((PRESETS["tiny"], ""), (other, ""), (other, "native")):
+        for part in parts(config, 2, 64, "bfloat16", checkpointing=False, gpus=1, optimizer="muon", fp8=fp8):
             for work in (*part.forward, *part.backward, *part.update):
                 asked[work.kernel] = len(work.sizes)
     timed = {}
     for name, kernel in kernel_rates.KERNELS.items():
         for suffix in ("", " backward") if kernel.backward else ("",):
-            timed[name + suffix] = len(kernel.sizes["cpu"][0])
+            timed[name + suffix] = len(kernel.sizes["cuda"][0])
     assert asked == timed
