@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..definition import Definition, define
-from ..encoding.words import PairTable
+from ..encoding.pairs import PairTable
 from ..files import atomic
 from ..pretokenize import Pattern
 from ..sizes import CELLS
@@ -96,8 +96,8 @@ def pairs_of_ranks(ranks: Mapping[bytes, int]) -> tuple[np.ndarray, list[bytes]]
                 words = (data[i : i + length] for i in range(0, len(data), length))
                 pairs[group, :2] = [_last_pair(word, ranks) for word in words]
                 continue
-            text = np.frombuffer(data, np.uint8).reshape(-1, length).T
-            ids, counts = table.merge(text, np.full(len(group), length))
+            units = table.units(np.frombuffer(data, np.uint8), length * np.arange(len(group)))
+            ids, counts, _ = table.merge(units, np.arange(len(group)))
             two = counts == 2
             at = (np.cumsum(counts) - counts)[two]
             pairs[group[two], 0], pairs[group[two], 1] = ids[at], ids[at + 1]
