@@ -50,7 +50,7 @@ HEAP_FROM = 64
 # ---------------------------------------------------------------------------------------------- merging words
 
 # Bytes of words that are merged together: all arrays of the matrix then stay in the cache or near it.
-CELLS = 1 << 16
+CELLS = 1 << 17
 # Merges that are certain are done outside the matrix while they are more than one in so many tokens.
 MANY_CERTAIN = 8
 # Bytes of the longest word that is a column of the matrix: a row's number takes eight bits of a key.

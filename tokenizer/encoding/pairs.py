@@ -190,9 +190,7 @@ class PairTable:
         array([257, 258, 259], dtype=int32)
         """
         n = len(text)
-        pairs = text[:-1].astype(np.int64)
-        pairs <<= 8
-        pairs |= text[1:]
+        pairs = np.ndarray(n - 1, ">u2", np.ascontiguousarray(text), strides=(1,)).astype(np.int64)
         # Of the boundary before each byte, and after the last.
         ranks, lowest = np.full((2, n + 1), self._none)
         ranks[1:-1] = self._rank_of_bytes.take(pairs)

@@ -159,13 +159,15 @@ class Neighbours:
         n = len(is_start) - 1
         pairs = classes[: n - 1] << 4 | classes[1:n]
         safe = np.concatenate([[0], np.flatnonzero(np.frombuffer(pairs.tobytes().translate(_ENDS), bool)) + 1, [n]])
-        stretch = np.searchsorted(safe, hard, side="right")
-        for k in stretch[np.append(True, np.diff(stretch) > 0)].tolist():
+        bounds_of: dict[bytes, np.ndarray] = {}
+        for k in np.unique(np.searchsorted(safe, hard, side="right")).tolist():
             start, stop = int(safe[k - 1]), int(safe[k])
+            stretch = text[start:stop].tobytes()
+            if stretch not in bounds_of:  # texts have the same few again and again
+                sizes = [len(match[0].encode()) for match in self._expression.finditer(stretch.decode())]
+                bounds_of[stretch] = np.cumsum([0, *sizes])
             is_start[start + 1 : stop] = False
-            for match in self._expression.finditer(text[start:stop].tobytes().decode()):
-                is_start[start] = True
-                start += len(match[0].encode())
+            is_start[start + bounds_of[stretch]] = True
 
 
 _ONLY = np.eye(16, dtype=bool)
