@@ -42,8 +42,9 @@ class Characters(NamedTuple):
 
     tokens, ranks: (65536,) int32, by code point: the one token, and the rank of its last merge; where the bytes end as
     several tokens, above all ranks.
-    before, after: (65536,) int32, by two bytes: the lowest rank of the merges across a boundary between the two whose
-    right token is the beginning of a character and not all of it; whose left token begins inside a character.
+    before, after: (65536,) int32, by two bytes, the second times 256: the lowest rank of the merges across a boundary
+    between the two whose right token is the beginning of a character and not all of it; and of those whose left token
+    begins inside a character.
     """
 
     tokens: np.ndarray
@@ -171,7 +172,7 @@ class PairTable:
             ranks[:] = self._none
         ranks[:0x80] = self._none
         before, after = np.full((2, 1 << 16), self._none)
-        across = self._last.take(left).astype(np.int64) << 8 | self._first.take(right)
+        across = self._first.take(right).astype(np.int64) << 8 | self._last.take(left)
         part = np.flatnonzero(self._sizes.take(right) < _CHARACTER_BYTES.take(self._first.take(right)))
         np.minimum.at(before, across[part], part.astype(np.int32))
         part = np.flatnonzero((self._first.take(left) & 0xC0) == 0x80)
@@ -234,21 +235,22 @@ class PairTable:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where characters start and end whose bytes are certainly merged alone first, and their tokens."""
         at = ((text >= 0xC0) & (text < 0xF0)).nonzero()[0]
-        # (A word may end inside a character: then what stands there is the next word's.)
-        byte, second, third = (text.take(at + k, mode="clip").astype(np.int64) for k in range(3))
-        is_long = byte >= 0xE0
-        code = (byte & 0x1F) << 6 | second & 0x3F
-        code = np.where(is_long, code << 6 | third & 0x3F, code)
+        # From the byte before each on.
+        padded = np.concatenate([np.zeros(1, np.uint8), text, np.zeros(7, np.uint8)])
+        load = np.ndarray(len(text), "<i8", padded, strides=(1,))[at]
+        is_long = (load & 0xE000) == 0xE000
+        code = load >> 2 & 0x7C0 | load >> 16 & 0x3F
+        code = np.where(is_long, code << 6 | load >> 24 & 0x3F, code)
         ends = at + 2 + is_long
-        split = is_first.take(at + 1) | is_first.take(ends - 1, mode="clip")
-        split |= ((second & 0xC0) != 0x80) | (is_long & (((third & 0xC0) != 0x80) | (code < 0x800)))
+        # A word may begin or end inside a character.
+        certain = np.where(
+            is_long, ((load & 0xC0C00000) == 0x80800000) & (code >= 0x800), (load & 0xC00000) == 0x800000
+        )
+        certain &= ~(is_first.take(at + 1) | is_first.take(ends - 1, mode="clip"))
         rank = characters.ranks.take(code)
-        last = np.where(is_long, third, second)
-        before = characters.before.take(text.take(at - 1).astype(np.int64) << 8 | byte)
-        after = characters.after.take(last << 8 | text.take(ends, mode="clip"))
-        certain = (rank < before) | (is_first.take(at) & (rank < self._none))
-        certain &= (rank < after) | is_first.take(ends, mode="clip")
-        certain &= ~split
+        certain &= (rank < characters.before.take(load & 0xFFFF)) | (is_first.take(at) & (rank < self._none))
+        after = characters.after.take(load >> 8 * (1 + is_long) + 8 & 0xFFFF)
+        certain &= (rank < after) | (is_first.take(ends, mode="clip"))
         at, ends, code = at[certain], ends[certain], code[certain]
         return at, ends, characters.tokens.take(code)
 
