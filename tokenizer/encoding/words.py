@@ -54,7 +54,9 @@ class WordEncoder:
         return self._pairs[:, 2].tolist()
 
     def warm_up(self) -> None:
-        """Makes the dictionaries for words that come one by one, if they are going to be needed."""
+        """Makes what the first words would else wait for: dictionaries for those that come one by one, if they are
+        going to be needed, and the table of characters for the others."""
+        self._characters  # noqa: B018
         if self.compiled is None or self._whole:
             self.merge_word(b"  ")
 
