@@ -182,7 +182,8 @@ class PairTable:
     def units(self, text: np.ndarray, starts: np.ndarray, characters: Characters | None = None) -> Units:
         """Words whose bytes follow one another in text (n,) uint8, from `starts` on, after all merges that are certain.
 
-        With the merges b c, a bc, c d and a b the third is certain in abcd, and the first in abc:
+        The words abc, cd and ab with the merges b c, a bc, c d and a b. In abc the last is not certain, since b c comes
+        before it; all is merged in two rounds:
 
         >>> tokens = TokenBytes({i: bytes([i]) for i in range(256)} | {256: b"bc", 257: b"abc", 258: b"cd", 259: b"ab"})
         >>> table = PairTable(range(256), np.array([256, 257, 258, 259]), tokens)
