@@ -99,3 +99,7 @@ def test_characters_and_certain_pairs_come_first() -> None:
         encoder, _ = encoder_of([across, (hi[:1], hi[1:2]), (hi[:2], hi[2:])])
         text = np.frombuffer(b" " + hi + b"a", np.uint8)
         assert not len(encoder._table._whole_characters(text, np.isin(range(6), [0, 5]), encoder._characters)[0])
+    # Three bytes that would be a character of two, if they were UTF-8, are none.
+    encoder, _ = encoder_of([(b"\xc4", b"\x80")])
+    text = np.frombuffer(b"\xe0\x84\x80", np.uint8)
+    assert len(encoder._table.units(text, np.array([0]), encoder._characters).tokens) == 3
