@@ -72,7 +72,7 @@ TOKENS = 1 << 18
 # Pairs kept sorted: several batches, at a cost well below one. NEAR: those among which the next are sought, so that
 # not all pairs are looked through each time.
 FRONT, NEAR = 512, 1 << 13
-# Pairs looked at for a batch, and places of its pairs in all: past them there is little left to gain.
-DEPTH, MAX_PLACES = 128, 1 << 18
+# Pairs passed over in the search for a batch, and places of its pairs in all: past them there is little left to gain.
+PASSED, MAX_PLACES = 24, 1 << 18
 # Places at which a pair is looked for, and tokens beside it up to the word's end: rarely more is needed to find one.
 TRIES, REACH = 8, 64

@@ -51,11 +51,11 @@ class Classes:
             found = self._of_code_point.reshape(-1).take(codes)
         return found
 
-    def write(self, classes: np.ndarray, text: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    def write(self, classes: np.ndarray, text: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Puts the classes of the characters of several bytes that start in text[:n] in their places.
 
         text: with PADDING behind.
-        Returns where such a character of a `wide` class starts, and of how many bytes it is.
+        Returns where such a character of a `wide` class starts, its class, and of how many bytes it is.
         """
         lead = ((text[:n] >= 0xC0) & (text[:n] != SEPARATOR[0])).nonzero()[0]
         # The first four bytes from each on.
@@ -70,5 +70,6 @@ class Classes:
         long = (first >= 0xE0).nonzero()[0]
         for k, part in enumerate((slice(None), slice(None), long, four)):
             classes[lead[part] + k] = found[part]
-        wide = lead[np.frombuffer(found.tobytes().translate(self._is_wide), bool)]
-        return wide, _CHARACTER_BYTES.take(text.take(wide))
+        wide = np.frombuffer(found.tobytes().translate(self._is_wide), bool)
+        at = lead[wide]
+        return at, found[wide], _CHARACTER_BYTES.take(text.take(at))

@@ -26,7 +26,7 @@ def gpt2(data: bytes) -> Pretokens:
     if not data.isascii():
         separators = np.flatnonzero(buffer[:n] == SEPARATOR[0])
         classes = classes.copy()
-        wide, wide_size = _CLASSES.write(classes, buffer, n)
+        wide, _, wide_size = _CLASSES.write(classes, buffer, n)
 
     # is_start[i]: a pre-token starts at byte i. The end of the text counts as one; padding has the separator's class.
     is_start = np.empty(n + 1, bool)
