@@ -44,8 +44,7 @@ CACHE_BITS, MIN_COUNT_BITS = 15, 18
 SHORT_TEXT, COMPILED_TEXT = 3 << 10, 12 << 10
 # Words longer than a table's, of which there are fewer than this, are looked up in a dictionary; counting, counted.
 FEW_LOOKED_UP, FEW_COUNTED = 1 << 6, 1 << 7
-# Words of fewer bytes in all than so many times the longest are merged one by one: starting up the arrays costs as much
-# for one word as for hundreds.
+# So many words, or fewer, are merged one by one: a step of the arrays costs as much for one word as for hundreds.
 FEW_MERGED = 32
 # Bytes of a word from which a heap finds the next merge sooner than a scan, which is quadratic.
 HEAP_FROM = 64
@@ -53,7 +52,9 @@ HEAP_FROM = 64
 # ---------------------------------------------------------------------------------------------- merging words
 
 # Bytes of words that are merged together: all arrays of the matrix then stay in the cache or near it.
-CELLS = 1 << 16
+CELLS = 1 << 17
+# Merges that are certain are done outside the matrix while they are more than one in so many tokens.
+MANY_CERTAIN = 8
 # Bytes of the longest word that is a column of the matrix: a row's number takes eight bits of a key.
 ROW_BITS = 8
 LONGEST = (1 << ROW_BITS) - 1

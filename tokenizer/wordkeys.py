@@ -5,7 +5,7 @@ key is shifted up, so that bytes past the word's end leave at the top, and its l
 tells the word's length; it is never 0, which marks an empty slot.
 
 Counting (training/count.py), encoding (encoding/text.py) and the trainer's pairs, of one key (training/ranking.py),
-have their tables here. The encoder's pairs (encoding/words.py) have one of their own: its entries are key and value in
+have their tables here. The encoder's pairs (encoding/pairs.py) have one of their own: its entries are key and value in
 one integer, so that the innermost loop of merging reads memory once for a pair, not twice.
 """
 

@@ -17,7 +17,8 @@ import regex
 
 from ..definition import Definition
 from ..pretokenize import is_vectorised
-from .words import PairTable, WordEncoder
+from .pairs import PairTable
+from .words import WordEncoder
 
 # Classes that patterns tell apart, and Unicode's categories of them.
 _CLASSES = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..definition import Definition, define
-from ..encoding.words import PairTable
+from ..encoding.pairs import PairTable
 from ..files import atomic
 from ..pretokenize import Pattern
 from ..sizes import CELLS
@@ -133,7 +133,8 @@ def pairs_of_ranks(ranks: Mapping[bytes, int], tokens: TokenBytes | None = None)
             if len(group) < _FEW and length > _LONG:
                 pairs[group, :2] = [_last_pair(word.tobytes(), ranks) for word in text.T]
                 continue
-            ids, counts = table.merge(text, np.full(len(group), length))
+            units = table.units(text.T.ravel(), length * np.arange(len(group)))
+            ids, counts, _ = table.merge(units, np.arange(len(group)))
             two = counts == 2
             at = (np.cumsum(counts) - counts)[two]
             pairs[group[two], 0], pairs[group[two], 1] = ids[at], ids[at + 1]

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import regex
 
 from .text import SEPARATOR
 
+_UNKNOWN = 0xFF  # no class
+_CHARACTER_BYTES = np.repeat([1, 2, 3, 4], [0xC0, 0x20, 0x10, 0x10])  # by the first
+
 
 class Classes:
     """A class for every character: a number and a regular expression each, the first that matches.
+
+    wide: the classes whose characters of several bytes write() tells of.
 
     Characters are looked up as `regex` sees them (its Unicode version, not Python's), in blocks of 256 as they are met:
     all at once would take a tenth of a second.
     """
 
-    def __init__(self, expressions: Sequence[tuple[int, str]], other: int, separator: int) -> None:
+    def __init__(
+        self, expressions: Sequence[tuple[int, str]], other: int, separator: int, wide: Collection[int]
+    ) -> None:
         self._expressions = [(number, regex.compile(f"(?:{expression})+")) for number, expression in expressions][::-1]
         self._other = other
-        self._of_code_point = np.zeros((0x110000 >> 8, 256), np.uint8)
-        self._known = np.zeros(0x110000 >> 8, bool)
+        self._is_wide = bytes(class_ in wide for class_ in range(256))
+        self._of_code_point = np.full((0x110000 >> 8, 256), _UNKNOWN, np.uint8)
         table = bytearray(self._block(0)[:128]) + bytes([other]) * 128
         table[SEPARATOR[0]] = separator
         # By ASCII byte; any other byte is to be looked up as a character.
@@ -37,27 +44,32 @@ class Classes:
         return classes
 
     def of_code_points(self, codes: np.ndarray) -> np.ndarray:
-        blocks = codes >> 8
-        if not self._known.take(blocks).all():
-            for block in np.unique(blocks).tolist():
-                if not self._known[block]:
-                    self._of_code_point[block] = self._block(block)
-                    self._known[block] = True
-        return self._of_code_point.reshape(-1).take(codes)
+        found = self._of_code_point.reshape(-1).take(codes)
+        if found.max(initial=0) == _UNKNOWN:
+            for block in np.unique(codes[found == _UNKNOWN] >> 8).tolist():
+                self._of_code_point[block] = self._block(block)
+            found = self._of_code_point.reshape(-1).take(codes)
+        return found
 
-    def write(self, classes: np.ndarray, text: np.ndarray, lead: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Puts the classes of the characters of several bytes, which start at `lead`, in their places.
+    def write(self, classes: np.ndarray, text: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Puts the classes of the characters of several bytes that start in text[:n] in their places.
 
-        Returns the class of each, and of how many bytes it is.
+        text: with PADDING behind.
+        Returns where such a character of a `wide` class starts, its class, and of how many bytes it is.
         """
-        first = text[lead]
-        size = 2 + (first >= 0xE0).astype(np.int64) + (first >= 0xF0)
-        code = (first & (0x7F >> size)).astype(np.int64)
-        for k in (1, 2, 3):
-            more = size > k
-            code = np.where(more, code << 6 | (text[lead + k] & 0x3F), code)
+        lead = ((text[:n] >= 0xC0) & (text[:n] != SEPARATOR[0])).nonzero()[0]
+        # The first four bytes from each on.
+        load = np.ndarray(len(text) - 3, "<u4", text, strides=(1,))[lead]
+        first = load & 0xFF
+        of_two = (load & 0x1F) << 6 | load >> 8 & 0x3F
+        of_three = of_two << 6 | load >> 16 & 0x3F
+        code = np.where(first < 0xE0, of_two, of_three)
+        if len(four := (first >= 0xF0).nonzero()[0]):
+            code[four] = (of_three[four] & 0x7FFF) << 6 | load[four] >> 24 & 0x3F
         found = self.of_code_points(code)
-        for k in range(4):
-            more = size > k
-            classes[lead[more] + k] = found[more]
-        return found, size
+        long = (first >= 0xE0).nonzero()[0]
+        for k, part in enumerate((slice(None), slice(None), long, four)):
+            classes[lead[part] + k] = found[part]
+        wide = np.frombuffer(found.tobytes().translate(self._is_wide), bool)
+        at = lead[wide]
+        return at, found[wide], _CHARACTER_BYTES.take(text.take(at))

@@ -14,23 +14,19 @@ from .classes import Classes
 from .text import PADDING, SEPARATOR, Pretokens
 
 _LETTER, _NUMBER, _OTHER, _SPACE, _SEPARATOR = range(5)
-_CLASSES = Classes(((_LETTER, r"\p{L}"), (_NUMBER, r"\p{N}"), (_SPACE, r"\s")), _OTHER, _SEPARATOR)
+_CLASSES = Classes(((_LETTER, r"\p{L}"), (_NUMBER, r"\p{N}"), (_SPACE, r"\s")), _OTHER, _SEPARATOR, {_SPACE})
 
 
 def gpt2(data: bytes) -> Pretokens:
     n = len(data)
     padded = data + PADDING
     buffer = np.frombuffer(padded, np.uint8)
-    lead = wide = wide_size = separators = np.empty(0, np.int64)
-    if not data.isascii():
-        high = np.flatnonzero(buffer[:n] >= 0xC0)
-        is_separator = buffer[high] == SEPARATOR[0]
-        separators, lead = high[is_separator], high[~is_separator]
+    wide = wide_size = separators = np.empty(0, np.int64)
     classes = np.frombuffer(padded.translate(_CLASSES.of_byte), np.uint8)
-    if len(lead):
+    if not data.isascii():
+        separators = np.flatnonzero(buffer[:n] == SEPARATOR[0])
         classes = classes.copy()
-        found, size = _CLASSES.write(classes, buffer, lead)
-        wide, wide_size = lead[found == _SPACE], size[found == _SPACE]
+        wide, _, wide_size = _CLASSES.write(classes, buffer, n)
 
     # is_start[i]: a pre-token starts at byte i. The end of the text counts as one; padding has the separator's class.
     is_start = np.empty(n + 1, bool)

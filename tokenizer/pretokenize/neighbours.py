@@ -89,7 +89,7 @@ class Neighbours:
     def __init__(self, rules: Rules, expression: regex.Pattern | None = None) -> None:
         self._rules = rules
         self._expression = expression
-        self._classes = Classes(rules.classes, OTHER, SEP)
+        self._classes = Classes(rules.classes, OTHER, SEP, {SPACE, UNMATCHED, CJK_UNMATCHED, OTHER})
         self._flags = bytes(_flags(pair >> 4, pair & 15, rules) for pair in range(256))
 
     def cut(self, data: bytes) -> Pretokens:
@@ -101,11 +101,8 @@ class Neighbours:
         classes = np.frombuffer(framed, np.uint8)
         lead = size = found = np.empty(0, np.int64)
         if not data.isascii():
-            lead = np.flatnonzero(text[:n] >= 0xC0)
-            lead = lead[text[lead] != SEPARATOR[0]]
-            if len(lead):
-                classes = classes.copy()
-                found, size = self._classes.write(classes[1:], text, lead)
+            classes = classes.copy()
+            lead, found, size = self._classes.write(classes[1:], text, n)
         # Eight classes at a time: numpy shifts single bytes one by one.
         pairs = np.left_shift(classes[: len(classes) & -8].view(np.uint64), 4).view(np.uint8)[: n + 1]
         pairs |= classes[1 : n + 2]
@@ -173,21 +170,31 @@ class Neighbours:
         """The expression's own pre-tokens on stretches around the hard places."""
         assert self._expression is not None
         n = len(is_start) - 1
-        # Where pre-tokens end whatever is before, and the expression does not look behind: mostly before blanks.
-        ends = _INK.take(classes[: n - 1]) & _ONLY[BLANK].take(classes[1:n])
-        ends |= (classes[: n - 1] == SEP) | (classes[1:n] == SEP)
-        safe = np.concatenate([[0], np.flatnonzero(ends) + 1, [n]])
-        stretch = np.searchsorted(safe, hard, side="right")
-        for k in stretch[np.append(True, np.diff(stretch) > 0)].tolist():
+        pairs = classes[: n - 1] << 4 | classes[1:n]
+        safe = np.concatenate([[0], np.flatnonzero(np.frombuffer(pairs.tobytes().translate(_ENDS), bool)) + 1, [n]])
+        bounds_of: dict[bytes, np.ndarray] = {}
+        for k in np.unique(np.searchsorted(safe, hard, side="right")).tolist():
             start, stop = int(safe[k - 1]), int(safe[k])
+            stretch = text[start:stop].tobytes()
+            if stretch not in bounds_of:  # texts have the same few again and again
+                sizes = [len(match[0].encode()) for match in self._expression.finditer(stretch.decode())]
+                bounds_of[stretch] = np.cumsum([0, *sizes])
             is_start[start + 1 : stop] = False
-            for match in self._expression.finditer(text[start:stop].tobytes().decode()):
-                is_start[start] = True
-                start += len(match[0].encode())
+            is_start[start + bounds_of[stretch]] = True
 
 
 _ONLY = np.eye(16, dtype=bool)
 _INK = ~(_ONLY[BLANK] | _ONLY[SPACE] | _ONLY[NEWLINE] | _ONLY[SEP])
+# By two classes, as above: whether a pre-token ends between the two whatever else is there, and the expression does not
+# look behind: before blanks, and between letters and line ends.
+_SURE = (LOWER, UPPER, UNCASED)
+_ENDS = bytes(
+    (bool(_INK[pair >> 4]) and pair & 15 == BLANK)
+    or (pair >> 4 in _SURE and pair & 15 == NEWLINE)
+    or (pair >> 4 == NEWLINE and pair & 15 in _SURE)
+    or SEP in (pair >> 4, pair & 15)
+    for pair in range(256)
+)
 _CASELESS = _ONLY[UNCASED] | _ONLY[MARK]
 # Runs are followed character by character, up to so many.
 _STEPS = 16

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from rooflight.tokenizer import GPT2_PATTERN, Tokenizer
 from rooflight.tokenizer.definition import Definition
+from rooflight.tokenizer.encoding import pairs as encode_pairs
 from rooflight.tokenizer.encoding import text as encode_text
 from rooflight.tokenizer.encoding import words as encode_words
 from rooflight.tokenizer.encoding.words import WordEncoder
@@ -109,7 +110,7 @@ def test_pairs_with_one_hash_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> 
     for tokenizer in TOKENIZERS:
         expected = tokenizer.encode_bytes(text)
         with monkeypatch.context() as patch:
-            patch.setattr(encode_words, "MULTIPLIER", np.uint64(0))
+            patch.setattr(encode_pairs, "MULTIPLIER", np.uint64(0))
             assert np.array_equal(tokenizer_of(tokenizer.merges).encode_bytes(text), expected)
 
 
