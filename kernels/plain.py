@@ -206,13 +206,14 @@ class _SwiGLU(torch.autograd.Function):
         whole = torch.empty_like(gate, memory_format=torch.contiguous_format)
         dgate, dup = _halves(whole, None if up is None else torch.empty_like(up))
         silu = g * sigmoid
-        slope = (1 - sigmoid).mul_(silu).add_(sigmoid).mul_(dy)
-        if gate.dtype == sigmoid.dtype:
-            torch.mul(dy, silu, out=dup)
-            torch.mul(slope, u, out=dgate)
+        same = gate.dtype == sigmoid.dtype
+        slope = dgate if same else torch.empty_like(silu)
+        torch.sub(sigmoid.new_ones(()), sigmoid, out=slope).mul_(silu).add_(sigmoid).mul_(dy).mul_(u)
+        if same:
+            torch.mul(silu, dy, out=dup)
         else:
+            dgate.copy_(slope)
             dup.copy_(silu.mul_(dy))
-            dgate.copy_(slope.mul_(u))
         return (whole, None) if up is None else (dgate, dup)
 
 

@@ -108,12 +108,25 @@ def _saved(model: Transformer, tokens: torch.Tensor, dtype: torch.dtype) -> int:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["swiglu", "gelu", "qk-norm"])
 def test_what_the_fused_kernels_save(name: str, dtype: str, device: torch.device) -> None:
-    """Real or interpreted kernels; autocast's copies of the weights are counted apart."""
+    """Real or interpreted kernels."""
+    _saves_what_is_predicted(name, dtype, device, "triton")
+
+
+def _saves_what_is_predicted(name: str, dtype: str, device: torch.device, ops: str) -> None:
+    """Autocast's copies of the weights are counted apart."""
     config = ModelConfig(64, 16, 2, 4, n_kv_head=2, d_model=64, d_ff=96)
     config = {"swiglu": config, "gelu": replace(config, ffn="gelu"), "qk-norm": replace(config, qk_norm=True)}[name]
     model = Transformer(config, kernels).to(device)
     tokens = torch.zeros(1, 16, dtype=torch.long, device=device)
     casts = sum(2 * p.numel() for n, p in model.layers.named_parameters() if p.dim() == 2) if dtype != "float32" else 0
-    saved = saved_activations(config, 16, 16, dtype, "triton")
+    saved = saved_activations(config, 16, 16, dtype, ops)
     measured = _saved(model, tokens, getattr(torch, dtype)) - casts
     assert sum(saved.values()) == measured
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a plain CPU's")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["swiglu", "gelu", "qk-norm"])
+def test_what_a_plain_cpu_saves(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    _saves_what_is_predicted(name, dtype, torch.device("cpu"), "cpu")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import doctest
+import math
 
 import pytest
 import torch
@@ -96,14 +97,15 @@ def test_muon_step_for_step(nesterov):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_muons_products_are_those_of_its_cost():
-    shapes = [(8, 24), (24, 8), (8, 8), (24, 40)]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_muons_products_are_those_of_its_cost(dtype):
+    shapes = [(8, 24), (24, 8), (8, 8), (24, 40), (8, 16)]
     matrices = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     for matrix in matrices:
         matrix.grad = torch.randn_like(matrix)
     with FlopCounterMode(display=False) as counter:
-        Muon(matrices).step()
-    assert counter.get_total_flops() == sum(muon_cost(*shape).flops for shape in shapes)
+        Muon(matrices, dtype=getattr(torch, dtype)).step()
+    assert counter.get_total_flops() == sum(muon_cost(*shape, dtype).flops for shape in shapes)
 
 
 def test_muon_in_bfloat16_is_as_accurate_as_torchs():
@@ -129,6 +131,29 @@ def test_orthogonalize(shape):
     u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
     rotated = u.mT @ result @ vh.mT
     torch.testing.assert_close(rotated, torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-6])
+def test_steps_on_the_gram_matrix_are_steps_on_the_matrix(smallest, monkeypatch):
+    """In fp32, with singular values from 1 down to `smallest`."""
+    torch.manual_seed(2)
+    u, _, vh = torch.linalg.svd(torch.randn(2, 32, 96, dtype=torch.float64), full_matrices=False)
+    matrices = (u * torch.logspace(0, math.log10(smallest), 32, dtype=torch.float64)) @ vh
+    steps = orthogonalize(matrices.float())
+    monkeypatch.setattr(muon_module, "_multiplies_exactly", lambda x: False)
+    directly = orthogonalize(matrices)
+    assert (steps.double() - directly).abs().max() < 2e-3 * directly.abs().max()
+    assert not torch.equal(steps, orthogonalize(matrices.float()))  # it was another way
+
+
+def test_products_that_are_not_exact_are_not_taken_on_the_gram_matrix():
+    assert muon_module._multiplies_exactly(torch.ones(1))
+    assert not muon_module._multiplies_exactly(torch.ones(1, dtype=torch.bfloat16))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert not muon_module._multiplies_exactly(torch.ones(1))
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_orthogonalize_batches_like_single_matrices_and_survives_zero():
