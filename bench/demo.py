@@ -72,8 +72,8 @@ def demo_training(config: DemoConfig, device: torch.device) -> TrainConfig:
     if on_gpu:
         model = ModelConfig(config.vocab_size, 512, n_layer=8, n_head=8, d_model=512, qk_norm=True)
     else:
-        # Settings compared in equal time on this text, a quarter of the run's (fp32, one seed, 2026-11-27; a step's time
-        # by a model of its cost), in bits per byte: 4 blocks and batch 8 2.411, batch 4 2.346; 3 blocks and batch 4
+        # Settings compared in equal time on this text, a quarter of the run's (fp32, one seed, 2026-11-27; a step's
+        # time by a model of it), in bits per byte: 4 blocks and batch 8 2.411, batch 4 2.346; 3 blocks and batch 4
         # 2.310. At equal numbers of tokens: Muon at 0.03 to 0.04 before 0.02 and 0.08, tied embeddings and q/k norm
         # each by about 0.02.
         model = ModelConfig(
