@@ -1,14 +1,15 @@
-"""Norms, rotations, gates and losses of plain CPU tensors: eager PyTorch with its backward passes written out.
+"""Norms, rotations and losses of plain CPU tensors: eager PyTorch with its backward passes written out.
 
 The arithmetic is the oracle's. What autograd makes of the oracle reads and writes memory more often, keeps what can be
 had again, and on a CPU that is most of what a step does beside its products. CPU time of both passes, oracle and here
-(AMD EPYC 7B13, one thread, fp32, 2 x 64 features of 8 x 256 tokens unless said, 2026-11-27):
+(AMD EPYC, one thread, fp32, 2 x 64 features of 8 x 256 tokens unless said, 2026-11-27):
 
-    norm of 2048 x 128 with a residual    1.5 ms, 0.7
-    norms of q's heads                    1.3 ms, 0.6
-    rotation of q and k                   4.7 ms, 2.1
-    SwiGLU of 2048 x 384                  3.9 ms, 2.2
-    loss's rows, 2048 x 1024              8.9 ms, 4.1
+    norm of 2048 x 128 with a residual    2.1 ms, 1.2
+    norm of q's heads                     1.8 ms, 1.5
+    rotation of q and k                   4.9 ms, 2.1
+    loss's rows, 2048 x 1024             10.9 ms, 6.0
+
+on a busy machine. A SwiGLU written out was no faster than the oracle's (5.2 ms beside 5.0).
 
 The oracle itself runs under torch.compile, which fuses it, under torch.func's transforms and forward-mode AD, and for
 subclasses of Tensor. A second derivative is the oracle's.
@@ -26,7 +27,7 @@ from . import reference
 from .dispatch import are_wrapped, in_layout_of
 from .rows import statistics
 
-__all__ = ["rms_norm", "rope", "row_gradients", "row_losses", "row_losses_and_gradients", "swiglu"]
+__all__ = ["rms_norm", "rope", "row_gradients", "row_losses", "row_losses_and_gradients"]
 
 _is_transformed = torch._C._are_functorch_transforms_active
 
@@ -180,55 +181,6 @@ def rope(
         table[rows] if positions is None or positions.dim() == 1 else table[rows][:, None] for table in (cos, sin)
     ]
     return _Rotation.apply(q, *tables, interleaved), _Rotation.apply(k, *tables, interleaved)
-
-
-# ---------------------------------------------------------------- gates
-
-
-class _SwiGLU(torch.autograd.Function):
-    """apply(gate, up): of one tensor that holds both where up is None."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor | None) -> Tensor:
-        g, u = _halves(gate, up)
-        sigmoid = torch.sigmoid(g.to(statistics(gate.dtype)[0]))
-        ctx.save_for_backward(gate, up, sigmoid)
-        return (g * sigmoid).mul_(u).to(gate.dtype).contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """dup = dy a and dgate = dy u (s + a (1 - s)) with s the sigmoid of g and a = g s."""
-        gate, up, sigmoid = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            dgate, dup = _oracle_gradients(reference.swiglu, (gate, up), dy)
-            return dgate, dup
-        g, u = _halves(gate, up)
-        whole = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        dgate, dup = _halves(whole, None if up is None else torch.empty_like(up))
-        silu = g * sigmoid
-        same = gate.dtype == sigmoid.dtype
-        slope = dgate if same else torch.empty_like(silu)
-        torch.sub(sigmoid.new_ones(()), sigmoid, out=slope).mul_(silu).add_(sigmoid).mul_(dy).mul_(u)
-        if same:
-            torch.mul(silu, dy, out=dup)
-        else:
-            dgate.copy_(slope)
-            dup.copy_(silu.mul_(dy))
-        return (whole, None) if up is None else (dgate, dup)
-
-
-def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
-    if up is not None:
-        return gate, up
-    first, second = gate.chunk(2, -1)
-    return first, second
-
-
-def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
-    """reference.swiglu, contiguous."""
-    if _serves(gate, up) and (up is None or up.dtype == gate.dtype) and gate.shape[-1]:
-        return _SwiGLU.apply(gate, up)
-    return reference.swiglu(gate, up).contiguous()
 
 
 # ---------------------------------------------------------------- losses of rows

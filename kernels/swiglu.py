@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import cost, plain
+from . import cost, reference
 from .dispatch import apply, call, check_device, check_dtype, define_op, runs_triton
 from .launching import launch
 from .rows import row_layout, statistics, tile_offsets
@@ -195,7 +195,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         if gate.shape[-1] % 2:
             raise ValueError(f"gate: expected shape (..., 2 N) without up, got {tuple(gate.shape)}")
         if not runs_triton(gate):
-            return plain.swiglu(gate)
+            return reference.swiglu(gate).contiguous()
         if torch.compiler.is_compiling():
             return _joined_fwd(gate)
         return apply("swiglu", SwiGLUJoinedFunction, gate)
@@ -204,7 +204,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         raise ValueError(f"up: expected gate's shape {tuple(gate.shape)}, got {tuple(up.shape)}")
     check_device(("gate", gate), ("up", up))
     if not runs_triton(gate):
-        return plain.swiglu(gate, up)
+        return reference.swiglu(gate, up).contiguous()
     if torch.compiler.is_compiling():
         return _fwd(gate, up)
     return apply("swiglu", SwiGLUFunction, gate, up)

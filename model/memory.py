@@ -6,8 +6,8 @@ frees that, and leaves gradients. The peak is the most that is held at any stage
 Three implementations of the operations differ in what they save:
 
     triton   rooflight.kernels on a GPU: fused, statistics and inputs only
-    cpu      rooflight.kernels on a plain CPU: torch's scaled_dot_product_attention, the loss in chunks, and eager
-             operations with their backward passes written out (kernels/plain.py)
+    cpu      rooflight.kernels on a plain CPU: torch's scaled_dot_product_attention, the loss in chunks, and norms
+             and rotations with their backward passes written out (kernels/plain.py)
     eager    rooflight.kernels.reference: the scores are kept as exponentials, probabilities and their quotient
 """
 
@@ -110,12 +110,11 @@ def stages(
         if recomputed:  # p, dp and their product, tanh's slope, dout row by row, dq twice; q, k, v, dout are fp32 there
             attention_working += pairs * FP32 * (4 if c.softcap > 0 else 3) + (2 * (2 * q + 2 * kv) if low else q) + q
     swiglu = c.ffn != "gelu"  # geglu as well: gate and up
-    # on a plain CPU gate's sigmoid too
-    activation = 3 * FP32 if eager and swiglu else (2 * s + FP32 * cpu if swiglu else s)
+    widened = swiglu and ops != "triton"  # the oracle's gate, on a plain CPU too
+    activation = 3 * FP32 if widened else (2 if swiglu else 1) * s
     ffn = N * F * (activation + s)
-    # the activation's backward: the gradients of its output and its inputs, when its output is freed; on a plain CPU
-    # silu(gate) again, and in low precision gate's gradient and a factor in fp32
-    gradients = 3 * FP32 if eager and swiglu else (3 * s + FP32 * cpu * (1 + 2 * low) if swiglu else 2 * s)
+    # the activation's backward: the gradients of its output and its inputs, when its output is freed
+    gradients = 3 * FP32 if widened else (3 if swiglu else 2) * s
     ffn_working = stream + N * F * (gradients - s) + d * F * grown  # by then the second matrix has its gradient
     rope = context_length * c.head_dim * FP32 if eager else 0  # the tables' rows
     qk_norm = norm(rows, c.head_dim) + norm(N * c.n_kv_head, c.head_dim) if c.qk_norm else 0
