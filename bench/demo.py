@@ -67,17 +67,17 @@ class DemoConfig:
 
 
 def demo_training(config: DemoConfig, device: torch.device) -> TrainConfig:
-    """The run for this machine: about 0.8 M parameters on a CPU, about 30 M and the Triton kernels on a GPU."""
+    """The run for this machine: about 0.6 M parameters on a CPU, about 30 M and the Triton kernels on a GPU."""
     out, on_gpu = config.out_dir, device.type == "cuda"
     if on_gpu:
         model = ModelConfig(config.vocab_size, 512, n_layer=8, n_head=8, d_model=512, qk_norm=True)
     else:
         # Settings compared in equal time on this text, a quarter of the run's (fp32, one seed, 2026-11-27; a step's
-        # time by a model of it), in bits per byte: 4 blocks and batch 8 2.411, batch 4 2.346; 3 blocks and batch 4
-        # 2.310. At equal numbers of tokens: Muon at 0.03 to 0.04 before 0.02 and 0.08, tied embeddings and q/k norm
+        # time by a model of it), in bits per byte: 4 blocks and batch 8 2.411, batch 4 2.346; at batch 4 3 blocks 2.310, 2
+        # blocks 2.201. At equal numbers of tokens: Muon at 0.03 to 0.04 before 0.02 and 0.08, tied embeddings and q/k norm
         # each by about 0.02.
         model = ModelConfig(
-            config.vocab_size, 256, n_layer=3, n_head=2, d_model=128, d_ff=384, tie_embeddings=True, qk_norm=True
+            config.vocab_size, 256, n_layer=2, n_head=2, d_model=128, d_ff=384, tie_embeddings=True, qk_norm=True
         )
     return TrainConfig(
         model=model,
@@ -90,7 +90,7 @@ def demo_training(config: DemoConfig, device: torch.device) -> TrainConfig:
         decay=0.7,
         dtype="bfloat16",
         compile=False,  # on a GPU the step is a graph, on a CPU fastest_on_cpu decides
-        eval_every=1000,  # on a CPU a validation takes as long as twenty steps
+        eval_every=1000,  # on a CPU a validation takes as long as some twenty steps
         checkpoint_every=2000
         if on_gpu
         else 500,  # a GPU's step takes milliseconds, and its checkpoint most of a second
