@@ -73,9 +73,9 @@ def demo_training(config: DemoConfig, device: torch.device) -> TrainConfig:
         model = ModelConfig(config.vocab_size, 512, n_layer=8, n_head=8, d_model=512, qk_norm=True)
     else:
         # Settings compared in equal time on this text, a quarter of the run's (fp32, one seed, 2026-11-27; a step's
-        # time by a model of it), in bits per byte: 4 blocks and batch 8 2.411, batch 4 2.346; at batch 4 3 blocks 2.310, 2
-        # blocks 2.201. At equal numbers of tokens: Muon at 0.03 to 0.04 before 0.02 and 0.08, tied embeddings and q/k norm
-        # each by about 0.02.
+        # time by a model of it), in bits per byte: 4 blocks and batch 8 2.411, batch 4 2.346; at batch 4, 3 blocks
+        # 2.310 and 2 blocks 2.201. At equal numbers of tokens: Muon at 0.03 to 0.04 before 0.02 and 0.08, tied
+        # embeddings and q/k norm each by about 0.02.
         model = ModelConfig(
             config.vocab_size, 256, n_layer=2, n_head=2, d_model=128, d_ff=384, tie_embeddings=True, qk_norm=True
         )
