@@ -42,7 +42,6 @@ __all__ = [
     "in_layout_of",
     "known",
     "on_its_device",
-    "prepared",
     "refuse_transforms",
     "runs_triton",
 ]
@@ -248,9 +247,8 @@ def in_layout_of(x: Tensor, result: Tensor) -> Tensor:
     return alike.copy_(result)
 
 
-# Kinds of calls that one check remembers, and that are kept prepared (up to 40 KiB each); with more in turn, as with
-# many lengths, they are met anew.
-MOST_CHECKED, MOST_PREPARED = 4096, 1024
+# Kinds of calls that one check remembers; with more in turn, as with many lengths, they are met anew.
+MOST_CHECKED = 4096
 
 
 def checked_once(check: Callable[..., Any]) -> Callable[..., Any]:
@@ -287,47 +285,6 @@ def checked_once(check: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return checked
-
-
-def prepared(make: Callable[..., Any]) -> Callable[..., Any]:
-    """find(state, *args): make(*args), what a kind of call does from its tensors alone, made once; None: the long way.
-
-    make: looks at nothing of a tensor but its dtype, shape, strides and device, holds none, and returns None for what
-    it does not serve. Calls are of one kind when these, all numbers, with their types, and `state` are equal.
-    find returns None while tracing, under transforms, forward-mode AD, modes and profilers, and for what is no plain
-    tensor or number: there the operator is to be seen, or the tensor's memory is not its value.
-    """
-    known: dict[tuple[Any, ...], Any] = {}
-    there = on_its_device(make)  # what is asked of the current GPU is asked of the tensors'
-
-    def find(state: Any, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or _transforms_are_active():
-            return None
-        if _n_dispatch_modes() or _profiler._is_profiler_enabled or _forward_ad._current_level >= 0:
-            return None
-        key = [state]
-        for x in args:
-            kind = type(x)
-            if kind in _TENSORS:
-                if x.is_neg() or _is_wrapped(x):
-                    return None
-                key += x.dtype, x.shape, x.stride(), x.device
-            elif kind in _VALUES:
-                key += kind, x
-            else:
-                return None
-        of_kind = tuple(key)
-        try:
-            return known[of_kind]
-        except KeyError:
-            pass
-        made = (there if type(args[0]) in _TENSORS else make)(*args)
-        if len(known) >= MOST_PREPARED:
-            known.clear()
-        known[of_kind] = made
-        return made
-
-    return find
 
 
 def _described(value: Any) -> str:

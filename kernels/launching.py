@@ -12,11 +12,12 @@ driver, kernels with scratch memory, and versions whose C launcher is not known 
 
 from __future__ import annotations
 
+import itertools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
@@ -25,7 +26,10 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-__all__ = ["TENSOR", "Alike", "Described", "Plan", "direct", "launch", "variant"]
+__all__ = [
+    "TENSOR", "Described", "Handle", "Made", "Plan", "Via", "direct", "encode", "goes_direct", "launch", "state",
+    "told", "unobserved_stream", "variant",
+]  # fmt: skip
 
 # The C launcher's arguments were read in these versions; hardware has run 3.6.0 (bench/NOTES.md).
 KNOWN_VERSIONS = ("3.6.", "3.7.", "3.9.")
@@ -67,11 +71,12 @@ def direct(enabled: bool) -> Iterator[None]:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """kernel[grid](*args, **constants), the constants being its trailing constexprs and Triton's options."""
-    if not (_direct and isinstance(kernel, JITFunction)) or _observed(kernel):
+    if (listener := getattr(_thread, "listener", None)) is not None:
+        listener(None, ())
+    if not (isinstance(kernel, JITFunction) and goes_direct()) or kernel.pre_run_hooks:
         kernel[grid](*args, **constants)
         return
-    device = driver.active.get_current_device()
-    known = variant(kernel, device, args, constants)
+    known = variant(kernel, args, constants)
     if known is None:
         kernel[grid](*args, **constants)
         return
@@ -79,7 +84,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     handles = kernel.rooflight_handles
     handle = handles.get(key)
     if handle is not None:
-        handle((*grid, 1, 1)[:3], driver.active.get_current_stream(device), given)
+        handle((*grid, 1, 1)[:3], driver.active.get_current_stream(key[0]), given)
         return
     handle = _handle(kernel[grid](*args, **constants), len(kernel.params) - kernel.rooflight_n_runtime)
     if handle is not None:
@@ -88,9 +93,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         handles[key] = handle
 
 
-def variant(
-    kernel: Any, device: int, args: tuple[Any, ...], constants: dict[str, Any]
-) -> tuple[tuple[Any, ...], list[Any]] | None:
+def variant(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[tuple[Any, ...], list[Any]] | None:
     """The key of a launch's handle, and its arguments before the constants with tensors as addresses.
 
     None where an argument is of a kind that is not known here, or a runtime argument is missing.
@@ -98,7 +101,7 @@ def variant(
     n_runtime = _prepared(kernel)
     if len(args) < n_runtime:
         return None
-    key: list[Any] = [device, knobs.runtime.debug, knobs.compilation.instrumentation_mode]
+    key: list[Any] = [*state()]
     given = _read(args[:n_runtime], key)
     if given is None:
         return None
@@ -109,158 +112,139 @@ def variant(
     return tuple(key), given
 
 
+class Via(NamedTuple):
+    """A tensor's place in a Plan that the kernel takes a descriptor of.
+
+    describe(x): the descriptor.  describer(x): the same for tensors like x on a GPU, as a function of their addresses.
+    """
+
+    describe: Callable[[Tensor], Any]
+    describer: Callable[[Tensor], Callable[[int], Any]]
+
+
+class Made(NamedTuple):
+    """A tensor's place in a Plan that each launch makes anew: its caller gives none."""
+
+    make: Callable[[], Tensor]
+
+
+_thread = threading.local()
+
+
+@contextmanager
+def told(listener: Callable[[Plan, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Within the block listener(plan, tensors) is called for each call of a Plan in this thread, and launches it.
+
+    A `launch`, which keeps no plan, is one of the plan None.
+    """
+    _thread.listener = listener
+    try:
+        yield
+    finally:
+        _thread.listener = None
+
+
 class Plan:
     """A launch but for its tensors: plan(*tensors) is launch(kernel, grid, *args, **constants) with them for TENSOR.
 
     What is the same for the same shapes, strides and options is worked out once; the caller keeps the plan by these.
-    Tensors, or None, come in the order of their places, in the arguments or in a tuple among them.
+    Tensors, or None, come in the order of their places (TENSOR or a Via), in the arguments or in a tuple among them.
     """
 
-    __slots__ = (
-        "_args", "_compiled", "_constants", "_grid", "_handles", "_kernel", "_places", "_sizes", "_tuples",
-    )  # fmt: skip
+    __slots__ = ("args", "compiled", "constants", "grid", "handles", "kernel", "made", "places", "tuples")
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        self._kernel, self._grid, self._constants = kernel, grid, constants
-        self._sizes = (*grid, 1, 1)[:3]
-        self._compiled = isinstance(kernel, JITFunction)
-        self._handles: dict[tuple[Any, ...], Handle] = {}
+        self.kernel, self.grid, self.constants = kernel, (*grid, 1, 1)[:3], constants
+        self.compiled = isinstance(kernel, JITFunction)
+        self.handles: dict[tuple[Any, ...], Handle] = {}
         # The arguments flat, tuples that hold tensors taken apart behind the others: (where it goes, type, from, to).
-        self._args = list(args)
-        self._tuples: list[tuple[int, Any, int, int]] = []
-        self._places: list[int] = []  # in the order of the arguments
+        self.args = list(args)
+        self.tuples: list[tuple[int, Any, int, int]] = []
         for i, arg in enumerate(args):
-            if arg is TENSOR:
-                self._places.append(i)
-            elif isinstance(arg, tuple) and any(part is TENSOR for part in arg):
-                first = len(self._args)
-                self._places += [first + j for j, part in enumerate(arg) if part is TENSOR]
-                self._args += arg
-                self._tuples.append((i, type(arg), first, len(self._args)))
+            if isinstance(arg, tuple) and any(part is TENSOR for part in arg):
+                self.tuples.append((i, type(arg), len(self.args), len(self.args) + len(arg)))
+                self.args += arg
+        self.places: list[tuple[int, Via | None]] = []
+        taken = {i: range(first, stop) for i, _, first, stop in self.tuples}
+        for i in itertools.chain(*(taken.get(i, (i,)) for i in range(len(args)))):
+            if self.args[i] is TENSOR or isinstance(self.args[i], Via):
+                self.places.append((i, None if self.args[i] is TENSOR else self.args[i]))
+        self.made = [(i, arg.make) for i, arg in enumerate(args) if isinstance(arg, Made)]
+        self.places += [(i, None) for i, _ in self.made]
 
-    def __call__(self, *tensors: Any) -> Handle | None:
+    def __call__(self, *tensors: Any) -> None:
+        listener = getattr(_thread, "listener", None)
+        if listener is None:
+            self.launch(tensors)
+        else:
+            listener(self, tensors)
+
+    def launch(self, tensors: tuple[Any, ...]) -> Handle | None:
         """Returns the handle, where there is one."""
-        kernel = self._kernel
-        if not (_direct and self._compiled) or _observed(kernel):
+        if self.made:
+            tensors += tuple([make() for _, make in self.made])
+        kernel, given = self.kernel, self.args.copy()
+        if not (self.compiled and goes_direct()) or kernel.pre_run_hooks:
             self._through_triton(tensors)
             return None
-        active = driver.active
-        device = active.get_current_device()
-        key: list[Any] = [device, knobs.runtime.debug, knobs.compilation.instrumentation_mode]
-        given = self._args.copy()
-        for at, x in zip(self._places, tensors, strict=True):
+        key: list[Any] = [*state()]
+        for (at, via), x in zip(self.places, tensors, strict=True):
             if x is None:
                 key.append(None)
                 given[at] = None
+            elif via is not None:
+                given[at] = descriptor = via.describe(x)
+                key.append(descriptor.described.variant)
             elif type(x) in _TENSORS:
                 given[at] = address = x.data_ptr()
                 key += x.dtype, address & 15 == 0
-            elif (described := getattr(x, "described", None)) is not None:
-                key.append(described.variant)
-                given[at] = x
             else:  # a tensor's subclass: Triton's own way
                 self._through_triton(tensors)
                 return None
         variant = tuple(key)
-        handle = self._handles.get(variant)
+        handle = self.handles.get(variant)
         if handle is not None:
-            if self._tuples:
-                given = self._together(given)
-            handle(self._sizes, active.get_current_stream(device), given)
+            handle(self.grid, driver.active.get_current_stream(key[0]), self.together(given))
             return handle
         compiled = self._through_triton(tensors)
         n_runtime = _prepared(kernel)
-        n_given = len(self._args) if not self._tuples else self._tuples[0][2]
+        n_given = len(self.args) if not self.tuples else self.tuples[0][2]
         if n_given >= n_runtime and (handle := _handle(compiled, len(kernel.params) - n_given)):
-            self._handles[variant] = handle
+            self.handles[variant] = handle
         return handle
 
-    def _together(self, flat: list[Any], kept: bool = False) -> list[Any]:
+    def together(self, flat: list[Any], kept: bool = False) -> list[Any]:
         """The arguments with their tuples. kept: these keep their types, which Triton tells apart."""
-        for i, kind, start, stop in self._tuples:
+        for i, kind, start, stop in self.tuples:
             parts = flat[start:stop]
             flat[i] = kind(*parts) if kept and kind is not tuple else tuple(parts)
-        return flat[: self._tuples[0][2]] if self._tuples else flat
+        return flat[: self.tuples[0][2]] if self.tuples else flat
 
     def _through_triton(self, tensors: tuple[Any, ...]) -> Any:
-        flat = self._args.copy()
-        for at, x in zip(self._places, tensors, strict=True):
-            flat[at] = x
-        return self._kernel[self._grid](*self._together(flat, kept=True), **self._constants)
+        flat = self.args.copy()
+        for (at, via), x in zip(self.places, tensors, strict=True):
+            flat[at] = x if via is None or x is None else via.describe(x)
+        return self.kernel[self.grid](*self.together(flat, kept=True), **self.constants)
 
 
-class Alike:
-    """A plan for tensors that are alike in all calls: no subclasses, of the same dtypes, None in the same places.
-
-    Then, where their addresses are multiples of 16, only the device and the knobs are left to tell variants apart, and
-    each has a function of its own, written out as Triton writes its own launchers: each argument in its place.
-    """
-
-    __slots__ = ("_plan", "_written")
-
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._written: dict[Any, Callable[..., bool]] = {}  # by device and knobs
-
-    def __call__(self, *tensors: Any) -> None:
-        plan = self._plan
-        if not (_direct and plan._compiled) or _observed(plan._kernel):
-            plan(*tensors)
-            return
-        active = driver.active
-        device = active.get_current_device()
-        state = device, knobs.runtime.debug, knobs.compilation.instrumentation_mode
-        written = self._written.get(state)
-        if written is not None and written(active.get_current_stream(device), *tensors):
-            return
-        handle = plan(*tensors)
-        if handle is not None and all(type(x) not in _TENSORS or x.data_ptr() & 15 == 0 for x in tensors):
-            self._written[state] = _write(plan, handle, tensors)
+def state() -> tuple[Any, ...]:
+    """What a variant hangs on beside a launch's arguments: the current device, and Triton's knobs."""
+    return driver.active.get_current_device(), knobs.runtime.debug, knobs.compilation.instrumentation_mode
 
 
-def _write(plan: Plan, handle: Handle, tensors: tuple[Any, ...]) -> Callable[..., bool]:
-    """A function of a stream and of such tensors: launches them, if their addresses are multiples of 16, else False."""
-    fixed: dict[str, Any] = {"start": handle.start, "encode": _encode}
-
-    def name(value: Any) -> str:
-        fixed[f"c{len(fixed)}"] = value
-        return f"c{len(fixed) - 1}"
-
-    fields = dict(handle.descriptors)
-    flat = [name(arg) for arg in plan._args]
-    addresses = {}
-    for n, (at, x) in enumerate(zip(plan._places, tensors, strict=True)):
-        if type(x) in _TENSORS:
-            flat[at] = addresses[f"x{n}"] = f"a{n}"
-        else:
-            flat[at] = "None" if x is None else f"*encode(x{n}, {name(fields[at])})"
-    for i, _, start, stop in plan._tuples:
-        flat[i] = f"({', '.join(flat[start:stop])},)"
-    given = ", ".join((flat[: plan._tuples[0][2]] if plan._tuples else flat) + ["None"] * handle.n_constant)
-    before = ", ".join([*map(name, plan._sizes), "stream", *map(name, handle.fixed)])
-    source = f"""
-def launch(stream, {", ".join(f"x{n}" for n in range(len(tensors)))}):
-    {"; ".join(f"{a} = {x}.data_ptr()" for x, a in addresses.items())}
-    if ({" | ".join(addresses.values())}) & 15:
-        return False
-    start({before}, {f"[{given}]" if handle.as_list else given})
-    return True
-"""
-    exec(_code(source), fixed)
-    return fixed["launch"]
+def unobserved_stream(before: tuple[Any, ...]) -> int | None:
+    """The current stream; None where launches are not to go past Triton, or the state is another than before."""
+    now = state()
+    return driver.active.get_current_stream(now[0]) if now == before and goes_direct() else None
 
 
-# Numbers have names in it: launches of a kernel share it, whatever their sizes.
-_code = cache(lambda source: compile(source, __file__, "exec"))
-
-
-def _observed(kernel: Any) -> bool:
-    """Whether someone asked Triton to be told of launches, or changes what it compiles."""
+def goes_direct() -> bool:
+    """Whether launches go past Triton: nobody asked it to be told of them, or changes what it compiles."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     if (enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True)):
-        return True
-    return bool(kernel.pre_run_hooks) or getattr(runtime, "add_stages_inspection_hook", None) is not None
+        return False
+    return _direct and getattr(runtime, "add_stages_inspection_hook", None) is None
 
 
 def _prepared(kernel: Any) -> int:
@@ -334,7 +318,7 @@ class Handle:
 
     def __call__(self, grid: tuple[int, ...], stream: int, given: list[Any]) -> None:
         for i, fields in self.descriptors:
-            given[i : i + 1] = _encode(given[i], fields)
+            given[i : i + 1] = encode(given[i], fields)
         if self.as_list:
             given.extend(self.constants)
             self.start(*grid, stream, *self.fixed, given)
@@ -384,7 +368,7 @@ def _descriptors(compiled: Any) -> list[tuple[int, _Fields]]:
     return list(zip(at, found, strict=True))[::-1]
 
 
-def _encode(descriptor: Any, fields: _Fields) -> list[Any]:
+def encode(descriptor: Any, fields: _Fields) -> list[Any]:
     """The arguments that a descriptor becomes: its tensor map, sizes and strides."""
     encoded = descriptor.described.encoded
     try:

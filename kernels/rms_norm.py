@@ -9,7 +9,7 @@ kernels: rms_norm_kernels.py; their tiles: rms_norm_tiles.py.
 from __future__ import annotations
 
 import math
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,11 +26,10 @@ from .dispatch import (
     check_number,
     checked_once,
     define_op,
-    on_its_device,
-    prepared,
     runs_triton,
 )
-from .launching import TENSOR, Alike, Plan
+from .known import Known, prepared
+from .launching import TENSOR, Plan
 from .rms_norm_kernels import (
     _rms_norm_bwd_kernel,
     _rms_norm_dw_kernel,
@@ -44,48 +43,22 @@ __all__ = ["RMSNormFunction", "rms_norm"]
 # ---------------------------------------------------------------- launchers
 
 
-def _once(plan: Plan) -> Plan:
-    return plan
-
-
-def _as_they_lie(weight: Tensor | None, *rows: Tensor | None) -> bool:
-    """Whether the kernels take these without a copy."""
-    return (weight is None or weight.is_contiguous()) and all(x is None or row_layout(x)[0] is x for x in rows)
-
-
 def rms_norm_fwd(
     x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y, the stream x + residual (none without a residual) and rstd (rows,)."""
-    x, residual = row_layout(x)[0], None if residual is None else row_layout(residual)[0]
+    x, layout = row_layout(x)
+    residual, residual_layout = (None, None) if residual is None else row_layout(residual)
     weight = None if weight is None else weight.contiguous()
-    args = x, weight, eps, residual, weight_offset
-    return _forward(*args)(*args)
-
-
-def _forward(
-    x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float, repeated: Any = _once
-) -> Any:
-    """rms_norm_fwd of tensors like these, which the kernel takes as they lie.  repeated: Alike, or each plan itself."""
-    M, N, dtype, device = math.prod(x.shape[:-1]), x.shape[-1], x.dtype, x.device
-    if M == 0:
-        return _rms_norm_fwd_fake
-    stream_dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
-    tile = tiles.forward_tile(N, stream_dtype.itemsize, residual is not None)
-    layouts = row_layout(x)[1], None if residual is None else row_layout(residual)[1]
-    plan = repeated(_forward_plan(M, N, dtype, stream_dtype.itemsize, device, *layouts, eps, weight_offset, tile))
-    of_rstd = (M,), (1,)
-    rstd_dtype = statistics(dtype)[0]
-
-    def run(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float) -> Any:
-        y, stream = torch.empty_like(x, memory_format=torch.contiguous_format), None
-        if residual is not None:
-            stream = torch.empty_like(y, dtype=stream_dtype)
-        rstd = torch.empty_strided(*of_rstd, dtype=rstd_dtype, device=device)
+    y, stream, rstd = _rms_norm_fwd_fake(x, weight, eps, residual, weight_offset)
+    if rstd.numel() > 0:
+        N, widest = x.shape[-1], (y if stream is None else stream).element_size()
+        plan = _forward_plan(
+            rstd.numel(), N, x.dtype, widest, x.device, layout, residual_layout, eps, weight_offset,
+            tiles.forward_tile(N, widest, residual is not None),
+        )  # fmt: skip
         plan(x, residual, weight, y, stream, rstd)
-        return y, stream, rstd
-
-    return run
+    return y, stream, rstd
 
 
 @lru_cache(maxsize=512)
@@ -112,43 +85,26 @@ def rms_norm_bwd(
     needs_dw: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """dh, contiguous in h's dtype, and dw, where it is needed."""
-    h, dy, dstream = row_layout(h)[0], row_layout(dy)[0], None if dstream is None else row_layout(dstream)[0]
-    args = dy, dstream, h, None if weight is None else weight.contiguous(), rstd, weight_offset, needs_dw
-    return _gradients(*args)(*args)
-
-
-def _gradients(
-    dy: Tensor, dstream: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, weight_offset: float,
-    needs_dw: bool, repeated: Any = _once,
-) -> Any:  # fmt: skip
-    """rms_norm_bwd of tensors like these, as _forward."""
-    N, M, device, dtype = h.shape[-1], rstd.numel(), h.device, rstd.dtype
-    tile = tiles.backward_tile(M, N, multiprocessors(device), h.dtype.itemsize, dstream is not None)
-    layouts = row_layout(h)[1], row_layout(dy)[1], None if dstream is None else row_layout(dstream)[1]
-    programs, *found = _backward_plans(M, N, h.dtype, device, *layouts, float(weight_offset), tile)
-    plans: list[Any] = [None if plan is None else repeated(plan) for plan in found]
-    mean_plan, plan, dw_plan = plans
-    sizes = (programs, N), (N, 1)
-
-    def run(
-        dy: Tensor, dstream: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, weight_offset: float,
-        needs_dw: bool,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        dh, dw = _rms_norm_bwd_fake(dy, dstream, h, weight, rstd, weight_offset, needs_dw)
-        mean = None
-        if mean_plan is not None:
-            mean_plan(h, dy, weight, rstd, mean := torch.empty_like(rstd))
-        sums = None if dw is None else torch.empty_strided(*sizes, dtype=dtype, device=device)
-        plan(h, dy, dstream, weight, rstd, mean, dh, sums)
-        if dw is not None:
-            dw_plan(sums, dw)
-        return dh, dw
-
-    def nothing(*args: Any) -> tuple[Tensor, Tensor | None]:
-        dh, dw = _rms_norm_bwd_fake(*args)
+    (h, h_layout), (dy, dy_layout) = row_layout(h), row_layout(dy)
+    dstream, dstream_layout = (None, None) if dstream is None else row_layout(dstream)
+    weight = None if weight is None else weight.contiguous()
+    dh, dw = _rms_norm_bwd_fake(dy, dstream, h, weight, rstd, weight_offset, needs_dw)
+    N, M = h.shape[-1], rstd.numel()
+    if M == 0:
         return dh, None if dw is None else dw.zero_()
-
-    return run if M > 0 else nothing
+    tile = tiles.backward_tile(M, N, multiprocessors(h.device), h.dtype.itemsize, dstream is not None)
+    programs, mean_plan, plan, dw_plan = _backward_plans(
+        M, N, h.dtype, h.device, h_layout, dy_layout, dstream_layout, float(weight_offset), tile
+    )
+    mean = sums = None
+    if mean_plan is not None:
+        mean_plan(h, dy, weight, rstd, mean := torch.empty_like(rstd))
+    if dw is not None:
+        sums = torch.empty_strided((programs, N), (N, 1), dtype=rstd.dtype, device=h.device)
+    plan(h, dy, dstream, weight, rstd, mean, dh, sums)
+    if dw is not None:
+        dw_plan(sums, dw)
+    return dh, dw
 
 
 @lru_cache(maxsize=512)
@@ -231,9 +187,12 @@ def _backward(ctx: Any, dy: Tensor | None, dstream: Tensor | None = None, drstd:
         dstream = None  # of the empty output, whatever its gradient
     dh, dw = dstream, None
     if dy is not None:
-        args = dy, dstream, h, weight, rstd, weight_offset, needs_dw
-        run = _prepared_bwd(tiles.asked("backward"), *args)
-        dh, dw = call(_bwd, *args) if run is None or torch.is_grad_enabled() else run(*args)
+        tensors = dy, dstream, h, weight, rstd
+        run = _prepared_bwd(tiles.asked("backward"), *tensors, weight_offset, needs_dw)
+        if run is None or torch.is_grad_enabled():
+            dh, dw = call(_bwd, *tensors, weight_offset, needs_dw)
+        else:
+            dh, dw = run(*tensors)
     dx, dresidual = dh if needs_dx else None, dh if needs_dresidual else None
     if dtypes is not None:
         dx, dresidual = (x if x is None else x.to(to) for x, to in zip((dx, dresidual), dtypes, strict=True))
@@ -245,8 +204,9 @@ def _prepared_bwd(
     dy: Tensor, dstream: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, weight_offset: float,
     needs_dw: bool,
 ) -> Any:  # fmt: skip
-    args = dy, dstream, h, weight, rstd, weight_offset, needs_dw
-    return on_its_device(_gradients(*args, Alike)) if _as_they_lie(weight, dy, dstream, h) else None
+    return Known(
+        lambda dy, dstream, h, weight, rstd: rms_norm_bwd(dy, dstream, h, weight, rstd, weight_offset, needs_dw)
+    )
 
 
 _bwd = define_op(rms_norm_bwd, _rms_norm_bwd_fake, _bwd_flops)
@@ -264,8 +224,10 @@ class RMSNormFunction(torch.autograd.Function):
         run: Any = None,
     ) -> Any:  # fmt: skip
         """run: rms_norm_fwd of such tensors, where it is known."""
-        run = run or partial(call, _fwd)
-        y, stream, rstd = run(x, weight, eps, residual, weight_offset)
+        if run is None:
+            y, stream, rstd = call(_fwd, x, weight, eps, residual, weight_offset)
+        else:
+            y, stream, rstd = run(x, weight, residual)
         _save(ctx, (x, weight, eps, residual, weight_offset), (y, stream, rstd))
         return y if residual is None else (y, stream)
 
@@ -300,9 +262,9 @@ _checked = checked_once(_check)
 @prepared
 def _prepared(x: Tensor, weight: Tensor | None, eps: float, residual: Tensor | None, weight_offset: float) -> Any:
     eps, weight_offset = _check(x, weight, eps, residual, weight_offset)
-    if not runs_triton(x) or not _as_they_lie(weight, x, residual):
+    if not runs_triton(x):
         return None
-    return on_its_device(_forward(x, weight, eps, residual, weight_offset, Alike))
+    return Known(lambda x, weight, residual: rms_norm_fwd(x, weight, eps, residual, weight_offset))
 
 
 def rms_norm(
@@ -329,7 +291,7 @@ def rms_norm(
     if run is not None:
         if torch.is_grad_enabled():
             return bare_apply(RMSNormFunction)(x, weight, eps, residual, weight_offset, run)
-        y, stream, _ = run(x, weight, eps, residual, weight_offset)
+        y, stream, _ = run(x, weight, residual)
         return y if residual is None else (y, stream)
     eps, weight_offset = _checked(x, weight, eps, residual, weight_offset)
     if not runs_triton(x):

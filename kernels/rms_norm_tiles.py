@@ -80,17 +80,18 @@ def asked(pass_: str) -> Tile | None:
 
 def forward_tile(N: int, element_size: int, residual: bool) -> Tile:
     """The forward's tile for rows of N elements of which the widest tensor has so many bytes each."""
-    return _asked["forward"] if "forward" in _asked else _forward_tile(N, element_size, residual)
+    return _asked["forward"] if "forward" in _asked else _forward_tile(N, element_size, residual, most_warps())
 
 
 @cache
-def _forward_tile(N: int, element_size: int, residual: bool) -> Tile:
+def _forward_tile(N: int, element_size: int, residual: bool, most: int) -> Tile:
+    """most: warps of a program."""
     columns = max(triton.next_power_of_2(N), 16)
     if columns > (FORWARD_TILE // 2 if residual else FORWARD_TILE):  # a residual is a second row in registers
         return Tile(1, LOOP_TILE, LOOP_WARPS, 1)
     rows = max(1, SHORT_TILE // columns)
-    warps = min(max(rows * columns // 512, 4), most_warps())
-    if most_warps() < 32 or columns * element_size > FORWARD_BYTES:
+    warps = min(max(rows * columns // 512, 4), most)
+    if most < 32 or columns * element_size > FORWARD_BYTES:
         return Tile(rows, columns, warps, 1)
     return Tile(rows, columns, warps, 2 if residual or element_size > 2 else 3)
 
@@ -99,19 +100,20 @@ def backward_tile(M: int, N: int, processors: int, element_size: int, residual: 
     """The backward's for M rows of N, as forward_tile."""
     if "backward" in _asked:
         return _asked["backward"]
-    return _backward_tile(N, processors * BACKWARD_TILE <= M * N, element_size, residual)
+    many = processors * BACKWARD_TILE <= M * N
+    return _backward_tile(N, many, element_size, residual, most_warps(), is_blackwell())
 
 
 @cache
-def _backward_tile(N: int, many: bool, element_size: int, residual: bool) -> Tile:
-    """many: elements for a whole tile on every multiprocessor."""
-    two_bytes, amd = element_size <= 2, most_warps() < 32
+def _backward_tile(N: int, many: bool, element_size: int, residual: bool, most: int, blackwell: bool) -> Tile:
+    """many: elements for a whole tile on every multiprocessor.  most: warps of a program."""
+    two_bytes, amd = element_size <= 2, most < 32
     columns = max(triton.next_power_of_2(N), 16)
-    fits = two_bytes and not amd and not (residual and is_blackwell())  # where it compiles without a spill
+    fits = two_bytes and not amd and not (residual and blackwell)  # where it compiles without a spill
     if columns > (BACKWARD_LONGEST if fits else BACKWARD_TILE):
         columns = BACKWARD_TILE
     rows = max(1, (BACKWARD_TILE if many else SHORT_TILE) // columns)
-    warps = min(max(rows * columns // 512, 4), most_warps())
+    warps = min(max(rows * columns // 512, 4), most)
     # The buffers fit the shared memory of every GPU, with a residual 96 KiB of 99, and of AMD's 64 KiB a half.
     stages = (2 if two_bytes else 1) if amd else 3 if two_bytes and columns <= BACKWARD_TILE else 2
     return Tile(rows, columns, warps, stages)

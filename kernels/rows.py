@@ -8,6 +8,7 @@ one have n1 = n2 = 1, which Triton compiles as constants, so that the divisions 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -62,14 +63,20 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @cache
+def _target_of(device: int) -> Any:
+    return triton.runtime.driver.active.get_current_target()
+
+
+def _target() -> Any:
+    """What Triton compiles for on the current GPU; asked once of each."""
+    return _target_of(triton.runtime.driver.active.get_current_device())
+
+
 def most_warps() -> int:
-    """Warps of the largest block, 1024 threads: 32 of 32 lanes, or 16 of AMD's 64."""
-    return 32 if INTERPRETED else 1024 // triton.runtime.driver.active.get_current_target().warp_size
+    """Warps of the largest block on the current GPU, 1024 threads: 32 of 32 lanes, or 16 of AMD's 64."""
+    return 32 if INTERPRETED else 1024 // _target().warp_size
 
 
-@cache
 def is_blackwell() -> bool:
-    """A GPU of compute capability 10 or later."""
-    if INTERPRETED or most_warps() < 32:
-        return False
-    return triton.runtime.driver.active.get_current_target().arch >= 100
+    """Whether the current GPU is of compute capability 10 or later."""
+    return not INTERPRETED and most_warps() == 32 and _target().arch >= 100

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import islice
 from operator import lt
 from typing import NamedTuple
@@ -12,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .pretokenize import Pattern, Specials, resolve
+from .tokens import TokenBytes
 
 
 class Options(NamedTuple):
@@ -31,7 +34,8 @@ class Options(NamedTuple):
 PLAIN = Options()
 
 
-class Definition(NamedTuple):
+@dataclass(eq=False)
+class Definition:
     """vocab: id to bytes, special tokens among them, in the order of the ids.
     pairs: (n, 3) int32, left, right and merged id of every merge, the first one merged first.
     special_tokens: text to id.  pattern, ignore_merges: see Tokenizer.  options: what some tokenizer.json add.
@@ -44,9 +48,16 @@ class Definition(NamedTuple):
     ignore_merges: bool = False
     options: Options = PLAIN
 
+    def __reduce__(self) -> tuple:
+        return Definition, tuple(getattr(self, field.name) for field in fields(self))
+
+    @cached_property
+    def tokens(self) -> TokenBytes:
+        return TokenBytes(self.vocab)
+
     @property
     def vocab_size(self) -> int:
-        return max(self.vocab) + 1
+        return len(self.tokens.sizes)
 
     @property
     def merges(self) -> list[tuple[bytes, bytes]]:
@@ -69,16 +80,16 @@ class Definition(NamedTuple):
     @property
     def byte_ids(self) -> list[int]:
         special_ids = set(self.special_tokens.values())
-        single = [(token, i) for i, token in self.vocab.items() if len(token) == 1]
-        # An ordinary token's, but a special token may be the only one of its byte.
-        ids = dict(single) | {token: i for token, i in single if i not in special_ids}
         # One that a tokenizer.json lacks gets an id that no token has.
-        no_token = self.vocab_size
-        return [ids.get(bytes([byte]), no_token) for byte in range(256)]
+        ids = [self.vocab_size] * 256
+        # An ordinary token's, but a special token may be the only one of its byte.
+        for i in sorted(np.flatnonzero(self.tokens.sizes == 1).tolist(), key=lambda i: i not in special_ids):
+            ids[self.vocab[i][0]] = i
+        return ids
 
-    @property
+    @cached_property
     def ordinary(self) -> dict[bytes, int]:
-        """The tokens that are not special, with their ids."""
+        """The tokens that are not special, with their ids. Large: forget() lets it go."""
         ordinary = dict(zip(self.vocab.values(), self.vocab, strict=True))
         special_ids = set(self.special_tokens.values())
         if len(ordinary) < len(self.vocab):  # a special token and another have the same bytes
@@ -87,20 +98,25 @@ class Definition(NamedTuple):
             del ordinary[self.vocab[i]]
         return ordinary
 
+    def forget(self) -> None:
+        self.__dict__.pop("ordinary", None)
+
 
 def define(
     vocab: Mapping[int, bytes],
-    merges: Iterable[tuple[bytes, bytes]] | np.ndarray,
+    merges: Iterable[tuple[bytes, bytes]] | Callable[[Definition], np.ndarray],
     special_tokens: Sequence[str] | Mapping[str, int],
     pattern: Pattern,
     ignore_merges: bool,
     options: Options = PLAIN,
     *,
     all_bytes: bool = True,
+    ordinary: dict[bytes, int] | None = None,
 ) -> Definition:
-    """A definition, all of it checked. merges: tokens, or as Definition.pairs has them. Raises ValueError.
+    """A definition, all of it checked. Raises ValueError.
 
-    all_bytes: each byte must be a token.
+    merges: pairs of tokens; or what makes Definition.pairs when the vocabulary is found to be right.
+    all_bytes: each byte must be a token.  ordinary: Definition.ordinary, if it is there already.
     """
     pattern = resolve(pattern)
     vocab = dict(vocab)
@@ -108,20 +124,29 @@ def define(
     if not all(map(lt, vocab, islice(vocab, 1, None))):
         vocab = dict(sorted(vocab.items()))
     special_ids = set(specials.values())
-    id_of = _check_vocab(vocab, special_ids, all_bytes)
+    id_of = _check_vocab(vocab, special_ids, all_bytes, ordinary)
     _check_holes(vocab, special_ids)
-    pairs = merges if isinstance(merges, np.ndarray) else _pairs(list(merges), id_of)
-    keys = np.sort(pairs[:, 0].astype(np.int64) << 32 | pairs[:, 1])
+    definition = Definition(vocab, np.empty((0, 3), np.int32), specials, pattern, ignore_merges, options)
+    definition.pairs = merges(definition) if callable(merges) else _pairs(list(merges), id_of)
+    keys = np.sort(definition.pairs[:, 0].astype(np.int64) << 32 | definition.pairs[:, 1])
     if (keys[1:] == keys[:-1]).any():
         raise ValueError("merges: a pair is listed more than once")
-    return Definition(vocab, pairs, specials, pattern, ignore_merges, options)
+    if ordinary is None and len(id_of) == len(vocab):  # then it is but for the special tokens: it takes long to make
+        ordinary = id_of
+        for i in special_ids:
+            del ordinary[vocab[i]]
+    if ordinary is not None:
+        definition.__dict__["ordinary"] = ordinary
+    return definition
 
 
 def _special_ids(special_tokens: Sequence[str] | Mapping[str, int], vocab: dict[int, bytes]) -> dict[str, int]:
     """The special tokens with their ids; adds those to `vocab` that it lacks."""
     specials = Specials(special_tokens)
     wanted = {*specials.encoded}
-    known = {token: i for i, token in reversed(vocab.items()) if type(token) is bytes and token in wanted}
+    known = {}
+    if not isinstance(special_tokens, Mapping) and wanted:
+        known = {token: i for i, token in reversed(vocab.items()) if type(token) is bytes and token in wanted}
     ids = {}
     for text, token in zip(specials.tokens, specials.encoded, strict=True):
         if isinstance(special_tokens, Mapping):
@@ -135,18 +160,20 @@ def _special_ids(special_tokens: Sequence[str] | Mapping[str, int], vocab: dict[
     return ids
 
 
-def _check_vocab(vocab: Mapping[int, bytes], special_ids: set[int], all_bytes: bool) -> dict[bytes, int]:
+def _check_vocab(
+    vocab: Mapping[int, bytes], special_ids: set[int], all_bytes: bool, ordinary: dict[bytes, int] | None
+) -> dict[bytes, int]:
     """The id of each token, of an ordinary one where a special one has the same bytes."""
     types = {*map(type, vocab)}, {*map(type, vocab.values())}
     if types != ({int}, {bytes}) or min(vocab) < 0 or not all(vocab.values()):
         for i, token in vocab.items():
             if type(i) is not int or i < 0 or type(token) is not bytes or not token:
                 raise ValueError(f"vocab: {i!r}: {token!r}, expected an id >= 0 and non-empty bytes")
-    id_of = dict(zip(vocab.values(), vocab, strict=True))
-    if len(id_of) < len(vocab):
-        ordinary = {i: token for i, token in vocab.items() if i not in special_ids}
-        id_of |= {token: i for i, token in ordinary.items()}
-        if twice := [(i, token) for i, token in ordinary.items() if id_of[token] != i]:
+    id_of = dict(zip(vocab.values(), vocab, strict=True)) if ordinary is None else ordinary
+    if ordinary is None and len(id_of) < len(vocab):
+        others = {i: token for i, token in vocab.items() if i not in special_ids}
+        id_of |= {token: i for i, token in others.items()}
+        if twice := [(i, token) for i, token in others.items() if id_of[token] != i]:
             i, token = twice[0]
             raise ValueError(f"vocab: ids {i} and {id_of[token]} are both {token!r}")
     for byte in range(256):

@@ -11,6 +11,8 @@ from __future__ import annotations
 # What a process is given at a time, or a call works on: long enough that starting costs nothing beside it, short enough
 # that its arrays are no burden and that many processes end together.
 TASK = 1 << 22
+# The same of texts whose lists are made in one process, so that what is left of it to the others is shared evenly.
+GROUP = 1 << 20
 # Cut into pre-tokens at a time: with its arrays of classes and bounds it stays in the cache.
 CHUNK = 1 << 18
 # The same of a stream, which is to take less than a megabyte with all its arrays.
@@ -71,7 +73,7 @@ TOKENS = 1 << 18
 # Pairs kept sorted: several batches, at a cost well below one. NEAR: those among which the next are sought, so that
 # not all pairs are looked through each time.
 FRONT, NEAR = 512, 1 << 13
-# Pairs looked at for a batch, and places of its pairs in all: past them there is little left to gain.
-DEPTH, MAX_PLACES = 128, 1 << 18
+# Pairs passed over in the search for a batch, and places of its pairs in all: past them there is little left to gain.
+PASSED, MAX_PLACES = 24, 1 << 18
 # Places at which a pair is looked for, and tokens beside it up to the word's end: rarely more is needed to find one.
 TRIES, REACH = 8, 64

@@ -23,9 +23,8 @@ from .definition import Definition, define
 from .encoding import Core, Encoder, WordEncoder, compiled_core, cutter_of, is_by_rank
 from .formats import directory as own_format
 from .formats import hugging_face, tiktoken
-from .pretokenize import GPT2_PATTERN, Cutter, Pattern, cut_stream, repair, utf8
+from .pretokenize import GPT2_PATTERN, Cutter, Pattern, cut_stream, utf8
 from .sizes import STREAM_PIECE, TASK
-from .tokens import TokenBytes
 
 AllowedSpecial = Literal["all", "none", "none_raise"] | set[str] | frozenset[str]
 Offsets = list[tuple[int, int]]
@@ -71,7 +70,7 @@ class Tokenizer:
         self.special_tokens = self.definition.special_tokens
         self.pattern = self.definition.pattern
         self.ignore_merges = definition.ignore_merges
-        self._tokens = TokenBytes(self.vocab)
+        self._tokens = definition.tokens
         self._words = WordEncoder(self.definition, self._tokens)
         self._encoder = Encoder(self._words, self.pattern, self._tokens, definition.options)
         self._is_warm = False
@@ -96,6 +95,7 @@ class Tokenizer:
 
     def _warm_up(self, core: Core | None) -> None:
         self._encoder.warm_up(core)
+        self.definition.forget()
         self._is_warm = True
 
     @cached_property
@@ -168,9 +168,8 @@ class Tokenizer:
             texts = list(texts)
             for text in texts:
                 self._refuse_specials(text)
-        allowed = set(self._allowed(allowed_special).specials.id_of)
-        encode_many = partial(self.encode_many, allowed_special=allowed)
-        return list(_files.encode_batch(encode_many, texts, num_workers=num_workers))
+        encode_many = partial(self._encoder.bulk.encode_many, allowed=self._allowed(allowed_special).specials)
+        return _files.encode_batch(encode_many, texts, num_workers=num_workers)
 
     def encode_many(
         self, texts: Sequence[str], *, allowed_special: AllowedSpecial = "all"
@@ -181,7 +180,7 @@ class Tokenizer:
         if allowed_special == "none_raise":
             for text in texts:
                 self._refuse_specials(text)
-        return self._encoder.encode_many([utf8(text) for text in texts], self._allowed(allowed_special).specials)
+        return self._encoder.bulk.encode_many(list(texts), self._allowed(allowed_special).specials)
 
     def encode_file(
         self, path: str | Path, out_path: str | Path, *, num_workers: int | None = None, progress: bool = False
@@ -193,7 +192,7 @@ class Tokenizer:
         one process for each core). progress: a bar on standard error.
         """
         return _files.encode_file(
-            self.encode_bytes,
+            self._encoder.bulk,
             self._all,
             self.vocab_size,
             self.hash,
@@ -205,8 +204,7 @@ class Tokenizer:
 
     def encode_bytes(self, data: bytes) -> np.ndarray:
         """Token ids (int32) of UTF-8 text, special tokens included; invalid sequences are read as U+FFFD."""
-        pieces = map(repair, cut_stream([data], self._all, TASK))
-        return self._encoder.encode_long(pieces, self._all.specials)
+        return self._encoder.bulk.encode_bytes(data, self._all)
 
     def _allowed(self, allowed: AllowedSpecial) -> Cutter:
         if isinstance(allowed, str):
@@ -283,7 +281,7 @@ class Tokenizer:
     ) -> Tokenizer:
         """From GPT-2's vocab.json (encoder.json) and merges.txt (vocab.bpe), or files of that form."""
         vocab, merges = own_format.read_gpt2(Path(vocab_path), Path(merges_path), dict.fromkeys(special_tokens or ()))
-        return cls(vocab, merges, special_tokens, pattern=pattern)
+        return _build(define(vocab, merges, special_tokens or (), pattern, False))
 
     def export_hf(self, path: str | Path) -> None:
         """Write a tokenizer.json for Hugging Face tokenizers and transformers, which then gives the same ids.

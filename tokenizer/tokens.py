@@ -37,23 +37,40 @@ class TokenBytes:
     """
 
     def __init__(self, vocab: Mapping[int, bytes]) -> None:
-        tokens = list(map(vocab.get, range(max(vocab) + 1), repeat(b"")))
-        self._has_gaps = len(vocab) < len(tokens)
-        self.ints = np.empty(len(tokens), object)
-        ids = list(vocab)
-        self.ints[ids] = ids
+        ids = np.fromiter(vocab, np.int64, len(vocab))
+        self.ints = np.empty(int(ids.max()) + 1, object)
+        self.ints[ids] = list(vocab)
+        self._has_gaps = len(ids) < len(self.ints)
+        in_order = not self._has_gaps and (ids[1:] > ids[:-1]).all()
+        tokens = list(vocab.values() if in_order else map(vocab.get, range(len(self.ints)), repeat(b"")))
         self.sizes = np.fromiter(map(len, tokens), np.int64, len(tokens))
-        self._offsets = np.cumsum(self.sizes) - self.sizes
-        # Eight bytes from every offset of the tokens' bytes, and those at which each token starts.
-        data = _join_many(tokens) + bytes(8)
-        self._loads = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))
-        self._heads = self._loads[self._offsets]
+        self._index(_join_many(tokens) + bytes(8))
         # None, which cannot be joined, where there is no token.
         self._tokens: list[Any] = [token or None for token in tokens] if self._has_gaps else tokens
+
+    def _index(self, data: bytes) -> None:
+        self._data = data
+        self._offsets = np.cumsum(self.sizes) - self.sizes
+        # Eight bytes from every offset of the tokens' bytes, and those at which each token starts.
+        self._loads = np.ndarray(len(data) - 7, "<u8", data, strides=(1,))
+        self._heads = self._loads[self._offsets]
+
+    def __getstate__(self) -> tuple[np.ndarray, bytes, bool]:
+        # Who gets it pickled encodes, by arrays, and has no need of Python objects for 100,000 tokens.
+        return self.sizes, self._data, self._has_gaps
+
+    def __setstate__(self, state: tuple[np.ndarray, bytes, bool]) -> None:
+        self.sizes, data, self._has_gaps = state
+        self._index(data)
 
     def edges(self) -> tuple[np.ndarray, np.ndarray]:
         """Each token's first and last byte (uint8); anything where the vocabulary has no such id."""
         return self._heads.astype(np.uint8), self._loads[self._offsets + self.sizes - 1].astype(np.uint8)
+
+    def matrix(self, ids: np.ndarray, length: int) -> np.ndarray:
+        """(length, n) uint8, the bytes of tokens of that length, a token a column."""
+        offsets = self._offsets.take(ids) + np.arange(length)[:, None]
+        return np.frombuffer(self._data, np.uint8).take(offsets)
 
     def missing(self) -> re.Pattern[bytes] | None:
         """A byte of UTF-8 that is no token; None where every byte is one."""

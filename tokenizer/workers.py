@@ -7,23 +7,33 @@
 make() builds one worker in every process; it and the tasks, results and exceptions are pickled. This process works too,
 so num_workers=1 starts nothing and small jobs end before a started process is ready.
 
-Processes are fresh interpreters that talk through pipes of their own, not multiprocessing's: fork copies locks that
-other threads hold, spawn runs the user's script again unless it is guarded, and neither is allowed inside the daemonic
-processes of a DataLoader. Nor through standard input and output, which belong to whatever runs at an interpreter's
-start. A process whose pipe ends, because its parent is gone, ends too.
+Processes are fresh interpreters that get what they need by descriptors of their own, not multiprocessing's: fork copies
+locks that other threads hold, spawn runs the user's script again unless it is guarded, and neither is allowed inside
+the daemonic processes of a DataLoader. Nor by standard input and output, which belong to whatever runs at an
+interpreter's start.
+
+A task and then its result lie in a file in memory, a slot. Pipes carry no more than the slots' numbers, so that nobody
+waits for a reader, and no thread of this process is needed to be one:
+
+    this process ── task's slot ──► one pipe ──► whichever process is free, this one too
+    this process ◄── result's slot ── a pipe of each process
+
+The first pipe ends with this process, and then the others end too; a process's own ends with it.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import pickle
-import queue
+import select
 import signal
+import struct
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from itertools import chain, islice
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -32,12 +42,13 @@ import numpy as np
 _BOOT = (
     "-P",
     "-c",
-    "import sys, pickle; tasks, results = (open(int(fd), mode) for fd, mode in zip(sys.argv[1:], ('rb', 'wb'))); "
-    f"sys.path[:] = pickle.load(tasks); from {__name__} import _serve; _serve(tasks, results)",
+    "import mmap, pickle, sys; given = mmap.mmap(int(sys.argv[1]), 0, access=mmap.ACCESS_READ); "
+    f"sys.path[:] = pickle.load(given); from {__name__} import _serve; _serve(given, *map(int, sys.argv[2:]))",
 )
-_FINISH = object()
 # Seconds of waiting for a result, after which the processes are looked at.
 _PATIENCE = 1.0
+# A slot's number in a pipe: so few bytes are written and read whole.
+_NUMBER = struct.Struct("=I")
 
 
 class WorkerError(ChildProcessError, RuntimeError):
@@ -75,29 +86,35 @@ class Crew:
         self._make = make
         self._n_processes = num_workers - 1 if sys.executable else 0
         self._worker: Any = None
-        self._processes: list[_Process] = []
-        self._tasks: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self._processes: dict[int, _Process] = {}  # by their pipe's end here
+        self._slots: list[IO[bytes]] = []
+        self._free: list[int] = []
+        self._given: dict[int, tuple[int, Any]] = {}  # by slot: the task's number, and the task
+        self._open = ExitStack()
+        self._poll = select.poll()
 
     def __enter__(self) -> Crew:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
+        for process in self._processes.values():
             process.kill()
-        for process in self._processes:
+        for process in self._processes.values():
             process.join()
+        self._open.close()
 
     @property
     def pids(self) -> list[int]:
         """The started processes, without this one."""
-        return [process.pid for process in self._processes]
+        return [process.pid for process in self._processes.values()]
 
     def map(self, tasks: Iterable[Any]) -> Iterator[Any]:
         """worker.run(task) for each task, in order. Tasks are taken as they are needed, a few ahead.
 
-        The first task is done here; the second starts the others, which are sent one task each and one to wait. Results
-        that come early wait in `done` for their turn. A worker that counts its tasks, alone:
+        If there is a second task, the others are started before the first is done. Tasks are laid out for them, two
+        each and two more, and whoever is free takes the oldest. This process does those for which there is no slot, and
+        in the end what nobody has begun. Results that come early wait in `done` for their turn. A worker that counts
+        its tasks, alone:
 
         >>> class Numbering:
         ...     def __init__(self): self.n = 0
@@ -106,46 +123,43 @@ class Crew:
         ...     list(crew.map("abc")), crew.finish().n
         ([('a', 1), ('b', 2), ('c', 3)], 3)
         """
+        numbered = enumerate(tasks)
+        first = list(islice(numbered, 2))
+        if len(first) == 2 and self._n_processes and not self._processes:
+            self._start()
+        left = chain(first, numbered)
         done: dict[int, Any] = {}
-        taken = given = 0
-        for task in tasks:
-            if self._n_processes and taken and not self._processes:  # a second task: worth starting processes
-                self._processes = [_Process(self._make, self._tasks, self._results) for _ in range(self._n_processes)]
-            # One task in hand and one waiting for each process; what is more is done here.
-            if self._processes and self._tasks.qsize() < self._n_processes:
-                self._tasks.put((taken, task))
+        due = 0
+        while True:
+            self._collect(done, wait=False)
+            while self._free and (task := next(left, None)):
+                self._lay_out(*task)
+            if due in done:
+                yield done.pop(due)
+                due += 1
+                continue
+            task = next(left, None) if len(done) <= 8 * self._n_processes + 8 else None
+            if task := task or self._take_back():
+                done[task[0]] = self._own_worker().run(task[1])
+            elif self._given:
+                self._collect(done, wait=True)
             else:
-                done[taken] = self._run(task)
-            taken += 1
-            self._collect(done, wait=len(done) > 8 * self._n_processes + 8 and given not in done)
-            while given in done:
-                yield done.pop(given)
-                given += 1
-        while given < taken:
-            try:
-                index, task = self._tasks.get_nowait()
-            except queue.Empty:
-                self._collect(done, wait=given not in done)
-            else:
-                done[index] = self._run(task)
-                self._collect(done, wait=False)
-            while given in done:
-                yield done.pop(given)
-                given += 1
+                return
 
     def finish(self) -> Any:
-        """This process's worker, after worker.join(final) for the worker.finish() of every other that ran a task.
-
-        One at a time, so that no more than one of them is in memory.
-        """
+        """This process's worker, after worker.join(final) for the worker.finish() of every other that ran a task."""
         worker = self._own_worker()
-        for _ in self._processes:
-            self._tasks.put((0, _FINISH))
-        waiting = {process.pid for process in self._processes if process.has_run}
+        if self._processes:
+            self._queue.close()  # there are no more tasks: who has run one answers once more, and ends
+        waiting = {process.pid for process in self._processes.values() if process.has_run}
+        for end, process in self._processes.items():
+            if not process.has_run:
+                self._poll.unregister(end)
         while waiting:
-            pid, final = self._next()
-            worker.join(final)
-            waiting.discard(pid)
+            for process, _, final in self._answers(wait=True):
+                worker.join(final)
+                waiting.discard(process.pid)
+                self._poll.unregister(process.end)
         return worker
 
     def _own_worker(self) -> Any:
@@ -153,90 +167,84 @@ class Crew:
             self._worker = self._make()
         return self._worker
 
-    def _run(self, task: Any) -> Any:
-        return self._own_worker().run(task)
+    def _start(self) -> None:
+        enter = self._open.enter_context
+        given = enter(_memory())
+        # The current folder, as an interactive interpreter has it first, last.
+        _put(given, [*filter(None, sys.path), *([os.getcwd()] if "" in sys.path else [])], self._make)
+        read, write = os.pipe()
+        os.set_blocking(read, False)
+        self._queue_end, self._queue = enter(os.fdopen(read, "rb", 0)), enter(os.fdopen(write, "wb", 0))
+        self._slots = [enter(_memory()) for _ in range(2 * self._n_processes + 2)]
+        self._free = list(range(len(self._slots)))
+        shared = [given.fileno(), read, *[slot.fileno() for slot in self._slots]]
+        for number in range(self._n_processes):
+            process = _Process(number, shared)
+            self._processes[process.end] = process
+            self._poll.register(process.end, select.POLLIN)
+
+    def _lay_out(self, number: int, task: Any) -> None:
+        slot = self._free.pop()
+        _put(self._slots[slot], task)
+        self._given[slot] = number, task
+        self._queue.write(_NUMBER.pack(slot))
+
+    def _take_back(self) -> tuple[int, Any] | None:
+        """The oldest task that nobody has begun, with its number."""
+        if not (self._given and (found := self._queue_end.read(_NUMBER.size))):
+            return None
+        (slot,) = _NUMBER.unpack(found)
+        self._free.append(slot)
+        return self._given.pop(slot)
 
     def _collect(self, done: dict[int, Any], wait: bool) -> None:
-        while wait or not self._results.empty():
-            index, result = self._next()
-            done[index] = result
-            wait = False
+        for process, slot, result in self._answers(wait):
+            process.has_run = True
+            self._free.append(slot)
+            done[self._given.pop(slot)[0]] = result
 
-    def _next(self) -> tuple[int, Any]:
-        """The next result there is, or will be."""
-        while True:
-            with suppress(queue.Empty):
-                index, result = self._results.get(timeout=_PATIENCE)
-                break
-            for process in self._processes:
+    def _answers(self, wait: bool) -> Iterator[tuple[_Process, int, Any]]:
+        """The results there are, of which process and in which slot; with `wait`, those of the next moment."""
+        while not (ready := self._poll.poll(1000 * _PATIENCE if wait else 0)) and wait:
+            for process in self._processes.values():
                 process.wake()
-        if isinstance(result, BaseException):
-            raise result
-        return index, result
+        for end, _ in ready:
+            process = self._processes[end]
+            if not (found := os.read(end, 1 << 12)):
+                raise WorkerError(f"worker process {process.pid} {process.fate()}")
+            for (slot,) in _NUMBER.iter_unpack(found):
+                result = _take(self._slots[slot])
+                if isinstance(result, BaseException):
+                    raise result
+                yield process, slot, result
 
 
 class _Process:
-    """A fresh interpreter, and the thread that passes it tasks and takes its results."""
+    """A fresh interpreter. end: of its pipe, in this process."""
 
-    def __init__(self, make: Callable[[], Worker], tasks: queue.SimpleQueue, results: queue.SimpleQueue) -> None:
-        # Both pipes' other ends are the process's alone, so that each side sees when the other is gone.
-        read_tasks, write_tasks = os.pipe()
-        read_results, write_results = os.pipe()
-        self._input, self._output = os.fdopen(write_tasks, "wb"), os.fdopen(read_results, "rb")
+    def __init__(self, number: int, shared: list[int]) -> None:
+        # The other end is the process's alone, so that its end is seen here.
+        self.end, results = os.pipe()
         try:
             # A session of its own, so that Ctrl-C reaches this process alone, which then ends the others. One thread
             # for numpy's linear algebra, which is not used. What is printed goes to standard error.
             self._popen = subprocess.Popen(
-                [sys.executable, *_BOOT, str(read_tasks), str(write_results)],
+                [sys.executable, *_BOOT, *map(str, (shared[0], number, results, *shared[1:]))],
                 stdin=subprocess.DEVNULL,
                 stdout=2 if sys.__stderr__ else subprocess.DEVNULL,
-                pass_fds=(read_tasks, write_results),
+                pass_fds=(*shared, results),
                 start_new_session=True,
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
             )
         except BaseException:
-            self._input.close()
-            self._output.close()
+            os.close(self.end)
             raise
         finally:
-            os.close(read_tasks)
-            os.close(write_results)
+            os.close(results)
         self.pid = self._popen.pid
-        self._make, self._tasks, self._results = make, tasks, results
         self.has_run = False
-        self._ending = False
-        self._thread = threading.Thread(target=self._feed, name=f"feeds process {self.pid}", daemon=True)
-        self._thread.start()
 
-    def _feed(self) -> None:
-        index = -1
-        try:
-            # The current folder, as an interactive interpreter has it first, last.
-            self._send([*filter(None, sys.path), *([os.getcwd()] if "" in sys.path else [])])
-            self._send(self._make)
-            pickle.load(self._output)  # ready: until then tasks are left to others
-            while True:
-                index, task = self._tasks.get()
-                if self._ending:
-                    return
-                self._send(None if task is _FINISH else (task,))
-                result = pickle.load(self._output)
-                if task is _FINISH:
-                    self._results.put((self.pid, result))
-                    return
-                self.has_run = True
-                self._results.put((index, result))
-        except (EOFError, OSError, pickle.UnpicklingError):
-            if not self._ending:
-                self._results.put((index, WorkerError(f"worker process {self.pid} {self._fate()}")))
-        except BaseException as error:
-            self._results.put((index, error))
-
-    def _send(self, message: Any) -> None:
-        pickle.dump(message, self._input, pickle.HIGHEST_PROTOCOL)
-        self._input.flush()
-
-    def _fate(self) -> str:
+    def fate(self) -> str:
         try:
             code = self._popen.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -250,40 +258,65 @@ class _Process:
                 self._popen.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        self._ending = True
         self._popen.kill()
-        self._tasks.put((-1, _FINISH))  # wakes the thread if it waits for a task
 
     def join(self) -> None:
         self._popen.wait()
-        self._thread.join()
-        for pipe in (self._input, self._output):
-            with suppress(OSError):  # unsent bytes, for a process that is gone
-                pipe.close()
+        os.close(self.end)
 
 
-def _serve(tasks: IO[bytes], results: IO[bytes]) -> None:
-    """The other end of _Process: runs in the fresh interpreter until its tasks end."""
+def _serve(given: mmap.mmap, number: int, results: int, queue: int, *descriptors: int) -> None:
+    """The other end of _Process: runs in the fresh interpreter until there are no more tasks."""
     _keep_freed_memory()
-    try:
-        make = pickle.load(tasks)
-        worker = None
-        results.write(pickle.dumps("ready"))
-        results.flush()
-        while True:
-            message = pickle.load(tasks)
-            try:
-                worker = worker or make()
-                result = worker.finish() if message is None else worker.run(*message)
-                answer = pickle.dumps(result, pickle.HIGHEST_PROTOCOL)
-            except Exception as error:
-                answer = _pickled(error)
-            results.write(answer)
-            results.flush()
-            if message is None:
-                return
-    except (EOFError, BrokenPipeError):
-        os._exit(1)  # the parent is gone; no traceback for it
+    make = pickle.load(given)
+    slots = [os.fdopen(descriptor, "wb") for descriptor in descriptors]
+    poll = select.poll()
+    poll.register(queue, select.POLLIN)
+    worker = None
+    while True:
+        poll.poll()
+        try:
+            found = os.read(queue, _NUMBER.size)
+        except BlockingIOError:
+            continue  # another was faster
+        if not found and worker is None:
+            return
+        slot = _NUMBER.unpack(found)[0] if found else number
+        try:
+            if worker is None:
+                worker = make()
+            _put(slots[slot], worker.run(_take(slots[slot])) if found else worker.finish())
+        except Exception as error:
+            _put(slots[slot], _picklable(error))
+        try:
+            os.write(results, _NUMBER.pack(slot))
+        except BrokenPipeError:
+            os._exit(1)  # the parent is gone; no traceback for it
+        if not found:
+            return
+
+
+def _memory() -> IO[bytes]:
+    """A file without a name, in memory where the system has such files."""
+    if hasattr(os, "memfd_create"):
+        with suppress(OSError):
+            return os.fdopen(os.memfd_create("rooflight"), "wb")
+    from tempfile import TemporaryFile
+
+    return TemporaryFile("wb")
+
+
+def _put(file: IO[bytes], *contents: Any) -> None:
+    # The place in the file is the same in all processes, so that it is not where this one left it.
+    file.seek(0)
+    for content in contents:
+        pickle.dump(content, file, pickle.HIGHEST_PROTOCOL)
+    file.flush()
+
+
+def _take(file: IO[bytes]) -> Any:
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+        return pickle.loads(memory)
 
 
 def _keep_freed_memory() -> None:
@@ -295,10 +328,9 @@ def _keep_freed_memory() -> None:
     np.empty((1 << 25) - (1 << 16), np.uint8)
 
 
-def _pickled(error: Exception) -> bytes:
+def _picklable(error: Exception) -> Exception:
     try:
-        answer = pickle.dumps(error)
-        pickle.loads(answer)
-        return answer
+        pickle.loads(pickle.dumps(error))
+        return error
     except Exception:
-        return pickle.dumps(WorkerError(f"{type(error).__name__}: {error}"))
+        return WorkerError(f"{type(error).__name__}: {error}")

@@ -224,13 +224,18 @@ class Clock:
         self._last = self._now()
 
     def read(self) -> list[float]:
+        wall, own, others = self.read_apart()
+        return [wall, own + others]
+
+    def read_apart(self) -> list[float]:
+        """Wall seconds, and processor seconds of this process and of ended children."""
         last, self._last = self._last, self._now()
         return [now - then for now, then in zip(self._last, last, strict=True)]
 
     @staticmethod
-    def _now() -> tuple[float, float]:
+    def _now() -> tuple[float, ...]:
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        return time.perf_counter(), sum(usage.ru_utime + usage.ru_stime for usage in used)
+        return time.perf_counter(), *(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def _digest(documents: Iterable[Any]) -> str:

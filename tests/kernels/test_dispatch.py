@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rooflight import kernels
-from rooflight.kernels import dispatch
+from rooflight.kernels import dispatch, known
 from rooflight.kernels.attention import prepared
 
 PLAIN = """
@@ -215,8 +215,9 @@ def test_what_a_kind_of_call_does_is_worked_out_once_and_on_its_device(monkeypat
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(dispatch, "_TENSORS", dispatch._TENSORS | {OnTheSecond})
     monkeypatch.setattr(dispatch, "_is_wrapped", lambda x: False)
-    monkeypatch.setattr(dispatch, "MOST_PREPARED", 3)
-    find = dispatch.prepared(lambda x, n=0: asked.append((current[0], n)))
+    monkeypatch.setattr(known, "MOST_KINDS", 3)
+    monkeypatch.setattr(known, "GUARDS_WORK", False)  # they take tensors
+    find = known.prepared(lambda x, n=0: asked.append((current[0], n)))
     for n in (1, 1, 2):
         find(None, OnTheSecond(), n)
     find(None, torch.ones(2, 8), 3)

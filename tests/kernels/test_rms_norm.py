@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
 
 from rooflight.kernels import reference, rms_norm
 from rooflight.kernels import rms_norm as op
+from rooflight.kernels import rms_norm_tiles as tiles
 from rooflight.kernels.rms_norm_tiles import BACKWARD_LONGEST, BACKWARD_TILE, FORWARD_TILE
 from support.tolerance import judge
 
@@ -236,3 +240,18 @@ def test_bitwise_reproducible(device, N):
     first = gradients()
     for _ in range(repeats - 1):
         assert all(map(torch.equal, gradients(), first))
+
+
+def test_each_gpu_of_a_machine_has_tiles_of_its_own(monkeypatch):
+    rows = import_module("rooflight.kernels.rows")
+    targets = [GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32), GPUTarget("hip", "gfx942", 64)]
+    current = SimpleNamespace(
+        get_current_device=lambda: current.device, get_current_target=lambda: targets[current.device]
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", current)
+    monkeypatch.setattr(rows, "INTERPRETED", False)
+    rows._target_of.cache_clear()
+    for current.device, columns, warps in ((0, 16384, 32), (1, 8192, 16), (2, 8192, 16), (0, 16384, 32)):
+        tile = tiles.backward_tile(4096, 16384, 132, 2, residual=True)
+        assert (tile.columns, tile.warps) == (columns, warps)
+    rows._target_of.cache_clear()

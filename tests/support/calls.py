@@ -5,11 +5,13 @@ For a process without the interpreter (launches.py): nothing of torch is importe
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 ADDRESSES: set[int] = set()  # that tensors have told; where they lie is up to this Python
+ALIVE: deque[Any] = deque(maxlen=0)  # of them, where one's memory is not to become another's
 
 
 @cache
@@ -95,6 +97,7 @@ def random_call(rng: Any) -> Callable[[], None]:
     def attention(path: str | None, head_dim: int, varlen: bool) -> None:
         dtype, shift = rng.choice([torch.bfloat16, torch.float16]), rng.choice([0, 0, 1]) if path is None else 0
         T, S, H, K = rng.choice([1, 5, 16, 128]), rng.choice([1, 16, 100]), 4, rng.choice([1, 2, 4])
+        T = rng.choice([T, T, 2200]) if path == "hopper" else T  # more tiles than multiprocessors
 
         def make(heads: int, rows: int) -> torch.Tensor:
             shape = (rows, heads, head_dim) if varlen else (2, rows, heads, head_dim)
@@ -144,18 +147,29 @@ def random_call(rng: Any) -> Callable[[], None]:
     return rng.choice(choices)
 
 
-def comparable(stand_in: Any, call: tuple[Any, ...]) -> Any:
+def told(x: Any, address: int) -> int:
+    """address, which x has told."""
+    ADDRESSES.add(address)
+    ALIVE.append(x)
+    return address
+
+
+def comparable(stand_in: Any, call: tuple[Any, ...], places: dict[int, int] | None = None) -> Any:
     """A call of the C launcher as what it makes of it: constants stepped over, tensors as addresses.
 
-    Addresses differ from run to run, since each allocates anew: they count by their value modulo 16.
+    Addresses differ from run to run, since each allocates anew: they count by their value modulo 16, and by which one
+    of those in `places` it is, the addresses that came before.
     """
+    places = {} if places is None else places
 
     def plain(x: Any) -> Any:
         if hasattr(x, "data_ptr"):
             x = x.data_ptr()
         if isinstance(x, (tuple, list)):
             return [plain(part) for part in x]
-        return ["address", x % 16] if type(x) is int and x > 0 and x in ADDRESSES else repr(x)
+        if type(x) is int and x > 0 and x in ADDRESSES:
+            return ["address", x % 16, places.setdefault(x, len(places))]
+        return repr(x)
 
     def taken(annotations: Any, args: Any) -> list[Any]:
         pairs = zip(annotations, args, strict=True)
@@ -197,7 +211,7 @@ def a_known_call_that_fails(stand_in: Any) -> dict[str, Any]:
     kept: list[Any] = []
     paths.forget()
     found: dict[str, Any] = {"before": [launched() for _ in range(3)][-1]}
-    with mock.patch.object(blocks, "_described", side_effect=RuntimeError("broken")):
+    with mock.patch.object(blocks, "_prototype", side_effect=RuntimeError("broken")):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found["failing"] = launched()
@@ -215,7 +229,8 @@ def new_kinds(stand_in: Any) -> dict[str, Any]:
     import torch
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from rooflight.kernels import flash_attention, launching, rms_norm
+    from rooflight.kernels import flash_attention, rms_norm
+    from rooflight.kernels import known as known_calls
     from rooflight.kernels.attention import paths, prepared
     from rooflight.kernels.attention.hopper import blocks
 
@@ -241,14 +256,14 @@ def new_kinds(stand_in: Any) -> dict[str, Any]:
             rms_norm(x, None).backward(torch.empty_like(x))
 
     norm(700)
-    before = launching._code.cache_info().currsize
+    before = known_calls._code.cache_info().currsize
     for n in range(1, 20):
         norm(700 + n)
         attend(1040 + 16 * n)
-    found["codes"] = launching._code.cache_info().currsize - before
+    found["codes"] = known_calls._code.cache_info().currsize - before
     describers = []
     for T in range(200):
-        of = blocks.describer(torch.empty(1, 1, 512 + T, 128, dtype=torch.bfloat16), 64)
+        of = blocks.boxes(64, False).describer(torch.empty(1, 1, 512 + T, 128, dtype=torch.bfloat16))
         describers.append(of)
         for address in range(0, 64 << 12, 1 << 12):
             of(address)

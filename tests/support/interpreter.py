@@ -16,15 +16,18 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+from torch._C._dynamo import guards
 from torch.utils._device import _device_constructors
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 from rooflight.kernels.interpreter import correct, widen
+from rooflight.kernels.known import _Seen
 
 # ---------------------------------------------------------------- products
 
@@ -220,6 +223,7 @@ def install() -> None:
 _ALLOCATORS = (
     (torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"),
     (torch.Tensor, "new_empty"), (torch.Tensor, "new_empty_strided"),
+    (guards, "_empty_strided_cpu"), (guards, "_empty_strided_cuda"),
 )  # fmt: skip
 
 
@@ -240,7 +244,8 @@ def poisoned_empty() -> Iterator[None]:
             tensor = allocate(*args, **kwargs)
             if kwargs.get("out") is not None or tensor.device.type == "meta":
                 return tensor
-            with torch.no_grad():
+            watched = isinstance(_get_current_dispatch_mode(), _Seen)  # who is to see the allocation alone
+            with torch.no_grad(), _disable_current_modes() if watched else nullcontext():
                 return poison(tensor)
 
         return wrapped

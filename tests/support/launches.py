@@ -6,11 +6,12 @@ Triton's driver is a stand-in (bench/measure/host.py) whose launcher is Triton's
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
-from calls import ADDRESSES, a_known_call_that_fails, comparable, new_kinds, passes, random_call
+import calls
+from calls import a_known_call_that_fails, comparable, new_kinds, passes, random_call, told
 
 CASES: dict[str, Callable[[Any], Any]] = {}
 
@@ -87,7 +88,7 @@ def random_arguments(stand_in: Any) -> list[int]:
     for _ in range(20000):
         args = tuple(pick(pool) for pool in (pointers, integers, integers, floats, tuples))
         options = {"FIRST": pick(constants), "SECOND": pick(constants), "num_warps": pick([4, 8])}
-        known = variant(_every_kind, 0, args, options)
+        known = variant(_every_kind, args, options)
         assert known is not None
         _, specialization, left = binder(*args, **options)
         # Triton's table of its own keys takes True for 1; what it compiles for does not
@@ -123,14 +124,17 @@ def what_reaches_the_driver(stand_in: Any) -> dict[str, Any]:
         return made
 
     launching._handle = counting
+    calls.ALIVE = deque()
     try:
         for seed in range(300):
             traces = []
-            for direct in (False, True, True):
+            for direct in (False, True, True, True):  # the last by what was written down in the one before
                 stand_in.launched.clear()
                 with launching.direct(direct):
                     random_call(random.Random(seed))()
-                traces.append([comparable(stand_in, call) for call in stand_in.launched])
+                places: dict[int, int] = {}
+                traces.append([comparable(stand_in, call, places) for call in stand_in.launched])
+                calls.ALIVE.clear()
             n_launched += len(traces[0])
             for trace in traces[1:]:
                 for ours, theirs in zip(trace, traces[0], strict=True):
@@ -138,6 +142,7 @@ def what_reaches_the_driver(stand_in: Any) -> dict[str, Any]:
                         return {"seed": seed, "ours": str(ours), "theirs": str(theirs)}
     finally:
         launching._handle = handle
+        calls.ALIVE = deque(maxlen=0)
     return {"handled": n_handled, "launched": n_launched, "kernels": sorted(names)}
 
 
@@ -319,13 +324,13 @@ def descriptors(stand_in: Any) -> dict[str, bool]:
     from rooflight.kernels.attention.hopper import blocks
 
     x = torch.zeros(2, 4, 32, 128, dtype=torch.bfloat16)
-    one = blocks.describe(x, 64, False)
+    one = blocks.boxes(64, False).describe(x)
     found = {
-        "the same": blocks.describe(x.view(x.shape), 64, False) is one,
-        "other rows": blocks.describe(x, 128, False) is not one,
-        "other strides": blocks.describe(x.transpose(1, 2), 64, False) is not one,
-        "other address": blocks.describe(x[1:], 64, False) is not one,
-        "other type": blocks.describe(x.view(torch.float16), 64, False) is not one,
+        "the same": blocks.boxes(64, False).describe(x.view(x.shape)) is one,
+        "other rows": blocks.boxes(128, False).describe(x) is not one,
+        "other strides": blocks.boxes(64, False).describe(x.transpose(1, 2)) is not one,
+        "other address": blocks.boxes(64, False).describe(x[1:]) is not one,
+        "other type": blocks.boxes(64, False).describe(x.view(torch.float16)) is not one,
         "encodes the address": one.base.data_ptr() == x.data_ptr(),
     }
     alive = weakref.ref(x)
@@ -340,7 +345,7 @@ def main() -> None:
     from rooflight.bench.measure.host import standing_in
 
     data_ptr = torch.Tensor.data_ptr
-    torch.Tensor.data_ptr = lambda x: (ADDRESSES.add(data_ptr(x)), data_ptr(x))[1]  # type: ignore[method-assign]
+    torch.Tensor.data_ptr = lambda x: told(x, data_ptr(x))  # type: ignore[method-assign]
     with standing_in() as stand_in:
         print(json.dumps({name: case(stand_in) for name, case in CASES.items()}))
 

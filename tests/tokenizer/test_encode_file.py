@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from rooflight.tokenizer import Tokenizer, encode_file
+from rooflight.tokenizer.encoding import BulkEncoder
 from rooflight.tokenizer.files import read_token_file
+from rooflight.tokenizer.pretokenize import Cutter
 from support import bpe_reference
 
 END = "<|endoftext|>"
@@ -31,6 +33,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def text_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(encode_file, "TASK", 3000)
+    monkeypatch.setattr(encode_file, "GROUP", 1000)
     path = tmp_path / "x.txt"
     path.write_bytes(((CORPUS + END) * 150).encode())
     return path
@@ -117,14 +120,14 @@ def test_a_failure_leaves_what_was_there(
     before = {p.name: p.read_bytes() for p in text_file.parent.iterdir()}
     calls = 0
 
-    def fail_later(self: Tokenizer, data: bytes) -> np.ndarray:
+    def fail_later(self: BulkEncoder, data: bytes, cutter: Cutter) -> np.ndarray:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise InterruptedTestError
         return np.zeros(len(data), np.int32)
 
-    monkeypatch.setattr(Tokenizer, "encode_bytes", fail_later)
+    monkeypatch.setattr(BulkEncoder, "encode_bytes", fail_later)
     with pytest.raises(InterruptedTestError):
         tokenizer.encode_file(text_file, out, num_workers=1)
     assert {p.name: p.read_bytes() for p in text_file.parent.iterdir()} == before
@@ -138,8 +141,8 @@ def children() -> Iterator[int]:
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the worker in /proc")
 def test_a_killed_worker_ends_the_whole(tokenizer: Tokenizer, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # This process works slowly, so that the other one starts, takes tasks and is killed on one of them.
-    own = Tokenizer.encode_bytes
-    monkeypatch.setattr(Tokenizer, "encode_bytes", lambda self, data: (time.sleep(0.05), own(self, data))[1])
+    own = BulkEncoder.encode_bytes
+    monkeypatch.setattr(BulkEncoder, "encode_bytes", lambda *arguments: (time.sleep(0.05), own(*arguments))[1])
     known = set(children())
 
     def kill() -> None:

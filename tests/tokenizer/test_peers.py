@@ -220,6 +220,32 @@ def test_damaged_ranks_are_refused(content: bytes, message: str, tmp_path: Path)
         Tokenizer.from_tiktoken(tmp_path / "nothing")
 
 
+def test_ranks_are_read_however_their_lines_are_written(tmp_path: Path) -> None:
+    """What is written as tiktoken does is read by arrays, anything else line by line: what one takes the other does."""
+    tokens = [bytes([byte]) for byte in range(256)] + [b"ab", b"abc", b"abcd", b"xyz"]
+    lines = [b64encode(token) + b" %d" % i for i, token in enumerate(tokens)]
+    expected = None
+    for written in (
+        b"\n".join(lines) + b"\n",
+        b"\n".join(lines),
+        b"\r\n".join(lines) + b"\r\n",
+        b"\n".join(lines).replace(b" ", b"\t ") + b" \n",
+        b"\n".join([*lines[:-1], lines[-1].replace(b" ", b" +")]),
+        b"\n".join(lines[::-1]) + b"\n",
+    ):
+        (tmp_path / "ranks").write_bytes(written)
+        tokenizer = Tokenizer.from_tiktoken(tmp_path / "ranks")
+        expected = expected or tokenizer.hash
+        assert tokenizer.hash == expected
+        assert tokenizer.merges == [(b"a", b"b"), (b"ab", b"c"), (b"abc", b"d")]
+        assert tokenizer.ignore_merges  # nothing makes xyz
+    # Of these a2b_base64 makes something, if it is not strict.
+    for field in (b"YW=J", b"YQ==YWJj", b"YWJj!!!!", b"====", b"=YWJj", b"YW", b"YWI= 260 YWI=", b"YWJj 260\n\nYWI="):
+        (tmp_path / "ranks").write_bytes(b"\n".join([*lines, field + b" 261", b""]))
+        with pytest.raises(ValueError, match=r"line 26[12] of"):
+            Tokenizer.from_tiktoken(tmp_path / "ranks")
+
+
 def test_special_tokens_of_ranks(tmp_path: Path) -> None:
     tokenizer = Tokenizer({i: bytes([i]) for i in range(256)}, [])
     tokenizer.export_tiktoken(tmp_path / "ranks")

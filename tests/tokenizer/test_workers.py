@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from functools import partial
@@ -17,16 +18,23 @@ from rooflight.tokenizer.workers import Crew, check_num_workers
 HELPER = """
 import os, signal, time
 class Helper:
-    def __init__(self, start=0): self.total = start
+    def __init__(self, start=0, naps=False): self.total, self.naps = start, naps
     def run(self, task):
         kind, value = task
         self.total += 1
         if kind == "kill" and os.getpid() != value: os.kill(os.getpid(), signal.SIGKILL)
         if kind == "fail" and os.getpid() != value: raise OSError(f"cannot read chunk {value}")
+        if kind == "secret" and os.getpid() != value:
+            class Secret(Exception): pass
+            raise Secret("cannot be pickled")
+        if kind == "lambda" and os.getpid() != value: return lambda: None
         if kind == "exit" and os.getpid() != value: os._exit(3)
         if kind == "sleep": time.sleep(value)
+        if kind == "double": time.sleep(0.02); return 2 * value, os.getpid()
         return value, os.getpid()
-    def finish(self): return self.total
+    def finish(self):
+        if self.naps: time.sleep(os.getpid() % 4 / 2)  # one ends before the other
+        return self.total
     def join(self, total): self.total += total
 """
 
@@ -62,6 +70,60 @@ def test_results_in_order_from_every_process(helper):
     assert not any(map(is_alive, pids))
 
 
+def test_tasks_and_results_of_megabytes_pass_where_there_are_no_files_in_memory_too(helper, monkeypatch):
+    for missing in (False, True):
+        if missing:
+            monkeypatch.delattr(os, "memfd_create")
+        open_before = len(os.listdir("/proc/self/fd"))
+        tasks = 400 * [("double", bytes([i]) * (i % 3 << 20)) for i in range(5)]
+        from_others = 0
+        with Crew(helper, 3) as crew:
+            for (_, value), (result, pid) in zip(tasks, crew.map(tasks), strict=False):
+                assert result == 2 * value
+                from_others += pid != os.getpid()
+                if from_others == 20:
+                    break
+        assert from_others == 20
+        assert len(os.listdir("/proc/self/fd")) == open_before
+
+
+def test_what_no_started_process_has_begun_is_done_here(helper):
+    """A process needs a tenth of a second at the least to start: these are done, and counted, before."""
+    with Crew(helper, 3) as crew:
+        results = list(crew.map([("none", i) for i in range(6)]))
+        assert results == [(i, os.getpid()) for i in range(6)]
+        assert len(crew.pids) == 2
+        assert crew.finish().total == 6
+    with Crew(helper, 2) as crew:  # one that is ready by now, and one that has come to nothing
+        assert len(list(crew.map([("sleep", 0.02)] * 60))) == 60
+        assert crew.finish().total == 60
+
+
+def test_a_process_that_has_ended_is_no_failure_while_another_has_not(helper):
+    def ending(crew):
+        while sum(process.has_run for process in crew._processes.values()) < 2:
+            yield "sleep", 0.02
+
+    with Crew(partial(helper, naps=True), 3) as crew:
+        list(crew.map([("sleep", 0.02)] * 2))
+        list(crew.map(ending(crew)))
+        assert crew.finish().total > 2
+
+
+def test_several_threads_have_crews(helper):
+    def work():
+        with Crew(helper, 2) as crew:
+            totals.append((len(list(crew.map([("sleep", 0.01)] * 60))), crew.finish().total))
+
+    totals: list[tuple[int, int]] = []
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert totals == [(60, 60)] * 3
+
+
 def test_one_task_or_one_worker_starts_no_process(helper):
     for num_workers, tasks in ((4, 1), (1, 5)):
         with Crew(partial(helper, 10), num_workers) as crew:
@@ -79,6 +141,8 @@ def test_one_task_or_one_worker_starts_no_process(helper):
         ("kill", RuntimeError, r"worker process \d+ was killed by SIGKILL"),
         ("exit", RuntimeError, r"worker process \d+ ended with exit status 3"),
         ("fail", OSError, r"cannot read chunk \d+"),
+        ("secret", RuntimeError, r"Secret: cannot be pickled"),
+        ("lambda", Exception, r"pickle"),
     ],
 )
 def test_a_process_that_fails_ends_the_whole(helper, kind, error, message):

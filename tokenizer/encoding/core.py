@@ -17,8 +17,7 @@ import regex
 
 from ..definition import Definition
 from ..pretokenize import is_vectorised
-from ..tokens import TokenBytes
-from .words import WordEncoder
+from .words import PairTable, WordEncoder
 
 # Classes that patterns tell apart, and Unicode's categories of them.
 _CLASSES = {
@@ -46,10 +45,14 @@ def compiled_core(definition: Definition) -> Core | None:
         return None
     if not isinstance(definition.pattern, str) or not is_vectorised(definition.pattern):
         # Only words are asked for.
-        return Core(CoreBPE(definition.ordinary, {}, "a").encode_single_piece, None)
-    # Possessive quantifiers change nothing in patterns with a name, and take its engine longer.
-    core = CoreBPE(definition.ordinary, {}, _POSSESSIVE.sub(r"\1", definition.pattern))
-    return Core(core.encode_single_piece, core.encode_ordinary)
+        core, encode_text = CoreBPE(definition.ordinary, {}, "a"), None
+    else:
+        # Possessive quantifiers change nothing in patterns with a name, and take its engine longer.
+        core = CoreBPE(definition.ordinary, {}, _POSSESSIVE.sub(r"\1", definition.pattern))
+        encode_text = core.encode_ordinary
+    if not definition.ignore_merges:
+        definition.forget()
+    return Core(core.encode_single_piece, encode_text)
 
 
 def is_by_rank(definition: Definition) -> bool:
@@ -60,19 +63,17 @@ def is_by_rank(definition: Definition) -> bool:
     The token's bytes have by then seen the merges that they see alone, so alone they end as these two.
     Without ignore_merges every token must come about, since tiktoken looks a whole word up before it merges.
     """
-    ordinary = definition.ordinary
-    made = definition.pairs[:, 2]
-    if (made[1:] <= made[:-1]).any() or any(bytes([byte]) not in ordinary for byte in range(256)):
+    tokens, made = definition.tokens, definition.pairs[:, 2]
+    is_rank = np.append(tokens.sizes > 0, False)
+    is_rank[list(definition.special_tokens.values())] = False
+    if (made[1:] <= made[:-1]).any() or not is_rank[definition.byte_ids].all() or not is_rank[made].all():
         return False
-    if np.isin(made, list(definition.special_tokens.values())).any():  # these are not among the ranks
-        return False
-    comes_about = _come_about(definition)
-    if np.count_nonzero(comes_about) == len(ordinary):
+    rest = np.flatnonzero(is_rank[:-1] & ~_come_about(definition))
+    if not len(rest):
         return True
-    rest = [token for token, i in ordinary.items() if not comes_about[i]]
-    lengths = np.fromiter(map(len, rest), np.int64, len(rest))
-    words = WordEncoder(definition, TokenBytes(definition.vocab))
-    _, counts = words.merge_words(b"".join(rest), np.cumsum(lengths) - lengths, lengths)
+    lengths = tokens.sizes.take(rest)
+    words = WordEncoder(definition, tokens)
+    _, counts = words.merge_words(tokens.join(rest), np.cumsum(lengths) - lengths, lengths)
     return bool((counts != 2).all() if definition.ignore_merges else (counts == 1).all())
 
 
@@ -84,13 +85,13 @@ def _come_about(definition: Definition) -> np.ndarray:
     taken apart (of equal ones the right one), and what then stands there must not have been merged before that.
     """
     left, right, made = definition.pairs.T
+    ranks = np.arange(len(made), dtype=np.int32)
+    table = PairTable(definition.byte_ids, made, definition.tokens)
+    table.add(ranks, left, right)
     rank = np.full(definition.vocab_size + 1, -1, np.int32)
-    rank[made] = np.arange(len(made))
+    rank[made] = ranks
     first, last = np.zeros((2, len(rank)), np.int32)  # a token's parts
     first[made], last[made] = left, right
-    keys = left.astype(np.int64) << 32 | right
-    by_key = np.argsort(keys)
-    keys = keys.take(by_key)
     stands = np.maximum(rank.take(left), rank.take(right)) < rank.take(made)
     at = np.flatnonzero(stands)
     x, y = left.take(at), right.take(at)
@@ -103,9 +104,7 @@ def _come_about(definition: Definition) -> np.ndarray:
         is_left = rank_x > rank_y
         before = np.where(is_left, rank_x, rank_y + 1)  # the same pair further left is merged earlier
         x, y = np.where(is_left, last.take(x), x), np.where(is_left, y, first.take(y))
-        key = x.astype(np.int64) << 32 | y
-        slot = np.searchsorted(keys, key)
-        merged = (keys.take(slot, mode="clip") == key) & (by_key.take(slot, mode="clip") < before)
+        merged = table.ranks(x, y) < before
         stands[at[merged]] = False
         at, x, y = at[~merged], x[~merged], y[~merged]
     certain = np.zeros(len(rank), bool)

@@ -14,6 +14,7 @@ import heapq
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,10 @@ class WordEncoder:
         self._whole = definition.ordinary if definition.ignore_merges else {}
         self._tokens = tokens
         self._long = LongEncoder(self.merge_words, tokens, LONGEST)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Compiled code cannot be pickled, and the dictionaries are as soon made again as read.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_rank", "_merged")} | {"compiled": None}
 
     @cached_property
     def _rank(self) -> dict[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from itertools import repeat
 from pathlib import Path
@@ -69,9 +69,9 @@ def read_directory(directory: Path) -> tuple[Definition, str, bool | None]:
         vocab, pairs = _read_tables(directory / TABLES)
         definition = Definition(vocab, pairs, specials, pattern, ignore_merges, options)
         return definition, config["hash"], config["by_rank"]
-    vocab, pairs = read_gpt2(directory / VOCAB, directory / MERGES, specials)
+    vocab, merges = read_gpt2(directory / VOCAB, directory / MERGES, specials)
     vocab |= {i: text.encode() for text, i in specials.items()}
-    definition = define(vocab, pairs, specials, pattern, ignore_merges, options, all_bytes=False)
+    definition = define(vocab, merges, specials, pattern, ignore_merges, options, all_bytes=False)
     # The files are those that were written, or they mean the same.
     if not same and definition.hash != config["hash"]:
         raise ValueError(f"directory: the files of {directory} were changed after saving: their hash differs")
@@ -115,10 +115,11 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def read_gpt2(
     vocab_path: Path, merges_path: Path, special_tokens: Mapping[str, int | None]
-) -> tuple[dict[int, bytes], np.ndarray]:
-    """Vocabulary and pairs of GPT-2's two files; entries of vocab.json that are special tokens are plain text."""
+) -> tuple[dict[int, bytes], Callable[[Definition], np.ndarray]]:
+    """Vocabulary and merges, as define() takes them, of GPT-2's files; special tokens in vocab.json are plain text."""
     written = read_json(vocab_path)
     vocab = parse_vocab(written, special_tokens, f"vocab_path: {vocab_path}")
-    lines = merges_path.read_text(encoding="utf-8").split("\n")
-    lines = lines[lines[0].startswith("#version") :]
-    return vocab, parse_merges(lines, written, f"merges_path: {merges_path}")
+    merges = merges_path.read_text(encoding="utf-8")
+    if merges.startswith("#version"):
+        merges = merges.partition("\n")[2]
+    return vocab, lambda definition: parse_merges(merges, written, definition, f"merges_path: {merges_path}")

@@ -10,11 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..definition import Definition, Options, define
 from ..files import read_json, write_json
 from ..pretokenize import GPT2_PATTERN, PATTERNS, Pattern, for_oniguruma, is_gpt2, is_vectorised, pretokenize
-from ..tokens import TokenBytes
 from .added_tokens import FLAGS, read_added
+from .large_json import WrittenVocab, read_apart
 from .printable import check_vocab, parse_merges, parse_vocab, printable_merges, printable_vocab
 
 # Texts in which regular expressions and their engines are known to differ: contractions in capitals and with a long s,
@@ -93,7 +95,7 @@ def _try(content: dict[str, Any], definition: Definition, encode: Callable[[str]
         from tokenizers import Tokenizer
 
         peer = Tokenizer.from_str(json.dumps(content))
-        missing = TokenBytes(definition.vocab).missing()
+        missing = definition.tokens.missing()
         for text in SAMPLES:
             if missing and missing.search(text.encode()):
                 continue  # tokenizers leaves such bytes out
@@ -111,10 +113,18 @@ def _try(content: dict[str, Any], definition: Definition, encode: Callable[[str]
 
 def read_hf(path: Path) -> Definition:
     """See Tokenizer.from_hf."""
-    content = read_json(path)
+    with suppress(ValueError):  # which is then raised of what the parser reads
+        if content := read_apart(path.read_bytes()):
+            return _definition(content, path)
+    return _definition(read_json(path), path)
+
+
+def _definition(content: Any, path: Path) -> Definition:
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or "merges" not in model:
         raise ValueError(f"path: {path} holds no BPE model")
+    if not isinstance(model["merges"], str if isinstance(model.get("vocab"), WrittenVocab) else list):
+        raise ValueError(f"path: {path} has merges={model['merges']!r:.80}, expected a list")
     for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(name):
             raise ValueError(f"path: {path} has {name}={model[name]!r}, which byte-level BPE has not")
@@ -122,12 +132,14 @@ def read_hf(path: Path) -> Definition:
     pattern, prefix_space = _read_pre_tokenizer(content.get("pre_tokenizer"), path)
     check_vocab(model.get("vocab"), f"path: {path}")
     added, flags = read_added(content.get("added_tokens") or (), model["vocab"], nfc, f"path: {path}")
-    # Each part of the file is let go when it has been read.
-    merges = parse_merges(model.pop("merges"), model["vocab"], f"path: {path}")
-    vocab = parse_vocab(model.pop("vocab"), added, f"path: {path}")
+    vocab = parse_vocab(model["vocab"], added, f"path: {path}")
     vocab |= {i: token.encode() for token, i in added.items()}
     options = Options(nfc, prefix_space, flags)
-    return define(vocab, merges, added, pattern, bool(model.get("ignore_merges")), options, all_bytes=False)
+
+    def pairs(definition: Definition) -> np.ndarray:
+        return parse_merges(model.pop("merges"), model["vocab"], definition, f"path: {path}")
+
+    return define(vocab, pairs, added, pattern, bool(model.get("ignore_merges")), options, all_bytes=False)
 
 
 def _read_normalizer(written: Any, path: Path) -> bool:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cache
-from itertools import accumulate
-from operator import add, itemgetter
+from io import BytesIO
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
 from ..definition import Definition
+from .large_json import WrittenVocab
+from .lookup import find_merges
 
-# Merges read at a time.
-_MERGES = 1 << 13
+# Characters read at a time.
+_CHARACTERS = 1 << 16
+# What characters are that stand for no byte.
+_NONE, _SPACE, _NEWLINE = 0x100, 0x101, 0x102
+
+Merges = str | Sequence[str] | Sequence[list[str]]  # merges.txt's lines, in one text or several, or pairs of tokens
 
 
 @cache
@@ -31,18 +36,21 @@ def printable(token: bytes) -> str:
     return "".join([table[byte] for byte in token])
 
 
-def _all_from_printable(texts: list[str]) -> list[bytes]:
-    """The inverse of printable() of each. Raises ValueError on a character that stands for no byte."""
-    bytes_of = np.full(1 << 9, 1 << 8, np.uint16)
+@cache
+def _byte_of() -> np.ndarray:
+    """By a character's number, its byte; above 0xFF where it stands for none, as the last does for all that follow."""
+    bytes_of = np.full(1 << 9, _NONE, np.uint16)
     bytes_of[[ord(character) for character in byte_to_unicode()]] = np.arange(256)
-    characters = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), "<u4")
-    found = bytes_of.take(np.minimum(characters, len(bytes_of) - 1))
-    ends = list(accumulate(map(len, texts)))
-    if (wrong := np.flatnonzero(found > 0xFF)).size:
-        text = texts[bisect_right(ends, wrong[0])]
-        raise ValueError(f"token {text!r}: {chr(characters[wrong[0]])!r} is none of GPT-2's 256 stand-ins for bytes")
-    data = found.astype(np.uint8).tobytes()
-    return [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    bytes_of[[ord(" "), ord("\n")]] = _SPACE, _NEWLINE
+    return bytes_of
+
+
+def _bytes_of(text: str) -> np.ndarray:
+    """(characters,) uint16: the byte that each stands for; _SPACE, _NEWLINE, or _NONE."""
+    if text.isascii():  # then a character is a byte
+        return _byte_of().take(np.frombuffer(text.encode(), np.uint8))
+    parts = (text[i : i + _CHARACTERS].encode("utf-32-le", "surrogatepass") for i in range(0, len(text), _CHARACTERS))
+    return np.concatenate([_byte_of().take(np.frombuffer(part, "<u4"), mode="clip") for part in parts])
 
 
 def printable_vocab(definition: Definition, *, leave_out: bool = False) -> dict[str, int]:
@@ -66,10 +74,24 @@ def parse_vocab(written: Any, specials: Mapping[str, int | None], where: str) ->
     """vocab.json's content. specials: tokens that are plain text, where they have the id given (None: any)."""
     check_vocab(written, where)
     plain = {token for token in specials if token in written and specials[token] in (None, written[token])}
-    ordinary = [token for token in written if token not in plain]
-    # Ints made anew: those of the file stand between its strings, whose memory then could not be let go.
-    ids = [i + 0 for i in map(written.__getitem__, ordinary)]
-    vocab = dict(zip(ids, _all_from_printable(ordinary), strict=True))
+    if isinstance(written, WrittenVocab):
+        characters = _bytes_of(written.names)
+        ends = np.flatnonzero(characters == _NEWLINE)
+        sizes, ids = np.diff(ends) - 1, written.ids
+        characters = characters[characters != _NEWLINE]
+    else:
+        # Ints made anew: those of the file stand between its strings, whose memory then could not be let go.
+        sizes, ids = np.fromiter(map(len, written), np.int64, len(written)), [i + 0 for i in written.values()]
+        characters = _bytes_of("".join(written))
+    starts = np.cumsum(sizes) - sizes
+    plain_ids = {written[token] for token in plain}
+    for at in [at for at, i in enumerate(ids) if i in plain_ids] if plain else ():
+        characters[starts[at] : starts[at] + sizes[at]] = 0
+    if (wrong := np.flatnonzero(characters > 0xFF)).size:
+        token = list(written)[np.searchsorted(starts, wrong[0], side="right") - 1]
+        character = next(character for character in token if character not in byte_to_unicode())
+        raise ValueError(f"token {token!r}: {character!r} is none of GPT-2's 256 stand-ins for bytes")
+    vocab = dict(zip(ids, map(BytesIO(characters.astype(np.uint8).tobytes()).read, sizes.tolist()), strict=True))
     vocab |= {written[token]: token.encode() for token in plain}
     if len(vocab) < len(written):
         raise ValueError(f"{where} gives one id to two tokens")
@@ -78,33 +100,43 @@ def parse_vocab(written: Any, specials: Mapping[str, int | None], where: str) ->
 
 def check_vocab(written: Any, where: str) -> None:
     """Raise ValueError where that is no content of a vocab.json."""
+    if isinstance(written, WrittenVocab):
+        return  # JSON numbers of digits alone
     if not isinstance(written, dict) or {*map(type, written.values())} - {int}:
         raise ValueError(f"{where} holds no JSON object of tokens and ids")
 
 
-def parse_merges(written: Sequence[str] | Sequence[list[str]], id_of: Mapping[str, int], where: str) -> np.ndarray:
-    """merges.txt's lines, or pairs, as Definition.pairs has them. id_of: vocab.json's content."""
-    # Some thousands at a time: no list for each line, and no text for all.
-    parts = [_parse_some(written, i, id_of, where) for i in range(0, max(len(written), 1), _MERGES)]
-    return np.concatenate(parts)
+def parse_merges(written: Merges, id_of: Mapping[str, int], definition: Definition, where: str) -> np.ndarray:
+    """Merges as Definition.pairs has them. id_of: vocab.json's content.  definition: with these ids."""
+    lines = [] if isinstance(written, str) else [_line(merge) for merge in written if merge]
+    pairs = _find(written.rstrip("\n") if isinstance(written, str) else "\n".join(lines), definition)
+    if pairs is not None and len(pairs) == (len(lines) or len(pairs)):
+        return pairs
+    # Something is unusual, or wrong.
+    if isinstance(written, str):
+        lines = [line for line in written.split("\n") if line]
+    parts = [line.split(" ") for line in lines]
+    for number, part in enumerate(parts):
+        if len(part) != 2:
+            raise ValueError(f"{where}: merge {number} is {lines[number]!r}, expected two tokens")
+    merges = [(left, right, left + right) for left, right in parts]
+    for token in (token for column in zip(*merges, strict=True) for token in column):
+        if token not in id_of:
+            number = next(i for i, merge in enumerate(merges) if token in merge)
+            raise ValueError(f"{where}: {token!r} of merge {number} is not in the vocabulary")
+    return np.array([[id_of[token] for token in merge] for merge in merges], np.int32).reshape(-1, 3)
 
 
-def _parse_some(
-    written: Sequence[str] | Sequence[list[str]], first: int, id_of: Mapping[str, int], where: str
-) -> np.ndarray:
-    some = written[first : first + _MERGES]
-    lines = [line if isinstance(line, str) else " ".join(line) for line in some if line]
-    text = "\n".join(lines)
-    ends = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
-    ends = ends[(ends == ord(" ")) | (ends == ord("\n"))]
-    if len(ends) != max(2 * len(lines) - 1, 0) or (ends[::2] != ord(" ")).any():
-        number = next(i for i, line in enumerate(lines) if line.count(" ") != 1)
-        raise ValueError(f"{where}: merge {first + number} is {lines[number]!r}, expected two tokens")
-    tokens = text.replace("\n", " ").split(" ") if text else []
-    columns = tokens[::2], tokens[1::2], list(map(add, tokens[::2], tokens[1::2]))
-    try:
-        ids = [np.fromiter(map(id_of.__getitem__, column), np.int32, len(lines)) for column in columns]
-    except KeyError as error:
-        number = next(i for i, merge in enumerate(zip(*columns, strict=True)) if error.args[0] in merge)
-        raise ValueError(f"{where}: {error.args[0]!r} of merge {first + number} is not in the vocabulary") from None
-    return np.stack(ids, axis=1)
+def _line(merge: str | list[str]) -> str:
+    return merge if isinstance(merge, str) else " ".join(merge)
+
+
+def _find(text: str, definition: Definition) -> np.ndarray | None:
+    """The merges of lines of two tokens of GPT-2's stand-ins each; None where that is not all there is."""
+    found = _bytes_of(text)
+    ends = np.flatnonzero(found > 0xFF)
+    if not len(ends) % 2 or (found[ends[::2]] != _SPACE).any() or (found[ends[1::2]] != _NEWLINE).any():
+        return None
+    ends = np.append(ends, len(found)) - np.arange(len(ends) + 1)
+    data = found[found <= 0xFF].astype(np.uint8)
+    return find_merges(definition, data, ends)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from base64 import b64encode
 from binascii import a2b_base64
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
@@ -17,17 +18,17 @@ from ..pretokenize import Pattern
 from ..sizes import CELLS
 from ..tokens import TokenBytes
 
-# Longer tokens are few, and one by one then takes less time.
-_LONG = 24
+# Longer tokens, of a length that few have, take less time one by one.
+_LONG, _FEW = 24, 12
 _NO_RANK = 1 << 62
 
 
 def export_tiktoken(definition: Definition, path: Path) -> None:
     """See Tokenizer.export_tiktoken."""
     ranks = definition.ordinary
-    pairs, whole = pairs_of_ranks(ranks)
+    pairs, whole = pairs_of_ranks(ranks, definition.tokens)
     if not np.array_equal(definition.pairs, pairs):
-        merges = zip_longest(definition.merges, definition._replace(pairs=pairs).merges)
+        merges = zip_longest(definition.merges, replace(definition, pairs=pairs).merges)
         rank, ours, theirs = next((i, a, b) for i, (a, b) in enumerate(merges) if a != b)
         raise ValueError(
             f"merges: merge {rank} is {ours!r}, but tiktoken, which goes by the ids of the results, has {theirs!r}"
@@ -44,13 +45,17 @@ def read_tiktoken(
     path: Path, special_tokens: Sequence[str] | Mapping[str, int], pattern: Pattern
 ) -> tuple[Definition, bool | None]:
     """See Tokenizer.from_tiktoken. The definition, and Tokenizer.is_by_rank, if known."""
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines()):
-        try:
-            token, rank = line.split()
-            ranks[a2b_base64(token, strict_mode=True)] = int(rank)
-        except ValueError:  # binascii.Error is one
-            raise ValueError(f"path: line {number + 1} of {path} is {line!r}, expected base64 and a rank") from None
+    data = path.read_bytes()
+    ranks = _ranks(data)
+    if ranks is None:
+        ranks = {}
+        for number, line in enumerate(data.splitlines()):
+            try:
+                token, rank = line.split()
+                ranks[a2b_base64(token, strict_mode=True)] = int(rank)
+            except ValueError:  # binascii.Error is one
+                raise ValueError(f"path: line {number + 1} of {path} is {line!r}, expected base64 and a rank") from None
+    del data
     vocab = dict(zip(ranks.values(), ranks, strict=True))
     if len(vocab) < len(ranks) or not ranks:
         raise ValueError(f"path: {path} gives one rank to two tokens, or has none")
@@ -59,14 +64,48 @@ def read_tiktoken(
     for special, i in special_tokens.items():
         if vocab.setdefault(i, special.encode()) != special.encode():
             raise ValueError(f"special_tokens: {special!r} has the id {i}, which is that of {vocab[i]!r}")
-    pairs, whole = pairs_of_ranks(ranks)
+    _check_bytes(ranks)
+    ordinary = None if any(special.encode() in ranks for special in special_tokens) else ranks
+    definition = define(vocab, (), dict(special_tokens), pattern, ignore_merges=False, ordinary=ordinary)
+    definition.pairs, whole = pairs_of_ranks(ranks, definition.tokens)
+    definition.ignore_merges = bool(whole)
     # Ranks say what they say, unless a special token has one.
-    by_rank = True if len(vocab) == len(ranks) + len(special_tokens) else None
-    del ranks
-    return define(vocab, pairs, dict(special_tokens), pattern, ignore_merges=bool(whole)), by_rank
+    return definition, True if len(vocab) == len(ranks) + len(special_tokens) else None
 
 
-def pairs_of_ranks(ranks: Mapping[bytes, int]) -> tuple[np.ndarray, list[bytes]]:
+def _ranks(data: bytes) -> dict[bytes, int] | None:
+    """A file's ranks, if it is written as tiktoken writes them: no byte but what must be, and no fault."""
+    characters = np.frombuffer(data, np.uint8)
+    ends = np.flatnonzero(characters <= ord(" "))
+    of_token, of_rank = ends[::2], ends[1::2]
+    fields = data.split()
+    if (
+        len(fields) != len(ends)
+        or data[-1:] != b"\n"
+        or len(of_token) != len(of_rank)
+        or (characters[of_token] != ord(" ")).any()
+        or (characters[of_rank] != ord("\n")).any()
+    ):
+        return None
+    try:
+        tokens = list(map(a2b_base64, fields[::2]))
+        ranks = dict(zip(tokens, map(int, fields[1::2]), strict=True))
+    except ValueError:
+        return None
+    # Of characters that are none of base64's, or behind its end, nothing is made.
+    written = of_token - np.append(-1, of_rank[:-1]) - 1
+    one, two = (characters.take(of_token - i, mode="wrap") == ord("=") for i in (1, 2))
+    made = np.fromiter(map(len, tokens), np.int64, len(tokens)) + one + (one & two)
+    return ranks if (4 * made == 3 * written).all() else None
+
+
+def _check_bytes(ranks: Mapping[bytes, int]) -> None:
+    for byte in range(256):
+        if bytes([byte]) not in ranks:
+            raise ValueError(f"vocab: the single byte {bytes([byte])!r} is missing, expected all 256")
+
+
+def pairs_of_ranks(ranks: Mapping[bytes, int], tokens: TokenBytes | None = None) -> tuple[np.ndarray, list[bytes]]:
     """The merges that encode as `ranks` do, as Definition.pairs has them, and the tokens that no merges lead to.
 
     tiktoken merges two neighbours whenever their bytes together are a token, the lowest rank first. The last merge that
@@ -75,13 +114,12 @@ def pairs_of_ranks(ranks: Mapping[bytes, int]) -> tuple[np.ndarray, list[bytes]]
     that does not come about from its own bytes never does, except that tiktoken looks a whole word up before it merges.
 
     A token's pair follows from those of shorter tokens: they are found length by length, for all tokens at once.
-    Raises ValueError when a byte is missing.
+    tokens: of a vocabulary that holds the ranks.  Raises ValueError when a byte is missing.
     """
-    for byte in range(256):
-        if bytes([byte]) not in ranks:
-            raise ValueError(f"vocab: the single byte {bytes([byte])!r} is missing, expected all 256")
-    tokens = TokenBytes(dict(zip(ranks.values(), ranks, strict=True)))
-    merged = np.flatnonzero(tokens.sizes > 1)
+    _check_bytes(ranks)
+    tokens = tokens or TokenBytes(dict(zip(ranks.values(), ranks, strict=True)))
+    ids = np.sort(np.fromiter(ranks.values(), np.int64, len(ranks)))
+    merged = ids[tokens.sizes.take(ids) > 1]
     sizes = tokens.sizes.take(merged)
     table = PairTable([ranks[bytes([byte])] for byte in range(256)], merged, tokens)
     pairs = np.full((len(merged), 3), -1, np.int32)
@@ -91,12 +129,10 @@ def pairs_of_ranks(ranks: Mapping[bytes, int]) -> tuple[np.ndarray, list[bytes]]
     for indices in of_length:
         length = int(sizes[indices[0]]) if len(indices) else 0
         for group in np.array_split(indices, -(-len(indices) * length // CELLS)) if length else ():
-            data = tokens.join(merged.take(group))
-            if length > _LONG:
-                words = (data[i : i + length] for i in range(0, len(data), length))
-                pairs[group, :2] = [_last_pair(word, ranks) for word in words]
+            text = tokens.matrix(merged.take(group), length)
+            if len(group) < _FEW and length > _LONG:
+                pairs[group, :2] = [_last_pair(word.tobytes(), ranks) for word in text.T]
                 continue
-            text = np.frombuffer(data, np.uint8).reshape(-1, length).T
             ids, counts = table.merge(text, np.full(len(group), length))
             two = counts == 2
             at = (np.cumsum(counts) - counts)[two]

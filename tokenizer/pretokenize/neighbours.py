@@ -99,62 +99,73 @@ class Neighbours:
         # One place further on than in the text, so that its first character has a neighbour too.
         framed = (SEPARATOR + padded).translate(self._classes.of_byte)
         classes = np.frombuffer(framed, np.uint8)
-        wide = size = np.empty(0, np.int64)
+        lead = size = found = np.empty(0, np.int64)
         if not data.isascii():
             lead = np.flatnonzero(text[:n] >= 0xC0)
             lead = lead[text[lead] != SEPARATOR[0]]
             if len(lead):
                 classes = classes.copy()
                 found, size = self._classes.write(classes[1:], text, lead)
-                wide = np.flatnonzero((found == SPACE) | (found == UNMATCHED) | (found == CJK_UNMATCHED))
-                wide, size = lead[wide], size[wide]
-        pairs = np.left_shift(classes[: n + 1], 4)
+        # Eight classes at a time: numpy shifts single bytes one by one.
+        pairs = np.left_shift(classes[: len(classes) & -8].view(np.uint64), 4).view(np.uint8)[: n + 1]
         pairs |= classes[1 : n + 2]
         flags = np.frombuffer(pairs.tobytes().translate(self._flags), np.uint8)
         is_start = (flags & np.uint8(START)).view(bool)
-        before = flags[1:] & np.uint8(BEFORE)
-        before >>= 1
-        is_start[:n] |= before.view(bool)
+        is_start[:n] |= (flags[1:] & np.uint8(BEFORE)) != 0
+        wide = np.flatnonzero((found == SPACE) | (found == UNMATCHED) | (found == CJK_UNMATCHED))
         if len(wide):  # the last character of white space, not its last byte
+            at, sizes = lead[wide], size[wide]
             for k in (1, 2, 3):
-                is_start[(wide + k)[size > k]] = False
-            is_start[wide[(flags[wide + size] & BEFORE) > 0]] = True
-        marked = np.flatnonzero(flags >= JOIN)
-        if len(marked):
-            self._mend(text, classes[1:], is_start, marked, flags.take(marked))
+                is_start[(at + k)[sizes > k]] = False
+            is_start[at[(flags[at + sizes] & BEFORE) > 0]] = True
+        wide = np.flatnonzero(found == OTHER)
+        self._mend(text, classes[1:], is_start, flags, lead[wide], size[wide])
         bounds = np.flatnonzero(is_start)
         return Pretokens(padded, bounds[:-1], np.diff(bounds))
 
     def _mend(
-        self, text: np.ndarray, classes: np.ndarray, is_start: np.ndarray, marked: np.ndarray, flags: np.ndarray
+        self,
+        text: np.ndarray,
+        classes: np.ndarray,
+        is_start: np.ndarray,
+        flags: np.ndarray,
+        wide: np.ndarray,
+        size: np.ndarray,
     ) -> None:
-        """Decides the marked places. is_start is so far what pairs of neighbours say."""
+        """Decides the marked places. is_start is so far what pairs of neighbours say.
+
+        wide, size: where punctuation of several bytes is, and of how many.
+        """
         rules = self._rules
+        marked = np.flatnonzero(flags >= CASE)
+        marks = flags.take(marked)
 
         def places(flag: int) -> np.ndarray:
-            return marked[(flags & flag) > 0]
+            return marked[(marks & flag) > 0]
 
         hard = [places(HARD)]
         if len(empty := places(EMPTY)):
             _inside_white(classes, is_start, empty)
         if len(slashes := places(SLASH)):
             _take_slashes(text, classes, is_start, slashes[text.take(slashes) == ord("/")])
-        if len(join := places(JOIN)):
-            single = is_start.take(_first_byte(text, join - 1))
-            if rules.ascii_words:
-                single &= (text.take(join - 1) < 0x80) & (classes.take(join) == LOWER)
-            join = join[single]
-            is_start[join] = False
-            if rules.contractions:
-                hard.append(_contractions(text, classes, is_start, join[text.take(join - 1) == ord("'")], rules))
+        # At most places by far there is no mark but this, and punctuation of one byte.
+        joined = (flags[1:] & np.uint8(JOIN)) != 0
+        joined &= is_start[:-1]
+        is_start[1:] ^= joined
+        if not rules.ascii_words:
+            single = is_start.take(wide) & ((flags.take(wide + size) & JOIN) > 0)
+            is_start[(wide + size)[single]] = False
+        if rules.contractions:
+            joined &= text[: len(joined)] == ord("'")
+            hard.append(_contractions(text, classes, is_start, np.flatnonzero(joined) + 1, rules))
         if len(case := places(CASE)):
             if rules.cases:
                 is_start[case[_ends_word(classes, is_start, case)]] = True
             else:  # a word that began with punctuation ends with its letters of ASCII
                 first = _run_start(classes, case - 1, _ONLY[LOWER])
                 is_start[case[~is_start.take(first) & (classes.take(first - 1) == OTHER)]] = True
-        if len(places(DIGITS)):
-            _cut_digits(text, classes[: len(is_start) - 1], is_start, rules.max_digits)
+        if len(digits := places(DIGITS)):
+            _cut_digits(text, is_start, digits, rules.max_digits)
         if len(at := np.concatenate(hard)):
             self._by_expression(text, classes, is_start, np.sort(at))
 
@@ -206,7 +217,7 @@ def _flags(before: int, here: int, rules: Rules) -> int:
         or (before, here) == (CJK_UNMATCHED, CJK)
     ):
         flags |= BEFORE
-    if before == OTHER and here in _LETTERS:
+    if before == OTHER and here in _LETTERS and (here == LOWER or not rules.ascii_words):
         flags |= HARD if rules.cases and here == MARK else JOIN
     if before in _WHITE and (here == NEWLINE or (here == SEP and rules.whole_end)):
         flags |= EMPTY
@@ -219,13 +230,6 @@ def _flags(before: int, here: int, rules: Rules) -> int:
     if rules.cases and before == NEWLINE and here == OTHER:
         flags |= SLASH
     return flags
-
-
-def _first_byte(text: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Where the characters start whose last bytes are at `at`."""
-    for _ in range(3):
-        at = at - ((text.take(at) & 0xC0) == 0x80)
-    return at
 
 
 def _run_start(classes: np.ndarray, at: np.ndarray, members: np.ndarray) -> np.ndarray:
@@ -309,10 +313,10 @@ def _contractions(
     return hard
 
 
-def _cut_digits(text: np.ndarray, classes: np.ndarray, is_start: np.ndarray, most: int) -> None:
-    """A start after each `most` characters of a number."""
-    digits = np.flatnonzero(classes == NUMBER)
-    digits = digits[(text.take(digits) & 0xC0) != 0x80]
-    n = np.arange(len(digits))
-    n -= np.maximum.accumulate(np.where(is_start.take(digits), n, 0))
-    is_start[digits[n % most == 0]] = True
+def _cut_digits(text: np.ndarray, is_start: np.ndarray, at: np.ndarray, most: int) -> None:
+    """A start after each `most` characters of a number. `at` is all of its bytes but the first."""
+    is_first = (text.take(at) & 0xC0) != 0x80
+    n = np.cumsum(is_first)
+    before = np.where(np.diff(at, prepend=-1) > 1, n - is_first, 0)  # characters that are another number's
+    n -= np.maximum.accumulate(before)
+    is_start[at[is_first & (n % most == 0)]] = True

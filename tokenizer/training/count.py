@@ -126,6 +126,9 @@ class _Table:
         self._width = width
         self._cache = KeyTable.of(width, CACHE_BITS, np.int64)
         self._table = KeyTable.of(width, MIN_COUNT_BITS, np.int64)
+        # Words that are not in the cache wait until they are many: a round of probing costs much however few they are.
+        self._waiting: list[tuple[list[np.ndarray], np.ndarray, np.ndarray]] = []
+        self._n_waiting = 0
 
     def add(
         self,
@@ -142,33 +145,48 @@ class _Table:
         keys = pack(load, starts, lengths, self._width, self._width - 1)
         for key in keys[:-1]:
             key[longer] = 0
-        self._count_in_cache(keys, np.array(1) if counts is None else counts)
-        return longer
-
-    def _count_in_cache(self, keys: list[np.ndarray], counts: np.ndarray) -> None:
-        """Counts words that have a slot of the cache, or find one empty, there and passes the others on."""
         cache, mixed = self._cache, mix(keys)
         slots = cache.home(mixed)
         miss = np.flatnonzero(~cache.holds(slots, keys))
         # Most words are found: count them all and take the others back.
-        np.add.at(cache.values, slots, counts)
-        if not len(miss):
+        missed = slots.take(miss)
+        if counts is None:
+            if 8 * len(slots) > len(cache.values):
+                cache.values += np.bincount(slots, minlength=len(cache.values))
+            else:
+                np.add.at(cache.values, slots, 1)
+            counts = np.ones(len(miss), np.int64)
+        else:
+            np.add.at(cache.values, slots, counts)
+            counts = counts.take(miss)
+        np.subtract.at(cache.values, missed, counts)
+        if len(miss):
+            self._waiting.append(([key.take(miss) for key in keys], mixed.take(miss), counts))
+            self._n_waiting += len(miss)
+            if self._n_waiting >= WORDS // 4:
+                self._count_waiting()
+        return longer
+
+    def _count_waiting(self) -> None:
+        """Puts words whose slots of the cache are empty there, and counts the others in the table."""
+        if not self._waiting:
             return
-        slots = slots.take(miss)
-        keys = [key.take(miss) for key in keys]
-        counts = counts.take(miss) if counts.ndim else np.ones(len(miss), np.int64)
-        np.subtract.at(cache.values, slots, counts)
-        empty = np.flatnonzero(cache.keys[-1].take(slots) == 0)
+        columns, hashes, amounts = zip(*self._waiting, strict=True)
+        keys = [np.concatenate(column) for column in zip(*columns, strict=True)]
+        mixed, counts = np.concatenate(hashes), np.concatenate(amounts)
+        self._waiting, self._n_waiting = [], 0
+        slots = self._cache.home(mixed)
+        empty = np.flatnonzero(self._cache.keys[-1].take(slots) == 0)
         if len(empty):
-            cache.put(slots.take(empty), [key.take(empty) for key in keys])
-            here = cache.holds(slots, keys)
-            np.add.at(cache.values, slots[here], counts[here])
+            self._cache.put(slots.take(empty), [key.take(empty) for key in keys])
+            here = self._cache.holds(slots, keys)
+            np.add.at(self._cache.values, slots[here], counts[here])
             rest = np.flatnonzero(~here)
-            miss, keys, counts = miss.take(rest), [key.take(rest) for key in keys], counts.take(rest)
-        self._count(keys, mixed.take(miss), counts)
+            keys, mixed, counts = [key.take(rest) for key in keys], mixed.take(rest), counts.take(rest)
+        self._count(keys, mixed, counts)
 
     def _count(self, keys: list[np.ndarray], mixed: np.ndarray, counts: np.ndarray) -> None:
-        # At most half of the slots used, so that a slice of new words, a quarter of the smallest table, fits.
+        # At most half of the slots used, so that what waits and a slice, a third of the smallest table, fit.
         if self._table.n > len(self._table.values) // 2:
             self._table.grow(len(self._table.values).bit_length())
         slots, _ = self._table.find(keys, mixed)
@@ -182,6 +200,7 @@ class _Table:
 
     def entries(self) -> tuple[list[np.ndarray], np.ndarray]:
         """The keys of every word, and its counts."""
+        self._count_waiting()
         self.add_entries(*self._cache.entries())
         self._cache = KeyTable.of(self._width, CACHE_BITS, np.int64)
         return self._table.entries()

@@ -36,15 +36,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from heapq import nsmallest
 
 import numpy as np
 
 from ..sizes import MAX_BATCH, REACH, TOKENS, TRIES
 from ..tokens import ranges
 from .count import Words
-from .ranking import Groups, Pairs, Ranking, Turns
+from .ranking import Entry, Groups, Pairs, Ranking, Turns
 
-_BOUNDARY = np.int32(2**31 - 1)  # between words
+_END = 2**31 - 1
+_BOUNDARY = np.int32(_END)  # between words
 
 
 def learn_merges(
@@ -59,14 +61,15 @@ def learn_merges(
     tokens = [bytes([byte]) for byte in range(256)]
     corpus = _Corpus(words)
     merges: list[tuple[bytes, bytes]] = []
+    done: list[Entry] = []
     while len(merges) < n_merges:
         pairs = corpus.pairs(partial(_threshold, n_merges=n_merges, n_done=len(merges)))
         if not len(pairs):
             break
         ranking = Ranking(pairs, tokens, corpus.context)
         turns = Turns()
-        room = n_merges - len(merges)
-        while len(merges) < n_merges and (batch := ranking.take(max(1, min(room, MAX_BATCH)))):
+        least = (0, b"", b"", 0)  # merges that rank below come after the last
+        while len(merges) < n_merges and (batch := ranking.take(least)):
             names = [pairs.names[entry[3]] for entry in batch]
             first_id = len(tokens)
             tokens += [left + right for _, left, right, _ in batch]
@@ -78,7 +81,9 @@ def learn_merges(
             turns.add(batch, names, first_id)
             in_turn = turns.release(ranking.first())
             merges += in_turn
-            room -= len(batch)
+            done += batch
+            if least[0] == 0 and len(done) >= n_merges:
+                least = nsmallest(len(done) - n_merges + 1, done)[-1]
             advance(min(len(in_turn), n_merges - len(merges) + len(in_turn)))
         if len(merges) < n_merges:
             corpus.compact()
@@ -185,7 +190,6 @@ class _Corpus:
         span[new] = span[a] + span[b]
         places, sizes = self._occurrences(positions, a, b)
         end = places + _repeat(span[new], sizes)
-        right_before = tokens.take(end)
         tokens[places + _repeat(span[a], sizes)] = -1
         tokens[end - 1] = _repeat(~new, sizes)
         tokens[places] = _repeat(new, sizes)
@@ -196,11 +200,11 @@ class _Corpus:
         weights = self.weights.take(places)
 
         # A new token on the right sees this place on its left: the pair of the two is met once, there.
-        i, j = np.flatnonzero(left != _BOUNDARY), np.flatnonzero((right == right_before) & (right != _BOUNDARY))
+        i, j = np.flatnonzero(left != _BOUNDARY), np.flatnonzero(right < first_id)
         neighbour, of, counts, starts, stops, order = _group_neighbours(
-            np.concatenate([left[i], right[j]]),
-            np.concatenate([member[i], member[j] + np.int16(n)]),
-            np.concatenate([weights[i], weights[j]]),
+            np.concatenate([left.take(i), right.take(j)]),
+            np.concatenate([member.take(i), member.take(j) + np.int16(n)]),
+            np.concatenate([weights.take(i), weights.take(j)]),
         )
         on_left = of < n
         of[~on_left] -= n
@@ -217,7 +221,7 @@ class _Corpus:
             starts,
             stops,
             order,
-            np.concatenate([places[i], places[j]]),
+            np.concatenate([places.take(i), places.take(j)]),
         )
 
     def context(self, positions: np.ndarray, name: tuple[int, int], side: int) -> list[int] | None:
@@ -232,12 +236,9 @@ class _Corpus:
         else:
             return None
         near = tokens[middle : middle + REACH] if side else tokens[max(0, middle - REACH) : middle][::-1]
-        found: list[int] = []
-        at, row = 0, near.tolist()
-        while at < len(row) and row[at] != _BOUNDARY:
-            found.append(row[at] ^ row[at] >> 31)  # ~id at the end of a longer token
-            at += int(span[found[-1]])
-        return found if at < len(row) else None
+        row = near.tolist()
+        # Every token has its id at its first place, and something negative at the others.
+        return [token for token in row[: row.index(_END)] if token >= 0] if _END in row else None
 
     def _occurrences(self, positions: list[np.ndarray], a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where a[i] and b[i] meet now: the places by i, and how many for each i."""
@@ -280,7 +281,7 @@ def _stable_order(code: np.ndarray) -> np.ndarray:
     highest = int(code.max(initial=0))
     for shift in range(16, highest.bit_length(), 16):
         digit = (code >> code.dtype.type(shift)).astype(np.uint16)
-        order = order[np.argsort(digit[order], kind="stable")]
+        order = order[np.argsort(digit.take(order), kind="stable")]
     return order
 
 
@@ -301,12 +302,12 @@ def _group_neighbours(neighbour: np.ndarray, member: np.ndarray, weights: np.nda
 
 def _group(key: np.ndarray, order: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, ...]:
     """Groups by key, which `order` sorts: the keys, the sums of weights, and starts and stops in `order`."""
-    key = key[order]
+    key = key.take(order)
     change = np.empty(len(key), bool)
     change[:1] = True
     np.not_equal(key[1:], key[:-1], out=change[1:])
     starts = np.flatnonzero(change)
-    counts = np.add.reduceat(weights[order], starts, dtype=np.int64) if len(starts) else starts
+    counts = np.add.reduceat(weights.take(order), starts, dtype=np.int64) if len(starts) else starts
     return key[starts], counts, starts, np.append(starts[1:], len(key))
 
 

@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..sizes import DEPTH, FRONT, MAX_PLACES, NEAR
+from ..sizes import FRONT, MAX_BATCH, MAX_PLACES, NEAR, PASSED
 from ..tokens import ranges
 from ..wordkeys import KeyTable, mix
 
 _NOWHERE = np.empty(0, np.int32)
 
 Context = Callable[[np.ndarray, tuple[int, int], int], list[int] | None]
-_Entry = tuple[int, bytes, bytes, int]  # count, the pair's bytes, its index: the order of the ranking
+Entry = tuple[int, bytes, bytes, int]  # count, the pair's bytes, its index: the order of the ranking
 
 
 class Groups(NamedTuple):
@@ -63,7 +63,7 @@ class Pairs:
         starts = groups.starts[hot]
         sizes = groups.stops[hot] - starts
         bounds = np.append(0, np.cumsum(sizes))
-        positions = groups.positions[groups.order[ranges(starts, sizes)]]
+        positions = groups.positions.take(groups.order.take(ranges(starts, sizes)))
         positions -= np.repeat(groups.shifts[hot], sizes)
         return self.add(groups.first[hot], groups.second[hot], groups.counts[hot], positions.astype(np.int32), bounds)
 
@@ -112,16 +112,18 @@ class Ranking:
         self._context = context
         self._bound = self._near_bound = 1 << 63
         self._near = np.empty(0, np.int64)  # the other pairs with counts above a lower bound, where the next are sought
-        self._front: list[_Entry] = []  # the first to merge comes last
-        self._entries: dict[int, _Entry] = {}  # the front's entries by index
-        self._by_left: dict[int, dict[int, _Entry]] = defaultdict(dict)  # ... and by left token
-        self._by_right: dict[int, dict[int, _Entry]] = defaultdict(dict)
+        self._front: list[Entry] = []  # the first to merge comes last
+        self._entries: dict[int, Entry] = {}  # the front's entries by index
+        self._by_left: dict[int, dict[int, Entry]] = defaultdict(dict)  # ... and by left token
+        self._by_right: dict[int, dict[int, Entry]] = defaultdict(dict)
 
     def add(self, indices: np.ndarray) -> None:
         """Puts those of the pairs that belong there into the front, where they are not yet."""
         counts = self._pairs.counts[indices]
         above = counts > self._bound
-        self._near = np.append(self._near, indices[~above & (counts > self._near_bound)])
+        near = indices[~above & (counts > self._near_bound)]
+        if len(near):
+            self._near = np.append(self._near, near)
         entries = []
         for index, count in zip(indices[above].tolist(), counts[above].tolist(), strict=True):
             a, b = self._pairs.names[index]
@@ -136,37 +138,45 @@ class Ranking:
             self._front += entries
             self._front.sort()
 
-    def first(self) -> _Entry | None:
+    def first(self) -> Entry | None:
         """The pair that ranks first, None when no watched pair is left."""
         if len(self._front) <= FRONT // 4:
             self._lower_bound()
         return self._front[-1] if self._front else None
 
-    def take(self, room: int) -> list[_Entry]:
-        """Takes out pairs to merge at once, at most `room`; none when no watched pair is left.
+    def take(self, least: Entry) -> list[Entry]:
+        """Takes out pairs to merge at once, none that ranks below `least`; none when no watched pair is left.
 
         They are the first of the ranking, and of the next ones those that may be merged before their turn (merge.py).
         """
         if self.first() is None:
             return []
-        batch: list[_Entry] = []
+        batch: list[Entry] = []
+        passed: list[Entry] = []
         lefts: set[int] = set()
         rights: set[int] = set()
         n_places = 0
-        for entry in islice(reversed(self._front), DEPTH):
+        for entry in islice(reversed(self._front), MAX_BATCH):
             a, b = self._pairs.names[entry[3]]
             if not batch or (a not in rights and b not in lefts and a != b and self._outranks_ties(entry, a, b)):
+                if batch and entry < least:
+                    break
                 batch.append(entry)
                 n_places += len(self._pairs.positions[entry[3]])
-                if a == b or n_places > MAX_PLACES or len(batch) == room:
+                if a == b or n_places > MAX_PLACES:
+                    break
+            else:
+                passed.append(entry)
+                if len(passed) == PASSED:
                     break
             lefts.add(a)
             rights.add(b)
+        self._front[len(self._front) - len(batch) - len(passed) :] = passed[::-1]
         for entry in batch:
-            self._remove(entry)
+            self._forget(entry)
         return batch
 
-    def _outranks_ties(self, entry: _Entry, a: int, b: int) -> bool:
+    def _outranks_ties(self, entry: Entry, a: int, b: int) -> bool:
         """The theorem's second condition, for the pair (a, b) that meets the first.
 
         In the one word hdgc, gc outranks dg, with which it conflicts; but hd goes first, and then hdg takes its g:
@@ -194,7 +204,7 @@ class Ranking:
 
         return self._all_beside(before, 0, is_less) and self._all_beside(after, 1, is_apart)
 
-    def _all_beside(self, ties: Sequence[_Entry], side: int, fits: Callable[[bytes], bool]) -> bool:
+    def _all_beside(self, ties: Sequence[Entry], side: int, fits: Callable[[bytes], bool]) -> bool:
         """Whether the tokens before (0) or after (1) the middle of each of these pairs fit."""
         if not all(fits(tie[1:3][side]) for tie in ties):
             return False  # the nearest token is the pair's own
@@ -208,11 +218,12 @@ class Ranking:
         """Ranks again those of the pairs that are in front, their counts having fallen."""
         moved = [index for index in set(indices.tolist()) if index in self._entries]
         for index in moved:
-            self._remove(self._entries[index])
+            entry = self._entries[index]
+            del self._front[bisect_left(self._front, entry)]
+            self._forget(entry)
         self.add(np.array(moved, np.int64))
 
-    def _remove(self, entry: _Entry) -> None:
-        del self._front[bisect_left(self._front, entry)]
+    def _forget(self, entry: Entry) -> None:
         index = entry[3]
         del self._entries[index]
         a, b = self._pairs.names[index]
@@ -246,15 +257,15 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._ready: list[_Entry] = []  # the first to go comes last
-        self._waiting: dict[int, list[tuple[_Entry, tuple[int, int]]]] = {}  # by a token that is not there yet
+        self._ready: list[Entry] = []  # the first to go comes last
+        self._waiting: dict[int, list[tuple[Entry, tuple[int, int]]]] = {}  # by a token that is not there yet
 
-    def add(self, batch: list[_Entry], names: list[tuple[int, int]], first_id: int) -> None:
-        for new, (entry, name) in enumerate(zip(batch, names, strict=True), first_id):
+    def add(self, batch: list[Entry], names: list[tuple[int, int]], first_id: int) -> None:
+        for new, ((count, left, right, _), name) in enumerate(zip(batch, names, strict=True), first_id):
             self._waiting[new] = []
-            self._put((*entry[:3], new), name)
+            self._put((count, left, right, new), name)
 
-    def release(self, first: _Entry | None) -> list[tuple[bytes, bytes]]:
+    def release(self, first: Entry | None) -> list[tuple[bytes, bytes]]:
         """The merges that go before the pair `first` and what may come of it; None: all."""
         released = []
         while self._ready and (first is None or self._ready[-1] > first):
@@ -264,7 +275,7 @@ class Turns:
                 self._put(entry, name)
         return released
 
-    def _put(self, entry: _Entry, name: tuple[int, int]) -> None:
+    def _put(self, entry: Entry, name: tuple[int, int]) -> None:
         for token in name:
             if token in self._waiting:
                 self._waiting[token].append((entry, name))

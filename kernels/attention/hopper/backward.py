@@ -41,16 +41,16 @@ from ..portable.backward import _flash_attention_delta_kernel
 from .blocks import (
     ELEMENT,
     LINE,
-    describe,
-    describe_lines,
-    describe_rows,
+    boxes,
     extents,
     fence_async_shared,
     gl,
     gluon,
+    line_boxes,
     mbarrier,
     new_barriers,
     planned,
+    row_boxes,
     slot,
     tma,
     tma_obstacle,
@@ -344,17 +344,12 @@ def launch_backward(
     )
     strides = tuple([extents(x, varlen)[1] for x in (out, dout, dq, tiles_dk, tiles_dv)])
     row_strides = tuple([None if x is None else (0, *x.stride()) if varlen else x.stride() for x in (dlse, lse)])
-    delta_plan, plan, dq_plan = planned(plans, q)(
-        n_sequence, n_row_tile, H, K, head_dim, strides, row_strides, T, S, left, right, scale, ordered, group
+    delta_plan, plan, dq_plan = planned(_plans, q)(
+        varlen, n_sequence, n_row_tile, H, K, head_dim, strides, row_strides, T, S, left, right, scale, ordered, group
     )
     delta_plan(out, dout, lse, dlse, delta, rows, added, cu_seqlens_q)
-    plan(
-        describe(q, block_m, varlen), describe(dout, block_m, varlen),
-        describe(k, BLOCK_N, varlen), describe(v, BLOCK_N, varlen),
-        describe_rows(rows, 2 * block_m), describe_lines(accumulator, block_m * head_dim // LINE.value),
-        describe(tiles_dk, BLOCK_N // 2, varlen), describe(tiles_dv, BLOCK_N // 2, varlen),
-        tiles_dk, tiles_dv, added, cu_seqlens_q, cu_seqlens_k,
-    )  # fmt: skip
+    grads = tiles_dk, tiles_dv  # as they are described, and as they are
+    plan(q, dout, k, v, rows, accumulator, *grads, *grads, added, cu_seqlens_q, cu_seqlens_k)
     dq_plan(accumulator, added, dq, cu_seqlens_q)
     for written, x in ((tiles_dk, dk), (tiles_dv, dv)):
         if written is not x:
@@ -362,8 +357,8 @@ def launch_backward(
 
 
 @lru_cache(maxsize=512)
-def plans(
-    n_sequence: int, n_row_tile: int, H: int, K: int, head_dim: int, strides: tuple[tuple[int, ...], ...],
+def _plans(
+    varlen: bool, n_sequence: int, n_row_tile: int, H: int, K: int, head_dim: int, strides: tuple[tuple[int, ...], ...],
     row_strides: tuple[tuple[int, ...] | None, ...], T: int, S: int, left: int | None, right: int | None,
     scale: float, ordered: bool, group: int,
 ) -> tuple[Plan, Plan, Plan]:  # fmt: skip
@@ -385,7 +380,9 @@ def plans(
     plan = Plan(
         _flash_attention_bwd_hopper_kernel,
         (n_sequence * K * n_tile,),
-        *(TENSOR,) * 8,
+        *(boxes(rows, varlen) for rows in (block_m, block_m, BLOCK_N, BLOCK_N)),
+        row_boxes(2 * block_m), line_boxes(block_m * head_dim // LINE.value),
+        *(boxes(BLOCK_N // 2, varlen),) * 2,
         (TENSOR, TENSOR, of_dk, of_dv),
         TENSOR,
         n_row_tile,

@@ -12,7 +12,7 @@ Importing this module imports Gluon: the launchers do it only when a Hopper kern
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ...launching import Described
+from ...launching import Described, Via
 from .. import blocks
 
 __all__ = [
@@ -38,22 +38,21 @@ __all__ = [
     "LINE",
     "as_heads",
     "block_order",
-    "describe",
-    "describe_lines",
-    "describe_rows",
-    "describer",
+    "boxes",
     "extents",
     "fence_async_global",
     "fence_async_shared",
     "first_row_tile",
     "gl",
     "gluon",
+    "line_boxes",
     "load_rows",
     "masked_block",
     "mbarrier",
     "new_barriers",
     "new_numbers",
     "planned",
+    "row_boxes",
     "row_layout",
     "sequence",
     "share_numbers",
@@ -149,41 +148,6 @@ def planned(plan: Any, x: Tensor) -> Any:
     return plan if _on_gpu(x) else plan.__wrapped__
 
 
-def describe_rows(x: Tensor, rows: int) -> Any:
-    """The TMA descriptor of one fp32 value a row, flat, for `rows` of them."""
-    return _rows_described(x.data_ptr(), x.numel(), rows) if _on_gpu(x) else _rows_descriptor(x, x.numel(), rows)
-
-
-@lru_cache(maxsize=1024)
-def _rows_described(address: int, size: int, rows: int) -> TensorDescriptor:
-    return _rows_descriptor(_Address(address, torch.float32), size, rows)
-
-
-def _rows_descriptor(base: Tensor | _Address, size: int, rows: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    descriptor = TensorDescriptor(base, [size], [1], [rows], layout)
-    vars(descriptor)["described"] = Described((torch.float32, rows))
-    return descriptor
-
-
-def describe_lines(x: Tensor, lines: int) -> Any:
-    """The TMA descriptor of an fp32 tensor as lines of LINE values, for `lines` of them."""
-    return _lines_described(x.data_ptr(), x.numel(), lines) if _on_gpu(x) else _lines_descriptor(x, x.numel(), lines)
-
-
-@lru_cache(maxsize=1024)
-def _lines_described(address: int, size: int, lines: int) -> TensorDescriptor:
-    return _lines_descriptor(_Address(address, torch.float32), size, lines)
-
-
-def _lines_descriptor(base: Tensor | _Address, size: int, lines: int) -> TensorDescriptor:
-    n = LINE.value
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-    descriptor = TensorDescriptor(base, [size // n, n], [n, 1], [lines, n], layout)
-    vars(descriptor)["described"] = Described((torch.float32, lines, n))
-    return descriptor
-
-
 class _Address:
     """A tensor as a descriptor needs it. It holds no memory: descriptors are kept when their tensors are gone."""
 
@@ -194,30 +158,55 @@ class _Address:
         return self.address
 
 
-def describe(x: Tensor, rows: int, varlen: bool) -> Any:
-    """The TMA descriptor of x as (b, h, row, d), for tiles of `rows` rows; loads past an end read zeros.
+def boxes(rows: int, varlen: bool) -> Via:
+    """TMA descriptors of tensors as (b, h, row, d), for tiles of `rows` rows; loads past an end read zeros."""
+    return _via(_descriptor, lambda x: (*extents(x, varlen), rows))
 
-    The same object for the same address, sizes and strides: a model's tensors return to their addresses at every step,
-    and the driver's encoding is kept with the descriptor.
+
+def row_boxes(rows: int) -> Via:
+    """TMA descriptors of one fp32 value a row, flat, for `rows` of them."""
+    return _via(_rows_descriptor, lambda x: (x.numel(), rows))
+
+
+def line_boxes(lines: int) -> Via:
+    """TMA descriptors of fp32 tensors as lines of LINE values, for `lines` of them."""
+    return _via(_lines_descriptor, lambda x: (x.numel(), lines))
+
+
+def _via(make: Callable[..., TensorDescriptor], facts: Callable[[Tensor], tuple[Any, ...]]) -> Via:
+    """make(base, dtype, *facts(x)): the same object for the same address and facts. A model's tensors return to their
+    addresses at every step, and the driver's encoding is kept with the descriptor.
     """
-    sizes, strides = extents(x, varlen)
-    if _on_gpu(x):
-        return _described(x.data_ptr(), x.dtype, sizes, strides, rows)
-    return _descriptor(x, x.dtype, sizes, strides, rows)
 
+    def describer(x: Tensor) -> Callable[[int], TensorDescriptor]:
+        return partial(_described, make, x.dtype, *facts(x))
 
-def describer(x: Tensor, rows: int) -> Callable[[int], TensorDescriptor]:
-    """describe(y, rows, False) of tensors y like x, (b, h, row, d) on a GPU, by their addresses."""
-    dtype, sizes, strides = x.dtype, *extents(x, False)
-    return lambda address: _described(address, dtype, sizes, strides, rows)
+    def describe(x: Tensor) -> TensorDescriptor:
+        return describer(x)(x.data_ptr()) if _on_gpu(x) else make(x, x.dtype, *facts(x))
+
+    return Via(describe, describer)
 
 
 # One memory for all: with one for each shape, shapes that keep changing would fill it without end.
 @lru_cache(maxsize=4096)
-def _described(
-    address: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], rows: int
-) -> TensorDescriptor:
-    return _descriptor(_Address(address, dtype), dtype, sizes, strides, rows)
+def _described(make: Callable[..., TensorDescriptor], dtype: torch.dtype, *facts: Any) -> TensorDescriptor:
+    *of, address = facts
+    return make(_Address(address, dtype), dtype, *of)
+
+
+def _rows_descriptor(base: Tensor | _Address, dtype: torch.dtype, size: int, rows: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    descriptor = TensorDescriptor(base, [size], [1], [rows], layout)
+    vars(descriptor)["described"] = Described((dtype, rows))
+    return descriptor
+
+
+def _lines_descriptor(base: Tensor | _Address, dtype: torch.dtype, size: int, lines: int) -> TensorDescriptor:
+    n = LINE.value
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    descriptor = TensorDescriptor(base, [size // n, n], [n, 1], [lines, n], layout)
+    vars(descriptor)["described"] = Described((dtype, lines, n))
+    return descriptor
 
 
 def _descriptor(

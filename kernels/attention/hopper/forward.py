@@ -51,10 +51,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...launching import TENSOR, Plan
+from ...launching import TENSOR, Made, Plan
 from .blocks import (
     ELEMENT,
-    describe,
+    boxes,
     extents,
     fence_async_shared,
     gl,
@@ -348,49 +348,36 @@ def launch_forward(
     from its own position, None without end.  A row with no visible key gives output 0 and lse -inf.
     schedule: how programs take tiles; None is what schedule.py chooses.
     """
-    plan, schedule = plan_of(q, k, out, lse, cu_seqlens_q, T, S, left, right, scale, schedule)
-    if plan is None:
-        return
-    varlen, block_n = cu_seqlens_q is not None, TILES[q.shape[-1]][0]
-    plan(
-        describe(q, 64, varlen), describe(k, block_n, varlen), describe(v, block_n, varlen), describe(out, 64, varlen),
-        out, lse, cu_seqlens_q, cu_seqlens_k, tile_counter(q.device) if schedule.kind == "dynamic" else None,
-    )  # fmt: skip
-
-
-def plan_of(
-    q: Tensor, k: Tensor, out: Tensor, lse: Tensor, cu_seqlens_q: Tensor | None,
-    T: int, S: int, left: int | None, right: int | None, scale: float, schedule: Schedule | None = None,
-) -> tuple[Plan | None, Schedule]:  # fmt: skip
-    """The launch of such tensors, None where there are no rows, and its schedule."""
     varlen = cu_seqlens_q is not None
     n_batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
     H, K, head_dim = q.shape[1], k.shape[1], q.shape[-1]
     n_tile = n_batch * H * -(-T // BLOCK_M)
-    schedule = schedule or choose(head_dim, n_tile, q.device)
     if n_tile == 0:
-        return None, schedule
+        return
+    schedule = schedule or choose(head_dim, n_tile, q.device)
     strides = extents(out, varlen)[1][:3], (0, *lse.stride()) if varlen else lse.stride()
-    of = (q.dtype, q.device, n_batch, H, K, head_dim)
-    return planned(_plan, q)(*of, *strides, T, S, left, right, scale, schedule), schedule
+    of = (q.dtype, q.device, varlen, n_batch, H, K, head_dim)
+    plan = planned(_plan, q)(*of, *strides, T, S, left, right, scale, schedule)
+    plan(q, k, v, out, out, lse, cu_seqlens_q, cu_seqlens_k)
 
 
 @lru_cache(maxsize=512)
 def _plan(
-    dtype: torch.dtype, device: torch.device, n_batch: int, H: int, K: int, head_dim: int,
+    dtype: torch.dtype, device: torch.device, varlen: bool, n_batch: int, H: int, K: int, head_dim: int,
     out_strides: tuple[int, ...], lse_strides: tuple[int, ...],
     T: int, S: int, left: int | None, right: int | None, scale: float, schedule: Schedule,
 ) -> Plan:  # fmt: skip
-    """The launch but for descriptors of q, k, v and out, then out, lse, both cu_seqlens and the tiles' counter."""
+    """The launch but for q, k, v, out as it is described and as it is, lse and both cu_seqlens."""
     block_n, stages, q_stages = TILES[head_dim]
     n_head, n_tile = n_batch * H, -(-T // BLOCK_M)
     left, right = (None if bound is None else min(bound, T + S) for bound in (left, right))  # 32 bits
     return Plan(
         _flash_attention_fwd_hopper_kernel, (schedule.programs(n_head * n_tile, device),),
-        *(TENSOR,) * 4, Output(TENSOR, out_strides, TENSOR, lse_strides),
+        boxes(64, varlen), boxes(block_n, varlen), boxes(block_n, varlen), boxes(64, varlen),
+        Output(TENSOR, out_strides, TENSOR, lse_strides),
         Problem(TENSOR, TENSOR, left, right, H, K, None, None, n_head, None, None),
         T, S, n_tile, section_heads(S, head_dim, dtype.itemsize, H // K, n_head),
-        scale * math.log2(math.e), TENSOR,
+        scale * math.log2(math.e), Made(lambda: tile_counter(device)) if schedule.kind == "dynamic" else None,
         BLOCK_M=BLOCK_M, BLOCK_N=block_n, STAGES=stages, Q_STAGES=q_stages, SCHEDULE=schedule.kind,
         PRODUCER_REGISTERS=PRODUCER_REGISTERS, CONSUMER_REGISTERS=CONSUMER_REGISTERS,
         num_warps=4, enable_fp_fusion=True,

@@ -107,20 +107,15 @@ def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, unround: Tensor | None, p: Problem
 ) -> None:
     """Write out, lse (natural log) and, where it is given, the factor that undoes the rounding of lse."""
-    plan = forward_plan(q, k, v, out, lse, p)
-    if plan is not None:
-        plan(q, k, v, sinks, p.slopes, out, lse, unround, p.ends_q, p.ends_k)
-
-
-def forward_plan(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, p: Problem) -> Plan | None:
-    """The launch of such tensors; None where there are no rows."""
-    T, S, ends_q, _, *rest, slopes = p
+    T, S, ends_q, ends_k, *rest, slopes = p
     shape = q.shape
-    return _forward_plan(
+    plan = _forward_plan(
         tiles.version(), _precision(q.dtype), q.dtype, q.device, ends_q is not None,
         p.n_batch(q), shape[1], k.shape[1], shape[-1], q.stride(), k.stride(), v.stride(), out.stride(), lse.stride(),
         _slopes_strides(slopes), T, S, *rest,
     )  # fmt: skip
+    if plan is not None:
+        plan(q, k, v, sinks, slopes, out, lse, unround, ends_q, ends_k)
 
 
 @lru_cache(maxsize=512)
@@ -158,33 +153,19 @@ def launch_backward(
 
     lse2 is lse in base 2, +inf for rows that see no key.
     """
-    ends_q, ends_k, slopes = p.ends_q, p.ends_k, p.slopes
-    lse2, delta = (torch.empty_strided(lse.shape, lse.stride(), dtype=lse.dtype, device=lse.device) for _ in range(2))
-    plans = backward_plans(q, k, v, out, dout, lse, dlse, dq, dk, dv, p)
-    for plan, tensors in zip(
-        plans,
-        (
-            (out, dout, lse, dlse, lse2, delta, ends_q),
-            (q, k, v, dout, lse2, delta, unround, slopes, dk, dv, ends_q, ends_k),
-            (q, k, v, dout, lse2, delta, unround, slopes, dq, ends_q, ends_k),
-        ),
-        strict=True,
-    ):
-        if plan is not None:
-            plan(*tensors)
-    return delta
-
-
-def backward_plans(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None,
-    dq: Tensor, dk: Tensor, dv: Tensor, p: Problem,
-) -> tuple[Plan | None, Plan | None, Plan | None]:  # fmt: skip
-    """The launches of such tensors: delta, dk and dv, dq; None where there are no rows."""
-    T, S, ends_q, _, *rest, slopes = p
+    T, S, ends_q, ends_k, *rest, slopes = p
     shape = q.shape
-    strides = tuple([x.stride() for x in (q, k, v, out, dout, lse, dq, dk, dv)])
-    return _backward_plans(
+    lse2, delta = (torch.empty_strided(lse.shape, lse.stride(), dtype=lse.dtype, device=lse.device) for _ in range(2))
+    delta_plan, keys_plan, queries_plan = _backward_plans(
         tiles.version(), _precision(q.dtype), q.dtype, q.device, ends_q is not None,
-        p.n_batch(q), shape[1], k.shape[1], shape[-1], strides,
+        p.n_batch(q), shape[1], k.shape[1], shape[-1],
+        tuple([x.stride() for x in (q, k, v, out, dout, lse, dq, dk, dv)]),
         None if dlse is None else dlse.stride(), _slopes_strides(slopes), T, S, *rest,
     )  # fmt: skip
+    if delta_plan is not None:
+        delta_plan(out, dout, lse, dlse, lse2, delta, ends_q)
+    if keys_plan is not None:
+        keys_plan(q, k, v, dout, lse2, delta, unround, slopes, dk, dv, ends_q, ends_k)
+    if queries_plan is not None:
+        queries_plan(q, k, v, dout, lse2, delta, unround, slopes, dq, ends_q, ends_k)
+    return delta

@@ -38,10 +38,10 @@ def judged(inputs: dict[str, torch.Tensor], **options: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 9}, {"softcap": 2.0, "scale": 0.3}], ids=str)
-def test_the_second_call_is_right_too(options, remembered):
-    for seed in range(2):
+def test_later_calls_are_right_too(options, remembered):
+    for seed in range(3):
         judged(draw(1, 4, 2, 33, 40, 24, torch.bfloat16, seed=seed), **options)
-    assert len(remembered) == 2
+    assert len(remembered) == 3
 
 
 @pytest.mark.parametrize("name", ["(B, T, H, D)", "odd offset", "every other", "expanded over T"])

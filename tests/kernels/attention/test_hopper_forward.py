@@ -220,7 +220,7 @@ def test_descriptors_are_those_that_triton_makes(layout: str, varlen: bool) -> N
     x = LAYOUTS[layout](draw(2, 3, 3, 5, 5, 64, FP16)["q"])
     if varlen:
         x = x[0].transpose(0, 1)
-    ours, heads = hopper_blocks.describe(x, 128, varlen), hopper_blocks.as_heads(x, varlen)
+    ours, heads = hopper_blocks.boxes(128, varlen).describe(x), hopper_blocks.as_heads(x, varlen)
     strides = [n if size > 1 else 64 for n, size in zip(heads.stride(), heads.shape, strict=True)]
     layout_in_memory = hopper_blocks.gl.NVMMASharedLayout.get_default_for([1, 1, 128, 64], hopper_blocks.gl.float16)
     theirs = TensorDescriptor(heads, list(heads.shape), strides, [1, 1, 128, 64], layout_in_memory)

@@ -94,7 +94,7 @@ def test_tables_that_forget_change_nothing(limit: str, most: int, monkeypatch: p
     tokenizer = tokenizer_of(trained)
     for text, ids in zip(texts, expected, strict=True):
         assert np.array_equal(tokenizer.encode_bytes(text), ids)
-        assert tokenizer._encoder._local.text_encoder._n_words < most
+        assert tokenizer._encoder.bulk._local.text_encoder._n_words < most
 
 
 def test_words_with_one_hash_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:

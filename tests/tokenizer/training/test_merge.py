@@ -111,8 +111,8 @@ def test_batches_are_used(monkeypatch):
     counter = WordCounter()
     counter.add(pretokenize(text))
     assert len(learn_merges(counter.words(), 1_000)) == 1_000
-    assert 1_000 <= sum(sizes) < 1_200  # merged before their turn, and their turn never came
-    assert len(sizes) < 150
+    assert 1_000 <= sum(sizes) < 1_050  # merged before their turn, and their turn never came
+    assert len(sizes) < 90  # the last ones too
 
 
 def test_real_text():
