@@ -254,7 +254,10 @@ def memory(
         n = -(-count // gpus)
         stack, square = n * short * long, n * short * short
         normalised = stack * (FP32 + size * (size < FP32))
-        see(update + stack * FP32 + max(normalised, 2 * (stack + square) * size), "Muon")
+        products = 2 * (stack + square)
+        if size == FP32 and long >= 2 * short:  # on the Gram matrix: five squares, or one beside operand and result
+            products = max(stack + 5 * square, 2 * stack + square)
+        see(update + stack * FP32 + max(normalised, products * size), "Muon")
     return Memory(state, gradients, moments, kept or casts or gathered, activations, peak, peak_at)
 
 

@@ -75,7 +75,7 @@ def test_the_peak_of_a_training_step(shape: str, dtype: str, checkpointing: bool
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU's allocator")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("d_ff", [32, 1024])
+@pytest.mark.parametrize("d_ff", [32, 256, 1024])
 def test_the_peak_where_muon_needs_the_most(d_ff: int, dtype: str) -> None:
     """So few tokens that the update is the peak: of the square matrices, or of the FFN's."""
     config = ModelConfig(64, 16, 3, 4, d_model=128, d_ff=d_ff)
