@@ -372,9 +372,16 @@ def muon_cost(
     """One step of Muon on a matrix: momentum, then `steps` of Newton-Schulz in `dtype`, three products each.
 
     With s the shorter side and l the longer, a step is X Xᵀ (s, s), its square, and their polynomial times X (s, l).
+    In fp32, from l = 2 s on, there is one X Xᵀ and one product with X; a step has four products (s, s), the first and
+    the last one have three and two.
     Bytes: the parameter and the momentum, read and written, the gradient, and each product's operands and result.
     """
     short, long = sorted((rows, columns))
-    products = 2 * (2 * short * short * long) + 2 * short**3
-    moved = (3 * short * long + 4 * short * short) * itemsize(dtype)
-    return Cost(steps * products, steps * moved + 5 * rows * columns * itemsize(state_dtype))
+    square, wide = 2 * short**3, 2 * short * short * long
+    if steps and itemsize(dtype) >= 4 and long >= 2 * short:
+        products = 2 * wide + (4 * steps - 3) * square
+        moved = 3 * short * long + (2 + 3 * (4 * steps - 3)) * short * short
+    else:
+        products = steps * (2 * wide + square)
+        moved = steps * (3 * short * long + 4 * short * short)
+    return Cost(products, moved * itemsize(dtype) + 5 * rows * columns * itemsize(state_dtype))

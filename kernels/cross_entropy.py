@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import cost, reference
+from . import cost, plain, reference
 from .dispatch import (
     apply,
     call,
@@ -172,25 +172,10 @@ class RowOptions(NamedTuple):
 
 def row_losses(x: Tensor, target: Tensor, options: RowOptions) -> tuple[Tensor, Tensor]:
     """Losses and log-sum-exps (rows,) of logits (..., V); on plain CPU tensors by eager PyTorch."""
-    ignore_index, softcap, z_loss, smoothing, weight = options
-    V = x.shape[-1]
     if not runs_triton(x):
-        wide = x.reshape(-1, V).to(statistics(x.dtype)[0])
-        wide = softcap * torch.tanh(wide / softcap) if softcap > 0 else wide
-        kept = (target := target.reshape(-1)) != ignore_index
-        index = target.masked_fill(~kept, 0)
-        lse = torch.logsumexp(wide, -1)
-        loss = lse - wide.gather(-1, index[:, None]).squeeze(-1)
-        if smoothing:
-            loss *= 1 - smoothing
-        loss += z_loss * lse.square()
-        if weight is not None:
-            weight = weight.to(lse.dtype)
-            loss *= weight[index]
-        if smoothing:
-            spread = V * lse - wide.sum(-1) if weight is None else weight.sum() * lse - wide @ weight
-            loss += smoothing / V * spread
-        return loss.masked_fill_(~kept, 0), lse
+        return plain.row_losses(x, target, options)
+    ignore_index, softcap, z_loss, *_ = options
+    V = x.shape[-1]
     loss, lse = (x.new_empty(target.numel(), dtype=statistics(x.dtype)[0]) for _ in range(2))
     M = loss.numel()
     if M > 0:
@@ -209,30 +194,10 @@ def row_gradients(dloss: Tensor, x: Tensor, target: Tensor, lse: Tensor, options
 
     out may begin where x does: then the gradient takes the place of the logits.
     """
-    ignore_index, softcap, z_loss, smoothing, weight = options
-    V, width = x.shape[-1], out.shape[1]
     if not runs_triton(x):
-        wide = x.reshape(-1, V).to(lse.dtype)
-        wide = softcap * torch.tanh(wide / softcap) if softcap > 0 else wide
-        kept = target.reshape(-1, 1) != ignore_index
-        index = target.reshape(-1, 1).masked_fill(~kept, 0)
-        slope, hit = 1 + 2 * z_loss * lse[:, None], torch.full_like(lse, 1 - smoothing)[:, None]
-        if weight is not None:
-            weight = weight.to(lse.dtype)
-            slope = weight[index] * (slope - smoothing) + smoothing / V * weight.sum()
-            hit *= weight[index]
-        dx = (wide - lse[:, None]).exp_()
-        if z_loss or weight is not None:
-            dx *= slope
-        dx.scatter_add_(1, index, -hit)
-        if smoothing:
-            dx -= smoothing / V * (1 if weight is None else weight)
-        if softcap > 0:
-            dx *= 1 - (wide / softcap).square()
-        dx *= dloss.reshape(-1, 1)
-        out[:, :V] = dx if kept.all() else dx.masked_fill_(~kept, 0)
-        out[:, V:] = 0
-        return out
+        return plain.row_gradients(dloss, x, target, lse, options, out)
+    ignore_index, softcap, z_loss, *_ = options
+    V, width = x.shape[-1], out.shape[1]
     M = out.shape[0]
     if M > 0:
         x, x_layout = row_layout(x)
@@ -245,6 +210,16 @@ def row_gradients(dloss: Tensor, x: Tensor, target: Tensor, lse: Tensor, options
             BLOCK_V=tile, CAPPED=softcap > 0, DTYPE=statistics(x.dtype)[1], num_warps=WARPS,
         )  # fmt: skip
     return out
+
+
+def row_losses_and_gradients(
+    dloss: Tensor, x: Tensor, target: Tensor, options: RowOptions, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Losses (rows,), and row_gradients' out, of logits that nobody needs any more."""
+    if not runs_triton(x):
+        return plain.row_losses_and_gradients(dloss, x, target, options, out)
+    loss, lse = row_losses(x, target, options)
+    return loss, row_gradients(dloss, x, target, lse, options, out)
 
 
 def _tile(V: int) -> int:

@@ -30,6 +30,7 @@ from .cross_entropy import (
     reduce_losses,
     row_gradients,
     row_losses,
+    row_losses_and_gradients,
 )
 from .dispatch import (
     autocast_dtype,
@@ -192,8 +193,8 @@ def linear_cross_entropy_kept(
         dloss /= count_targets(target, ignore_index, class_weight)
     for rows, logits in _chunk_logits(gradients.x, gradients.cast):
         z, t = logits[:, :V], target[rows]
-        loss[rows], lse = row_losses(z, t, options)
-        gradients.add(rows, row_gradients(dloss[rows], z, t, lse, options, out=logits))
+        loss[rows], dlogits = row_losses_and_gradients(dloss[rows], z, t, options, out=logits)
+        gradients.add(rows, dlogits)
     return reduce_losses(loss, target, ignore_index, reduction, class_weight), *gradients.result(x.shape)
 
 

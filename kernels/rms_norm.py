@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cost, dispatch, reference
+from . import cost, dispatch, plain
 from . import rms_norm_tiles as tiles
 from .dispatch import (
     apply,
@@ -295,8 +295,7 @@ def rms_norm(
         return y if residual is None else (y, stream)
     eps, weight_offset = _checked(x, weight, eps, residual, weight_offset)
     if not runs_triton(x):
-        result = reference.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)
-        return result.contiguous() if isinstance(result, Tensor) else (result[0].contiguous(), result[1].contiguous())
+        return plain.rms_norm(x, weight, eps, residual=residual, weight_offset=weight_offset)
     if torch.compiler.is_compiling():
         y, stream, _ = _fwd(x, weight, eps, residual, weight_offset)
         return y if residual is None else (y, stream)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import cost, reference
+from . import cost, plain
 from .dispatch import (
     apply,
     call,
@@ -25,7 +25,6 @@ from .dispatch import (
     check_integer,
     check_tensor,
     define_op,
-    in_layout_of,
     runs_triton,
 )
 from .launching import launch
@@ -274,8 +273,7 @@ def rope(
     _check(q, k, cos, sin, positions)
     check_flag("interleaved", interleaved)
     if not runs_triton(q):
-        turned = reference.rope(q, k, cos, sin, interleaved=interleaved, positions=positions)
-        return in_layout_of(q, turned[0]), in_layout_of(k, turned[1])
+        return plain.rope(q, k, cos, sin, interleaved=interleaved, positions=positions)
     if torch.compiler.is_compiling():
         return _turn(q, k, cos, sin, positions, interleaved, False)
     return apply("rope", RoPEFunction, q, k, cos, sin, positions, interleaved, False)
@@ -298,7 +296,7 @@ def rope_qkv(
     q, k, v = _heads(qkv, n_head, n_kv_head)
     _check(q, k, cos, sin, positions)
     if not runs_triton(qkv):
-        return reference.rope_qkv(qkv, cos, sin, n_head, n_kv_head, positions=positions)
+        return *plain.rope(q, k, cos, sin, interleaved=False, positions=positions), v.clone()
     if torch.compiler.is_compiling():
         return _heads(_join(q, k, v, cos, sin, positions, False), n_head, n_kv_head)
     return apply("rope_qkv", RoPEQKVFunction, qkv, cos, sin, n_head, n_kv_head, positions)

@@ -6,8 +6,8 @@ frees that, and leaves gradients. The peak is the most that is held at any stage
 Three implementations of the operations differ in what they save:
 
     triton   rooflight.kernels on a GPU: fused, statistics and inputs only
-    cpu      rooflight.kernels on a plain CPU: torch's scaled_dot_product_attention, the loss in chunks, and the eager
-             oracles for the rest
+    cpu      rooflight.kernels on a plain CPU: torch's scaled_dot_product_attention, the loss in chunks, and norms
+             and rotations with their backward passes written out (kernels/plain.py)
     eager    rooflight.kernels.reference: the scores are kept as exponentials, probabilities and their quotient
 """
 
@@ -89,8 +89,8 @@ def stages(
     gradient, cast: bytes of those of a block's parameter; a cast is held until the gradient is there.
     """
     s, N, d, F, V = itemsize(dtype), n_token, c.d_model, c.d_ff, c.vocab_size
-    eager = ops != "triton"
-    recomputed = ops == "cpu" and (c.window is not None or c.softcap > 0)  # the score matrices, which eager keeps
+    eager, cpu = ops == "eager", ops == "cpu"
+    recomputed = cpu and (c.window is not None or c.softcap > 0)  # the score matrices, which eager keeps
     low = s < FP32
     stream = N * d * s
     q, kv = N * c.n_head * c.head_dim * s, N * c.n_kv_head * c.head_dim * s
@@ -129,33 +129,29 @@ def stages(
         # the quotient rule: the quotient's gradient g and -g, p / sum and p / sum², their product; p / sum was freed
         attention_working = 5 * pairs * FP32 - pairs * s + q * taken["o"]  # dout, in the place of the copy
     else:  # q, k, v, out, log-sum-exp (with its rounding's factor in fp32)
-        # on a plain CPU out lies as q does: head by head, so that the output projection keeps a copy of its own, but
-        # token by token where a norm has read q
-        outs = 2 if eager and not c.qk_norm and not taken["o"] else 1
-        attention = (1 + outs) * q + 2 * kv + rows * STATISTIC * (1 if eager or s == 2 else 2)
+        attention = 2 * q + 2 * kv + rows * STATISTIC * (1 if low or (cpu and not recomputed) else 2)
         attention_working = 2 * q + 2 * kv + 2 * rows * STATISTIC  # dout, dq, dk, dv, delta and lse again
-        if recomputed:  # p, dp and their product, tanh's slope, dout row by row; q, k, v and dout are fp32 there
-            attention_working += pairs * FP32 * (4 if c.softcap > 0 else 3) + (2 * (2 * q + 2 * kv) if low else q)
-            attention_working += q * taken["o"]  # as above
+        if recomputed:  # p, dp and their product, tanh's slope, dout row by row, dq twice; q, k, v, dout are fp32 there
+            attention_working += pairs * FP32 * (4 if c.softcap > 0 else 3) + (2 * (2 * q + 2 * kv) if low else q) + q
     swiglu = c.ffn != "gelu"  # geglu as well: gate and up
-    activation = (3 if eager else 2) * FP32 if eager and swiglu else (2 if swiglu else 1) * s
+    widened = swiglu and ops != "triton"  # the oracle's gate, on a plain CPU too
+    activation = 3 * FP32 if widened else (2 if swiglu else 1) * s
     # the activation's backward: the gradients of its output and its inputs, when what the second product kept is freed
     # and its matrix has its gradient
-    gradients = 3 * FP32 if eager and swiglu else (3 if swiglu else 2) * s
+    gradients = 3 * FP32 if widened else (3 if swiglu else 2) * s
     second = d * F * (gradient - (0 if taken["down"] else cast)) - kept("down", N * F * s)
     up_working = N * matrices["up"].rows * s + product_working("up") - N * F * activation + second
     ffn_working = stream + max(N * F * gradients + second, product_working("down"), up_working * taken["up"])
     ffn_forward = 0
     if taken["down"]:  # its input, the norm's result, attention's, and their sum where no norm keeps it
         alive = N * F * s + (3 if low and eager else 2) * stream
-        ffn_forward = alive + _fp8_forward(N, matrices["down"], s, ops) - kept("down", 0) * eager
+        ffn_forward = alive + _fp8_forward(N, matrices["down"], s, ops) - kept("down", 0) * (ops != "triton")
     rope = context_length * c.head_dim * FP32 if eager else 0  # the tables' rows
     qk_norm = norm(rows, c.head_dim) + norm(N * c.n_kv_head, c.head_dim) if c.qk_norm else 0
-    if c.qk_norm and low and ops == "cpu":
-        qk_norm += q + kv  # v keeps the product that it is a part of; in fp32 the norms keep the rest of it anyway
 
-    # in low precision eager's copies stand beside the stream's own gradient; in fp32 they take its place
-    norm_working = 4 * N * d * FP32 + stream * (s < FP32) if eager else 3 * stream
+    # in low precision eager's copies, a plain CPU's too, stand beside the stream's own gradient; in fp32 they take its
+    # place
+    norm_working = 4 * N * d * FP32 + stream * (1 + cpu) * low if eager or cpu else 3 * stream
     block = [
         Stage("norms", norm(N, d) + qk_norm, norm_working),
         Stage(
@@ -182,7 +178,8 @@ def stages(
         loss = _fused_loss(N, d, V, dtype, ops)
     # a loss that makes its gradients in the forward pass keeps them, and not the rows that it was given
     logits = Stage("logits", 0 if loss.forward else stream, 0)
-    return embedding, block, [Stage("norms", norm(N, d), norm_working), logits, loss]
+    # nothing but the norm reads the last sum
+    return embedding, block, [Stage("norms", norm(N, d), norm_working - stream * cpu), logits, loss]
 
 
 def _fp8_working(N: int, matrix: Matrix, s: int, gradient: int, ops: str) -> int:
@@ -219,11 +216,11 @@ def _fused_loss(N: int, d: int, V: int, dtype: str, ops: str) -> Stage:
     share = 0 if low and ops == "triton" else high * s
     total = high * FP32
     logits = rows * padded(V) * s
-    # in eager order the row kernels' temporaries: the logits in fp32, and their exponentials, which become the gradient
-    eager = rows * V * (2 if low else 1) * FP32 * (ops != "triton")
+    # on a plain CPU the logits in fp32, whose place their exponentials and the gradient take
+    wide = rows * V * FP32 * low * (ops == "cpu")
     one = rows >= N
-    first = max(eager, share + total * low)
-    later = 0 if one else total + max(eager, share)
+    first = max(wide, share + total * low)
+    later = 0 if one else total + max(wide, share)
     working = dx + cast + logits + max(first, later)
     if not keep:
         return Stage("loss", N * STATISTIC, working, V * d)
@@ -270,7 +267,7 @@ def memory(
     block_saved, block_weights = sum(stage.saved for stage in block), sum(stage.weights for stage in block)
     activations = sum(stage.saved for stage in last) + config.n_layer * (stream if checkpointing else block_saved)
     # a norm that keeps the block's own input keeps no second copy of it
-    shared = stream if ops == "triton" or size == FP32 else 0
+    shared = stream if ops != "eager" or size == FP32 else 0
     hidden = config.n_layer * block_weights  # the loss casts its weight by itself
     # in fp8 codes take the place of casts, among the activations
     block_casts = cast * sum(stage.weights - stage.in_fp8 for stage in block)
@@ -326,7 +323,10 @@ def memory(
         n = -(-count // gpus)
         stack, square = n * short * long, n * short * short
         normalised = stack * (FP32 + size * (size < FP32))
-        see(update + stack * FP32 + max(normalised, 2 * (stack + square) * size), "Muon")
+        products = 2 * (stack + square)
+        if size == FP32 and long >= 2 * short:  # on the Gram matrix: five squares, or one beside operand and result
+            products = max(stack + 5 * square, 2 * stack + square)
+        see(update + stack * FP32 + max(normalised, products * size), "Muon")
     return Memory(state, gradients, moments, kept or casts or gathered, activations, peak, peak_at)
 
 

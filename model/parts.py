@@ -329,7 +329,8 @@ def _adamw(parameters: int, gradient: str = FP32, copy: str | None = None) -> Wo
 
 def _muon(short: int, long: int, dtype: str) -> Work:
     cost = muon_cost(short, long, dtype)  # products of the optimizer: in no ledger of the model's
-    return Work(cost, "muon", (short, long), cost.flops, executed=cost.flops)
+    # its rate counts the steps as they are defined, however they are taken
+    return Work(cost, "muon", (short, long), muon_cost(short, long).flops, executed=cost.flops)
 
 
 def _attention(c: ModelConfig, window: int | None, B: int, T: int, dtype: str) -> tuple[Work, Work]:

@@ -246,7 +246,7 @@ class TestTime:
         assert [c.name for c in muon.components[-2:]] == ["AdamW", "Muon"]
         rest = muon.parameters - sum(p.numel() for p in hidden)
         assert muon.components[-2].bytes == 28 * rest
-        products = sum(muon_cost(*p.shape).flops for p in hidden)
+        products = sum(muon_cost(*p.shape, "float32").flops for p in hidden)
         assert muon.components[-1].update.executed_flops == products
         assert muon.components[-1].bound_by == "memory"  # at 1e6 bytes/s
         assert muon.memory.optimizer == 8 * rest + 4 * (muon.parameters - rest)

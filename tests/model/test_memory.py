@@ -125,7 +125,7 @@ def test_the_peak_of_a_training_step_in_fp8(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU's allocator")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("d_ff", [32, 1024])
+@pytest.mark.parametrize("d_ff", [32, 256, 1024])
 def test_the_peak_where_muon_needs_the_most(d_ff: int, dtype: str) -> None:
     """So few tokens that the update is the peak: of the square matrices, or of the FFN's."""
     config = ModelConfig(64, 16, 3, 4, d_model=128, d_ff=d_ff)
@@ -158,13 +158,18 @@ def _saved(model: Transformer, tokens: torch.Tensor, dtype: torch.dtype) -> int:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["swiglu", "gelu", "qk-norm"])
 def test_what_the_fused_kernels_save(name: str, dtype: str, device: torch.device) -> None:
-    """Real or interpreted kernels; autocast's copies of the weights are counted apart."""
+    """Real or interpreted kernels."""
+    _saves_what_is_predicted(name, dtype, device, "triton")
+
+
+def _saves_what_is_predicted(name: str, dtype: str, device: torch.device, ops: str) -> None:
+    """Autocast's copies of the weights are counted apart."""
     config = ModelConfig(64, 16, 2, 4, n_kv_head=2, d_model=64, d_ff=96)
     config = {"swiglu": config, "gelu": replace(config, ffn="gelu"), "qk-norm": replace(config, qk_norm=True)}[name]
     model = Transformer(config, kernels).to(device)
     tokens = torch.zeros(1, 16, dtype=torch.long, device=device)
     casts = sum(2 * p.numel() for n, p in model.layers.named_parameters() if p.dim() == 2) if dtype != "float32" else 0
-    saved = saved_activations(config, 16, 16, dtype, "triton")
+    saved = saved_activations(config, 16, 16, dtype, ops)
     measured = _saved(model, tokens, getattr(torch, dtype)) - casts
     assert sum(saved.values()) == measured
 
@@ -188,3 +193,11 @@ def test_what_products_in_fp8_keep(name: str, dtype: str, device: torch.device) 
     assert saved["QKV"] - plain["QKV"] == 2 * (
         rows * (1 - torch.empty(0, dtype=getattr(torch, dtype)).itemsize) + 64 * 128 + 8
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a plain CPU's")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["swiglu", "gelu", "qk-norm"])
+def test_what_a_plain_cpu_saves(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    _saves_what_is_predicted(name, dtype, torch.device("cpu"), "cpu")
