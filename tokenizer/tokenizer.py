@@ -244,13 +244,10 @@ class Tokenizer:
         """Write vocab.json, merges.txt (both as GPT-2 writes them) and tokenizer_config.json into `directory`.
 
         And tokenizer.json, where that gives the same ids: then transformers' AutoTokenizer opens the folder as well.
-        Raises ValueError on a folder with a tokenizer of another kind.
+        A tokenizer that the folder holds is replaced when all files are on the disk, or kept where one cannot be
+        written. Raises ValueError on a folder with a tokenizer of another kind.
         """
-        own_format.save(self.definition, Path(directory), self.is_by_rank)
-        try:
-            self.export_hf(Path(directory) / own_format.HUGGING_FACE)
-        except ValueError:
-            (Path(directory) / own_format.HUGGING_FACE).unlink(missing_ok=True)
+        own_format.save(self.definition, Path(directory), self.is_by_rank, self.encode)
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
