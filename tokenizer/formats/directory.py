@@ -98,7 +98,7 @@ def _read_tables(path: Path) -> tuple[dict[int, bytes], np.ndarray]:
 
 
 def _checksum(config: dict[str, Any], contents: Iterable[bytes]) -> str:
-    """sha256 (hex) of the files, the configuration's and the others'. It takes a hundredth of the time of the tokenizer's own hash."""
+    """sha256 (hex) of all files. It takes a hundredth of the time of the tokenizer's own hash."""
     content = [config[name] for name in ("pattern", "special_tokens", "ignore_merges", "hash")]
     content += [config[name] for name in ("options", "by_rank") if name in config]
     checksum = hashlib.sha256(json.dumps(content).encode())
