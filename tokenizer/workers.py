@@ -35,7 +35,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from itertools import chain, islice
-from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -178,7 +177,7 @@ class Crew:
 
     def _start(self) -> None:
         enter = self._open.enter_context
-        while enter(Path(os.devnull).open()).fileno() <= 2:
+        while enter(os.fdopen(os.open(os.devnull, os.O_RDONLY))).fileno() <= 2:
             pass  # where standard files are closed, none of ours may be one: a process's own would replace it
         given = enter(_memory())
         # The current folder, as an interactive interpreter has it first, last.
