@@ -161,7 +161,7 @@ def _special_ids(special_tokens: Sequence[str] | Mapping[str, int], vocab: dict[
 
 
 def _check_vocab(
-    vocab: Mapping[int, bytes], special_ids: set[int], all_bytes: bool, ordinary: dict[bytes, int] | None
+    vocab: dict[int, bytes], special_ids: set[int], all_bytes: bool, ordinary: dict[bytes, int] | None
 ) -> dict[bytes, int]:
     """The id of each token, of an ordinary one where a special one has the same bytes."""
     if not vocab:
