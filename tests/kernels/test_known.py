@@ -6,6 +6,7 @@ import gc
 import inspect
 import weakref
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -229,9 +230,25 @@ def test_kinds_are_told_apart(guards, monkeypatch):
     assert find(None, X, None, X, 1, [0.5]) is None
 
 
+def test_a_tensor_in_two_places_is_told_without_guards():
+    """They refuse it, and making one in every call takes longer than the call."""
+    find = prepared(lambda *args: object())
+    guarded = inspect.getclosurevars(find).nonlocals["guarded"]
+    assert len({find(None, X, X) for _ in range(4)}) == 1
+    assert not guarded
+    assert find(None, X, X.clone()) is find(None, X, X)
+    assert guarded
+
+
 def test_importing_asks_nothing_of_the_default_device():
     with torch.device("meta"):
         assert known._guards_work()
+
+
+def test_a_torch_with_other_guards_is_told_without(monkeypatch):
+    for error in (AttributeError, RuntimeError):
+        monkeypatch.setattr(known, "_guard", mock.Mock(side_effect=error))
+        assert not known._guards_work()
 
 
 def test_another_thread_may_forget_all_kinds_meanwhile():
