@@ -104,7 +104,7 @@ def _norm_gradients(
     dot = (products if w is None else products * w).sum(-1, keepdim=True)
     dw = None
     if weight is not None and needs_dw:
-        dw = products.mul_(rstd).flatten(0, -2).sum(0).to(weight.dtype)
+        dw = torch.atleast_2d(products.mul_(rstd)).flatten(0, -2).sum(0).to(weight.dtype)
     share = dot.mul_(rstd).mul_(rstd).mul_(-1 / h.shape[-1])
     dh = products.copy_(g) if w is None else torch.mul(g, w, out=products)
     dh.addcmul_(h, share)
@@ -250,7 +250,7 @@ def row_losses_and_gradients(
     kept = target.reshape(-1, 1) != ignore_index
     index = target.reshape(-1, 1).masked_fill(~kept, 0)
     top = wide.amax(-1, keepdim=True)
-    top.masked_fill_(top.isinf(), 0)  # as logsumexp does: infinite logits give an infinite loss
+    top.masked_fill_(top.isinf(), 0)  # as logsumexp does: infinite logits give an infinite one
     hit = wide.gather(1, index)
     weights = wide.sub_(top).exp_()
     total = weights.sum(-1, keepdim=True)

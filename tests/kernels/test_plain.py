@@ -47,10 +47,11 @@ def _strided_heads(*shape: int) -> Tensor:
     return torch.randn(B, T, 2 * H * D)[..., H * D :].unflatten(-1, (H, D)).transpose(1, 2)
 
 
-# what each is there for: rows of heads that are strided, a norm's sum that is read again, one that is not, no weight,
-# tables for each sequence, features that are not turned, more heads than keys' heads, both layouts of heads
+# what each is there for: a row alone, rows of heads that are strided, a norm's sum that is read again, one that is not,
+# no weight, tables for each sequence, features that are not turned, more heads than keys' heads, both layouts of heads
 CASES: dict[str, tuple[Callable[..., Outputs], Callable[..., Outputs], tuple[Any, ...]]] = {
     "norm": (_norm, _oracle_norm, (torch.randn(3, 5, 24), torch.randn(24))),
+    "norm of a row": (_norm, _oracle_norm, (torch.randn(24), torch.randn(24))),
     "norm of strided heads": (_norm, _oracle_norm, (_strided_heads(2, 3, 4, 8), torch.randn(8))),
     "norm without a weight": (lambda x: _norm(x, None), lambda x: _oracle_norm(x, None), (torch.randn(7, 10),)),
     "norm of a sum": (
