@@ -115,6 +115,24 @@ def test_its_second_derivatives_are_right(name: str) -> None:
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_several_gradients_at_once(name: str) -> None:
+    """As jacobian(vectorize=True) and gradcheck ask for them, and under vmap."""
+    function, _, given = CASES[name]
+    inputs = [_leaf(x, torch.float32) for x in given]
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    upstream = [torch.stack([_cosines(y.shape), torch.ones(y.shape)]) for y in outputs]
+
+    def gradients(dy: tuple[Tensor, ...], **options: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs, inputs, dy, retain_graph=True, **options)
+
+    apart = [gradients(tuple(dy[i] for dy in upstream)) for i in range(2)]
+    batches = gradients(tuple(upstream), is_grads_batched=True), torch.func.vmap(gradients)(tuple(upstream))
+    for batch in batches:
+        torch.testing.assert_close(batch, tuple(torch.stack(pair) for pair in zip(*apart, strict=True)))
+
+
 def test_a_sum_may_depend_on_what_is_added_to_it() -> None:
     """The second derivative must not find the way from one input to the other."""
     x, weight = torch.randn(3, 6, dtype=torch.float64, requires_grad=True), torch.randn(6, dtype=torch.float64)
