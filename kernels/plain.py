@@ -54,8 +54,8 @@ def _oracle_gradients(oracle: Callable[..., Tensor], inputs: tuple[Tensor | None
     with torch.enable_grad():
         # views: each is a node of its own, whatever leads from one input to another
         own = [None if x is None else x.view_as(x) for x in inputs]
-        wanted = [i for i, x in enumerate(own) if x is not None and x.requires_grad]
-        found = torch.autograd.grad(oracle(*own), [own[i] for i in wanted], dy, create_graph=again)
+        wanted = {i: x for i, x in enumerate(own) if x is not None and x.requires_grad}
+        found = torch.autograd.grad(oracle(*own), list(wanted.values()), dy, create_graph=again)
     gradients: list[Any] = [None] * len(inputs)
     for i, gradient in zip(wanted, found, strict=True):
         gradients[i] = gradient
