@@ -165,7 +165,7 @@ def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
         if first.is_cuda:
             if first.get_device() != torch.cuda.current_device():
                 with torch.cuda.device(first.get_device()):
-                    return launcher(first, *args)
+                    return launch(first, *args)
             if not getattr(_thread, "has_context", False):
                 _make_context_current(first.device)
         return launcher(first, *args)
