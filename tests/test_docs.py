@@ -162,6 +162,7 @@ INSTEAD = {
     "--out-dir run": "--out-dir made",
     "FILE.bin": "bare.bin",
     "header train.bin": "header bare.bin",
+    "TEXT TOKENIZER": "text.txt tokenizer 2 1",
     "FILE...": "text.txt",
     "RUN...": "run",
     "FILE": "text.txt",

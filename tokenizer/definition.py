@@ -161,14 +161,18 @@ def _special_ids(special_tokens: Sequence[str] | Mapping[str, int], vocab: dict[
 
 
 def _check_vocab(
-    vocab: Mapping[int, bytes], special_ids: set[int], all_bytes: bool, ordinary: dict[bytes, int] | None
+    vocab: dict[int, bytes], special_ids: set[int], all_bytes: bool, ordinary: dict[bytes, int] | None
 ) -> dict[bytes, int]:
     """The id of each token, of an ordinary one where a special one has the same bytes."""
+    if not vocab:
+        raise ValueError("vocab: got none, expected tokens")
     types = {*map(type, vocab)}, {*map(type, vocab.values())}
     if types != ({int}, {bytes}) or min(vocab) < 0 or not all(vocab.values()):
         for i, token in vocab.items():
             if type(i) is not int or i < 0 or type(token) is not bytes or not token:
                 raise ValueError(f"vocab: {i!r}: {token!r}, expected an id >= 0 and non-empty bytes")
+    if (largest := next(reversed(vocab))) >= np.iinfo(np.int32).max:
+        raise ValueError(f"vocab: the id {largest} of {vocab[largest]!r}, expected one below 2^31 - 1")
     id_of = dict(zip(vocab.values(), vocab, strict=True)) if ordinary is None else ordinary
     if ordinary is None and len(id_of) < len(vocab):
         others = {i: token for i, token in vocab.items() if i not in special_ids}

@@ -11,8 +11,8 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,7 +54,7 @@ def token_file(path: Path, vocab_size: int, tokenizer_hash: str) -> Iterator[tup
         yield written, header
         if not _is_stream(path):
             with _written(header_path(path)) as header_out:
-                header_out.write(_json(header | {"n_tokens": written.n_tokens, "n_bytes": header["n_bytes"]}))
+                header_out.write(as_json(header | {"n_tokens": written.n_tokens, "n_bytes": header["n_bytes"]}))
                 for file in out, header_out:
                     file.flush()
                     os.fsync(file.fileno())
@@ -100,6 +100,27 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
             os.replace(out.name, path)
 
 
+def replace_all(folder: Path, contents: Mapping[str, bytes | None]) -> None:
+    """Writes the files of these names, removing those of None: none is touched before all are on the disk.
+
+    They are renamed in the order given, so a reader that is to find none of a half goes by the last.
+    """
+    with ExitStack() as stack:
+        written = {}
+        for name, content in contents.items():
+            if content is not None:
+                written[name] = out = stack.enter_context(_written(folder / name))
+                out.write(content)
+                out.flush()
+                os.fsync(out.fileno())
+        stack.enter_context(locked(folder))
+        for name in contents:
+            if name in written:
+                os.replace(written[name].name, folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
+
+
 def refuse_same_file(argument: str, path: Path, *inputs: Path) -> None:
     """Raises ValueError when `path`, to be written to, is one of the inputs, by a link or another name too."""
     for source in inputs:
@@ -138,7 +159,7 @@ def remove_leftovers(folder: Path, pattern: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     with atomic(path) as out:
-        out.write(_json(content))
+        out.write(as_json(content))
 
 
 def shown(path: str | os.PathLike[str]) -> str:
@@ -154,7 +175,7 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is no JSON: {error}") from None
 
 
-def _json(content: Any) -> bytes:
+def as_json(content: Any) -> bytes:
     return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
 
 

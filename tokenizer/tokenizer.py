@@ -164,6 +164,8 @@ class Tokenizer:
         self, texts: Iterable[str], *, num_workers: int | None = None, allowed_special: AllowedSpecial = "all"
     ) -> list[list[int]]:
         """encode() of each text, in `num_workers` processes (None: one for each core, where the texts are worth it)."""
+        if isinstance(texts, str | bytes):
+            raise ValueError(f"texts: got {type(texts).__name__}, expected an iterable of str")
         if allowed_special == "none_raise":
             texts = list(texts)
             for text in texts:
@@ -221,6 +223,8 @@ class Tokenizer:
         return cutter
 
     def _refuse_specials(self, text: str) -> None:
+        if not isinstance(text, str):
+            raise ValueError(f"text: got {type(text).__name__}, expected str")
         if len(parts := self._all.specials.split(text)) > 1:
             raise ValueError(f"text: has the special token {parts[1]!r}, which allowed_special='none_raise' refuses")
 
@@ -244,13 +248,10 @@ class Tokenizer:
         """Write vocab.json, merges.txt (both as GPT-2 writes them) and tokenizer_config.json into `directory`.
 
         And tokenizer.json, where that gives the same ids: then transformers' AutoTokenizer opens the folder as well.
-        Raises ValueError on a folder with a tokenizer of another kind.
+        A tokenizer that the folder holds is replaced when all files are on the disk, or kept where one cannot be
+        written. Raises ValueError on a folder with a tokenizer of another kind.
         """
-        own_format.save(self.definition, Path(directory), self.is_by_rank)
-        try:
-            self.export_hf(Path(directory) / own_format.HUGGING_FACE)
-        except ValueError:
-            (Path(directory) / own_format.HUGGING_FACE).unlink(missing_ok=True)
+        own_format.save(self.definition, Path(directory), self.is_by_rank, self.encode)
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:

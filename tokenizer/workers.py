@@ -26,6 +26,7 @@ from __future__ import annotations
 import mmap
 import os
 import pickle
+import resource
 import select
 import signal
 import struct
@@ -49,6 +50,8 @@ _BOOT = (
 _PATIENCE = 1.0
 # A slot's number in a pipe: so few bytes are written and read whole.
 _NUMBER = struct.Struct("=I")
+# Stands for a slot's number: there are no more tasks.
+_LAST = (1 << 32) - 1
 
 
 class WorkerError(ChildProcessError, RuntimeError):
@@ -84,7 +87,10 @@ class Crew:
     def __init__(self, make: Callable[[], Any], num_workers: int) -> None:
         _keep_freed_memory()
         self._make = make
-        self._n_processes = num_workers - 1 if sys.executable else 0
+        # Each takes three descriptors, together at most three quarters of those that this process may have.
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = num_workers if most == resource.RLIM_INFINITY else most // 4
+        self._n_processes = min(num_workers - 1, most) if sys.executable else 0
         self._worker: Any = None
         self._processes: dict[int, _Process] = {}  # by their pipe's end here
         self._slots: list[IO[bytes]] = []
@@ -150,7 +156,9 @@ class Crew:
         """This process's worker, after worker.join(final) for the worker.finish() of every other that ran a task."""
         worker = self._own_worker()
         if self._processes:
-            self._queue.close()  # there are no more tasks: who has run one answers once more, and ends
+            # To each process: who has run a task answers once more, and ends. (The pipe's end would say so too, but not
+            # while a process that another thread forked meanwhile has a copy of it.)
+            self._queue.write(_NUMBER.pack(_LAST) * len(self._processes))
         waiting = {process.pid for process in self._processes.values() if process.has_run}
         for end, process in self._processes.items():
             if not process.has_run:
@@ -169,6 +177,8 @@ class Crew:
 
     def _start(self) -> None:
         enter = self._open.enter_context
+        while enter(os.fdopen(os.open(os.devnull, os.O_RDONLY))).fileno() <= 2:
+            pass  # where standard files are closed, none of ours may be one: a process's own would replace it
         given = enter(_memory())
         # The current folder, as an interactive interpreter has it first, last.
         _put(given, [*filter(None, sys.path), *([os.getcwd()] if "" in sys.path else [])], self._make)
@@ -253,9 +263,7 @@ class _Process:
 
     def wake(self) -> None:
         """Lets the process go on if somebody stopped it (SIGSTOP): nobody else would."""
-        with suppress(ChildProcessError):  # ended, and waited for
-            if os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG):
-                self._popen.send_signal(signal.SIGCONT)
+        self._popen.send_signal(signal.SIGCONT)  # nothing to one that runs
 
     def kill(self) -> None:
         self._popen.kill()
@@ -279,20 +287,24 @@ def _serve(given: mmap.mmap, number: int, results: int, queue: int, *descriptors
             found = os.read(queue, _NUMBER.size)
         except BlockingIOError:
             continue  # another was faster
-        if not found and worker is None:
-            return
-        slot = _NUMBER.unpack(found)[0] if found else number
+        if not found:
+            return  # the parent is gone
+        (slot,) = _NUMBER.unpack(found)
+        if is_last := slot == _LAST:
+            if worker is None:
+                return
+            slot = number
         try:
             if worker is None:
                 worker = make()
-            _put(slots[slot], worker.run(_take(slots[slot])) if found else worker.finish())
+            _put(slots[slot], worker.finish() if is_last else worker.run(_take(slots[slot])))
         except Exception as error:
             _put(slots[slot], _picklable(error))
         try:
             os.write(results, _NUMBER.pack(slot))
         except BrokenPipeError:
             os._exit(1)  # the parent is gone; no traceback for it
-        if not found:
+        if is_last:
             return
 
 

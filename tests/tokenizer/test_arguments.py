@@ -34,18 +34,27 @@ def test_tensors_and_arrays_of_any_shape_and_type_decode_alike() -> None:
 
 @pytest.mark.parametrize("text", [b"the", ["a"], None, 3])
 def test_what_is_no_text_is_refused_by_name(text: object) -> None:
-    tokenizer = Tokenizer(VOCAB, MERGES)
+    tokenizer = Tokenizer(VOCAB, MERGES, [END])
     kind = type(text).__name__
     for call in (
         lambda: tokenizer.encode(text),
         lambda: tokenizer.encode_many([text]),
         lambda: tokenizer.encode_batch([text]),
+        lambda: tokenizer.encode_many([text], allowed_special="none_raise"),
+        lambda: tokenizer.encode_batch([text], allowed_special="none_raise"),
         lambda: list(tokenizer.encode_iterable([text])),
     ):
         with pytest.raises(ValueError, match=rf"texts?: got {kind}, expected str"):
             call()
     with pytest.raises(ValueError, match="texts: got str, expected a sequence of str"):
         tokenizer.encode_many("the")
+    with pytest.raises(ValueError, match="texts: got str, expected an iterable of str"):
+        tokenizer.encode_batch("the")
+
+
+def test_an_id_beyond_the_arrays_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"vocab: the id 1099511627776 of b'<x>', expected one below 2\^31 - 1"):
+        Tokenizer(VOCAB, MERGES, {"<x>": 2**40})
 
 
 def test_every_way_to_encode_heeds_allowed_special() -> None:

@@ -1,6 +1,7 @@
 """The crew: order, errors, killed processes, no orphans, no trouble inside other process pools."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -228,6 +229,49 @@ def test_a_stopped_process_is_woken(helper):
     with Crew(helper, 2) as crew:
         assert len(list(crew.map(tasks()))) == 100
         assert crew.finish().total == 100
+
+
+def test_the_end_is_heard_while_another_process_has_a_copy_of_the_pipe(helper):
+    """As one has that another thread forks meanwhile."""
+    with Crew(helper, 2) as crew:
+        results = crew.map([("sleep", 0.02)] * 60)
+        next(results)
+        copy = os.dup(crew._queue.fileno())
+        assert len(list(results)) == 59
+        total = []
+        finish = threading.Thread(target=lambda: total.append(crew.finish().total))
+        finish.start()
+        finish.join(timeout=10)
+        os.close(copy)
+        finish_was_heard = not finish.is_alive()
+        finish.join()
+    assert finish_was_heard
+    assert total == [60]
+
+
+def test_many_processes_leave_file_descriptors(helper, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (11, 11))
+    with Crew(helper, 40) as crew:
+        assert len(list(crew.map([("none", 0)] * 4))) == 4
+        assert len(crew.pids) == 2
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
+    with Crew(helper, 3) as crew:
+        assert len(list(crew.map([("none", 0)] * 4))) == 4
+        assert len(crew.pids) == 2
+
+
+def test_standard_files_may_be_closed(helper, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from crew_helper import Helper; from rooflight.tokenizer.workers import Crew\n"
+        "with Crew(Helper, 2) as crew:\n"
+        "    pids = {pid for _, pid in crew.map([('sleep', 0.05)] * 60)}\n"
+        "sys.exit(len(pids) - 2)\n"
+    )
+    closed = ["sh", "-c", 'exec "$0" "$@" <&- >&-', sys.executable, script, tmp_path]
+    done = subprocess.run(closed, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_current_folder_and_prints_at_the_start_do_no_harm(helper, tmp_path):

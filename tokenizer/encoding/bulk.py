@@ -81,17 +81,18 @@ class BulkEncoder:
 
     def warm_up(self, data: bytes) -> None:
         """Encodes `data` without a look at bytes that are no token."""
-        missing, self._missing = self._missing, None
-        self._encode_masked(data, np.empty(0, np.int32))
-        self._missing = missing
+        self._text_encoder().encode(data, np.empty(0, np.int32))
 
     def _encode_masked(self, data: bytes, special_ids: np.ndarray) -> np.ndarray:
         if self.prepares:
             data = SEPARATOR.join(self.prepare(part.decode()).encode() for part in data.split(SEPARATOR))
+        check(data, self._missing)  # before any of its words has a number
+        return self._text_encoder().encode(data, special_ids)
+
+    def _text_encoder(self) -> TextEncoder:
         if not hasattr(self._local, "text_encoder"):
             self._local.text_encoder = TextEncoder(self._words, self._pattern)
-        check(data, self._missing)  # before any of its words has a number
-        return self._local.text_encoder.encode(data, special_ids)
+        return self._local.text_encoder
 
 
 def check(data: bytes, missing: re.Pattern[bytes] | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from io import BytesIO
 from itertools import repeat
 from pathlib import Path
@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ..definition import PLAIN, Definition, Options, define
-from ..files import atomic, read_json, write_json
+from ..files import as_json, read_json, replace_all
 from ..pretokenize import Pattern
+from .hugging_face import hf_content
 from .printable import parse_merges, parse_vocab, printable_merges, printable_vocab
 
 VOCAB, MERGES, CONFIG = "vocab.json", "merges.txt", "tokenizer_config.json"
@@ -25,23 +26,24 @@ FILES = (VOCAB, MERGES, CONFIG, HUGGING_FACE, TABLES)
 MERGES_FIRST_LINE = "#version: 0.2"
 
 
-def save(definition: Definition, directory: Path, by_rank: bool) -> None:
-    """See Tokenizer.save. by_rank: Tokenizer.is_by_rank."""
+def save(definition: Definition, directory: Path, by_rank: bool, encode: Callable[[str], list[int]]) -> None:
+    """See Tokenizer.save. by_rank: Tokenizer.is_by_rank.  encode: Tokenizer.encode."""
     # Another one's is not to be replaced.
     if (directory / CONFIG).exists():
         read_config(directory)
     elif (directory / HUGGING_FACE).exists():
         raise ValueError(f"directory: {directory} holds another tokenizer's {HUGGING_FACE}, expected another folder")
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / VOCAB, printable_vocab(definition, leave_out=True))
     lines = [MERGES_FIRST_LINE, *printable_merges(definition)]
-    with atomic(directory / MERGES) as file:
-        file.write(("\n".join(lines) + "\n").encode())
     tokens = list(map(definition.vocab.get, range(definition.vocab_size), repeat(b"")))
-    with atomic(directory / TABLES) as file:
-        np.save(file, np.frombuffer(b"".join(tokens), np.uint8))
-        np.save(file, np.fromiter(map(len, tokens), np.int32, len(tokens)))
-        np.save(file, definition.pairs)
+    tables = BytesIO()
+    np.save(tables, np.frombuffer(b"".join(tokens), np.uint8))
+    np.save(tables, np.fromiter(map(len, tokens), np.int32, len(tokens)))
+    np.save(tables, definition.pairs)
+    contents = {
+        VOCAB: as_json(printable_vocab(definition, leave_out=True)),
+        MERGES: ("\n".join(lines) + "\n").encode(),
+        TABLES: tables.getvalue(),
+    }
     config = {
         "format": "rooflight-tokenizer",
         "version": 1,
@@ -55,7 +57,13 @@ def save(definition: Definition, directory: Path, by_rank: bool) -> None:
     }
     if definition.options != PLAIN:
         config["options"] = definition.options._asdict()
-    write_json(directory / CONFIG, config | {"checksum": _checksum(directory, config)})
+    config["checksum"] = _checksum(config, contents.values())
+    try:
+        hugging_face: bytes | None = as_json(hf_content(definition, encode))
+    except ValueError:
+        hugging_face = None
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_all(directory, {HUGGING_FACE: hugging_face, **contents, CONFIG: as_json(config)})
 
 
 def read_directory(directory: Path) -> tuple[Definition, str, bool | None]:
@@ -64,8 +72,10 @@ def read_directory(directory: Path) -> tuple[Definition, str, bool | None]:
     specials = config["special_tokens"]
     pattern: Pattern = config["pattern"] if isinstance(config["pattern"], str) else tuple(config["pattern"])
     ignore_merges, options = config["ignore_merges"], Options(**config.get("options", {}))
-    same = config.get("checksum") == _checksum(directory, config)
-    if same and (directory / TABLES).exists():
+    has_tables = (directory / TABLES).exists()
+    names = VOCAB, MERGES, *([TABLES] if has_tables else [])
+    same = config.get("checksum") == _checksum(config, ((directory / name).read_bytes() for name in names))
+    if same and has_tables:
         vocab, pairs = _read_tables(directory / TABLES)
         definition = Definition(vocab, pairs, specials, pattern, ignore_merges, options)
         return definition, config["hash"], config["by_rank"]
@@ -87,13 +97,13 @@ def _read_tables(path: Path) -> tuple[dict[int, bytes], np.ndarray]:
     return vocab, pairs
 
 
-def _checksum(directory: Path, config: dict[str, Any]) -> str:
-    """sha256 (hex) of the files. It takes a hundredth of the time of the tokenizer's own hash."""
+def _checksum(config: dict[str, Any], contents: Iterable[bytes]) -> str:
+    """sha256 (hex) of all files. It takes a hundredth of the time of the tokenizer's own hash."""
     content = [config[name] for name in ("pattern", "special_tokens", "ignore_merges", "hash")]
     content += [config[name] for name in ("options", "by_rank") if name in config]
     checksum = hashlib.sha256(json.dumps(content).encode())
-    for name in (VOCAB, MERGES, *([TABLES] if (directory / TABLES).exists() else [])):
-        checksum.update(hashlib.sha256((directory / name).read_bytes()).digest())
+    for file in contents:
+        checksum.update(hashlib.sha256(file).digest())
     return checksum.hexdigest()
 
 

@@ -40,6 +40,15 @@ SAMPLES = (
 
 def export_hf(definition: Definition, path: Path, encode: Callable[[str], list[int]]) -> None:
     """See Tokenizer.export_hf. `encode` gives the ids that the file must give too."""
+    write_json(path, hf_content(definition, encode))
+    config = path.with_name("tokenizer_config.json")
+    if path.with_name("config.json").exists() and path.name == "tokenizer.json" and not config.exists():
+        # beside a model, by whose type alone transformers may choose a tokenizer with a pattern of its own
+        write_json(config, {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def hf_content(definition: Definition, encode: Callable[[str], list[int]]) -> dict[str, Any]:
+    """The JSON of a tokenizer.json, tried. Raises ValueError as Tokenizer.export_hf does."""
     options = definition.options
     byte_level = {
         "type": "ByteLevel",
@@ -82,11 +91,7 @@ def export_hf(definition: Definition, path: Path, encode: Callable[[str], list[i
         },
     }
     _try(content, definition, encode)
-    write_json(path, content)
-    config = path.with_name("tokenizer_config.json")
-    if path.with_name("config.json").exists() and path.name == "tokenizer.json" and not config.exists():
-        # beside a model, by whose type alone transformers may choose a tokenizer with a pattern of its own
-        write_json(config, {"tokenizer_class": "PreTrainedTokenizerFast"})
+    return content
 
 
 def _try(content: dict[str, Any], definition: Definition, encode: Callable[[str], list[int]]) -> None:

@@ -21,6 +21,8 @@ def find_merges(definition: Definition, data: np.ndarray, ends: np.ndarray) -> n
     """
     tokens = definition.tokens
     ids = np.setdiff1d(np.flatnonzero(tokens.sizes), list(definition.special_tokens.values()), assume_unique=True)
+    if not len(ids) or not len(data):
+        return None
     vocab = np.frombuffer(tokens.join(ids), np.uint8)
     keys = np.concatenate([_hashes(*part) for part in _parts(vocab, np.cumsum(tokens.sizes.take(ids)))])
     in_order = np.sort(keys)

@@ -108,7 +108,10 @@ def check_vocab(written: Any, where: str) -> None:
 
 def parse_merges(written: Merges, id_of: Mapping[str, int], definition: Definition, where: str) -> np.ndarray:
     """Merges as Definition.pairs has them. id_of: vocab.json's content.  definition: with these ids."""
-    lines = [] if isinstance(written, str) else [_line(merge) for merge in written if merge]
+    try:
+        lines = [] if isinstance(written, str) else [_line(merge) for merge in written if merge]
+    except TypeError:
+        raise ValueError(f"{where} has a merge that is no string, nor a list of strings") from None
     pairs = _find(written.rstrip("\n") if isinstance(written, str) else "\n".join(lines), definition)
     if pairs is not None and len(pairs) == (len(lines) or len(pairs)):
         return pairs

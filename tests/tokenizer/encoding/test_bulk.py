@@ -5,10 +5,12 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from rooflight.tokenizer import Tokenizer
 from rooflight.tokenizer.definition import Options
+from rooflight.tokenizer.encoding.text import TextEncoder
 from rooflight.tokenizer.tokenizer import _build
 from support import bpe_reference
 
@@ -49,3 +51,20 @@ def test_a_byte_without_a_token_is_refused_by_the_copy_too() -> None:
     bulk = pickle.loads(pickle.dumps(_build(definition)._encoder.bulk))
     with pytest.raises(ValueError, match="has no token in this vocabulary"):
         bulk.encode_many(["a\x04"], PLAIN._none.specials)
+
+
+def test_a_byte_without_a_token_is_refused_while_another_thread_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocab = dict(enumerate(token for token in VOCAB.values() if token != b"\x04"))
+    definition = replace(PLAIN.definition, vocab=vocab, pairs=PLAIN.definition.pairs[:0], special_tokens={})
+    bulk = _build(definition)._encoder.bulk
+    encode, refused = TextEncoder.encode, []
+
+    def meanwhile(encoder: TextEncoder, data: bytes, special_ids: np.ndarray) -> np.ndarray:
+        with pytest.raises(ValueError, match="has no token in this vocabulary"):
+            bulk.encode_many(["a\x04"], PLAIN._none.specials)
+        refused.append(data)
+        return encode(encoder, data, special_ids)
+
+    monkeypatch.setattr(TextEncoder, "encode", meanwhile)
+    bulk.warm_up(b"\x04")
+    assert refused == [b"\x04"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 
 import numpy as np
 import pytest
@@ -110,6 +112,29 @@ def test_missing_and_damaged_files_are_refused(tokenizer: Tokenizer, tmp_path) -
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ValueError, match="no tokenizer of version 1"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("n_written", range(5))
+def test_a_tokenizer_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch, n_written) -> None:
+    old, new = (Tokenizer(*train_bpe_from_iterator([text] * 9, 260, []), []) for text in ("abcde abcd", "vwxyz vwxy"))
+    old.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    left = [None] * n_written
+
+    def disk_with_room_for_some(descriptor: int) -> None:
+        if not left:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left.pop()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", disk_with_room_for_some)
+        with pytest.raises(OSError, match=r"No space left on device: .*\.(json|txt|npy)'"):
+            new.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert Tokenizer.load(tmp_path).hash == old.hash
+    new.save(tmp_path)
+    assert Tokenizer.load(tmp_path).hash == new.hash
+    assert {path.name for path in tmp_path.iterdir()} == before.keys()
 
 
 def test_possessive_repetitions_are_exported_as_what_they_mean(tmp_path, monkeypatch) -> None:

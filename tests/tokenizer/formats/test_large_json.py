@@ -116,6 +116,10 @@ def test_what_is_wrong_is_named_as_the_parser_reads_it(tmp_path) -> None:
         # An added token that the model lacks is made by no merge.
         ({"vocab": vocab, "merges": [*merges, "a a"]}, [{"id": 258, "content": "aa"}], "'aa' of merge 2"),
         ({"vocab": vocab, "merges": "a b\nab c"}, (), "merges='a b"),
+        ({"vocab": vocab, "merges": [" "]}, (), "'' of merge 0 is not in the vocabulary"),
+        ({"vocab": vocab, "merges": [["a", 1]]}, (), "a merge that is no string, nor a list of strings"),
+        ({"vocab": {}, "merges": merges}, (), "vocab: got none"),
+        ({"vocab": {"a": 0}, "merges": ["a a"]}, [{"id": 0, "content": "a"}], "'aa' of merge 0 is not in"),
     ):
         write(path, model, added_tokens=added)
         with pytest.raises(ValueError, match=re.escape(message)):
