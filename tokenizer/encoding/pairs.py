@@ -114,6 +114,11 @@ class PairTable:
             self._add(ranks[i : i + _ADDED], left[i : i + _ADDED], right[i : i + _ADDED])
 
     def _add(self, ranks: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
+        if (
+            max(left.max(), right.max()) >= self._no_token
+        ):  # no byte, and no merge makes it: such pairs never come about
+            known = (left < self._no_token) & (right < self._no_token)
+            ranks, left, right = ranks[known], left[known], right[known]
         keys = left.astype(np.uint64) << self._id_bits | right.astype(np.uint64)
         entries = keys << self._rank_bits | ranks.astype(np.uint64)
         slots = (keys * MULTIPLIER >> self._slot_shift).astype(np.int64)
