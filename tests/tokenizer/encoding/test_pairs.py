@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -68,11 +69,15 @@ def random_words(rng: random.Random, n: int) -> list[bytes]:
     return found
 
 
-@pytest.mark.parametrize("cells", [1 << 17, 256])
+# As they are; and small blocks, with all that is certain merged outside the matrix.
+@pytest.mark.parametrize(("cells", "many_certain"), [(1 << 17, 8), (256, 1 << 30)])
 @pytest.mark.parametrize("is_ordered", [True, False])
-def test_words_of_any_bytes_equal_the_reference(is_ordered: bool, cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_of_any_bytes_equal_the_reference(
+    is_ordered: bool, cells: int, many_certain: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(encode_words, "FEW_MERGED", 0)
     monkeypatch.setattr(encode_words, "CELLS", cells)
+    monkeypatch.setattr(encode_pairs, "MANY_CERTAIN", many_certain)
     by_characters = 0
     for seed in range(60):
         rng = random.Random(seed)
@@ -88,6 +93,29 @@ def test_words_of_any_bytes_equal_the_reference(is_ordered: bool, cells: int, mo
             assert [vocab[i] for i in ids[end - count : end]] == expected, (seed, word)
     # Where tokens are used before they are made, no character is taken to be certain.
     assert by_characters > 20 if is_ordered else by_characters < 20
+
+
+def test_every_short_word_of_two_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In runs, of the pairs of a token with itself, the leftmost comes first."""
+    monkeypatch.setattr(encode_words, "FEW_MERGED", 0)
+    monkeypatch.setattr(encode_pairs, "MANY_CERTAIN", 1 << 30)
+    words = [bytes(word) for n in range(1, 7) for word in itertools.product(b"ab", repeat=n)]
+    lengths = np.array([len(word) for word in words])
+    for seed in range(60):
+        rng = random.Random(seed)
+        tokens, merges = [b"a", b"b"], []
+        for _ in range(rng.randrange(1, 8)):
+            left, right = rng.choice(tokens), rng.choice(tokens)
+            if (left, right) not in merges:
+                merges.append((left, right))
+                tokens.append(left + right)
+        if seed % 2:
+            rng.shuffle(merges)
+        encoder, vocab = encoder_of(merges)
+        ids, counts = encoder.merge_words(b"".join(words), np.cumsum(lengths) - lengths, lengths)
+        expected = [bpe_reference.encode_word(word, merges) for word in words]
+        assert [vocab[i] for i in ids] == list(itertools.chain.from_iterable(expected)), merges
+        assert counts.tolist() == list(map(len, expected))
 
 
 @pytest.mark.parametrize("many_certain", [8, 0])
