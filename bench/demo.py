@@ -27,7 +27,7 @@ from ..tokenizer import Tokenizer, train_bpe
 from ..tokenizer.files import atomic
 from ..tokenizer.sizes import MAX_TOKENS
 from ..training.checkpoint import load_model
-from ..training.config import TrainConfig
+from ..training.config import TrainConfig, model_config
 from ..training.files import write_json
 from ..training.loop import TrainResult, resolve_device, train
 from .measure.harness import machine
@@ -91,9 +91,8 @@ def demo_training(config: DemoConfig, device: torch.device) -> TrainConfig:
         dtype="bfloat16",
         compile=False,  # on a GPU the step is a graph, on a CPU fastest_on_cpu decides
         eval_every=1000,  # on a CPU a validation takes as long as some twenty steps
-        checkpoint_every=2000
-        if on_gpu
-        else 500,  # a GPU's step takes milliseconds, and its checkpoint most of a second
+        # a GPU's step takes milliseconds, and its checkpoint most of a second
+        checkpoint_every=2000 if on_gpu else 500,
         max_steps=config.steps,
         max_seconds=SECONDS[device.type] if config.seconds is None else config.seconds,
         device=str(device),
@@ -111,6 +110,8 @@ def run_demo(config: DemoConfig, console: Console) -> int:
     run = demo_training(config, device)
     out, no_plots = config.out_dir, why_no_plots()
     prepared = _prepared(config)
+    if prepared:
+        _check_model(run)
     source = None if prepared else find_text(config.text, out.parent / "text")
     if no_plots:
         console.print(f"No loss curve will be drawn: {no_plots}", markup=False)
@@ -180,6 +181,16 @@ def _prepared(config: DemoConfig) -> bool:
                 "--fresh starts anew, --out takes another folder"
             )
     return (out / "tokenizer").exists()
+
+
+def _check_model(run: TrainConfig) -> None:
+    """Raise ValueError where the training that has begun there is of another model."""
+    begun = run.out_dir / "config.json"
+    if begun.exists() and model_config(json.loads(begun.read_bytes())["model"]) != run.model:
+        raise ValueError(
+            f"{run.out_dir.parent} holds a demo of another model, of an earlier version or another kind of device; "
+            "--fresh starts anew, --out takes another folder"
+        )
 
 
 def _set_aside(out: Path) -> Path:

@@ -1,7 +1,7 @@
 """Eager PyTorch oracles and Triton kernels: RMSNorm, attention and their companions.
 
 Every public function runs its Triton kernels on CUDA tensors, the same kernels interpreted on CPU tensors under
-TRITON_INTERPRET=1, and the eager oracle of `reference` on plain CPU tensors.
+TRITON_INTERPRET=1, and eager PyTorch on plain CPU tensors.
 """
 
 from . import cost, reference

@@ -349,8 +349,8 @@ def cross_entropy(
     w[target] ((1 - e) n_target + z_loss logsumexp(logits)^2) + e / V sum_c w[c] n_c,
     and the mean divides the rows' sum by the sum of their w[target] (by 1 where that is 0).
     Returns fp32: a scalar for "mean" and "sum", (...) for "none". Under autocast nothing is cast.
-    Runs Triton on CUDA tensors and, under TRITON_INTERPRET=1, on CPU tensors (fp64 too); on plain CPU tensors the eager
-    oracle. Under the kernels a second derivative and torch.func transforms raise NotImplementedError.
+    Runs Triton on CUDA tensors and, under TRITON_INTERPRET=1, on CPU tensors (fp64 too); on plain CPU tensors eager
+    PyTorch. Under the kernels a second derivative and torch.func transforms raise NotImplementedError.
     Raises ValueError on a shape, dtype or device mismatch, on a label_smoothing outside [0, 1], on a class_weight that
     requires a gradient and on an unknown reduction.
     """

@@ -1,7 +1,7 @@
 """What every operation shares: where its kernels run, how its launchers become torch operators, its input checks.
 
 CUDA tensors run the Triton kernels. CPU tensors run the same kernels in Triton's interpreter when TRITON_INTERPRET=1
-was set before triton was first imported (interpreter.py makes it right in bfloat16), and the eager oracle otherwise.
+was set before triton was first imported (interpreter.py makes it right in bfloat16), and eager PyTorch otherwise.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
         if first.is_cuda:
             if first.get_device() != torch.cuda.current_device():
                 with torch.cuda.device(first.get_device()):
-                    return launcher(first, *args)
+                    return launch(first, *args)
             if not getattr(_thread, "has_context", False):
                 _make_context_current(first.device)
         return launcher(first, *args)

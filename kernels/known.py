@@ -58,15 +58,21 @@ class Known:
         self._there = on_its_device(self._launch)
 
     def __call__(self, *tensors: Tensor | None) -> Any:
+        outputs = self._attempt(tensors)
+        return self._there(*tensors) if outputs is None else outputs
+
+    def _attempt(self, tensors: tuple[Tensor | None, ...]) -> Any:
+        """What was written; None where it does not hold, or fails: the function will tell."""
         try:
-            if (outputs := self._run(*tensors)) is not None:
-                return outputs
-        except Exception:  # the function will tell
+            return self._run(*tensors)
+        except torch.OutOfMemoryError:
+            return None
+        except Exception:
             self._run = _nothing
-        return self._there(*tensors)
+            return None
 
     def _launch(self, *tensors: Tensor | None) -> Any:
-        if (outputs := self._run(*tensors)) is not None:  # it was the device, or the thread's context
+        if (outputs := self._attempt(tensors)) is not None:  # it was the device, or the thread's context
             return outputs
         unaligned = any(x is not None and x.data_ptr() & 15 for x in tensors)
         if unaligned or not launching.goes_direct():
@@ -138,6 +144,8 @@ class _Seen(TorchDispatchMode):
         handled = all(handle is not None or not plan.compiled for plan, _, handle in self.launches)
         if not (self.nothing_else and handled and all(id(x) in self.names for x in used)):
             return None
+        if not self.launches:  # no rows: nothing would tell whether the tensors' GPU is the current one
+            return None
         device = next(x.device for x in self.inputs if x is not None)
         fixed: dict[str, Any] = {
             "encode": encode, "empty": _allocator(device), "unobserved_stream": unobserved_stream,
@@ -190,7 +198,7 @@ def _start(
             flat[at] = f"*encode(d{n}_{at}(a{given}), f{n}_{at})"
     for at, make in plan.made:
         fixed[f"m{n}_{at}"] = make
-        flat[at] = f"m{n}_{at}().data_ptr()"
+        flat[at] = f"(c{n}_{at} := m{n}_{at}()).data_ptr()"  # kept until it is launched
     for i, _, start, stop in plan.tuples:
         flat[i] = f"({', '.join(flat[start:stop])},)"
     arguments = ", ".join((flat[: plan.tuples[0][2]] if plan.tuples else flat) + ["None"] * handle.n_constant)
@@ -225,12 +233,12 @@ def _guard(tensors: list[Tensor]) -> Callable[..., bool]:
 
 def _guards_work() -> bool:
     """Whether this version of torch has them, and they tell what they are to tell."""
-    x = torch.empty(2, 3)
+    x = torch.empty(2, 3, device="cpu")  # whatever the default device: importing this starts no GPU
     try:
         fits = _guard([x])
         others = x.t(), x[:, :2], x[:1], x.double(), torch.nn.Parameter(x), x.to("meta")
         return fits(torch.empty_like(x)) and not any(map(fits, others))
-    except (AttributeError, TypeError):
+    except Exception:  # they are torch's own: another version may do anything
         return False
 
 
@@ -276,9 +284,9 @@ def prepared(make: Callable[..., Any]) -> Callable[..., Any]:
                 return None
             key += x.dtype, x.shape, x.stride(), x.device
         of_kind = tuple(key)
-        if of_kind in known:
-            made = known[of_kind]
-            if GUARDS_WORK and tensors:
+        made = known.get(of_kind, known)  # at once, since another thread may clear it
+        if made is not known:
+            if GUARDS_WORK and tensors and len(set(map(id, tensors))) == len(tensors):  # none takes a tensor twice
                 fitting = guarded.setdefault(alike, [])
                 if len(fitting) == MOST_GUARDS:
                     fitting.clear()

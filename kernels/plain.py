@@ -12,12 +12,13 @@ had again, and on a CPU that is most of what a step does beside its products. CP
 on a busy machine. A SwiGLU written out was no faster than the oracle's (5.2 ms beside 5.0).
 
 The oracle itself runs under torch.compile, which fuses it, under torch.func's transforms and forward-mode AD, and for
-subclasses of Tensor. A second derivative is the oracle's.
+subclasses of Tensor. A second derivative is the oracle's, and so are several gradients at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from .rows import statistics
 __all__ = ["rms_norm", "rope", "row_gradients", "row_losses", "row_losses_and_gradients"]
 
 _is_transformed = torch._C._are_functorch_transforms_active
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 Options = tuple[int, float, float, float, Tensor | None]  # cross_entropy.RowOptions
 
@@ -41,12 +43,19 @@ def _serves(*tensors: Tensor | None) -> bool:
     return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
+def _are_batches(*gradients: Tensor | None) -> bool:
+    """Whether a backward pass is given several gradients at once, by is_grads_batched or torch.func.vmap."""
+    return _is_transformed() or any(x is not None and _is_batched(x) for x in gradients)
+
+
 def _oracle_gradients(oracle: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], dy: Tensor) -> list[Any]:
     """The gradients of oracle(*inputs), which can be differentiated again; None for what is None or needs none."""
-    # views: each is a node of its own, whatever leads from one input to another
-    own = [None if x is None else x.view_as(x) for x in inputs]
-    wanted = [i for i, x in enumerate(own) if x is not None and x.requires_grad]
-    found = torch.autograd.grad(oracle(*own), [own[i] for i in wanted], dy, create_graph=True)
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # views: each is a node of its own, whatever leads from one input to another
+        own = [None if x is None else x.view_as(x) for x in inputs]
+        wanted = {i: x for i, x in enumerate(own) if x is not None and x.requires_grad}
+        found = torch.autograd.grad(oracle(*own), list(wanted.values()), dy, create_graph=again)
     gradients: list[Any] = [None] * len(inputs)
     for i, gradient in zip(wanted, found, strict=True):
         gradients[i] = gradient
@@ -78,7 +87,7 @@ class _RMSNorm(torch.autograd.Function):
         stream, weight, rstd = ctx.saved_tensors
         if dy is None:
             dh, dw = dstream, None
-        elif torch.is_grad_enabled():
+        elif torch.is_grad_enabled() or _are_batches(dy, dstream):
             dh, dw = _oracle_gradients(lambda h, w: _oracle_norm(h, w, *ctx.options), (stream, weight), dy)
             dh = dh if dh is None or dstream is None else dh + dstream
         else:
@@ -104,7 +113,7 @@ def _norm_gradients(
     dot = (products if w is None else products * w).sum(-1, keepdim=True)
     dw = None
     if weight is not None and needs_dw:
-        dw = products.mul_(rstd).flatten(0, -2).sum(0).to(weight.dtype)
+        dw = torch.atleast_2d(products.mul_(rstd)).flatten(0, -2).sum(0).to(weight.dtype)
     share = dot.mul_(rstd).mul_(rstd).mul_(-1 / h.shape[-1])
     dh = products.copy_(g) if w is None else torch.mul(g, w, out=products)
     dh.addcmul_(h, share)
@@ -154,7 +163,17 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
+        if _are_batches(dy):
+            any_x = torch.zeros(dy.shape, dtype=dy.dtype, requires_grad=True)
+            oracle = partial(_oracle_rotation, cos=cos, sin=sin, interleaved=ctx.interleaved)
+            return _oracle_gradients(oracle, (any_x,), dy)[0], None, None, None
         return _Rotation.apply(dy, cos, -sin, ctx.interleaved), None, None, None
+
+
+def _oracle_rotation(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    tables = cos.flatten(0, -2), sin.flatten(0, -2)
+    rows = None if cos.dim() == 2 else torch.arange(tables[0].shape[0]).view(-1, cos.shape[-2])
+    return reference.rope(x, x[:, :0], *tables, interleaved=interleaved, positions=rows)[0]
 
 
 def _beside(x: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -250,7 +269,7 @@ def row_losses_and_gradients(
     kept = target.reshape(-1, 1) != ignore_index
     index = target.reshape(-1, 1).masked_fill(~kept, 0)
     top = wide.amax(-1, keepdim=True)
-    top.masked_fill_(top.isinf(), 0)  # as logsumexp does: infinite logits give an infinite loss
+    top.masked_fill_(top.isinf(), 0)  # as logsumexp does: infinite logits give an infinite one
     hit = wide.gather(1, index)
     weights = wide.sub_(top).exp_()
     total = weights.sum(-1, keepdim=True)

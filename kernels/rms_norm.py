@@ -283,8 +283,8 @@ def rms_norm(
     rounded before it is normalised.
     Statistics, dw's sums and every product are fp32; rstd is saved, fp32, one per row. No tensor given is written, and
     under autocast nothing is cast: y has x's dtype whatever the weight's.
-    Runs Triton on CUDA tensors and, under TRITON_INTERPRET=1, on CPU tensors (fp64 too); on plain CPU tensors the eager
-    oracle. Under the kernels a second derivative and torch.func transforms raise NotImplementedError.
+    Runs Triton on CUDA tensors and, under TRITON_INTERPRET=1, on CPU tensors (fp64 too); on plain CPU tensors eager
+    PyTorch. Under the kernels a second derivative and torch.func transforms raise NotImplementedError.
     Raises ValueError on a shape, dtype or device mismatch, on eps <= 0 and on a tensor for a number.
     """
     run = _prepared(tiles.asked("forward"), x, weight, eps, residual, weight_offset)

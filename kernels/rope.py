@@ -266,8 +266,8 @@ def rope(
     receive no gradient; features past R pass unchanged.  positions: (T,) or (B, T), int32 or int64, rows of cos and
     sin, not checked against their number; None is 0 .. T-1.  Pairs are (i, i + R/2), or (2i, 2i + 1) when interleaved.
     Returns both rotated, of their shapes, dtypes and memory layouts; the arithmetic is fp32. Autocast casts nothing.
-    Runs Triton on CUDA tensors and, under TRITON_INTERPRET=1, on CPU tensors (fp64 too); on plain CPU tensors the eager
-    oracle. Under the kernels torch.func transforms raise NotImplementedError.
+    Runs Triton on CUDA tensors and, under TRITON_INTERPRET=1, on CPU tensors (fp64 too); on plain CPU tensors eager
+    PyTorch. Under the kernels torch.func transforms raise NotImplementedError.
     Raises ValueError on a shape, dtype or device mismatch.
     """
     _check(q, k, cos, sin, positions)

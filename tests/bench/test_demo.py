@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,25 @@ def test_what_is_wrong_is_said_before_anything_is_written_or_moved(
     with pytest.raises((ValueError, OSError), match=error):
         demo.run_demo(demo.DemoConfig(**(right | wrong)), quiet())
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("n_layer", [2, 4])
+def test_a_demo_of_another_model_does_not_go_on(n_layer: int, made: Path, monkeypatch: pytest.MonkeyPatch):
+    """As an earlier version's, whose model had four blocks."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt("its data")
+
+    monkeypatch.setattr(demo, "prepare_data", stop)
+    config = demo.DemoConfig(out_dir=made, device="cpu")
+    begun = demo.demo_training(config, CPU)
+    begun = replace(begun, model=replace(begun.model, n_layer=n_layer))
+    begun.out_dir.mkdir()
+    (begun.out_dir / "config.json").write_text(json.dumps(begun.to_dict()))
+    goes_on = n_layer == demo.demo_training(config, CPU).model.n_layer
+    end = (KeyboardInterrupt, "its data") if goes_on else (ValueError, "made holds a demo of another model.*--fresh")
+    with pytest.raises(end[0], match=end[1]):
+        demo.run_demo(config, quiet())
 
 
 def test_a_fresh_start_sets_only_demos_aside(tmp_path: Path, text: Path, made: Path, monkeypatch: pytest.MonkeyPatch):

@@ -213,6 +213,7 @@ def test_what_a_kind_of_call_does_is_worked_out_once_and_on_its_device(monkeypat
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(dispatch, "_thread", SimpleNamespace(has_context=True))
     monkeypatch.setattr(dispatch, "_TENSORS", dispatch._TENSORS | {OnTheSecond})
     monkeypatch.setattr(dispatch, "_is_wrapped", lambda x: False)
     monkeypatch.setattr(known, "MOST_KINDS", 3)
@@ -273,22 +274,31 @@ def test_an_operator_returns_an_empty_tensor_for_what_there_is_none_of(device):
 
 def test_a_thread_has_a_context_before_its_first_product(monkeypatch):
     """A stand-in for a GPU: in each thread one launch comes before the first operator, and none before the others."""
-    events = []
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    events, current = [], threading.local()
+
+    @contextmanager
+    def device(index):
+        current.device = index
+        yield
+        current.device = 0
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(current, "device", 0))
+    monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch, "zeros", lambda *args, device: events.append(f"a launch on {device}"))
     monkeypatch.setattr(dispatch, "_thread", threading.local())
-    tensor = SimpleNamespace(is_cuda=True, get_device=lambda: 0, device="cuda:0")
     operator = dispatch.on_its_device(lambda first: events.append("a product"))
 
-    def twice():
-        operator(tensor)
-        operator(tensor)
+    def twice(index):
+        for _ in range(2):
+            operator(SimpleNamespace(is_cuda=True, get_device=lambda: index, device=f"cuda:{index}"))
 
-    twice()
-    thread = threading.Thread(target=twice)
-    thread.start()
-    thread.join()
-    assert events == 2 * ["a launch on cuda:0", "a product", "a product"]
+    twice(0)
+    for index in (0, 1):  # the second is not the current one
+        thread = threading.Thread(target=twice, args=(index,))
+        thread.start()
+        thread.join()
+    launches = [f"a launch on cuda:{index}" for index in (0, 0, 1)]
+    assert events == [event for launch in launches for event in (launch, "a product", "a product")]
     operator(SimpleNamespace(is_cuda=False))
     assert events[-2:] == ["a product", "a product"]
 

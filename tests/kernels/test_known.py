@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rooflight.kernels import known
 from rooflight.kernels.known import Known, prepared
-from rooflight.kernels.launching import TENSOR, Made, Plan, launch
+from rooflight.kernels.launching import TENSOR, Handle, Made, Plan, launch
 
 pytestmark = pytest.mark.cpu
 
@@ -91,6 +93,48 @@ def test_the_launcher_runs_where_what_was_written_does_not_hold():
     assert launcher.n_run == 12
 
 
+def test_what_was_written_may_fail_anywhere():
+    launcher = Launcher()
+    run = Known(launcher)
+    run._n_calls = known.WATCHED.stop
+
+    def calls(*outcomes: Any) -> None:
+        """One call, in which what was written does this in turn: fails, or does not hold (None)."""
+        left = iter(outcomes)
+
+        def written(*tensors: Tensor | None) -> None:
+            if (outcome := next(left)) is not None:
+                raise outcome
+
+        run._run = written
+        check(run, numbers(0), numbers(1))
+        assert next(left, left) is left
+        assert (run._run is written) == (not isinstance(outcomes[-1], ZeroDivisionError))
+
+    calls(ZeroDivisionError())
+    calls(None, ZeroDivisionError())  # on another GPU, or in a new thread, it is tried twice
+    full = torch.OutOfMemoryError()
+    calls(full, full)  # the next call may have the memory
+    assert launcher.n_run == 3
+
+
+def test_what_a_launch_makes_lives_until_it_is_launched():
+    alive: list[Any] = []
+
+    def make() -> Tensor:
+        x = torch.zeros(1)
+        alive.append(weakref.ref(x))
+        return x
+
+    found = []
+    plan = Plan(_add_kernel, (1,), TENSOR, Made(make), Made(make))
+    handle = Handle(lambda *args: found.append([x() is not None for x in alive]), (0,), [], 0, False)
+    fixed: dict[str, Any] = {"at0": 0}
+    exec(f"def run(stream):\n    {known._start(0, plan, handle, (torch.zeros(1),), ['t0'], fixed)}", fixed)
+    fixed["run"](0)
+    assert found == [[True, True]]
+
+
 def zeroes(x: Tensor) -> Tensor:
     return torch.empty_like(x).zero_()
 
@@ -122,6 +166,15 @@ def test_a_launcher_that_does_more_runs_every_time(function):
     run = Known(lambda x: (ran.append(1), function(x))[1])
     for seed in range(6):
         assert torch.equal(run(numbers(seed)), torch.zeros(16))
+    assert len(ran) == 6 > known.WATCHED.stop
+
+
+def test_what_launches_nothing_is_not_written():
+    """On which GPU memory is to be is told by the first launch."""
+    ran = []
+    run = Known(lambda x: (ran.append(1), torch.empty_like(x))[1])
+    for _ in range(6):
+        assert run(torch.empty(0, 8)).shape == (0, 8)
     assert len(ran) == 6 > known.WATCHED.stop
 
 
@@ -175,6 +228,48 @@ def test_kinds_are_told_apart(guards, monkeypatch):
     assert find(None, X, None, torch._neg_view(X), 1, 0.5) is None
     assert find(None, X, None, X.as_subclass(torch.nn.parameter.Buffer), 1, 0.5) is None
     assert find(None, X, None, X, 1, [0.5]) is None
+
+
+def test_a_tensor_in_two_places_is_told_without_guards():
+    """They refuse it, and making one in every call takes longer than the call."""
+    find = prepared(lambda *args: object())
+    guarded = inspect.getclosurevars(find).nonlocals["guarded"]
+    assert len({find(None, X, X) for _ in range(4)}) == 1
+    assert not guarded
+    assert find(None, X, X.clone()) is find(None, X, X)
+    assert guarded
+
+
+def test_importing_asks_nothing_of_the_default_device():
+    with torch.device("meta"):
+        assert known._guards_work()
+
+
+def test_a_torch_with_other_guards_is_told_without(monkeypatch):
+    for error in (AttributeError, RuntimeError):
+        monkeypatch.setattr(known, "_guard", mock.Mock(side_effect=error))
+        assert not known._guards_work()
+
+
+def test_another_thread_may_forget_all_kinds_meanwhile():
+    find = prepared(lambda *args: object())
+    kinds = inspect.getclosurevars(find).nonlocals["known"]
+
+    class State:
+        n_asked = 0
+
+        def __hash__(self) -> int:
+            self.n_asked += 1
+            if self.n_asked == 3:  # after both look-ups
+                kinds.clear()
+            return 0
+
+    state = State()
+    made = find(state, X)
+    assert kinds
+    state.n_asked = 0
+    assert find(state, X) is made
+    assert not kinds
 
 
 def test_more_ways_of_one_kind_than_are_guarded_are_still_found():

@@ -47,10 +47,11 @@ def _strided_heads(*shape: int) -> Tensor:
     return torch.randn(B, T, 2 * H * D)[..., H * D :].unflatten(-1, (H, D)).transpose(1, 2)
 
 
-# what each is there for: rows of heads that are strided, a norm's sum that is read again, one that is not, no weight,
-# tables for each sequence, features that are not turned, more heads than keys' heads, both layouts of heads
+# what each is there for: a row alone, rows of heads that are strided, a norm's sum that is read again, one that is not,
+# no weight, tables for each sequence, features that are not turned, more heads than keys' heads, both layouts of heads
 CASES: dict[str, tuple[Callable[..., Outputs], Callable[..., Outputs], tuple[Any, ...]]] = {
     "norm": (_norm, _oracle_norm, (torch.randn(3, 5, 24), torch.randn(24))),
+    "norm of a row": (_norm, _oracle_norm, (torch.randn(24), torch.randn(24))),
     "norm of strided heads": (_norm, _oracle_norm, (_strided_heads(2, 3, 4, 8), torch.randn(8))),
     "norm without a weight": (lambda x: _norm(x, None), lambda x: _oracle_norm(x, None), (torch.randn(7, 10),)),
     "norm of a sum": (
@@ -112,6 +113,24 @@ def test_its_second_derivatives_are_right(name: str) -> None:
     function, _, given = CASES[name]
     inputs = [_leaf(x[:1] if x.dim() == 4 and "positions by" not in name else x, torch.float64) for x in given]
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_several_gradients_at_once(name: str) -> None:
+    """As jacobian(vectorize=True) and gradcheck ask for them, and under vmap."""
+    function, _, given = CASES[name]
+    inputs = [_leaf(x, torch.float32) for x in given]
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    upstream = [torch.stack([_cosines(y.shape), torch.ones(y.shape)]) for y in outputs]
+
+    def gradients(dy: tuple[Tensor, ...], **options: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(outputs, inputs, dy, retain_graph=True, **options)
+
+    apart = [gradients(tuple(dy[i] for dy in upstream)) for i in range(2)]
+    batches = gradients(tuple(upstream), is_grads_batched=True), torch.func.vmap(gradients)(tuple(upstream))
+    for batch in batches:
+        torch.testing.assert_close(batch, tuple(torch.stack(pair) for pair in zip(*apart, strict=True)))
 
 
 def test_a_sum_may_depend_on_what_is_added_to_it() -> None:
