@@ -16,7 +16,9 @@ the lowest rank of those whose right token is a. The third kind never is a diffi
 it is used, as trained lists are; of any other list less is taken to be certain.
 
 A character's bytes are merged alone first if its last merge is before all of these: merges of a beginning of it with a
-token that ends in the byte before, and of an end of it with a token that starts with the byte after.
+token that ends in the byte before, and of an end of it with a token that starts with the byte after. Until then one of
+its own merges is always to come, of no higher rank; and what the whole character is in comes later, where every token
+is made before it is used: of other lists no character is taken to be certain.
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ class PairTable:
 
     def __init__(self, byte_ids: Sequence[int], merged: np.ndarray, tokens: TokenBytes) -> None:
         n = len(merged)
-        # The id after the largest stands for "no token"; no pair has it.
+        # The id after the largest of bytes and merged tokens stands for "no token"; no pair has it.
         self._no_token = int(max(*byte_ids, merged.max(initial=0))) + 1
         self._id_bits = np.uint64(self._no_token.bit_length())
         self._rank_bits = np.uint64(n.bit_length())
@@ -114,6 +116,9 @@ class PairTable:
             self._add(ranks[i : i + _ADDED], left[i : i + _ADDED], right[i : i + _ADDED])
 
     def _add(self, ranks: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
+        # What no merge makes and is no byte is never there: it might have the id of "no token", or a greater one.
+        known = np.maximum(left, right) < self._no_token
+        ranks, left, right = ranks[known], left[known], right[known]
         keys = left.astype(np.uint64) << self._id_bits | right.astype(np.uint64)
         entries = keys << self._rank_bits | ranks.astype(np.uint64)
         slots = (keys * MULTIPLIER >> self._slot_shift).astype(np.int64)
@@ -155,7 +160,18 @@ class PairTable:
         return ranks
 
     def characters(self, left: np.ndarray, right: np.ndarray) -> Characters:
-        """Of a table to which all merges were added; left, right: (n,) the merges' tokens."""
+        """Of a table to which all merges were added; left, right: (n,) the merges' tokens.
+
+        The merges of c3 a9, which is é, and of a space with c3. The first comes first: after a space é is certain.
+
+        >>> tokens = TokenBytes({i: bytes([i]) for i in range(256)} | {256: "é".encode(), 257: bytes([0x20, 0xC3])})
+        >>> table = PairTable(range(256), np.array([256, 257]), tokens)
+        >>> left, right = np.array([0xC3, 0x20]), np.array([0xA9, 0xC3])
+        >>> table.add(np.arange(2), left, right)
+        >>> found = table.characters(left, right)
+        >>> int(found.tokens[ord("é")]), int(found.ranks[ord("é")]), int(found.before[0xC3 << 8 | 0x20])
+        (256, 0, 1)
+        """
         code = np.arange(1 << 16)
         two, many = self._byte_ids.take([code >> 6 & 0x1F | 0xC0, code & 0x3F | 0x80]), code >= 0x800
         first = np.where(many, self._byte_ids.take(code >> 12 | 0xE0), two[0])
@@ -236,7 +252,7 @@ class PairTable:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where characters start and end whose bytes are certainly merged alone first, and their tokens."""
         at = ((text >= 0xC0) & (text < 0xF0)).nonzero()[0]
-        # From the byte before each on.
+        # Eight bytes, the lowest first: the one before the character, its own two or three, the one after, and others.
         padded = np.concatenate([np.zeros(1, np.uint8), text, np.zeros(7, np.uint8)])
         load = np.ndarray(len(text), "<i8", padded, strides=(1,))[at]
         is_long = (load & 0xE000) == 0xE000

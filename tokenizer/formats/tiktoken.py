@@ -15,7 +15,7 @@ from ..definition import Definition, define
 from ..encoding.pairs import PairTable
 from ..files import atomic
 from ..pretokenize import Pattern
-from ..sizes import CELLS
+from ..sizes import CELLS, LONGEST
 from ..tokens import TokenBytes
 
 # Longer tokens, of a length that few have, take less time one by one.
@@ -130,7 +130,7 @@ def pairs_of_ranks(ranks: Mapping[bytes, int], tokens: TokenBytes | None = None)
         length = int(sizes[indices[0]]) if len(indices) else 0
         for group in np.array_split(indices, -(-len(indices) * length // CELLS)) if length else ():
             text = tokens.matrix(merged.take(group), length)
-            if len(group) < _FEW and length > _LONG:
+            if length > LONGEST or (length > _LONG and len(group) < _FEW):
                 pairs[group, :2] = [_last_pair(word.tobytes(), ranks) for word in text.T]
                 continue
             units = table.units(text.T.ravel(), length * np.arange(len(group)))

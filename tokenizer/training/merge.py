@@ -68,7 +68,7 @@ def learn_merges(
             break
         ranking = Ranking(pairs, tokens, corpus.context)
         turns = Turns()
-        least = (0, b"", b"", 0)  # merges that rank below come after the last
+        least = (0, b"", b"", 0)  # pairs that rank below hardly come before the last merge: none is merged early
         while len(merges) < n_merges and (batch := ranking.take(least)):
             names = [pairs.names[entry[3]] for entry in batch]
             first_id = len(tokens)

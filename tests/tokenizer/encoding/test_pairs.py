@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from rooflight.tokenizer import GPT2_PATTERN
 from rooflight.tokenizer.definition import Definition
+from rooflight.tokenizer.encoding import pairs as encode_pairs
 from rooflight.tokenizer.encoding import words as encode_words
 from rooflight.tokenizer.encoding.words import WordEncoder
 from rooflight.tokenizer.tokens import TokenBytes
@@ -23,14 +25,19 @@ CHARACTERS = [
 def random_list(rng: random.Random, n: int, is_ordered: bool) -> list[tuple[bytes, bytes]]:
     """Merges of tokens that there are, listed in the order they are made in, as training lists them, or in any.
 
-    Half of them make parts of characters, and whole ones.
+    Half of them make parts of characters, and whole ones. Those in any order make some tokens in several ways, and have
+    some of tokens that none makes.
     """
     tokens = sorted({bytes([byte]) for character in CHARACTERS for byte in character})
     parts = {c[i:j] for c in CHARACTERS for i in range(len(c)) for j in range(i + 1, len(c) + 1)}
     merges: list[tuple[bytes, bytes]] = []
     for _ in range(40 * n):
         left, right = rng.choice(tokens), rng.choice(tokens)
-        if left + right in tokens or (len(merges) % 2 and left + right not in parts):
+        if not is_ordered and rng.random() < 0.2:
+            left += rng.choice(tokens)
+        if (left + right in tokens) if is_ordered else ((left, right) in merges):
+            continue
+        if len(merges) % 2 and left + right not in parts:
             continue
         merges.append((left, right))
         tokens.append(left + right)
@@ -42,7 +49,8 @@ def random_list(rng: random.Random, n: int, is_ordered: bool) -> list[tuple[byte
 
 
 def encoder_of(merges: list[tuple[bytes, bytes]]) -> tuple[WordEncoder, list[bytes]]:
-    vocab = [bytes([byte]) for byte in range(256)] + [left + right for left, right in merges]
+    tokens = [token for left, right in merges for token in (left + right, left, right)]
+    vocab = list(dict.fromkeys([bytes([byte]) for byte in range(256)] + tokens))
     id_of = {token: i for i, token in enumerate(vocab)}
     pairs = np.array([(id_of[left], id_of[right], id_of[left + right]) for left, right in merges], np.int32)
     definition = Definition(dict(enumerate(vocab)), pairs.reshape(-1, 3), {}, GPT2_PATTERN)
@@ -61,11 +69,15 @@ def random_words(rng: random.Random, n: int) -> list[bytes]:
     return found
 
 
-@pytest.mark.parametrize("cells", [1 << 17, 256])
+# As they are; and small blocks, with all that is certain merged outside the matrix.
+@pytest.mark.parametrize(("cells", "many_certain"), [(1 << 17, 8), (256, 1 << 30)])
 @pytest.mark.parametrize("is_ordered", [True, False])
-def test_words_of_any_bytes_equal_the_reference(is_ordered: bool, cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_of_any_bytes_equal_the_reference(
+    is_ordered: bool, cells: int, many_certain: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(encode_words, "FEW_MERGED", 0)
     monkeypatch.setattr(encode_words, "CELLS", cells)
+    monkeypatch.setattr(encode_pairs, "MANY_CERTAIN", many_certain)
     by_characters = 0
     for seed in range(60):
         rng = random.Random(seed)
@@ -81,6 +93,44 @@ def test_words_of_any_bytes_equal_the_reference(is_ordered: bool, cells: int, mo
             assert [vocab[i] for i in ids[end - count : end]] == expected, (seed, word)
     # Where tokens are used before they are made, no character is taken to be certain.
     assert by_characters > 20 if is_ordered else by_characters < 20
+
+
+def test_every_short_word_of_two_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In runs, of the pairs of a token with itself, the leftmost comes first."""
+    monkeypatch.setattr(encode_words, "FEW_MERGED", 0)
+    monkeypatch.setattr(encode_pairs, "MANY_CERTAIN", 1 << 30)
+    words = [bytes(word) for n in range(1, 7) for word in itertools.product(b"ab", repeat=n)]
+    lengths = np.array([len(word) for word in words])
+    for seed in range(60):
+        rng = random.Random(seed)
+        tokens, merges = [b"a", b"b"], []
+        for _ in range(rng.randrange(1, 8)):
+            left, right = rng.choice(tokens), rng.choice(tokens)
+            if (left, right) not in merges:
+                merges.append((left, right))
+                tokens.append(left + right)
+        if seed % 2:
+            rng.shuffle(merges)
+        encoder, vocab = encoder_of(merges)
+        ids, counts = encoder.merge_words(b"".join(words), np.cumsum(lengths) - lengths, lengths)
+        expected = [bpe_reference.encode_word(word, merges) for word in words]
+        assert [vocab[i] for i in ids] == list(itertools.chain.from_iterable(expected)), merges
+        assert counts.tolist() == list(map(len, expected))
+
+
+@pytest.mark.parametrize("many_certain", [8, 0])
+def test_a_merge_of_a_token_that_no_merge_makes_never_happens(
+    many_certain: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its id: that after the last one made, which could be taken for "no token", or a greater one."""
+    monkeypatch.setattr(encode_words, "FEW_MERGED", 0)
+    monkeypatch.setattr(encode_pairs, "MANY_CERTAIN", many_certain)
+    for unmade in ([b"xyz"], [b"x1", b"x2", b"xyz"]):
+        tokens = [*(bytes([byte]) for byte in range(256)), b"ab", b"abxyz", *unmade]
+        pairs = np.array([(97, 98, 256), (256, len(tokens) - 1, 257)], np.int32)
+        definition = Definition(dict(enumerate(tokens)), pairs, {}, GPT2_PATTERN)
+        encoder = WordEncoder(definition, TokenBytes(definition.vocab))
+        assert encoder.merge_words(b"abcab", np.array([0, 3]), np.array([3, 2]))[0].tolist() == [256, 99, 256]
 
 
 def test_characters_and_certain_pairs_come_first() -> None:

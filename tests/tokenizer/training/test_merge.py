@@ -58,6 +58,7 @@ def test_many_epochs_small_slices_and_a_short_front(counts, n_merges, rank):
         patch.setattr(ranking, "FRONT", rank)
         patch.setattr(ranking, "NEAR", 2 * rank)
         patch.setattr(ranking, "MAX_PLACES", 3 * rank)
+        patch.setattr(ranking, "PASSED", rank)
         patch.setattr(merge, "TOKENS", 5 * rank)
         assert learn_merges(words_of(counts), n_merges) == naive(counts, n_merges)
 
