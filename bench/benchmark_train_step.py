@@ -12,7 +12,7 @@ from rooflight.bench.rates.kernel_rates import ops_on
 from rooflight.model import PRESETS, estimate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# GPT-2's shape on a GPU; on a CPU, a million parameters
+# GPT-2's shape on a GPU; on a CPU, the million parameters of the demo
 PRESET, BATCH = ("gpt2-small", 16) if DEVICE.type == "cuda" else ("tiny", 8)
 
 

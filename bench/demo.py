@@ -1,8 +1,7 @@
 """The whole machine on real text: tokenizer, training, a sample, and prediction beside measurement.
 
 On a CPU the dtype is the one in which this very model's step is faster (some have no arithmetic in bfloat16, and take
-nine times as long in it). In bfloat16 the model is compiled where the run is long enough to pay for that; in float32
-products are most of a step, and eager is as fast.
+nine times as long in it), and the model is compiled where the run is long enough to pay for that.
 
 Every stage leaves its result in the output folder and is passed over when the result is there, and training resumes
 from its last checkpoint: the same command goes on after an interruption.
@@ -67,31 +66,30 @@ class DemoConfig:
 
 
 def demo_training(config: DemoConfig, device: torch.device) -> TrainConfig:
-    """The run for this machine: about 0.6 M parameters on a CPU, about 30 M and the Triton kernels on a GPU."""
+    """The run for this machine: about 1 M parameters on a CPU, about 30 M and the Triton kernels on a GPU."""
     out, on_gpu = config.out_dir, device.type == "cuda"
     if on_gpu:
         model = ModelConfig(config.vocab_size, 512, n_layer=8, n_head=8, d_model=512, qk_norm=True)
     else:
-        # Settings compared in equal time on this text, a quarter of the run's (fp32, one seed, 2026-11-27; a step's
-        # time by a model of it), in bits per byte: 4 blocks and batch 8 2.411, batch 4 2.346; at batch 4, 3 blocks
-        # 2.310 and 2 blocks 2.201. At equal numbers of tokens: Muon at 0.03 to 0.04 before 0.02 and 0.08, tied
-        # embeddings and q/k norm each by about 0.02.
+        # Settings compared at equal numbers of tokens on this text: batch 8 before 16, Muon at 0.03 to 0.04 before 0.02
+        # and 0.08, tied embeddings and q/k norm each by about 0.02 bits per byte.
         model = ModelConfig(
-            config.vocab_size, 256, n_layer=2, n_head=2, d_model=128, d_ff=384, tie_embeddings=True, qk_norm=True
+            config.vocab_size, 256, n_layer=4, n_head=2, d_model=128, d_ff=384, tie_embeddings=True, qk_norm=True
         )
     return TrainConfig(
         model=model,
         train_data=out / "train.bin",
         val_data=out / "val.bin",
         out_dir=out / "training",
-        batch_size=64 if on_gpu else 4,
+        batch_size=64 if on_gpu else 8,
         lr=0.003 if on_gpu else 0.008,
         muon_lr=0.02 if on_gpu else 0.03,
         decay=0.7,
         dtype="bfloat16",
         compile=False,  # on a GPU the step is a graph, on a CPU fastest_on_cpu decides
-        eval_every=1000,  # on a CPU a validation takes as long as some twenty steps
-        # a GPU's step takes milliseconds, and its checkpoint most of a second
+        # On a CPU a validation takes as long as some twenty steps; a GPU's step takes milliseconds, and its checkpoint
+        # most of a second.
+        eval_every=1000 if on_gpu else 500,
         checkpoint_every=2000 if on_gpu else 500,
         max_steps=config.steps,
         max_seconds=SECONDS[device.type] if config.seconds is None else config.seconds,
@@ -257,12 +255,8 @@ def fastest_on_cpu(run: TrainConfig, device: torch.device) -> tuple[TrainConfig,
         why = f"{dtype}: a step of one sequence takes {step * 1e3:.0f} ms, in {slower} {slow * 1e3:.0f}"
     assert run.max_seconds is not None
     planned = min(run.max_seconds, run.max_steps * run.batch_size * step)
-    if dtype == "float32":
-        missing: str | None = "in float32 eager is as fast"
-    elif planned < COMPILING_PAYS:
-        missing = f"that pays from {COMPILING_PAYS:.0f} seconds of training on"
-    else:
-        missing = no_compiler()
+    too_short = f"that pays from {COMPILING_PAYS:.0f} seconds of training on"
+    missing = too_short if planned < COMPILING_PAYS else no_compiler()
     compiled = "compiled first, half a minute that the next run is spared" if missing is None else ""
     why = f"In {why}; {compiled or f'not compiled: {missing}'}."
     return replace(run, dtype=dtype, compile=missing is None), why

@@ -220,7 +220,8 @@ def _fused_loss(N: int, d: int, V: int, dtype: str, ops: str) -> Stage:
     wide = rows * V * FP32 * low * (ops == "cpu")
     one = rows >= N
     first = max(wide, share + total * low)
-    later = 0 if one else total + max(wide, share)
+    # torch casts what it adds to fp32 first
+    later = 0 if one else total + max(wide, share + total * low * (ops == "cpu"))
     working = dx + cast + logits + max(first, later)
     if not keep:
         return Stage("loss", N * STATISTIC, working, V * d)

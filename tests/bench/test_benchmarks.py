@@ -33,8 +33,11 @@ def run_pytest(*arguments: str, **environment: str) -> subprocess.CompletedProce
 def benchmark(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Quick runs of bench/, with ceilings at hand so that none are measured."""
     where = harness.machine(CPU)
+    # of those that are timed again before they are trusted, sizes that are not
     rates = {
-        f"{kernel}{suffix} {dtype}": {sizes[0]: 1e9}
+        f"{kernel}{suffix} {dtype}": {
+            (4096 * 256, 256, 1)[: len(sizes[0])] if kernel in ceilings.PROBED else sizes[0]: 1e9
+        }
         for dtype in ("float32", "bfloat16")
         for kernel, sizes in kernel_rates.grids(getattr(torch, dtype), CPU).items()
         for suffix in ("", " backward")

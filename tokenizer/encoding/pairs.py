@@ -172,7 +172,23 @@ class PairTable:
         >>> int(found.tokens[ord("é")]), int(found.ranks[ord("é")]), int(found.before[0xC3 << 8 | 0x20])
         (256, 0, 1)
         """
-        code = np.arange(1 << 16)
+        # By parts, as add() does: memory is at its most where a tokenizer is loaded.
+        parts = np.split(np.arange(1 << 16), (1 << 16) // _ADDED * 4)
+        ranks = np.concatenate([self._of_characters(code) for code in parts])
+        ranks[: 0x80 if self._is_ordered else None] = self._none
+        before, after = np.full((2, 1 << 16), self._none)
+        for i in range(0, len(left), _ADDED):
+            a, b = left[i : i + _ADDED], right[i : i + _ADDED]
+            start, end = self._first.take(b), self._last.take(a)
+            across = start.astype(np.int64) << 8 | end
+            part = np.flatnonzero(self._sizes.take(b) < _CHARACTER_BYTES.take(start))
+            np.minimum.at(before, across[part], (i + part).astype(np.int32))
+            part = np.flatnonzero((self._first.take(a) & 0xC0) == 0x80)
+            np.minimum.at(after, across[part], (i + part).astype(np.int32))
+        return Characters(self._merged.take(ranks), ranks, before, after)
+
+    def _of_characters(self, code: np.ndarray) -> np.ndarray:
+        """The ranks of the last merges of characters of two or three bytes (int32), taken for themselves."""
         two, many = self._byte_ids.take([code >> 6 & 0x1F | 0xC0, code & 0x3F | 0x80]), code >= 0x800
         first = np.where(many, self._byte_ids.take(code >> 12 | 0xE0), two[0])
         second = np.where(many, self._byte_ids.take(code >> 6 & 0x3F | 0x80), two[1])
@@ -183,17 +199,7 @@ class PairTable:
         of_three = self.ranks(
             np.where(from_left, self._merged.take(ranks), first), np.where(from_left, two[1], self._merged.take(later))
         )
-        ranks = np.where(many, of_three, ranks)
-        if not self._is_ordered:
-            ranks[:] = self._none
-        ranks[:0x80] = self._none
-        before, after = np.full((2, 1 << 16), self._none)
-        across = self._first.take(right).astype(np.int64) << 8 | self._last.take(left)
-        part = np.flatnonzero(self._sizes.take(right) < _CHARACTER_BYTES.take(self._first.take(right)))
-        np.minimum.at(before, across[part], part.astype(np.int32))
-        part = np.flatnonzero((self._first.take(left) & 0xC0) == 0x80)
-        np.minimum.at(after, across[part], part.astype(np.int32))
-        return Characters(self._merged.take(ranks), ranks, before, after)
+        return np.where(many, of_three, ranks)
 
     def units(self, text: np.ndarray, starts: np.ndarray, characters: Characters | None = None) -> Units:
         """Words whose bytes follow one another in text (n,) uint8, from `starts` on, after all merges that are certain.
