@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from rooflight.kernels.interpreter import narrow, widen
-from support.interpreter import extent
+from support.interpreter import extent, poisoned_empty
 
 INTERPRETED = triton.knobs.runtime.interpret
 pytestmark = [
@@ -317,3 +317,16 @@ def test_types_that_are_made_once_are_what_they_were():
                 tl.block_type(tl.float32, shape)
     assert tl.float32 == tl.constexpr(tl.float32) != tl.float16
     assert tl.float32 != "fp32"
+
+
+def test_the_compiler_traces_an_allocation_that_is_poisoned():
+    """It knows functions by a table that may be older than the patches: then it reads what stands in their place."""
+
+    def function(x):
+        return torch.empty_like(x), x + 1
+
+    torch.compile(lambda x: x + 2, fullgraph=True, backend="eager")(torch.ones(3))  # the table
+    with poisoned_empty():
+        empty, more = torch.compile(function, fullgraph=True, backend="eager")(torch.ones(3))
+    assert empty.isnan().all()
+    assert more.eq(2).all()

@@ -246,7 +246,8 @@ def poisoned_empty() -> Iterator[None]:
             tensor = allocate(*args, **kwargs)
             if kwargs.get("out") is not None or tensor.device.type == "meta":
                 return tensor
-            watched = isinstance(_get_current_dispatch_mode(), _Seen)  # who is to see the allocation alone
+            # Who is to see the allocation alone; the compiler, who traces this, cannot ask.
+            watched = not torch.compiler.is_compiling() and isinstance(_get_current_dispatch_mode(), _Seen)
             with torch.no_grad(), _disable_current_modes() if watched else nullcontext():
                 return poison(tensor)
 
