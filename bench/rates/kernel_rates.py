@@ -284,9 +284,9 @@ def kernel_rates(
     """{"gemm": {sizes: work/s}, "gemm backward": ...} of the named kernels in that dtype.
 
     Each at one size at least, at the others as far as they end before `deadline` (time.perf_counter's) and fit into
-    memory. peak: FLOP/s of large products; where they are so slow that a kernel's first size would take more than its
-    share of the time, its least comes first. keep gets what is there after each step: an interrupt loses no more than
-    the step it falls into.
+    memory. peak: FLOP/s of large products; where they are so slow that a kernel's first sizes would take more than its
+    share of the time, the middle one of those that would not comes first. keep gets what is there after each step: an
+    interrupt loses no more than the step it falls into.
     """
     wanted = {name: grid for name, grid in grids(dtype, device).items() if name in names}
 

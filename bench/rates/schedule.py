@@ -50,7 +50,8 @@ def plan(
 ) -> list[Task]:
     """All sizes of all kernels, the most telling first; together: a kernel's sizes of one level in one task.
 
-    dear: whether so much work is too much to begin a kernel with: then its least size comes first.
+    dear: whether so much work is too much to begin a kernel with: then the middle one of the sizes that are not comes
+    first, or the least. It may remain the only one, and a rate says most of sizes that are near.
     """
     order: list[tuple[tuple[int, int], Task]] = []
     for kernel, grid in grids.items():
@@ -60,8 +61,10 @@ def plan(
         tasks = [(place, part) for place in groups for part in ([groups[place]] if together else _each(groups[place]))]
         tasks.sort(key=lambda task: task[0])
         if dear(kernel, sum(work(kernel, sizes) for sizes in tasks[0][1])):
-            least = min(grid, key=lambda sizes: work(kernel, sizes))
-            tasks = [((0, 0), [least]), *((place, [s for s in part if s != least]) for place, part in tasks)]
+            by_work = sorted(grid, key=lambda sizes: work(kernel, sizes))
+            cheap = [sizes for sizes in by_work if not dear(kernel, work(kernel, sizes))] or by_work[:1]
+            first = cheap[len(cheap) // 2]
+            tasks = [((0, 0), [first]), *((place, [s for s in part if s != first]) for place, part in tasks)]
         for i, (place, part) in enumerate((place, part) for place, part in tasks if part):
             order.append((place, Task(kernel, tuple(part), i == 0, sum(work(kernel, sizes) for sizes in part))))
     order.sort(key=lambda pair: (not pair[1].first, pair[0]))  # stable: kernels stay in their own order
