@@ -47,6 +47,8 @@ def main(text: str, tokenizer: str, workers: str = "2", repeats: str = "5", task
     if task:  # one run, in a process of its own
         print(json.dumps(measure(task, Path(text), Path(tokenizer), int(workers))))
         return
+    if not workers.isdecimal() or int(workers) < 2:
+        sys.exit(f"WORKERS: expected a number from 2 on, got {workers}")
     for name in TASKS:
         runs: dict[str, list[list[float]]] = {"1": [], workers: []}
         for _ in range(int(repeats)):

@@ -61,3 +61,9 @@ def test_the_fastest_run_of_each_is_shown(monkeypatch, capsys):
         ["4", "processes", "5.00", "2.00", "6.00"],
         ["times", "as", "fast", "1.20", "2.00", "2.67"],
     ]
+
+
+@pytest.mark.parametrize("workers", ["1", "0", "two"])
+def test_several_are_more_than_one(workers: str):
+    with pytest.raises(SystemExit, match=f"WORKERS: expected a number from 2 on, got {workers}"):
+        processes.main("text", "folder", workers)
