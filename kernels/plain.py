@@ -24,13 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import dispatch, reference
 from .dispatch import are_wrapped, in_layout_of
 from .rows import statistics
 
 __all__ = ["rms_norm", "rope", "row_gradients", "row_losses", "row_losses_and_gradients"]
 
-_is_transformed = torch._C._are_functorch_transforms_active
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 Options = tuple[int, float, float, float, Tensor | None]  # cross_entropy.RowOptions
@@ -38,14 +37,14 @@ Options = tuple[int, float, float, float, Tensor | None]  # cross_entropy.RowOpt
 
 def _serves(*tensors: Tensor | None) -> bool:
     """Whether the functions below may run on these tensors, and not the oracle."""
-    if torch.compiler.is_compiling() or _is_transformed() or are_wrapped(*tensors):
+    if torch.compiler.is_compiling() or dispatch._transforms_are_active() or are_wrapped(*tensors):
         return False
-    return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+    return all(x is None or type(x) in dispatch._TENSORS for x in tensors)
 
 
 def _are_batches(*gradients: Tensor | None) -> bool:
     """Whether a backward pass is given several gradients at once, by is_grads_batched or torch.func.vmap."""
-    return _is_transformed() or any(x is not None and _is_batched(x) for x in gradients)
+    return dispatch._transforms_are_active() or any(x is not None and _is_batched(x) for x in gradients)
 
 
 def _oracle_gradients(oracle: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], dy: Tensor) -> list[Any]:

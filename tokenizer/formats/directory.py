@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from io import BytesIO
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +33,10 @@ def save(definition: Definition, directory: Path, by_rank: bool, encode: Callabl
     elif (directory / HUGGING_FACE).exists():
         raise ValueError(f"directory: {directory} holds another tokenizer's {HUGGING_FACE}, expected another folder")
     lines = [MERGES_FIRST_LINE, *printable_merges(definition)]
-    tokens = list(map(definition.vocab.get, range(definition.vocab_size), repeat(b"")))
+    tokens = definition.tokens
     tables = BytesIO()
-    np.save(tables, np.frombuffer(b"".join(tokens), np.uint8))
-    np.save(tables, np.fromiter(map(len, tokens), np.int32, len(tokens)))
+    np.save(tables, np.frombuffer(tokens.join(np.flatnonzero(tokens.sizes)), np.uint8))
+    np.save(tables, tokens.sizes.astype(np.int32))
     np.save(tables, definition.pairs)
     contents = {
         VOCAB: as_json(printable_vocab(definition, leave_out=True)),
